@@ -1,0 +1,76 @@
+"""Records that cross boundaries: what is public about a dataset, and labelled images."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What everyone may know about a sensitive dataset. Images are square; class names are for prompts and plots.
+
+    `num_train` is the number of private training records; it is treated as public, and the ledger records that.
+    """
+
+    name: str
+    resolution: int
+    channels: int
+    num_classes: int
+    num_train: int
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        assert self.channels in (1, 3), self.channels
+        assert len(self.class_names) == self.num_classes, (self.num_classes, self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.channels, self.resolution, self.resolution
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Labelled images as every method returns and every metric receives them.
+
+    images (N, C, H, W) uint8, possibly memory-mapped; labels (N,) int64 in [0, num_classes).
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        assert self.images.ndim == 4 and self.images.dtype == np.uint8, (self.images.shape, self.images.dtype)
+        assert self.labels.shape == (len(self.images),), (self.labels.shape, self.images.shape)
+        assert self.labels.dtype == np.int64, self.labels.dtype
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: np.ndarray) -> "Samples":
+        return Samples(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class PublicData:
+    """A public labelled set at the resolution and channel count of the sensitive data."""
+
+    name: str
+    samples: Samples
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def select(self, classes: list[list[int]], class_names: tuple[str, ...]) -> "PublicData":
+        """The images of the listed classes, relabelled: those of `classes[k]` get label k.
+
+        A class index may appear in several lists; its images then appear once per list.
+        """
+        indices = [np.flatnonzero(np.isin(self.samples.labels, chosen)) for chosen in classes]
+        labels = np.repeat(np.arange(len(classes)), [len(i) for i in indices]).astype(np.int64)
+        images = self.samples.images[np.concatenate(indices)]
+        return PublicData(self.name, Samples(images, labels), class_names)

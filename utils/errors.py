@@ -1,0 +1,20 @@
+"""What a user can cause and repair."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. The programs print it as one line and exit with code 2.
+
+    The message names the thing, its value and what is allowed.
+    """
+
+
+def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
+    """The error for a name that is in no table: names the nearest entry and lists what exists."""
+    names = sorted(known)
+    by_folded = {name.casefold(): name for name in names}
+    near = difflib.get_close_matches(str(value).casefold(), by_folded, n=1, cutoff=0.5)
+    hint = f"; did you mean '{by_folded[near[0]]}'?" if near else ";"
+    return UserError(f"unknown {kind} '{value}'{hint} Known: {', '.join(names)}")

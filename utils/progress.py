@@ -1,0 +1,22 @@
+"""Progress bars with an ETA for every long stage; quiet lines where the output is not a terminal."""
+
+import sys
+from collections.abc import Iterable
+
+from tqdm import tqdm
+
+
+def progress(iterable: Iterable, description: str, total: int | None = None, initial: int = 0, unit: str = "step"):
+    """Wrap `iterable` in a bar on stderr. In a log file it prints a line every half minute, not one per refresh."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        iterable,
+        desc=description,
+        total=total,
+        initial=initial,
+        unit=unit,
+        file=sys.stderr,
+        mininterval=0.2 if terminal else 30.0,
+        maxinterval=10.0 if terminal else 60.0,
+        dynamic_ncols=terminal,
+    )

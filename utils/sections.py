@@ -1,0 +1,116 @@
+"""The typed sections of the configuration that every method shares. Values live in configs/*.yaml, never here.
+
+A field without a value in YAML is an error (OmegaConf's MISSING); `None` means what the comment says.
+"""
+
+from dataclasses import dataclass
+
+from utils.errors import UserError, unknown
+
+
+def check(condition: bool, key: str, value: object, allowed: str) -> None:
+    """Raise UserError("key: value is not allowed; allowed") unless the condition holds."""
+    if not condition:
+        raise UserError(f"{key}: {value} is not allowed; it must be {allowed}")
+
+
+@dataclass(frozen=True)
+class SensitiveDataConfig:
+    name: str | None  # None: no private stage (pretraining only)
+    resolution: int  # pixels, square
+    num_channels: int  # 1 or 3
+    n_classes: int | None  # None: read from the prepared data (custom sets)
+    num_train: int | None  # training images of the published set, validation included; None: from the prepared data
+    num_val: int  # images held out of the training part when eval.mode=val
+    class_names: list[str] | None  # in label order; None: from the prepared data
+    path: str | None  # folder of prepared data; None: <data_root>/<name>
+    prompt: str  # ImageReward prompt, "{}" stands for the class name
+
+
+@dataclass(frozen=True)
+class SelectiveConfig:
+    ratio: float  # share of the public classes that are kept; 1.0 keeps all and asks nothing
+    sigma: float  # noise multiplier of the semantic query
+    batch_size: int  # images per forward pass of the query classifier
+    semantic_path: str | None  # saved query to reuse; its cost is booked again
+
+
+@dataclass(frozen=True)
+class CentralConfig:
+    sample_num: int  # noisy central images per class
+    sigma: float  # noise multiplier of one central image query
+    batch_size: int  # nominal Poisson batch of one query
+
+
+@dataclass(frozen=True)
+class PublicDataConfig:
+    name: str | None  # None: no public data
+    n_classes: int | None  # None: from the prepared data
+    train_path: str | None  # folder of prepared data or of class folders; None: <data_root>/<name>
+    per_class: int | None  # images per class that are used (rendered, for glyphs); None: all
+    selective: SelectiveConfig
+    central: CentralConfig
+
+    def __post_init__(self) -> None:
+        check(0 < self.selective.ratio <= 1, "public_data.selective.ratio", self.selective.ratio, "in (0, 1]")
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    epsilon: float  # inf: non-private
+    delta: float | None  # None: 1 / (N ln N)
+    relation: str
+    accountant: str
+    noise_seed: int | None  # tests only; stamps the report
+
+    def __post_init__(self) -> None:
+        check(self.epsilon > 0, "epsilon", self.epsilon, "greater than 0 (inf: non-private)")
+        check(self.delta is None or 0 < self.delta < 1, "delta", self.delta, "in (0, 1)")
+        for key, value, known in (
+            ("relation", self.relation, ("add_or_remove_one", "replace_one")),
+            ("accountant", self.accountant, ("pld", "rdp", "prv")),
+        ):
+            if value not in known:
+                raise unknown(f"privacy.{key}", value, known)
+
+
+@dataclass(frozen=True)
+class GenConfig:
+    data_num: int  # images to generate
+    batch_size: int  # images per forward pass of the generator
+
+    def __post_init__(self) -> None:
+        check(self.data_num > 0, "gen.data_num", self.data_num, "a positive number of images")
+        check(self.batch_size > 0, "gen.batch_size", self.batch_size, "a positive number of images")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    mode: str  # how a classifier's epoch is chosen: val, syn or sen
+    selection_epsilon: float  # budget of all noisy selections together (mode val), on the validation records
+    classifiers: list[str]
+    metrics: list[str]
+    recipe: str  # paper: the published training recipes; quick: a few epochs
+    num_val: int  # synthetic images held out for selection
+    batch_size: int  # images per forward pass of feature extractors and of testing
+    extractor: str  # feature extractor of the fidelity metrics: inception or random_conv
+
+    def __post_init__(self) -> None:
+        for key, value, known in (
+            ("mode", self.mode, ("val", "syn", "sen")),
+            ("recipe", self.recipe, ("paper", "quick")),
+        ):
+            if value not in known:
+                raise unknown(f"eval.{key}", value, known)
+        check(self.selection_epsilon > 0, "eval.selection_epsilon", self.selection_epsilon, "greater than 0")
+
+
+@dataclass(frozen=True)
+class SetupConfig:
+    device: str  # auto, cpu or cuda
+    n_gpus_per_node: int
+    n_nodes: int
+    node_rank: int
+    master_address: str
+    master_port: int
+    omp_n_threads: int | None  # CPU threads; None: all cores

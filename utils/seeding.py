@@ -1,0 +1,28 @@
+"""Named random generators: every use of randomness has a name, and its own stream derived from the seed.
+
+Privacy noise and Poisson sampling do not come from here: see opacus_ext/noise.py.
+"""
+
+import hashlib
+
+import numpy as np
+
+
+def derive_seed(seed: int, name: str) -> int:
+    """A 63-bit seed for the stream `name` of the experiment seed; equal inputs give equal streams."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def torch_rng(seed: int, name: str, device="cpu"):
+    """A torch.Generator on `device` for the stream `name`."""
+    import torch
+
+    generator = torch.Generator(device=device)
+    generator.manual_seed(derive_seed(seed, name))
+    return generator
+
+
+def numpy_rng(seed: int, name: str) -> np.random.Generator:
+    """A NumPy generator for the stream `name`."""
+    return np.random.default_rng(derive_seed(seed, name))
