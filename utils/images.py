@@ -10,9 +10,13 @@ def to_float(images, device="cpu"):
     """(N, C, H, W) uint8 array or tensor -> float32 tensor in [-1, 1] on `device`."""
     import torch
 
-    return torch.as_tensor(np.ascontiguousarray(images) if isinstance(images, np.ndarray) else images).to(
-        device
-    ).to(torch.float32).div_(127.5).sub_(1.0)
+    return (
+        torch.as_tensor(np.ascontiguousarray(images) if isinstance(images, np.ndarray) else images)
+        .to(device)
+        .to(torch.float32)
+        .div_(127.5)
+        .sub_(1.0)
+    )
 
 
 def to_uint8(images) -> np.ndarray:
@@ -20,7 +24,9 @@ def to_uint8(images) -> np.ndarray:
     return images.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()
 
 
-def save_grid(images: np.ndarray, labels: np.ndarray, path: Path, per_class: int = 8, scale_to: int = 32) -> None:
+def save_grid(
+    images: np.ndarray, labels: np.ndarray, path: Path, per_class: int = 8, scale_to: int = 32
+) -> None:
     """Write a PNG with one row per class of the first `per_class` images, enlarged to at least `scale_to` pixels.
 
     images (N, C, H, W) uint8, labels (N,). A class with fewer images leaves blank cells.
@@ -31,7 +37,9 @@ def save_grid(images: np.ndarray, labels: np.ndarray, path: Path, per_class: int
     _, channels, height, width = images.shape
     factor = max(1, math.ceil(scale_to / height))
     gap = 2
-    canvas = np.full((len(classes) * (height * factor + gap), per_class * (width * factor + gap), 3), 255, np.uint8)
+    canvas = np.full(
+        (len(classes) * (height * factor + gap), per_class * (width * factor + gap), 3), 255, np.uint8
+    )
     for row, label in enumerate(classes):
         for column, image in enumerate(images[labels == label][:per_class]):
             tile = image.repeat(factor, axis=1).repeat(factor, axis=2)

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from tqdm import tqdm
 
 
-def progress(iterable: Iterable, description: str, total: int | None = None, initial: int = 0, unit: str = "step"):
+def progress(
+    iterable: Iterable, description: str, total: int | None = None, initial: int = 0, unit: str = "step"
+):
     """Wrap `iterable` in a bar on stderr. In a log file it prints a line every half minute, not one per refresh."""
     terminal = sys.stderr.isatty()
     return tqdm(

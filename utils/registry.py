@@ -42,7 +42,9 @@ class Registry:
         """Add an entry. A name that is taken by something else is an error that shows both."""
         found = self._find(name)
         if found is not None and self._entries[found] is not target:
-            raise UserError(f"{self.kind} '{name}' is registered twice: {self._entries[found]!r} and {target!r}")
+            raise UserError(
+                f"{self.kind} '{name}' is registered twice: {self._entries[found]!r} and {target!r}"
+            )
         self._entries[found or name] = target
 
     def _find(self, name: str) -> str | None:

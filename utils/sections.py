@@ -20,7 +20,9 @@ class SensitiveDataConfig:
     resolution: int  # pixels, square
     num_channels: int  # 1 or 3
     n_classes: int | None  # None: read from the prepared data (custom sets)
-    num_train: int | None  # training images of the published set, validation included; None: from the prepared data
+    num_train: (
+        int | None
+    )  # training images of the published set, validation included; None: from the prepared data
     num_val: int  # images held out of the training part when eval.mode=val
     class_names: list[str] | None  # in label order; None: from the prepared data
     path: str | None  # folder of prepared data; None: <data_root>/<name>

@@ -1,0 +1,109 @@
+"""DP-SGD as an iterator: the method owns the loop (EMA, logs, snapshots), the engine owns privacy."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from opacus_ext.accounting import Release
+from opacus_ext.per_example import PerExampleLoss, clipped_gradient_sum
+from opacus_ext.private_data import PrivateData
+from opacus_ext.sampling import chunks
+from opacus_ext.validate import validate_per_example
+from utils.sections import check
+
+
+@dataclass(frozen=True)
+class DPSGDConfig:
+    """What DP-SGD needs beyond the calibrated release. Only `max_grad_norm` bears on privacy, and noise scales with
+    it; the other two trade memory for speed."""
+
+    max_grad_norm: float
+    n_split: int | None  # chunks per logical batch; None: as many as max_physical_batch_size demands
+    max_physical_batch_size: int
+
+    def __post_init__(self) -> None:
+        check(self.max_grad_norm > 0, "train.dp.max_grad_norm", self.max_grad_norm, "greater than 0")
+        check(
+            self.n_split is None or self.n_split > 0, "train.dp.n_split", self.n_split, "null or at least 1"
+        )
+        size = self.max_physical_batch_size
+        check(size > 0, "train.dp.max_physical_batch_size", size, "at least 1")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished optimiser step: `index` counts from 0, `total` as planned."""
+
+    index: int
+    total: int
+
+
+def dpsgd_release(name: str, num_train: int, batch_size: int, n_epochs: int) -> Release:
+    """The plan of E epochs of nominal batch B over N records: q = 1/L and T = E L with L = ceil(N / B).
+
+    So the expected batch is N / L, not B; the published sigma tables rest on this rule.
+    """
+    check(batch_size > 0, "train.batch_size", batch_size, "a positive number of records")
+    check(n_epochs >= 0, "train.n_epochs", n_epochs, "0 or more")
+    steps_per_epoch = math.ceil(num_train / batch_size)
+    return Release(name, None, sample_rate=1.0 / steps_per_epoch, num_steps=n_epochs * steps_per_epoch)
+
+
+def dpsgd_steps(
+    name: str,
+    private: PrivateData,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    per_example_loss: PerExampleLoss,
+    dp: DPSGDConfig,
+    rng_of_step: Callable[[int], torch.Generator],
+) -> Iterator[Step]:
+    """Take the planned steps of release `name` that are not yet booked, yielding after each one.
+
+    Steps, sampling rate and noise come from the calibrated release. Each step: book; draw a Poisson sample; sum the
+    clipped per-example gradients over its chunks; add N(0, (noise_multiplier * max_grad_norm)^2) once; divide by the
+    public expected batch size; step the optimiser. `rng_of_step(index)` gives the loss its (public) randomness.
+    """
+    validate_per_example(network)
+    trainable = {parameter_name: p for parameter_name, p in network.named_parameters() if p.requires_grad}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in trainable.values()}, (
+        "the optimiser must hold exactly the trainable parameters"
+    )
+    planned = private.ledger.planned(name)
+    for index in range(private.ledger.executed(name), planned.num_steps):
+        release = private.ledger.book(name)
+        totals = _clipped_sum_of_batch(
+            name, private, network, per_example_loss, dp, rng_of_step(index), index
+        )
+        expected_batch = private.spec.num_train * release.sample_rate
+        std = release.noise_multiplier * dp.max_grad_norm
+        noise = _flat_noise(name, private, trainable, std, index)
+        for parameter_name, parameter in trainable.items():
+            parameter.grad = (totals[parameter_name] + noise[parameter_name]) / expected_batch
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield Step(index, planned.num_steps)
+
+
+def _clipped_sum_of_batch(
+    name, private, network, per_example_loss, dp, rng, index
+) -> dict[str, torch.Tensor]:
+    indices = private._poisson_indices(name, private.ledger.planned(name).sample_rate, index)
+    totals = None
+    for chunk in chunks(indices, dp.max_physical_batch_size, dp.n_split):
+        images, labels = private._take(chunk.indices)
+        part = clipped_gradient_sum(network, per_example_loss, images, labels, dp.max_grad_norm, rng)
+        totals = part if totals is None else {key: totals[key] + part[key] for key in totals}
+    return totals
+
+
+def _flat_noise(name, private, trainable, std, index) -> dict[str, torch.Tensor]:
+    """One draw for all parameters, cut into their shapes."""
+    sizes = [p.numel() for p in trainable.values()]
+    flat = private._gradient_noise(name, (sum(sizes),), std, index)
+    parts = flat.split(sizes)
+    return {key: part.view_as(p) for (key, p), part in zip(trainable.items(), parts, strict=True)}

@@ -1,0 +1,196 @@
+"""The ledger: plans every query of the private data, solves for the noise, books each answer, reports the epsilon."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from opacus_ext.accounting import ADD_OR_REMOVE_ONE, Release, available_epsilons, calibrate, epsilon_of
+from opacus_ext.errors import BudgetExceeded, UnplannedRelease
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the whole plan may cost. epsilon = inf means non-private: every release then carries no noise."""
+
+    epsilon: float
+    delta: float
+
+    @property
+    def private(self) -> bool:
+        return math.isfinite(self.epsilon)
+
+
+def default_delta(num_train: int) -> float:
+    """1 / (N ln N), the choice of the published benchmark."""
+    return 1.0 / (num_train * math.log(num_train))
+
+
+class Ledger:
+    """One account per private set. Order of use: `adopt` a plan, `book` before every answer, `report`.
+
+    Guarantees: no answer leaves without a booking (mechanisms book first); what is booked never exceeds the plan;
+    the plan as a whole costs at most the budget under the chosen accountant and neighbouring relation.
+    """
+
+    def __init__(self, budget: Budget, accountant: str = "pld", relation: str = ADD_OR_REMOVE_ONE) -> None:
+        self.budget = budget
+        self.accountant = accountant
+        self.relation = relation
+        self._planned: dict[str, Release] = {}
+        self._executed: dict[str, int] = {}
+
+    def adopt(self, plan: list[Release]) -> None:
+        """Take over a plan, solving the one open noise multiplier so that all of it together meets the budget.
+
+        Raises BudgetExceeded, with the numbers, if the fixed releases alone cost more than the budget.
+        """
+        assert not self._planned, "a ledger adopts one plan"
+        names = [release.name for release in plan]
+        assert len(set(names)) == len(names), f"release names repeat: {names}"
+        open_releases = [
+            release for release in plan if release.noise_multiplier is None and release.num_steps
+        ]
+        assert len(open_releases) <= 1, f"more than one release leaves its noise open: {open_releases}"
+        self._planned = {
+            r.name: r for r in (self._solve(plan) if self.budget.private else _without_noise(plan))
+        }
+        self._executed = dict.fromkeys(names, 0)
+
+    def _solve(self, plan: list[Release]) -> list[Release]:
+        fixed = [release for release in plan if release.noise_multiplier is not None]
+        cost = self._cost(fixed)
+        if cost > self.budget.epsilon:
+            dearest = max(fixed, key=lambda release: self._cost([release]))
+            raise BudgetExceeded(
+                f"the releases with fixed noise cost epsilon {cost:.4g} of {self.budget.epsilon:g} at delta "
+                f"{self.budget.delta:.3g} (the dearest, '{dearest.name}', has noise_multiplier "
+                f"{dearest.noise_multiplier:g}); raise their noise_multiplier or --epsilon"
+            )
+
+        def with_noise(noise_multiplier: float) -> list[Release]:
+            return [
+                dataclasses.replace(r, noise_multiplier=noise_multiplier) if r.noise_multiplier is None else r
+                for r in plan
+            ]
+
+        if all(release.noise_multiplier is not None or not release.num_steps for release in plan):
+            return with_noise(0.0)  # nothing is left open but releases that take no step
+        return with_noise(
+            calibrate(with_noise, self.budget.epsilon, self.budget.delta, self.accountant, self.relation)
+        )
+
+    def _cost(self, releases: list[Release]) -> float:
+        return epsilon_of(releases, self.budget.delta, self.accountant, self.relation)
+
+    def planned(self, name: str) -> Release:
+        """The calibrated release; UnplannedRelease if the plan has none of that name."""
+        if name not in self._planned:
+            raise UnplannedRelease(
+                f"'{name}' is in no plan; planned: {', '.join(self._planned) or 'nothing'}"
+            )
+        return self._planned[name]
+
+    def executed(self, name: str) -> int:
+        """Steps of `name` booked so far."""
+        self.planned(name)
+        return self._executed[name]
+
+    def book(self, name: str, steps: int = 1) -> Release:
+        """Charge `steps` of `name` before the answer leaves; returns the calibrated release."""
+        release = self.planned(name)
+        if self._executed[name] + steps > release.num_steps:
+            raise BudgetExceeded(
+                f"'{name}' was planned for {release.num_steps} steps, {self._executed[name]} are taken and "
+                f"{steps} more were asked for"
+            )
+        self._executed[name] += steps
+        return release
+
+    def require_complete(self) -> None:
+        """Raise UnplannedRelease if a planned release has not been made in full."""
+        for name, release in self._planned.items():
+            if self._executed[name] != release.num_steps:
+                raise UnplannedRelease(
+                    f"'{name}' took {self._executed[name]} of {release.num_steps} planned steps"
+                )
+
+    @property
+    def complete(self) -> bool:
+        return all(self._executed[name] == release.num_steps for name, release in self._planned.items())
+
+    def releases(self) -> list[Release]:
+        """The calibrated plan, in order."""
+        return list(self._planned.values())
+
+    def spent(self) -> float:
+        """Epsilon of what has been booked, by the ledger's accountant; inf for non-private runs."""
+        return self._cost(self._booked())
+
+    def spent_by_accountant(self) -> dict[str, float | None]:
+        """Epsilon of what has been booked, by every accountant that can bound it."""
+        return available_epsilons(self._booked(), self.budget.delta, self.relation)
+
+    def _booked(self) -> list[Release]:
+        return [dataclasses.replace(r, num_steps=self._executed[name]) for name, r in self._planned.items()]
+
+    def report(self) -> dict:
+        """What privacy.json says of this account; plain containers."""
+        return {
+            "budget": {"epsilon": self.budget.epsilon, "delta": self.budget.delta},
+            "relation": self.relation,
+            "accountant": self.accountant,
+            "private": self.budget.private,
+            "releases": [
+                {
+                    "name": r.name,
+                    "mechanism": r.mechanism,
+                    "noise_multiplier": r.noise_multiplier,
+                    "sample_rate": r.sample_rate,
+                    "planned": r.num_steps,
+                    "executed": self._executed[r.name],
+                    "epsilon_alone": self._cost([r]),
+                }
+                for r in self._planned.values()
+            ],
+            "spent": self.spent(),
+            "spent_by_accountant": self.spent_by_accountant(),
+        }
+
+    def state_dict(self) -> dict:
+        return {
+            "plan": [dataclasses.asdict(release) for release in self._planned.values()],
+            "executed": dict(self._executed),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore the bookings of an interrupted run; its plan must be the one adopted here."""
+        saved = [Release(**release) for release in state["plan"]]
+        if not _same_plan(saved, self.releases()):
+            raise UserError(
+                f"--resume_exp: the interrupted run planned {_describe(saved)}, this command plans "
+                f"{_describe(self.releases())}; resume with the same configuration"
+            )
+        self._planned = {release.name: release for release in saved}
+        self._executed = dict(state["executed"])
+
+
+def _without_noise(plan: list[Release]) -> list[Release]:
+    return [dataclasses.replace(release, noise_multiplier=0.0) for release in plan]
+
+
+def _same_plan(one: list[Release], other: list[Release]) -> bool:
+    def fixed(release: Release) -> Release:
+        return dataclasses.replace(release, noise_multiplier=None)
+
+    # Calibration may move in the last digits with the library's version; the saved multiplier is the one in force.
+    return [fixed(r) for r in one] == [fixed(r) for r in other] and all(
+        math.isclose(a.noise_multiplier, b.noise_multiplier, rel_tol=1e-3)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _describe(plan: list[Release]) -> str:
+    return "; ".join(
+        f"'{r.name}' z={r.noise_multiplier:.4g} q={r.sample_rate:.4g} x{r.num_steps}" for r in plan
+    )

@@ -1,0 +1,146 @@
+"""PrivateData: holds the images and lends them to mechanisms. There is no loader, no index, no length."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from data.spec import DataSpec, Samples
+from opacus_ext.errors import UnplannedRelease
+from opacus_ext.ledger import Ledger
+from opacus_ext.mechanisms import clipped_sum, vote_rows
+from opacus_ext.noise import NoiseSource
+from utils.images import to_float
+
+# images (B, C, H, W) float32 in [-1, 1], labels (B,) int64 -> per-example values (B, ...)
+PerExample = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class PrivateData:
+    """The private records behind the ledger.
+
+    Every method that answers books first, bounds each record's influence itself, and adds noise before returning;
+    an exception on the way ends the run, it never yields a clean answer. Answers are sums: divide them by a public
+    constant, never by something counted here. `spec` is the public description, `num_train` included.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        spec: DataSpec,
+        ledger: Ledger,
+        noise: NoiseSource | None = None,
+        device: str | torch.device = "cpu",
+        batch_size: int = 1024,
+    ) -> None:
+        self.spec = spec
+        self.ledger = ledger
+        self.device = torch.device(device)
+        self._images: np.ndarray | torch.Tensor = samples.images
+        self._labels = torch.from_numpy(samples.labels)
+        self._noise = noise or NoiseSource()
+        self._batch_size = batch_size
+        self._revealed: list[str] = []
+
+    def noisy_sum(self, name: str, fn: PerExample, l2_bound: float, by_class: bool = False) -> torch.Tensor:
+        """Sum over all records of fn(image, label), clipped to `l2_bound` each, plus Gaussian noise.
+
+        Returns (D,) float32, D the size of one flattened value; with `by_class` (num_classes, D), one row per label
+        (a record touches one row, so the sensitivity is the same). Noise std is noise_multiplier * l2_bound on every
+        coordinate. The release must be planned with sample_rate 1.
+        """
+        release = self.ledger.book(name)
+        if release.sample_rate != 1.0:
+            raise UnplannedRelease(
+                f"'{name}' is planned with sample_rate {release.sample_rate}, but sums all records"
+            )
+        num_groups = self.spec.num_classes if by_class else 1
+        total = None
+        for images, labels in self._batches():
+            groups = labels if by_class else torch.zeros_like(labels)
+            part = clipped_sum(fn(images, labels), l2_bound, groups, num_groups)
+            total = part if total is None else total + part
+        std = release.noise_multiplier * l2_bound
+        step = self.ledger.executed(name) - 1
+        noise = self._noise.gaussian(tuple(total.shape), std, name, step, self.device)
+        answer = total.float() + noise
+        return answer if by_class else answer[0]
+
+    def noisy_histogram(
+        self, name: str, fn: PerExample, num_bins: int, votes_per_example: int, by_class: bool = False
+    ) -> torch.Tensor:
+        """Votes of all records, (num_bins,) or (num_classes, num_bins), plus Gaussian noise.
+
+        fn(images, labels) -> (B, votes_per_example) int64 bin indices. A record's k votes for different bins move the
+        histogram by sqrt(k) in L2; repeated votes are scaled down to the same bound.
+        """
+
+        def votes(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            cast = fn(images, labels)
+            assert cast.shape[1] == votes_per_example, (cast.shape, votes_per_example)
+            return vote_rows(cast, num_bins)
+
+        return self.noisy_sum(name, votes, l2_bound=votes_per_example**0.5, by_class=by_class)
+
+    def report_noisy_max(self, name: str, fn: PerExample, num_candidates: int) -> int:
+        """Index of the candidate with most votes after Laplace noise (Dwork & Roth 2014, section 3.3).
+
+        fn(images, labels) -> (B, num_candidates) of 0/1: what the record says of each candidate; clamped to [0, 1].
+        """
+        release = self.ledger.book(name)
+        assert release.mechanism == "report_noisy_max", release
+        totals = torch.zeros(num_candidates, dtype=torch.float64)
+        for images, labels in self._batches():
+            votes = fn(images, labels).double()
+            assert votes.shape == (len(labels), num_candidates), votes.shape
+            totals += torch.nan_to_num(votes, nan=0.0).clamp(0.0, 1.0).sum(0).cpu()
+        step = self.ledger.executed(name) - 1
+        noise = self._noise.laplace((num_candidates,), release.noise_multiplier, name, step)
+        return int(torch.argmax(totals + noise))
+
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "PrivateData":
+        """The same records with every image replaced by fn(image), e.g. its latent; same ledger, same noise.
+
+        fn sees batches (B, C, H, W) float32 and must treat each image by itself, as every fn of this class.
+        """
+        mapped = object.__new__(PrivateData)
+        mapped.__dict__.update(self.__dict__)
+        mapped._images = torch.cat([fn(images).cpu() for images, _ in self._batches()])
+        return mapped
+
+    def reveal(self, reason: str) -> Samples:
+        """The raw records, for evaluation only, once every planned release has been made; listed in the report."""
+        if not self.ledger.complete:
+            raise UnplannedRelease(f"reveal('{reason}') before training has finished")
+        self._revealed.append(reason)
+        return Samples(self._images, self._labels.numpy())
+
+    def report(self) -> dict:
+        """The ledger's report plus what concerns this set: assumptions, seeding of the noise, reveals."""
+        return {
+            **self.ledger.report(),
+            "assumptions": [
+                f"the number of records, {self.spec.num_train}, is public",
+                f"the image size and the {self.spec.num_classes} classes are public",
+                "hyperparameters were not chosen on these records",
+            ],
+            "noise_seeded": self._noise.seeded,
+            "revealed": list(self._revealed),
+        }
+
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for start in range(0, max(1, len(self._labels)), self._batch_size):
+            yield self._take(slice(start, start + self._batch_size))
+
+    def _take(self, which: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = self._labels[which].to(self.device)
+        if isinstance(self._images, torch.Tensor):
+            return self._images[which].to(self.device), labels
+        rows = self._images[which if isinstance(which, slice) else which.numpy()]
+        return to_float(rows, self.device), labels
+
+    def _poisson_indices(self, name: str, rate: float, step: int) -> torch.Tensor:
+        return self._noise.inclusion_mask(len(self._labels), rate, name, step).nonzero()[:, 0]
+
+    def _gradient_noise(self, name: str, shape: tuple[int, ...], std: float, step: int) -> torch.Tensor:
+        return self._noise.gaussian(shape, std, name, step, self.device)
