@@ -1,0 +1,193 @@
+"""The one format of prepared data on disk: uint8 images and int64 labels as .npy files, and a meta.json that names them.
+
+    <folder>/meta.json  train_images.npy (N, C, H, W)  train_labels.npy (N,)  [test_images.npy  test_labels.npy]
+
+A folder is written beside its place and renamed, so a folder that exists is complete.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.spec import Samples
+from utils.errors import UserError
+
+MEMORY_MAP_ABOVE = (
+    2 * 1024**3
+)  # bytes of one file; such files are mapped, not read, and their digest is not re-checked
+META_NAME = "meta.json"
+
+
+@dataclass(frozen=True)
+class PreparedMeta:
+    """What meta.json says; `sha256` maps each file name to the digest of its bytes."""
+
+    name: str
+    resolution: int
+    channels: int
+    class_names: tuple[str, ...]
+    num_train: int
+    num_test: int  # 0: a set without a test part (public data)
+    source: str
+    sha256: dict[str, str]
+
+    @property
+    def content_hash(self) -> str:
+        """A digest that changes with any byte of the images or labels."""
+        return hashlib.sha256(json.dumps(self.sha256, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    meta: PreparedMeta
+    train: Samples
+    test: Samples | None
+
+
+def is_prepared(folder: Path) -> bool:
+    return (folder / META_NAME).is_file()
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+class PreparedWriter:
+    """Fills the arrays of a new prepared folder; `finish` computes the digests and writes meta.json."""
+
+    def __init__(self, folder: Path, image_shape: tuple[int, int, int]) -> None:
+        self.folder = folder
+        self.image_shape = image_shape
+        self._counts = {"train": 0, "test": 0}
+
+    def new_part(self, part: str, labels: np.ndarray) -> np.ndarray:
+        """Write the labels of `part` and return its (N, C, H, W) uint8 images, mapped and ready to be filled."""
+        shape = (len(labels), *self.image_shape)
+        require_free_space(self.folder, int(np.prod(shape)))
+        np.save(self.folder / f"{part}_labels.npy", labels.astype(np.int64))
+        self._counts[part] = len(labels)
+        path = self.folder / f"{part}_images.npy"
+        return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+
+    def finish(self, name: str, class_names: tuple[str, ...], source: str) -> PreparedMeta:
+        channels, resolution, _ = self.image_shape
+        digests = {path.name: sha256_of(path) for path in sorted(self.folder.glob("*.npy"))}
+        meta = PreparedMeta(
+            name,
+            resolution,
+            channels,
+            tuple(class_names),
+            self._counts["train"],
+            self._counts["test"],
+            source,
+            digests,
+        )
+        text = json.dumps(asdict(meta), indent=2, ensure_ascii=False)
+        (self.folder / META_NAME).write_text(text + "\n", encoding="utf-8")
+        return meta
+
+
+@contextlib.contextmanager
+def new_prepared(folder: Path, image_shape: tuple[int, int, int]) -> Iterator[PreparedWriter]:
+    """A writer whose folder takes the place `folder` when the block ends well, and vanishes when it does not.
+
+    An existing prepared folder is replaced; anything else at that place is an error.
+    """
+    if folder.exists() and not is_prepared(folder):
+        raise UserError(
+            f"{folder} exists and is not prepared data; move it away or choose another --data_root"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        fresh = Path(scratch) / "new"
+        fresh.mkdir()
+        yield PreparedWriter(fresh, image_shape)
+        if folder.exists():
+            os.rename(folder, Path(scratch) / "old")
+        os.rename(fresh, folder)
+
+
+def require_free_space(folder: Path, num_bytes: int) -> None:
+    """Raise UserError before a mapped file outgrows the disk: writing to it later would kill the process."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes + (16 << 20):
+        needed, left = num_bytes / 1e9, free / 1e9
+        raise UserError(
+            f"disk full: {folder.parent} needs {needed:.2f} GB and has {left:.2f} GB; free space or move --data_root"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def read_meta(folder: Path) -> PreparedMeta:
+    """meta.json of a prepared folder, checked for its keys and their types. Reads no image."""
+    path = folder / META_NAME
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        meta = PreparedMeta(**{**fields, "class_names": tuple(fields["class_names"])})
+        valid = meta.resolution > 0 and meta.channels in (1, 3) and meta.num_train > 0 <= meta.num_test
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: not the meta.json of prepared data ({error}); run scripts/prepare_data.py again"
+        ) from error
+    if not valid:
+        raise UserError(
+            f"{path}: resolution, channels or counts are out of range; run scripts/prepare_data.py again"
+        )
+    return meta
+
+
+def read_prepared(folder: Path) -> Prepared:
+    """Both parts of a prepared folder. Arrays above 2 GB are memory-mapped, read-only.
+
+    A file that is missing, truncated, of another type or shape than meta.json says, or whose bytes changed, and
+    labels out of range, raise UserError with the file's name.
+    """
+    meta = read_meta(folder)
+    train = _read_part(folder, meta, "train", meta.num_train)
+    test = _read_part(folder, meta, "test", meta.num_test) if meta.num_test else None
+    return Prepared(meta, train, test)
+
+
+def _read_part(folder: Path, meta: PreparedMeta, part: str, count: int) -> Samples:
+    shape = (count, meta.channels, meta.resolution, meta.resolution)
+    images = _read_array(folder / f"{part}_images.npy", np.uint8, shape, meta)
+    path = folder / f"{part}_labels.npy"
+    labels = _read_array(path, np.int64, (count,), meta)
+    low, high, last = labels.min(), labels.max(), len(meta.class_names) - 1
+    if low < 0 or high > last:
+        raise UserError(f"{path}: labels run from {low} to {high}; allowed are 0 to {last}")
+    return Samples(images, labels)
+
+
+def _read_array(path: Path, dtype: type, shape: tuple[int, ...], meta: PreparedMeta) -> np.ndarray:
+    advice = "run scripts/prepare_data.py again"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; {advice}")
+    mapped = path.stat().st_size > MEMORY_MAP_ABOVE
+    try:
+        array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: corrupt or truncated ({error}); {advice}") from error
+    if array.dtype != dtype or array.shape != shape:
+        found, wanted = f"{array.dtype} {array.shape}", f"{np.dtype(dtype)} {shape}"
+        raise UserError(f"{path}: holds {found}; meta.json says {wanted}; {advice}")
+    if not mapped and sha256_of(path) != meta.sha256.get(path.name):
+        raise UserError(f"{path}: its bytes are not those that were written (sha256 differs); {advice}")
+    return array
