@@ -1,0 +1,731 @@
+"""The command line and the layers of the configuration, on the shipped YAML files and on toy methods."""
+
+import functools
+import itertools
+import math
+import random
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from utils.config import EVERY_METHOD, Config, format_config, load_config, parser
+from utils.config_files import CONFIG_FOLDER, ConfigFiles, flatten
+from utils.errors import UserError
+from utils.presets import load_presets, nearest_tier
+from utils.registry import Registry
+from utils.sections import GenConfig, PublicDataConfig
+
+REPOSITORY = CONFIG_FOLDER.parent
+SHIPPED = ConfigFiles([CONFIG_FOLDER])
+DATASETS = SHIPPED.names("data")
+OWN_IMAGES = {"custom": ["sensitive_data.n_classes=3"]}
+
+if (REPOSITORY / "models" / "__init__.py").exists():
+    from models import METHODS
+else:
+    METHODS = Registry("method", {})
+SHIPPED_METHODS = sorted(METHODS)
+
+# The command lines that users of the published benchmark know; the text between <> stands for what a user has.
+PUBLISHED_COMMANDS = """
+run.py --method PrivImage --data_name cifar10_32 --epsilon 10
+run.py setup.n_gpus_per_node=4 --method PDP-Diffusion --data_name mnist_28 --epsilon 10.0 eval.mode=val
+run.py setup.n_gpus_per_node=4 --method PDP-Diffusion --data_name mnist_28 --epsilon 10.0 eval.mode=sen
+run.py setup.n_gpus_per_node=4 --method PDP-Diffusion --data_name celeba_male_64 --epsilon 10.0 eval.mode=val
+eval.py --method PDP-Diffusion --data_name mnist_28 --epsilon 10.0 --exp_path exp/pdp-diffusion/<run>
+eval.py --method PDP-Diffusion --data_name mnist_28 --epsilon 10.0 -ed no-dp-mnist_28
+run.py sensitive_data.name=null eval.mode=sen setup.n_gpus_per_node=3 public_data.name=imagenet pretrain.cond=true \
+  --method PDP-Diffusion --data_name cifar10_32 --epsilon 10.0 --exp_description pretrain_imagenet32
+run.py setup.n_gpus_per_node=4 --method DPDM --data_name mnist_28 --epsilon 10.0 eval.mode=val public_data.name=null \
+  model.network.ch_mult=[1,2,2,4] model.network.attn_resolutions=[16,8,4] model.network.nf=128 \
+  train.dp.n_split=512 --exp_description 80M
+run.py setup.n_gpus_per_node=1 --method DP-LDM --data_name mnist_28 --epsilon 10.0 eval.mode=val \
+  public_data.name=imagenet model.network.ch_mult=[1,1,2,4] model.network.attn_resolutions=[16,8,4] \
+  model.network.nf=128 train.dp.n_split=16 --exp_description 80M
+run.py setup.n_gpus_per_node=4 --method DPGAN --data_name mnist_28 --epsilon 10.0 eval.mode=val \
+  public_data.name=null model.Generator.g_conv_dim=120 --exp_description 14M
+run.py setup.n_gpus_per_node=4 --method DPGAN --data_name mnist_28 --epsilon 10.0 eval.mode=val \
+  public_data.name=imagenet pretrain.cond=true --exp_description pretrain_imagenet_conditional
+run.py setup.n_gpus_per_node=4 --method DPGAN --data_name mnist_28 --epsilon 10.0 eval.mode=val \
+  public_data.name=places365 public_data.n_classes=365 public_data.train_path=dataset/places365 pretrain.cond=true \
+  --exp_description pretrain_places365_conditional
+run.py setup.n_gpus_per_node=4 --method DPGAN --data_name mnist_28 --epsilon 10.0 eval.mode=val \
+  public_data.name=places365 public_data.n_classes=365 public_data.train_path=dataset/places365 pretrain.cond=False \
+  --exp_description pretrain_places365_unconditional
+run.py setup.n_gpus_per_node=4 --method DPDM --data_name cifar10_32 --epsilon 10.0 eval.mode=val \
+  public_data.name=imagenet public_data.selective.ratio=0.05 pretrain.cond=true \
+  --exp_description pretrain_imagenet_5perc
+run.py setup.n_gpus_per_node=3 public_data.name=null eval.mode=val \
+  model.ckpt=./exp/pdp-diffusion/<run>/pretrain/checkpoints/snapshot_checkpoint.pth --method PDP-Diffusion \
+  --data_name fmnist_28 --epsilon 10.0 --exp_description from_pretrained
+run.py setup.n_gpus_per_node=3 public_data.name=imagenet eval.mode=val \
+  model.ckpt=./exp/pdp-diffusion/<run>/pretrain/checkpoints/snapshot_checkpoint.pth --method PDP-Diffusion \
+  --data_name fmnist_28 --epsilon 10.0 --exp_description continue_pretraining
+run.py setup.n_gpus_per_node=1 --method DP-MERF --data_name mnist_28 --epsilon 10.0 eval.mode=val \
+  public_data.name=central_mean public_data.central.sample_num=50 pretrain.cond=true \
+  --exp_description pretrain_central
+run.py --method PE-SD --data_name cifar10_32 --epsilon 10.0 eval.mode=val \
+  model.api_params.ckpt=./exp/pdp-diffusion/<run>/pretrain/checkpoints/snapshot_checkpoint.pth \
+  --exp_description model_from_pdp
+run.py setup.n_gpus_per_node=4 train.accountant=prv --method DPDM --data_name fmnist_28 -e 10.0
+run.py setup.n_gpus_per_node=4 model.ckpt=./exp/pdp-diffusion/<run>/train/checkpoints/final_checkpoint.pth \
+  pretrain.n_epochs=0 train.n_epochs=0 --method PDP-Diffusion --data_name fmnist_28 -e 10.0 --resume_exp <run>
+run.py setup.n_gpus_per_node=4 --method Noise --epsilon 10.0 --data_name my-dataset sensitive_data.n_classes=7
+"""
+PUBLISHED = PUBLISHED_COMMANDS.replace("\\\n", "").strip().splitlines()
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    ch_mult: list[int]
+    channels: int
+
+
+@dataclass(frozen=True)
+class WarmUpConfig:
+    rate: float
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    network: NetworkConfig
+    ckpt: str | None
+    warm_up: WarmUpConfig | None
+    attention: bool
+    s_max: float
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    n_epochs: int
+    lr: float
+    tags: list[str]
+    extra: int = 7
+
+
+class Toy:
+    @dataclass(frozen=True)
+    class Config:
+        model: ModelConfig
+        train: TrainConfig
+        gen: GenConfig
+        public_data: PublicDataConfig
+
+
+class Plain:
+    @dataclass(frozen=True)
+    class Config:
+        gen: GenConfig
+
+
+TOY_YAML = """
+# @package _global_
+public_data: {name: imagenet, selective: {ratio: 0.1}}
+model:
+  network: {ch_mult: [2, 4], channels: "${sensitive_data.num_channels}"}
+  ckpt: null
+  warm_up: null
+  attention: true
+  s_max: .inf
+train: {n_epochs: 10, lr: 1e-3, tags: [a]}
+gen: {data_num: 600, batch_size: 100}
+"""
+TOY_PRESETS = """
+paper:
+  - when: {data: [mnist_28, digits_8], epsilon: 1}
+    set: {train.n_epochs: 20, "model.network.ch_mult": [2, 2]}
+  - when: {epsilon: 10}
+    set: {train.lr: 2e-3}
+  - when: {data: [cifar10_32]}
+    set: {public_data.name: places365}
+quick:
+  - set: {train.n_epochs: 3}
+"""
+PLAIN_YAML = "gen: {data_num: 60, batch_size: 10}\n"
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def toy_folder(tmp_path) -> Path:
+    folder = tmp_path / "toy's folder, with = and spaces"
+    write(folder / "method" / "Toy.yaml", TOY_YAML)
+    write(folder / "presets" / "Toy.yaml", TOY_PRESETS)
+    write(folder / "method" / "Plain.yaml", PLAIN_YAML)
+    return folder
+
+
+@pytest.fixture
+def load(toy_folder, tmp_path, monkeypatch):
+    """load(text) composes a command line for the toy methods; paths in it are relative to an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DPIB_DATA_ROOT", raising=False)
+    monkeypatch.delenv("DPIB_WEIGHTS_ROOT", raising=False)
+    methods = Registry("method", {"Toy": Toy, "Plain": Plain})
+
+    def run(text: str, program: str = "run") -> Config:
+        arguments = shlex.split(text)
+        if not {"--method", "-m"} & set(arguments):
+            arguments += ["--method", "Toy"]
+        return load_config([*arguments, "--config_dir", str(toy_folder)], methods, program)
+
+    return run
+
+
+# --- the shipped files ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def load_cell(method: str, data: str, epsilon: int, preset: str) -> Config:
+    arguments = ["-m", method, "-dn", data, "-e", str(epsilon), f"preset={preset}", *OWN_IMAGES.get(data, [])]
+    return load_config(arguments, METHODS)
+
+
+@pytest.mark.parametrize("method", SHIPPED_METHODS)
+@pytest.mark.parametrize("epsilon", [1, 10])
+def test_every_cell_composes_and_types(method, epsilon):
+    for data, preset in itertools.product(DATASETS, ("paper", "quick")):
+        config = load_cell(method, data, epsilon, preset)
+        assert config.sensitive_data.name == data and config.privacy.epsilon == epsilon
+        assert (config.method, config.preset, config.borrowed) == (method, preset, False)
+        assert set(config.provenance) == set(flatten(config.snapshot))
+
+
+def test_every_method_file_belongs_to_a_method():
+    if not SHIPPED_METHODS:
+        pytest.skip("the table of methods does not exist yet")
+    for group in ("method", "presets"):
+        assert set(SHIPPED.names(group)) <= set(SHIPPED_METHODS), group
+    assert set(SHIPPED_METHODS) <= set(SHIPPED.names("method"))
+
+
+def shipped_tables() -> list[str]:
+    return [EVERY_METHOD, *(name for name in SHIPPED.names("presets") if name in SHIPPED_METHODS)]
+
+
+def values_before_presets(method: str, data: str, preset: str) -> dict[str, object]:
+    from omegaconf import OmegaConf
+
+    names = {"data": data, "public_data": "none", "eval": preset, "setup": "cpu", "method": method}
+    composed = SHIPPED.compose({group: SHIPPED.require(group, name) for group, name in names.items()})
+    return flatten(OmegaConf.to_container(composed, resolve=True))
+
+
+@pytest.mark.parametrize("table", shipped_tables())
+@pytest.mark.parametrize("preset", ["paper", "quick"])
+def test_every_preset_rule_matches_a_cell_and_changes_a_value(table, preset):
+    method = "Noise" if table == EVERY_METHOD else table
+    rules = load_presets(SHIPPED.require("presets", table)).chosen(preset)
+    unused = {rule.layer for rule in rules}
+    for data in DATASETS:
+        base = values_before_presets(method, data, preset)
+        for tier in (1, 10):
+            values = dict(base)
+            for rule in rules:
+                if rule.matches(data, tier):
+                    changes = {key for key, value in rule.values.items() if values.get(key) != value}
+                    unused -= {rule.layer} if changes else set()
+                    values.update(rule.values)
+    assert not unused
+
+
+@pytest.mark.parametrize("table", shipped_tables())
+def test_preset_rules_name_known_datasets(table):
+    content = load_presets(SHIPPED.require("presets", table))
+    named = {data for rule in content.chosen("quick") for data in rule.data or []} | set(
+        content.quick_by_default
+    )
+    assert named <= set(DATASETS)
+
+
+@pytest.mark.parametrize("command", PUBLISHED)
+def test_published_commands_compose(command):
+    program, *arguments = shlex.split(command)
+    method = arguments[arguments.index("--method") + 1]
+    if method not in METHODS:
+        pytest.skip(f"{method} is not in the table of methods")
+    config = load_config(arguments, METHODS, program.removesuffix(".py"))
+    values = flatten(config.snapshot)
+    aliases = {"train.accountant": "privacy.accountant"}
+    settings = [word.partition("=") for word in arguments if "=" in word]
+    assert all(config.provenance[aliases.get(key, key)] == "command line" for key, _, _ in settings)
+    for key, _, text in settings:
+        written = str(values[aliases.get(key, key)]).replace(" ", "").replace("None", "null")
+        assert written.casefold() == text.casefold(), key
+
+
+def test_shipped_groups_have_the_same_keys():
+    from utils.config_files import read_yaml
+
+    for group in ("data", "public_data", "eval", "setup"):
+        keys = {name: set(flatten(read_yaml(SHIPPED.require(group, name)))) for name in SHIPPED.names(group)}
+        assert len(set(map(frozenset, keys.values()))) == 1, group
+
+
+# --- layers --------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_of_the_toy(load):
+    config = load("")
+    assert (config.method, config.data_name, config.epsilon, config.seed) == ("Toy", "digits_8", 10.0, 0)
+    assert (config.preset, config.preset_tier, config.borrowed) == ("quick", 10, False)
+    assert config.method_config.model.network == NetworkConfig([2, 4], 1)
+    assert config.method_config.model.s_max == math.inf
+    assert config.method_config.gen is config.gen and config.method_config.public_data is config.public_data
+    assert config.privacy.delta is None and config.privacy.epsilon == 10.0
+    assert config.eval.extractor == "random_conv" and config.eval.classifiers == ["small_cnn"]
+    assert (config.resume, config.exp_path, config.dry_run, config.print_config) == (None, None, False, False)
+
+
+def test_later_layers_win(load):
+    base = "-dn mnist_28 preset=paper"
+    assert load(f"{base} -e 10").method_config.train.n_epochs == 10
+    assert load(f"{base} -e 1").method_config.train.n_epochs == 20
+    assert load("-dn mnist_28 -e 1 preset=quick").method_config.train.n_epochs == 3
+    assert load("-dn mnist_28 -e 1 preset=quick train.n_epochs=5").method_config.train.n_epochs == 5
+    assert load(f"{base} -e 1").method_config.model.network.ch_mult == [2, 2]
+    assert load("-dn mnist_28 -e 1 preset=quick").method_config.model.network.ch_mult == [2, 2]
+
+
+def test_interpolation_follows_the_data_and_the_command_line(load):
+    assert load("-dn mnist_28").method_config.model.network.channels == 1
+    assert load("-dn cifar10_32").method_config.model.network.channels == 3
+    assert load("-dn cifar10_32 sensitive_data.num_channels=1").method_config.model.network.channels == 1
+    assert load("gen.batch_size='${train.n_epochs}'").gen.batch_size == 3
+
+
+def test_provenance_names_the_layer_of_every_value(load):
+    provenance = load("-dn mnist_28 -e 1 preset=quick eval.mode=val").provenance
+    assert provenance["sensitive_data.resolution"] == "base configs/data/mnist_28.yaml"
+    assert provenance["eval.recipe"] == "base configs/eval/quick.yaml"
+    assert provenance["privacy.relation"] == "base configs/config.yaml"
+    assert provenance["public_data.n_classes"] == "base configs/public_data/imagenet.yaml"
+    assert provenance["public_data.name"].endswith("/method/Toy.yaml")
+    assert provenance["model.network.channels"].startswith("derived ${sensitive_data.num_channels} ")
+    assert provenance["model.network.ch_mult"] == "preset Toy paper rule 1"
+    assert provenance["train.n_epochs"] == "preset Toy quick rule 1"
+    assert provenance["train.extra"] == "base, included file or class default"
+    for key in ("eval.mode", "preset", "privacy.epsilon", "data_name"):
+        assert provenance[key] == "command line"
+    assert load("").provenance["privacy.epsilon"] == "default of --epsilon"
+
+
+def test_print_config_shows_every_value_once(load):
+    config = load("train.tags=[x,y]")
+    lines = [line for line in format_config(config).splitlines() if line]
+    assert [line.split()[0] for line in lines] == sorted(
+        flatten(config.snapshot), key=lambda key: ("." in key, key)
+    )
+    tags = next(line for line in lines if line.startswith("train.tags"))
+    assert "['x', 'y']" in tags and tags.endswith("command line")
+    assert len({line.rindex("base configs") for line in lines if line.startswith("setup.")}) == 1
+
+
+def test_snapshot_is_plain_and_complete(load):
+    from omegaconf import OmegaConf
+
+    config = load("-e inf -dn MNIST_28")
+    assert OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(config.snapshot))) == config.snapshot
+    assert config.snapshot["data_name"] == "mnist_28" and config.snapshot["privacy"]["epsilon"] == math.inf
+    assert config.snapshot["model"]["network"] == {"ch_mult": [2, 4], "channels": 1}
+
+
+def test_loading_prints_nothing_and_writes_nothing(load, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    load("--dry_run --print_config")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert capsys.readouterr() == ("", "")
+
+
+# --- presets -------------------------------------------------------------------------------------------------------
+
+
+def test_nearest_tier_is_by_ratio():
+    assert [nearest_tier(e) for e in (0.1, 1, 3.1, 3.2, 8, 10, 100, math.inf)] == [
+        1,
+        1,
+        1,
+        10,
+        10,
+        10,
+        10,
+        10,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "tier", "borrowed"), [("1.0", 1, False), ("3", 1, True), ("inf", 10, True)]
+)
+def test_other_budgets_borrow_a_tier_and_say_so(load, epsilon, tier, borrowed):
+    config = load(f"-e {epsilon} -dn mnist_28")
+    assert (config.preset_tier, config.borrowed) == (tier, borrowed)
+    assert config.method_config.train.n_epochs == {1: 20, 10: 10}[tier]
+    assert config.notes == (
+        (f"epsilon {epsilon}: there is no tuned setting, that of epsilon {tier} is used",) if borrowed else ()
+    )
+
+
+def test_without_a_preset_table_nothing_is_borrowed(load):
+    config = load("-m Plain -e 3 -dn mnist_28")
+    assert (config.preset_tier, config.borrowed, config.notes) == (None, False, ())
+    assert config.method_config == Plain.Config(GenConfig(60, 10)) and config.public_data.name is None
+
+
+def test_quick_is_the_default_of_the_embedded_digits_only(load):
+    assert load("").preset == "quick" and load("-dn mnist_28").preset == "paper"
+    assert load("preset=paper").eval.recipe == "paper"
+    assert "quick" in load("").notes[0]
+
+
+def test_file_choices(load):
+    assert load("eval=none").eval.metrics == []
+    assert load("setup=multi_gpu setup.n_gpus_per_node=2").setup.n_gpus_per_node == 2
+    assert load("setup=gpu").setup.device == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            "{when: {epsilon: 5}, set: {train.lr: 1}}",
+            r"epsilon: 5 is not allowed; it must be one of the tiers",
+        ),
+        (
+            "{when: {dataset: [x]}, set: {train.lr: 1}}",
+            r"unknown condition .* 'dataset'; did you mean 'data'",
+        ),
+        (
+            "{when: {data: mnist_28}, set: {train.lr: 1}}",
+            r"data: 'mnist_28' is not allowed; it must be a list",
+        ),
+        (
+            "{set: {train.lrr: 1}}",
+            r"unknown key 'train.lrr' in preset Toy paper rule 1; did you mean 'train.lr'",
+        ),
+        ("{when: {epsilon: 1}}", r"preset Toy paper rule 1: .* is not a rule"),
+    ],
+)
+def test_a_wrong_rule_is_named(load, toy_folder, rule, message):
+    write(toy_folder / "presets" / "Toy.yaml", f"paper:\n  - {rule}\n")
+    with pytest.raises(UserError, match=message):
+        load("")
+
+
+# --- data and public data ------------------------------------------------------------------------------------------
+
+
+def test_names_match_without_regard_to_case(load):
+    config = load("-m tOY -dn CIFAR10_32 public_data.name=ImageNet")
+    assert (config.method, config.data_name, config.public_data.name) == ("Toy", "cifar10_32", "imagenet")
+    assert config.sensitive_data.name == "cifar10_32"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "n_classes"),
+    [
+        ("", "imagenet", 1000),  # method file
+        ("-dn cifar10_32", "places365", 365),  # preset
+        ("-dn cifar10_32 public_data.name=emnist", "emnist", 26),  # command line
+        ("-dn cifar10_32 public_data.name=null", None, None),
+        ("public_data=places365", "places365", 365),
+    ],
+)
+def test_the_latest_layer_chooses_the_public_set(load, arguments, name, n_classes):
+    config = load(arguments)
+    assert (config.public_data.name, config.public_data.n_classes) == (name, n_classes)
+    assert config.public_data.selective.ratio == 0.1
+
+
+def test_a_folder_can_be_the_public_set(load):
+    config = load("public_data.name=kittens public_data.train_path='my kittens'")
+    assert (config.public_data.name, config.public_data.train_path) == ("kittens", "my kittens")
+
+
+def test_own_dataset_by_its_description(load):
+    config = load("-dn my-cats sensitive_data.n_classes=4")
+    assert config.data_name == config.sensitive_data.name == "my-cats"
+    assert config.sensitive_data.n_classes == 4
+
+
+def test_own_dataset_by_its_prepared_folder(load, tmp_path, monkeypatch):
+    (tmp_path / "dataset" / "cats").mkdir(parents=True)
+    assert load("-dn cats").sensitive_data.name == "cats"
+    with pytest.raises(UserError, match="unknown dataset 'cats'"):
+        load("-dn cats --data_root elsewhere")
+    monkeypatch.setenv("DPIB_DATA_ROOT", str(tmp_path / "dataset"))
+    assert load("-dn cats").data_root == tmp_path / "dataset"
+
+
+def test_no_private_stage(load):
+    config = load("-dn mnist_28 sensitive_data.name=null")
+    assert config.sensitive_data.name is None and config.sensitive_data.resolution == 28
+    assert config.data_name == "mnist_28"
+
+
+# --- the command line ----------------------------------------------------------------------------------------------
+
+ODD = {
+    "model.ckpt=./exp/pdp/<run>/x=1/a b, c/snapshot.pth": "./exp/pdp/<run>/x=1/a b, c/snapshot.pth",
+    "model.ckpt=.../it's #1: [final].pth": ".../it's #1: [final].pth",
+    "model.ckpt='quoted'": "quoted",
+    "model.ckpt=0010": "0010",
+    "model.ckpt=$HOME/*?!&{a}.pth": "$HOME/*?!&{a}.pth",
+    "model.ckpt=C:\\data\\x.pth": "C:\\data\\x.pth",
+    "model.ckpt=null": None,
+    "model.ckpt=": "",
+}
+
+
+@pytest.mark.parametrize("word", ODD)
+def test_values_with_odd_characters(load, word):
+    assert load(shlex.quote(word)).method_config.model.ckpt == ODD[word]
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("train.lr=1e-3", 0.001),
+        ("train.lr=1", 1.0),
+        ("train.n_epochs=3.0", 3),
+        ("train.n_epochs=1e2", 100),
+        ("train.tags=[x, 'y z']", ["x", "y z"]),
+        ("train.tags=[]", []),
+        ("model.network.ch_mult=[1,2,2,4]", [1, 2, 2, 4]),
+        ("model.attention=False", False),
+        ("model.s_max=inf", math.inf),
+        ("model.warm_up.rate=0.5", 0.5),
+        ("model.warm_up=null", None),
+        ("privacy.delta=1e-5", 1e-5),
+        ("setup.omp_n_threads=null", None),
+    ],
+)
+def test_values_are_read_by_type(load, word, value):
+    found = flatten(load(shlex.quote(word)).snapshot)[word.partition("=")[0]]
+    assert found == value and type(found) is type(value)
+
+
+def test_order_does_not_matter(load):
+    words = [
+        "-m Toy",
+        "-dn mnist_28",
+        "--epsilon 1",
+        "train.n_epochs=4",
+        "eval.mode=val",
+        "preset=quick",
+        "--dry_run",
+    ]
+    reference = load(" ".join(words))
+    for seed in range(3):
+        random.Random(seed).shuffle(words)
+        assert load(" ".join(words)) == reference
+
+
+def test_flags(load, tmp_path, monkeypatch):
+    config = load("-e 1.0 -ed 80M -re run-1 --data_root d --exp_root e --weights_root w --print_config")
+    assert (config.description, config.resume, config.print_config, config.dry_run) == (
+        "80M",
+        "run-1",
+        True,
+        False,
+    )
+    assert (config.data_root, config.exp_root, config.weights_root) == (Path("d"), Path("e"), Path("w"))
+    assert load("").weights_root == Path.home() / ".cache" / "dp-image-bench"
+    monkeypatch.setenv("DPIB_WEIGHTS_ROOT", "/weights")
+    assert load("").weights_root == Path("/weights")
+    assert load("-ep exp/toy/<run>".replace("<", "'<").replace(">", ">'"), "eval").exp_path == Path(
+        "exp/toy/<run>"
+    )
+
+
+def test_epsilon_inf_is_non_private(load):
+    assert load("--epsilon inf").privacy.epsilon == math.inf
+
+
+def test_aliases(load):
+    config = load("train.accountant=prv train.dp.delta=1e-6")
+    assert (config.privacy.accountant, config.privacy.delta) == ("prv", 1e-6)
+    assert config.provenance["privacy.accountant"] == "command line"
+
+
+ERRORS = {
+    "--dataset_name mnist_28": "unknown flag '--dataset_name'; did you mean '--data_name'?",
+    "--data_nam mnist_28": "unknown flag '--data_nam'; did you mean '--data_name'?",
+    "-e10": "unknown flag '-e10'; did you mean '-e'?",
+    "--exp_path x": "unknown flag '--exp_path'; did you mean '--exp_root'?",
+    "--epsilon": "argument --epsilon/-e: expected one argument",
+    "-e 1 --epsilon 10": "--epsilon is given twice",
+    "mnist_28": "cannot read 'mnist_28': expected key=value or a flag",
+    "=3": "cannot read '=3': expected key=value",
+    "train.n_epoch=3": "unknown key 'train.n_epoch'; did you mean 'train.n_epochs'?",
+    "model.networks.ch_multi=[1]": "unknown key 'model.networks.ch_multi'; did you mean 'model.network.ch_mult'?",
+    "network.ch_mult=[1]": "unknown key 'network.ch_mult'; did you mean 'model.network.ch_mult'?",
+    "delta=1e-5": "unknown key 'delta'; did you mean 'privacy.delta'?",
+    "train.zzz=3": "unknown key 'train.zzz'; known: train.extra, train.lr, train.n_epochs, train.tags",
+    "zzz.y=3": "unknown key 'zzz.y'; known: eval, gen, model,",
+    "model.network=3": "model.network=3: this is a section, set one of its keys",
+    "train.lr=1 train.lr=2": "train.lr is given twice: 1 and 2",
+    "train.accountant=prv privacy.accountant=rdp": "privacy.accountant is given twice",
+    "train.n_epochs=ten": "train.n_epochs: 'ten' is not allowed; it must be int",
+    "train.n_epochs=2.5": "train.n_epochs: 2.5 is not allowed; it must be int",
+    "train.n_epochs=true": "train.n_epochs: True is not allowed; it must be int",
+    "train.n_epochs=inf": "train.n_epochs: inf is not allowed; it must be int",
+    "train.n_epochs=null": "train.n_epochs: None is not allowed; it must be int",
+    "train.lr=fast": "train.lr: 'fast' is not allowed; it must be float",
+    "train.tags=x": "train.tags: 'x' is not allowed; it must be a list of str",
+    "train.tags=[1]": "train.tags[0]: 1 is not allowed; it must be str",
+    "model.network.ch_mult=[1,b]": "model.network.ch_mult[1]: 'b' is not allowed; it must be int",
+    "model.network.ch_mult=[1,2": "model.network.ch_mult: '[1,2' is not allowed; it must be a list of int",
+    "model.attention=1": "model.attention: 1 is not allowed; it must be bool",
+    "setup.omp_n_threads=all": "setup.omp_n_threads: 'all' is not allowed; it must be int or null",
+    "gen.batch_size=\\${train.no}": "gen.batch_size: Interpolation key 'train.no' not found",
+    "--method PrivImge": "unknown method 'PrivImge'; Known: Plain, Toy",
+    "--method Tox": "unknown method 'Tox'; did you mean 'Toy'?",
+    "-dn mnist28": "unknown dataset 'mnist28'; did you mean 'mnist_28'?",
+    "-dn cats": "to use your own images: python scripts/prepare_data.py --data_name cats --source <folder>",
+    "-dn ../x sensitive_data.n_classes=2": "--data_name: '../x' is not allowed",
+    "sensitive_data.name=mnist_28": "sensitive_data.name=mnist_28: choose it with --data_name, or null",
+    "public_data.name=imagenett": "unknown public set 'imagenett'; did you mean 'imagenet'?",
+    "public_data.name=null public_data.train_path=x": "public_data.train_path=x needs a name",
+    "--epsilon 0": "--epsilon: 0 is not allowed; it must be a number greater than 0, or inf",
+    "--epsilon -1": "--epsilon: -1 is not allowed",
+    "--epsilon nan": "--epsilon: nan is not allowed",
+    "--epsilon ten": "--epsilon: ten is not allowed",
+    "privacy.delta=1": "delta: 1.0 is not allowed; it must be in (0, 1)",
+    "privacy.delta=0": "delta: 0.0 is not allowed; it must be in (0, 1)",
+    "privacy.epsilon=3": "privacy.epsilon=3: this is a flag, use --epsilon 3",
+    "train.dp.epsilon=3": "train.dp.epsilon=3: this is a flag, use --epsilon 3",
+    "epsilon=3": "epsilon=3: this is a flag, use --epsilon 3",
+    "method=DPDM": "method=DPDM: this is a flag, use --method DPDM",
+    "privacy.accountant=rpd": "unknown privacy.accountant 'rpd'; did you mean 'rdp'?",
+    "eval.mode=vall": "unknown eval.mode 'vall'; did you mean 'val'?",
+    "preset=fast": "unknown preset 'fast'; Known: paper, quick",
+    "eval=papr": "unknown configs/eval file 'papr'; did you mean 'paper'?",
+    "setup=multigpu": "unknown configs/setup file 'multigpu'; did you mean 'multi_gpu'?",
+    "--plugin no_such_module": "--plugin: cannot import 'no_such_module'",
+    "-ed a/b": "--exp_description: 'a/b' is not allowed",
+}
+
+
+@pytest.mark.parametrize("arguments", ERRORS)
+def test_bad_input_is_one_line_that_names_it(load, arguments):
+    with pytest.raises(UserError) as error:
+        load(arguments)
+    assert ERRORS[arguments] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_config_dir_must_exist(tmp_path):
+    with pytest.raises(UserError, match="--config_dir: 'nowhere' is not a folder"):
+        load_config(["--config_dir", "nowhere"], Registry("method", {"Toy": Toy}))
+
+
+# --- YAML files of others ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            TOY_YAML.replace("ckpt: null", ""),
+            "model.ckpt has no value: no YAML file sets it; give model.ckpt=<value>",
+        ),
+        (TOY_YAML.replace("ckpt: null", "ckpt: ???"), "model.ckpt has no value"),
+        (
+            TOY_YAML.replace("n_epochs", "n_epoch"),
+            "unknown key 'train.n_epoch' in the YAML files; did you mean",
+        ),
+        (TOY_YAML + "trian: {lr: 1}\n", "unknown key 'trian' in the YAML files; did you mean 'train'?"),
+        (TOY_YAML.replace("1e-3", "'1e-3'"), "train.lr: '1e-3' is not allowed; it must be float"),
+        (TOY_YAML.replace("{n_epochs: 10", "{n_epochs: [10"), "Toy.yaml"),
+        (TOY_YAML.replace("num_channels", "channels"), "model.network.channels: Interpolation key"),
+    ],
+)
+def test_a_wrong_method_file_is_one_line(load, toy_folder, text, message):
+    write(toy_folder / "method" / "Toy.yaml", text)
+    with pytest.raises(UserError) as error:
+        load("-e 1")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_method_without_a_file_is_named(load, toy_folder):
+    (toy_folder / "method" / "Plain.yaml").unlink()
+    with pytest.raises(UserError, match="unknown configs/method file 'Plain'"):
+        load("-m Plain")
+
+
+def test_two_files_of_one_name_are_refused(load, toy_folder):
+    write(toy_folder / "data" / "MNIST_28.yaml", "name: mnist_28\n")
+    with pytest.raises(UserError, match=r"data 'mnist_28' has two files: .*rename one"):
+        load("-dn mnist_28")
+
+
+def test_a_complete_config_dir_replaces_the_shipped_one(tmp_path):
+    import shutil
+
+    shutil.copytree(CONFIG_FOLDER, tmp_path / "mine")
+    write(tmp_path / "mine" / "method" / "Plain.yaml", PLAIN_YAML)
+    text = (CONFIG_FOLDER / "config.yaml").read_text()
+    write(tmp_path / "mine" / "config.yaml", text.replace("seed: 0", "seed: 5"))
+    config = load_config(
+        ["-m", "Plain", "--config_dir", str(tmp_path / "mine")], Registry("method", {"Plain": Plain})
+    )
+    assert config.seed == 5 and config.provenance["seed"] == "base mine/config.yaml"
+
+
+def test_a_plugin_brings_its_class_and_its_files(tmp_path, monkeypatch):
+    write(
+        tmp_path / "shelf" / "my_plugin.py",
+        "from test_config import Plain, PLUGIN_METHODS\nPLUGIN_METHODS.register('Mine', Plain)\n",
+    )
+    write(tmp_path / "shelf" / "configs" / "method" / "Mine.yaml", PLAIN_YAML)
+    monkeypatch.syspath_prepend(str(tmp_path / "shelf"))
+    monkeypatch.setitem(sys.modules, "test_config", sys.modules[__name__])
+    config = load_config(["-m", "mine", "--plugin", "my_plugin"], PLUGIN_METHODS)
+    assert config.method == "Mine" and config.gen == GenConfig(60, 10)
+
+
+PLUGIN_METHODS = Registry("method", {})
+
+
+# --- start-up ------------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_config_system_imports_nothing_heavy():
+    program = (
+        "import sys; from utils.config import load_config, parser; parser('run').format_help();"
+        "print([name for name in ('torch', 'hydra', 'omegaconf', 'numpy', 'yaml') if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_composing_imports_no_torch():
+    program = (
+        "import sys; from dataclasses import make_dataclass; from utils.config import load_config;"
+        "from utils.registry import Registry; from utils.sections import GenConfig;"
+        "kind = type('Noise', (), {'Config': make_dataclass('Config', [('gen', GenConfig)], frozen=True)});"
+        "load_config(['-m', 'noise'], Registry('method', {'Noise': kind})); print('torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("program", ["run", "eval"])
+def test_help_names_every_flag(program, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_config(["--help"], Registry("method", {}), program)
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text == parser(program).format_help()
+    assert all(flag in text for flag in ("--method", "--epsilon", "--plugin", "key=value"))
+    assert ("--exp_path" in text) == (program == "eval") and ("--resume_exp" in text) == (program == "run")

@@ -1,0 +1,198 @@
+"""The strict command line: flags and key=value settings, in any order.
+
+Nothing is guessed: an unknown flag, a stray word, and a setting that is given twice are errors.
+"""
+
+import argparse
+import re
+
+from utils.errors import UserError, unknown
+from utils.sections import check
+from utils.typed import without_none
+
+# Names from other places -> the name here; a target that starts with "--" is a flag, and the error says so.
+ALIASES = {
+    "train.accountant": "privacy.accountant",
+    "train.dp.delta": "privacy.delta",
+    "train.dp.epsilon": "--epsilon",
+    "privacy.epsilon": "--epsilon",
+    "data": "--data_name",
+    "public_data": "public_data.name",
+}
+
+# Option strings, the programs that have the flag, and what argparse needs to know.
+FLAGS = (
+    (("--method", "-m"), "run eval", {"default": "PrivImage", "help": "synthesizer (default: %(default)s)"}),
+    (("--data_name", "-dn"), "run eval", {"default": "digits_8", "help": "dataset (default: %(default)s)"}),
+    (
+        ("--epsilon", "-e"),
+        "run eval",
+        {"default": "10", "help": "privacy budget; inf: non-private (default: %(default)s)"},
+    ),
+    (
+        ("--exp_description", "-ed"),
+        "run eval",
+        {"default": "", "help": "text that is added to the name of the run's folder"},
+    ),
+    (("--resume_exp", "-re"), "run", {"metavar": "RUN", "help": "continue this run (name of its folder)"}),
+    (
+        ("--exp_path", "-ep"),
+        "eval",
+        {"metavar": "PATH", "help": "what to evaluate: a run's folder, a folder of images, or an .npz file"},
+    ),
+    (
+        ("--config_dir",),
+        "run eval",
+        {"metavar": "FOLDER", "help": "more YAML files; with a config.yaml of its own it replaces configs/"},
+    ),
+    (
+        ("--plugin",),
+        "run eval",
+        {
+            "action": "append",
+            "default": [],
+            "metavar": "MODULE",
+            "help": "import this module, which registers its methods; its configs/ is searched too (repeatable)",
+        },
+    ),
+    (
+        ("--data_root",),
+        "run eval",
+        {"metavar": "FOLDER", "help": "prepared datasets (default: $DPIB_DATA_ROOT, else dataset)"},
+    ),
+    (
+        ("--exp_root",),
+        "run eval",
+        {"default": "exp", "metavar": "FOLDER", "help": "folder of all runs (default: %(default)s)"},
+    ),
+    (
+        ("--weights_root",),
+        "run eval",
+        {
+            "metavar": "FOLDER",
+            "help": "downloaded weights (default: $DPIB_WEIGHTS_ROOT, else ~/.cache/dp-image-bench)",
+        },
+    ),
+    (
+        ("--dry_run",),
+        "run eval",
+        {"action": "store_true", "help": "compose, calibrate, print the plan, and stop"},
+    ),
+    (
+        ("--print_config",),
+        "run eval",
+        {"action": "store_true", "help": "print every value with the layer that set it, and stop"},
+    ),
+)
+
+REPEATABLE = ("plugin",)
+PURPOSE = {
+    "run": "Train one synthesizer on one dataset at one privacy budget, generate, and evaluate.",
+    "eval": "Evaluate a finished run, or any folder or npz of images, against a dataset.",
+}
+SETTINGS_HELP = (
+    "Settings are given as key=value, for example: privacy.delta=1e-5 seed=1 preset=paper eval.metrics=[accuracy]. "
+    "--print_config lists them all."
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are UserErrors."""
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+
+def parser(program: str) -> argparse.ArgumentParser:
+    """The flags of `program` ("run" or "eval")."""
+    result = _Parser(
+        prog=f"{program}.py",
+        usage="%(prog)s [flags] [key=value ...]",
+        description=PURPOSE[program],
+        epilog=SETTINGS_HELP,
+        allow_abbrev=False,
+    )
+    for names, programs, options in FLAGS:
+        if program in programs.split():
+            result.add_argument(*names, **options)
+    return result
+
+
+def read_command_line(argv: list[str], program: str) -> tuple[argparse.Namespace, dict[str, str], set[str]]:
+    """The flags, the settings (key -> text, aliases replaced), and the names of the flags that were given."""
+    given = _given_flags(argv, program)
+    flags, rest = parser(program).parse_known_args(argv)
+    return flags, _split_settings(rest), given
+
+
+def _given_flags(argv: list[str], program: str) -> set[str]:
+    """Names of the flags in `argv`; raises UserError for an unknown flag and for one that is given twice."""
+    known = {"--help": "help", "-h": "help"}
+    for names, programs, _ in FLAGS:
+        if program in programs.split():
+            known.update(dict.fromkeys(names, names[0].lstrip("-")))
+    given = set()
+    for word in argv:
+        if not word.startswith("-") or re.match(r"-\.?\d", word):  # a negative number is a value
+            continue
+        flag = word.partition("=")[0]
+        if flag not in known:
+            raise unknown("flag", flag, known)
+        name = known[flag]
+        if name in given and name not in REPEATABLE:
+            raise UserError(f"--{name} is given twice")
+        given.add(name)
+    return given
+
+
+def _split_settings(words: list[str]) -> dict[str, str]:
+    flag_names = {names[0] for names, _, _ in FLAGS}
+    settings = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not re.fullmatch(r"[\w.]+", key):
+            raise UserError(f"cannot read '{word}': expected key=value or a flag (see --help)")
+        target = f"--{key}" if f"--{key}" in flag_names else ALIASES.get(key, key)
+        if target.startswith("--"):
+            raise UserError(f"{key}={text}: this is a flag, use {target} {text}")
+        if target in settings:
+            raise UserError(f"{target} is given twice: {settings[target]} and {text}")
+        settings[target] = text
+    return settings
+
+
+def parse_epsilon(text: str) -> float:
+    """The budget as a number; inf is allowed."""
+    try:
+        epsilon = float(text)
+    except ValueError:
+        epsilon = float("nan")
+    check(epsilon > 0, "--epsilon", text, "a number greater than 0, or inf for a non-private run")
+    return epsilon
+
+
+def parse_value(text: str, annotation: object) -> object:
+    """The value of key=`text` for a setting of this type, read as YAML (1e-3, [1, 2], null, True).
+
+    Text settings are taken as they stand, whatever characters a path may hold; one pair of quotes around them is
+    removed, and null means None where None is allowed. The type itself is checked later (utils/typed.py).
+    """
+    inner, optional = without_none(annotation)
+    if inner is str:
+        if optional and text == "null":
+            return None
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        return text[1:-1] if quoted else text
+    if re.fullmatch(r"[+-]?inf", text):
+        return float(text)
+    return _read_yaml(text)
+
+
+def _read_yaml(text: str) -> object:
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:  # OmegaConf's reader and no other: plain YAML reads 1e-3 as text
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    except yaml.YAMLError:
+        return text  # no YAML, so it is text, and no setting of this type accepts that

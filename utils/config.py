@@ -1,0 +1,354 @@
+"""From a command line to a typed, frozen configuration in which every value knows the layer that set it.
+
+Four layers, the later one wins:
+  1. base          configs/config.yaml and one file per group (data, public_data, eval, setup, method)
+  2. derived       interpolations in these files, such as ${sensitive_data.resolution}
+  3. preset        rules of configs/presets/<Method>.yaml that match the dataset and the tuned epsilon
+  4. command line  flags and key=value
+The composed values are then checked against the classes of utils/sections.py and the method's own `Config`.
+Nothing heavy is imported before a config is loaded: `run.py --help` must answer at once.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import re
+import typing
+from pathlib import Path
+
+from utils.command_line import parse_epsilon, parse_value, parser, read_command_line
+from utils.config_files import ConfigFiles, config_folders, flatten, read_yaml, readable_errors
+from utils.errors import UserError, unknown
+from utils.presets import PRESETS, Rule, load_presets, nearest_tier
+from utils.registry import Registry
+from utils.sections import (
+    EvalConfig,
+    GenConfig,
+    PrivacyConfig,
+    PublicDataConfig,
+    SensitiveDataConfig,
+    SetupConfig,
+)
+from utils.typed import build, leaf_types, unknown_key
+
+__all__ = ["Config", "format_config", "load_config", "parser"]
+
+SHARED_SECTIONS = {
+    "sensitive_data": SensitiveDataConfig,
+    "public_data": PublicDataConfig,
+    "privacy": PrivacyConfig,
+    "eval": EvalConfig,
+    "setup": SetupConfig,
+    "gen": GenConfig,
+}
+RUN_KEYS = {"seed": int, "preset": str}  # the values of config.yaml that belong to no section
+FILE_CHOICES = ("eval", "setup")  # groups whose file is chosen as group=name on the command line
+
+OWN_IMAGES = "custom"  # data/custom.yaml and public_data/custom.yaml describe the user's own images
+EVERY_METHOD = (
+    "_every_method"  # presets/_every_method.yaml holds for all methods, before the method's own rules
+)
+COMMAND_LINE = "command line"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    method: str  # as it is registered
+    data_name: str
+    epsilon: float  # inf: non-private
+    seed: int
+    preset: str  # quick or paper
+    preset_tier: int | None  # the tuned epsilon whose rules apply; None: the method has no preset table
+    borrowed: bool  # True: preset_tier is not the requested epsilon
+    description: str
+    resume: str | None  # name of the run to continue
+    exp_path: Path | None  # eval.py only: what to evaluate
+    dry_run: bool
+    print_config: bool
+    data_root: Path
+    exp_root: Path
+    weights_root: Path
+    sensitive_data: SensitiveDataConfig
+    public_data: PublicDataConfig
+    privacy: PrivacyConfig
+    eval: EvalConfig
+    setup: SetupConfig
+    gen: GenConfig
+    method_config: object  # instance of the method class's Config
+    provenance: dict[str, str]  # dotted key -> layer that set it
+    snapshot: dict  # all values as plain containers; a run writes them to its config.yaml
+    notes: tuple[str, ...]  # lines that the program must print
+
+
+@dataclasses.dataclass(frozen=True)
+class _Schema:
+    """What may be set: the shared sections, and those that the method's Config names."""
+
+    method: str
+    method_type: type
+
+    @functools.cached_property
+    def own(self) -> dict[str, type]:
+        return typing.get_type_hints(self.method_type)
+
+    @functools.cached_property
+    def sections(self) -> dict[str, type]:
+        return {**SHARED_SECTIONS, **self.own}
+
+    @functools.cached_property
+    def types(self) -> dict[str, object]:
+        """Dotted key -> annotation of every single value."""
+        return {**RUN_KEYS, **leaf_types(self.sections)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    """Which files and rules a run uses."""
+
+    data_name: str
+    epsilon: float
+    preset: str
+    tier: int
+    has_table: bool  # the method has a preset table
+    rules: list[Rule]  # the matching ones, in the order in which they apply
+    public_name: str | None
+    files: dict[str, Path]  # group -> chosen file
+
+    @property
+    def borrowed(self) -> bool:
+        return self.has_table and self.epsilon != self.tier
+
+    def notes(self) -> tuple[str, ...]:
+        lines = []
+        if self.borrowed:
+            lines.append(
+                f"epsilon {self.epsilon:g}: there is no tuned setting, that of epsilon {self.tier} is used"
+            )
+        if self.preset == "quick":
+            lines.append("preset quick: sizes are scaled down; for the published setting give preset=paper")
+        return tuple(lines)
+
+
+def load_config(argv: list[str], methods: Registry, program: str = "run") -> Config:
+    """Compose the configuration that `argv` (without the program's name) asks for; writes and prints nothing.
+
+    Plugins that `argv` names are imported. Raises UserError for whatever the user can repair.
+    """
+    flags, settings, given = read_command_line(argv, program)
+    files = ConfigFiles(config_folders(flags))
+    method = methods.canonical(flags.method)
+    schema = _Schema(method, methods.resolve(method).Config)
+    choices = {group: settings.pop(group) for group in FILE_CHOICES if group in settings}
+    command = _parse_settings(settings, schema.types)
+    cell = _choose_cell(files, schema, flags, choices, command)
+    layers = _value_layers(cell, schema, given, command)
+    typed = _typed_values(files.compose(cell.files), schema, layers)
+    snapshot = {
+        "method": method,
+        "data_name": cell.data_name,
+        **{name: _plain(typed[name]) for name in typed},
+    }
+    return Config(
+        method=method,
+        data_name=cell.data_name,
+        epsilon=cell.epsilon,
+        preset_tier=cell.tier if cell.has_table else None,
+        borrowed=cell.borrowed,
+        **_run_options(flags),
+        **{name: typed[name] for name in (*RUN_KEYS, *SHARED_SECTIONS)},
+        method_config=schema.method_type(**{name: typed[name] for name in schema.own}),
+        provenance={
+            **_provenance(snapshot, files.written_values(cell.files), layers),
+            **{flag: _flag_layer(flag, given) for flag in ("method", "data_name")},
+        },
+        snapshot=snapshot,
+        notes=cell.notes(),
+    )
+
+
+def format_config(config: Config) -> str:
+    """Every value with the layer that set it, one per line, section by section."""
+    rows = [
+        (key, _as_yaml(value), config.provenance[key])
+        for key, value in sorted(flatten(config.snapshot).items(), key=lambda item: ("." in item[0], item[0]))
+    ]
+    key_width, value_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+    lines, section = [], ""
+    for key, value, layer in rows:
+        if "." in key and key.split(".")[0] != section:
+            section = key.split(".")[0]
+            lines.append("")
+        lines.append(f"{key:<{key_width}}  {value:<{min(value_width, 40)}}  {layer}")
+    return "\n".join(lines)
+
+
+def data_root(flags: argparse.Namespace) -> Path:
+    """Where prepared datasets lie: --data_root, else $DPIB_DATA_ROOT, else ./dataset."""
+    return Path(flags.data_root or os.environ.get("DPIB_DATA_ROOT") or "dataset").expanduser()
+
+
+def _run_options(flags: argparse.Namespace) -> dict[str, object]:
+    """The fields of Config that are flags and nothing else."""
+    description = flags.exp_description
+    if re.search(r"[/\\\n]", description):
+        raise UserError(
+            f"--exp_description: '{description}' is not allowed; it must be usable in a folder's name"
+        )
+    weights = flags.weights_root or os.environ.get("DPIB_WEIGHTS_ROOT") or "~/.cache/dp-image-bench"
+    exp_path = getattr(flags, "exp_path", None)  # a flag of eval.py
+    return {
+        "description": description,
+        "resume": getattr(flags, "resume_exp", None),  # a flag of run.py
+        "exp_path": Path(exp_path).expanduser() if exp_path else None,
+        "dry_run": flags.dry_run,
+        "print_config": flags.print_config,
+        "data_root": data_root(flags),
+        "exp_root": Path(flags.exp_root).expanduser(),
+        "weights_root": Path(weights).expanduser(),
+    }
+
+
+def _parse_settings(settings: dict[str, str], types: dict[str, object]) -> dict[str, object]:
+    """Values of the command line, read according to the type of their key; an unknown key is an error."""
+    for key in settings:
+        if key not in types:
+            if any(known.startswith(key + ".") for known in types):
+                raise UserError(f"{key}={settings[key]}: this is a section, set one of its keys")
+            raise unknown_key(key, types)
+    values = {key: parse_value(text, types[key]) for key, text in settings.items()}
+    for key, value in values.items():
+        if not (
+            isinstance(value, str) and "${" in value
+        ):  # an interpolation has its type once it is resolved
+            build(types[key], value, key)
+    return values
+
+
+def _choose_cell(
+    files: ConfigFiles,
+    schema: _Schema,
+    flags: argparse.Namespace,
+    choices: dict[str, str],
+    command: dict[str, object],
+) -> _Cell:
+    epsilon = parse_epsilon(flags.epsilon)
+    data_name, data_file = _choose_data(files, flags, command)
+    table_path = files.find("presets", schema.method)
+    tables = [load_presets(files.find("presets", EVERY_METHOD)), load_presets(table_path)]
+    preset = command.get("preset", "quick" if data_name in tables[0].quick_by_default else "paper")
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    tier = nearest_tier(epsilon)
+    rules = [rule for table in tables for rule in table.chosen(preset) if rule.matches(data_name, tier)]
+    method_file = files.require("method", schema.method)
+    public_name, public_file = _choose_public_data(files, method_file, rules, command)
+    chosen = {
+        "data": data_file,
+        "public_data": public_file,
+        "eval": files.require("eval", choices.get("eval", preset)),
+        "setup": files.require("setup", choices.get("setup", files.default("setup"))),
+        "method": method_file,
+    }
+    return _Cell(data_name, epsilon, preset, tier, table_path is not None, rules, public_name, chosen)
+
+
+def _choose_data(
+    files: ConfigFiles, flags: argparse.Namespace, command: dict[str, object]
+) -> tuple[str, Path]:
+    """The dataset's name and YAML file. A name without a file is the user's own, if there is a trace of it."""
+    found = files.find("data", flags.data_name)
+    if found is not None and found.stem != OWN_IMAGES:
+        name, chosen = found.stem, found
+    else:
+        name, chosen = flags.data_name, files.require("data", OWN_IMAGES)
+        _check_own_data(files, name, data_root(flags), command)
+    if command.get("sensitive_data.name") not in (None, name):
+        raise UserError(
+            f"sensitive_data.name={command['sensitive_data.name']}: choose it with --data_name, or null"
+        )
+    return name, chosen
+
+
+def _check_own_data(files: ConfigFiles, name: str, root: Path, command: dict[str, object]) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(
+            f"--data_name: '{name}' is not allowed; it must be made of letters, digits, '_', '-' and '.'"
+        )
+    described = any(command.get(f"sensitive_data.{key}") is not None for key in ("n_classes", "path"))
+    if not described and not (root / name).is_dir():
+        hint = f"to use your own images: python scripts/prepare_data.py --data_name {name} --source <folder>"
+        raise UserError(f"{unknown('dataset', name, set(files.names('data')) - {OWN_IMAGES})}; {hint}")
+
+
+def _choose_public_data(
+    files: ConfigFiles, method_file: Path, rules: list[Rule], command: dict[str, object]
+) -> tuple[str | None, Path]:
+    """The public set that the latest layer names, and its YAML file: `custom` for a folder given as train_path."""
+    layers = [flatten(read_yaml(method_file)), *(rule.values for rule in rules), command]
+    early = {key: value for layer in layers for key, value in layer.items()}
+    name, folder = early.get("public_data.name"), early.get("public_data.train_path")
+    if name is None or name.casefold() == "none":
+        if command.get("public_data.train_path") is not None:
+            raise UserError(f"public_data.train_path={folder} needs a name: give public_data.name=<name> too")
+        return None, files.require("public_data", "none")
+    found = files.find("public_data", name)
+    if found is None and folder is None:
+        error = unknown("public set", name, files.names("public_data"))
+        raise UserError(f"{error}; for a folder of your own give public_data.train_path=<folder> too")
+    return (found.stem, found) if found else (name, files.require("public_data", OWN_IMAGES))
+
+
+def _value_layers(
+    cell: _Cell, schema: _Schema, given: set[str], command: dict[str, object]
+) -> list[tuple[str, object, str]]:
+    """(dotted key, value, layer) of all that goes on top of the YAML files, in the order in which it applies."""
+    result = [(key, value, rule.layer) for rule in cell.rules for key, value in rule.values.items()]
+    for key, _, layer in result:
+        if key not in schema.types:
+            raise unknown_key(key, schema.types, layer)
+    result.append(("preset", cell.preset, f"default for {cell.data_name}"))
+    result.append(("privacy.epsilon", cell.epsilon, _flag_layer("epsilon", given)))
+    if cell.files["data"].stem == OWN_IMAGES:
+        result.append(("sensitive_data.name", cell.data_name, COMMAND_LINE))
+    if "public_data.name" in command:  # as its file spells it
+        command = {**command, "public_data.name": cell.public_name}
+    return result + [(key, value, COMMAND_LINE) for key, value in command.items()]
+
+
+def _typed_values(composed, schema: _Schema, layers: list[tuple[str, object, str]]) -> dict[str, object]:
+    """Section (or run key) -> typed value, from the composed YAML files with `layers` on top."""
+    from omegaconf import OmegaConf
+
+    with readable_errors():
+        for key, value, _ in layers:
+            OmegaConf.update(composed, key, value, merge=False)
+        values = OmegaConf.to_container(composed, resolve=True)
+    for name in values:
+        if name not in {**RUN_KEYS, **schema.sections}:
+            raise unknown_key(name, [*RUN_KEYS, *schema.sections], "the YAML files")
+    kinds = {**RUN_KEYS, **schema.sections}
+    return {name: build(kind, values.get(name, {}), name) for name, kind in kinds.items()}
+
+
+def _flag_layer(flag: str, given: set[str]) -> str:
+    return COMMAND_LINE if flag in given else f"default of --{flag}"
+
+
+def _provenance(
+    snapshot: dict, written: list[tuple[str, object, str]], layers: list[tuple[str, object, str]]
+) -> dict[str, str]:
+    """Dotted key -> the last layer that set it, for every value of the snapshot."""
+    latest = {key: layer for key, _, layer in [*written, *layers]}
+    # A value that no chosen file writes comes from a file that one of them includes, or from the class.
+    return {key: latest.get(key, "base, included file or class default") for key in flatten(snapshot)}
+
+
+def _plain(value: object) -> object:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+
+
+def _as_yaml(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

@@ -1,0 +1,78 @@
+"""Preset tables: where a (dataset, epsilon) cell deviates from a method's base setting.
+
+A table is configs/presets/<Method>.yaml. The rules below `paper` are the published settings; those below `quick` come
+on top of them and scale a cell down to minutes on a CPU. Within a table later rules win.
+
+    paper:
+      - when: {data: [mnist_28, fmnist_28], epsilon: 1}     # both optional; epsilon is a tier, 1 or 10
+        set: {model.network.ch_mult: [2, 2]}
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.config_files import read_yaml
+from utils.errors import UserError, unknown
+
+PRESETS = ("paper", "quick")
+TIERS = (1, 10)  # the budgets that the published settings were tuned for
+
+
+def nearest_tier(epsilon: float) -> int:
+    """The tuned budget that is nearer to `epsilon` on a log scale; the boundary sqrt(10) and inf belong to 10."""
+    return 1 if epsilon < math.sqrt(10) else 10
+
+
+@dataclass(frozen=True)
+class Rule:
+    layer: str  # how provenance names it
+    data: list[str] | None  # None: every dataset
+    epsilon: int | None  # None: both tiers
+    values: dict[str, object]  # dotted key -> value
+
+    def matches(self, data_name: str, tier: int) -> bool:
+        return (self.data is None or data_name in self.data) and self.epsilon in (None, tier)
+
+
+@dataclass(frozen=True)
+class PresetTable:
+    rules: dict[str, list[Rule]]  # "paper" and "quick" -> rules in order
+    quick_by_default: list[str]  # datasets whose runs are quick unless preset=paper is given
+
+    def chosen(self, preset: str) -> list[Rule]:
+        """The rules of `preset` in the order in which they apply."""
+        return self.rules["paper"] + (self.rules["quick"] if preset == "quick" else [])
+
+
+def load_presets(path: Path | None) -> PresetTable:
+    """Read and check a table; an absent one (None) is empty."""
+    content = read_yaml(path) if path else {}
+    for key in content:
+        if key not in (*PRESETS, "quick_by_default"):
+            raise unknown(f"key in {path.name} of presets", key, (*PRESETS, "quick_by_default"))
+    rules = {
+        preset: [
+            _read_rule(rule, f"preset {path.stem} {preset} rule {number}")
+            for number, rule in enumerate(content.get(preset) or [], start=1)
+        ]
+        for preset in PRESETS
+    }
+    return PresetTable(rules, content.get("quick_by_default") or [])
+
+
+def _read_rule(rule: object, layer: str) -> Rule:
+    if not isinstance(rule, dict) or not isinstance(rule.get("set"), dict) or set(rule) - {"when", "set"}:
+        raise UserError(
+            f"{layer}: {rule!r} is not a rule; expected 'when: {{...}}' and 'set: {{key: value}}'"
+        )
+    when = rule.get("when") or {}
+    for key in when:
+        if key not in ("data", "epsilon"):
+            raise unknown(f"condition of {layer}", key, ("data", "epsilon"))
+    data, epsilon = when.get("data"), when.get("epsilon")
+    if data is not None and not isinstance(data, list):
+        raise UserError(f"{layer}: data: {data!r} is not allowed; it must be a list of dataset names")
+    if epsilon is not None and epsilon not in TIERS:
+        raise UserError(f"{layer}: epsilon: {epsilon!r} is not allowed; it must be one of the tiers 1 and 10")
+    return Rule(layer, data, epsilon, rule["set"])

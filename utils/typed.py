@@ -1,0 +1,141 @@
+"""From plain containers, as YAML gives them, to frozen dataclasses; every mistake is one line that names the key.
+
+Annotations that are understood: int, float, bool, str, list[...] of these, `X | None`, and nested dataclasses.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable
+
+from utils.errors import UserError
+
+MISSING = "???"  # how YAML files written for OmegaConf mark a value that somebody else must give
+
+
+def without_none(annotation: object) -> tuple[object, bool]:
+    """(`X`, True) for `X | None`, else (annotation, False)."""
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return annotation, False
+    parts = typing.get_args(annotation)
+    rest = [part for part in parts if part is not type(None)]
+    if len(rest) != 1:
+        raise TypeError(f"{annotation}: a setting has one type, or one type and None")
+    return rest[0], len(rest) < len(parts)
+
+
+def leaf_types(sections: dict[str, object]) -> dict[str, object]:
+    """Dotted key -> annotation of every value below `sections` (name -> annotation).
+
+    An optional nested dataclass counts as a value too, since it can be set to null as a whole.
+    """
+    leaves = {}
+    for key, annotation in sections.items():
+        inner, optional = without_none(annotation)
+        if not dataclasses.is_dataclass(inner):
+            leaves[key] = annotation
+            continue
+        if optional:
+            leaves[key] = annotation
+        leaves.update(leaf_types({f"{key}.{name}": hint for name, hint in _field_types(inner).items()}))
+    return leaves
+
+
+def unknown_key(key: str, known: Iterable[str], source: str = "") -> UserError:
+    """The error for a dotted key that is no setting; names the nearest one."""
+    known = sorted(known)
+    parent, _, last = key.rpartition(".")
+    same_last = [name for name in known if name.rpartition(".")[2] == last]
+    siblings = {name: f"{parent}.{name}" for name in _children(parent, known)}
+    near = difflib.get_close_matches(key, same_last, n=1, cutoff=0.0)
+    near = near or [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    where = f" in {source}" if source else ""
+    if near:
+        return UserError(f"unknown key '{key}'{where}; did you mean '{near[0]}'?")
+    listed = sorted(siblings.values()) or sorted({name.split(".")[0] for name in known})
+    return UserError(f"unknown key '{key}'{where}; known: {', '.join(listed)}")
+
+
+def _children(parent: str, known: list[str]) -> set[str]:
+    """Names of the values and sections right below the section `parent`; none for the top level."""
+    prefix = parent + "."
+    return {name.removeprefix(prefix).split(".")[0] for name in known if parent and name.startswith(prefix)}
+
+
+def build(annotation: object, value: object, key: str) -> object:
+    """`value` as an instance of `annotation`; raises UserError naming the full dotted key.
+
+    An int is taken for a float, a float for an int only where it is a whole number, and a bool never for a number.
+    """
+    inner, optional = without_none(annotation)
+    if value is None and optional:
+        return None
+    if value == MISSING:
+        raise _no_value(key)
+    if dataclasses.is_dataclass(inner):
+        return _build_dataclass(inner, value, key)
+    if typing.get_origin(inner) is list:
+        if not isinstance(value, list):
+            raise _wrong_type(annotation, value, key)
+        (item,) = typing.get_args(inner)
+        return [build(item, element, f"{key}[{index}]") for index, element in enumerate(value)]
+    return _build_scalar(inner, annotation, value, key)
+
+
+def _build_dataclass(kind: type, value: object, key: str) -> object:
+    if not isinstance(value, dict):
+        raise UserError(f"{key}: {value!r} is not allowed; it is a section, set one of its keys")
+    hints = _field_types(kind)
+    for name in value:
+        if name not in hints:
+            raise unknown_key(f"{key}.{name}", leaf_types({key: kind}), "the YAML files")
+    arguments = {}
+    for field in dataclasses.fields(kind):
+        if field.name in value:
+            arguments[field.name] = build(hints[field.name], value[field.name], f"{key}.{field.name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise _no_value(f"{key}.{field.name}")
+    try:
+        return kind(**arguments)
+    except UserError:
+        raise
+    except ValueError as error:  # a check of a class outside this repository
+        raise UserError(f"{key}: {error}") from error
+
+
+def _field_types(kind: type) -> dict[str, object]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _build_scalar(inner: object, annotation: object, value: object, key: str) -> object:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if inner is float and number:
+        return float(value)
+    if inner is int and number and math.isfinite(value) and value == int(value):
+        return int(value)
+    if inner in (bool, str) and isinstance(value, inner):
+        return value
+    if inner not in (int, float, bool, str):
+        raise TypeError(f"{key}: settings cannot have the type {inner}")
+    raise _wrong_type(annotation, value, key)
+
+
+def _no_value(key: str) -> UserError:
+    return UserError(f"{key} has no value: no YAML file sets it; give {key}=<value>")
+
+
+def _wrong_type(annotation: object, value: object, key: str) -> UserError:
+    return UserError(f"{key}: {value!r} is not allowed; it must be {_describe(annotation)}")
+
+
+def _describe(annotation: object) -> str:
+    inner, optional = without_none(annotation)
+    if typing.get_origin(inner) is list:
+        text = f"a list of {_describe(typing.get_args(inner)[0])}"
+    else:
+        text = getattr(inner, "__name__", str(inner))
+    return f"{text} or null" if optional else text
