@@ -5,6 +5,7 @@ black-and-white bitmap four times as large (twice above 32 px), which is then av
 digits were made from 32x32 bitmaps of handwriting in the same way.
 """
 
+import hashlib
 import string
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,8 @@ from utils.seeding import numpy_rng
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 DEFAULT_PER_CLASS = 300
 RENDERER_VERSION = 1  # raise it when the pictures change: it is part of the cache key
-# Text fonts of matplotlib whose strokes are of nearly even thickness, like a pen's. Left out: symbols and size variants,
-# bold serifs, and DejaVu Sans Mono, whose zero has a stroke inside.
+# Text fonts of matplotlib whose strokes are of nearly even thickness, like a pen's. Left out: symbols, size
+# variants, bold serifs, and DejaVu Sans Mono, whose zero has a stroke inside.
 FONT_NAMES = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSerif{style}" for style in ("", "-Italic")),
@@ -72,6 +73,16 @@ def render(resolution: int, per_class: int = DEFAULT_PER_CLASS, seed: int = 0) -
             images[label * per_class + index, 0] = _draw(mask, _random_pose(rng, resolution), resolution)
     labels = np.repeat(np.arange(len(CHARACTERS)), per_class)
     return PublicData("glyphs", Samples(images, labels.astype(np.int64)), tuple(CHARACTERS))
+
+
+def rendering_key(resolution: int, per_class: int, seed: int) -> str:
+    """Changes with anything that the pictures depend on: the arguments, this code, the fonts, Pillow."""
+    import PIL
+
+    digest = hashlib.sha256(repr((resolution, per_class, seed, RENDERER_VERSION, PIL.__version__)).encode())
+    for path in font_paths():
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def font_paths() -> list[Path]:

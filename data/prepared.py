@@ -1,4 +1,4 @@
-"""The one format of prepared data on disk: uint8 images and int64 labels as .npy files, and a meta.json that names them.
+"""The one format of prepared data on disk: uint8 images and int64 labels as .npy files, described by meta.json.
 
     <folder>/meta.json  train_images.npy (N, C, H, W)  train_labels.npy (N,)  [test_images.npy  test_labels.npy]
 
@@ -112,7 +112,7 @@ def new_prepared(folder: Path, image_shape: tuple[int, int, int]) -> Iterator[Pr
         raise UserError(
             f"{folder} exists and is not prepared data; move it away or choose another --data_root"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _make_writable(folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / "new"
         fresh.mkdir()
@@ -120,6 +120,15 @@ def new_prepared(folder: Path, image_shape: tuple[int, int, int]) -> Iterator[Pr
         if folder.exists():
             os.rename(folder, Path(scratch) / "old")
         os.rename(fresh, folder)
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --data_root") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: cannot be written to; choose another --data_root")
 
 
 def require_free_space(folder: Path, num_bytes: int) -> None:

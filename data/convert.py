@@ -1,0 +1,71 @@
+"""Pixels: any picture -> a square uint8 array of the wanted resolution and number of channels."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def decode(content: bytes, where: str) -> Image.Image:
+    """An 8-bit RGB or grey picture from the bytes of an image file; UserError with `where` for anything else."""
+    from PIL import Image, ImageOps
+
+    try:
+        picture = Image.open(io.BytesIO(content))
+        picture.load()
+        picture = ImageOps.exif_transpose(picture)
+    # Pillow raises SyntaxError and ValueError for some broken PNG and GIF files.
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"{where}: not an image, or corrupt ({error})") from error
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        raise UserError(
+            f"{where}: more than 8 bits per channel (mode {picture.mode}); allowed: 8-bit grey or colour"
+        )
+    return picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
+
+
+def square_array(picture: Image.Image, resolution: int, channels: int) -> np.ndarray:
+    """(C, R, R) uint8: cropped to the central square, resized with Lanczos, channels converted."""
+    from PIL import Image
+
+    if picture.size != (resolution, resolution):
+        width, height = picture.size
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        picture = picture.crop((left, top, left + side, top + side))
+        picture = picture.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    array = np.asarray(picture)
+    array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    return to_channels(array[None], channels)[0]
+
+
+def to_channels(images: np.ndarray, channels: int) -> np.ndarray:
+    """(N, C, H, W) uint8 with 1 or 3 channels -> the wanted number; grey as PIL's "L" computes it (ITU-R 601-2)."""
+    have = images.shape[1]
+    if have == channels:
+        return images
+    if channels == 3:
+        return np.repeat(images, 3, axis=1)
+    red, green, blue = (images[:, index].astype(np.uint32) for index in range(3))
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint8)[:, None]
+
+
+def resized(images: np.ndarray, resolution: int) -> np.ndarray:
+    """(N, C, H, H) uint8 -> (N, C, R, R), bilinear with antialiasing as torchvision's Resize of a PIL image."""
+    from PIL import Image
+
+    count, channels, side, _ = images.shape
+    if side == resolution:
+        return images
+    output = np.empty((count, channels, resolution, resolution), np.uint8)
+    for index in np.ndindex(count, channels):
+        plane = Image.fromarray(images[index])
+        output[index] = np.asarray(plane.resize((resolution, resolution), Image.Resampling.BILINEAR))
+    return output

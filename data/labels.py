@@ -1,0 +1,96 @@
+"""Labels as a source states them - class names, or integers - become integers 0..K-1 in the wanted class order."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Labelling:
+    parts: list[np.ndarray]  # one (N,) int64 array per part that was given
+    class_names: tuple[str, ...]
+    note: str | None
+
+
+def resolve(
+    parts: list[np.ndarray], stated: tuple[str, ...] | None, wanted: tuple[str, ...] | None, where: str
+) -> Labelling:
+    """Labels of the training part and perhaps the test part, in the order of `wanted` class names if there are any.
+
+    parts (N,) of strings, or of integers that count into `stated` (or into `wanted`, if nothing is stated). UserError
+    for a label out of range, a test class that training lacks, fewer than two classes, a class without images, or
+    another number of classes than wanted. Names that are not the wanted ones are taken in order, and `note` says so.
+    """
+    if parts[0].dtype.kind == "U":
+        found = _sorted_names(np.unique(parts[0]).tolist())
+        parts = [_indices_of(labels, found, where) for labels in parts]
+    else:
+        found = list(stated or wanted or _numbers_as_names(parts[0], where))
+        _check_range(parts, len(found), where)
+    note = None
+    if wanted is not None:
+        parts, note = _reorder(parts, found, wanted, where)
+    class_names = tuple(wanted or found)
+    _check_classes(parts[0], class_names, where)
+    return Labelling([labels.astype(np.int64) for labels in parts], class_names, note)
+
+
+def _sorted_names(names: list[str]) -> list[str]:
+    """Numbers by value ("2" before "10"), anything else by the alphabet."""
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+
+
+def _indices_of(labels: np.ndarray, names: list[str], where: str) -> np.ndarray:
+    index = {name: number for number, name in enumerate(names)}
+    unknown_class = next((name for name in np.unique(labels).tolist() if name not in index), None)
+    if unknown_class is not None:
+        raise UserError(
+            f"{where}: the test part has the class '{unknown_class}', which the training part lacks"
+        )
+    unique, inverse = np.unique(labels, return_inverse=True)
+    return np.array([index[name] for name in unique.tolist()])[inverse]
+
+
+def _numbers_as_names(labels: np.ndarray, where: str) -> list[str]:
+    highest = int(labels.max())
+    if highest >= len(labels):  # before a list of that length is made
+        raise UserError(
+            f"{where}: label {highest} among {len(labels):,} images; allowed: 0 to K-1, every class present"
+        )
+    return [str(number) for number in range(highest + 1)]
+
+
+def _check_range(parts: list[np.ndarray], num_classes: int, where: str) -> None:
+    low, high = min(labels.min() for labels in parts), max(labels.max() for labels in parts)
+    if low < 0 or high >= num_classes:
+        raise UserError(f"{where}: labels run from {low} to {high}; allowed are 0 to {num_classes - 1}")
+
+
+def _reorder(
+    parts: list[np.ndarray], found: list[str], wanted: tuple[str, ...], where: str
+) -> tuple[list[np.ndarray], str | None]:
+    if len(found) != len(wanted):
+        raise UserError(
+            f"{where}: {len(found)} classes ({_shortened(found)}); wanted are {len(wanted)}: {_shortened(wanted)}"
+        )
+    if set(found) != set(wanted):
+        return parts, f"the classes {_shortened(found)} are taken, in this order, as {_shortened(wanted)}"
+    order = np.array([wanted.index(name) for name in found])
+    return [order[labels] for labels in parts], None
+
+
+def _check_classes(train_labels: np.ndarray, class_names: tuple[str, ...], where: str) -> None:
+    if len(class_names) < 2:
+        raise UserError(f"{where}: only one class ({_shortened(class_names)}); at least two are needed")
+    counts = np.bincount(train_labels, minlength=len(class_names))
+    if not counts.all():
+        empty = int(np.argmin(counts))
+        raise UserError(
+            f"{where}: class {empty} ({class_names[empty]}) has no training image; labels are 0 to K-1"
+        )
+
+
+def _shortened(names) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

@@ -1,0 +1,238 @@
+"""Turns a source - downloaded, or what the user already has - into the prepared format that the loaders read."""
+
+import itertools
+import os
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from data.convert import to_channels
+from data.download import download
+from data.labels import resolve
+from data.prepared import PreparedMeta, new_prepared, read_prepared
+from data.registry import (
+    EMBEDDED_PUBLIC,
+    EMBEDDED_SENSITIVE,
+    NO_QUIRKS,
+    KnownSet,
+    canonical_name,
+    known_names,
+    known_set,
+)
+from data.sources import ArrayPart, Part, Source, open_source, sizes_note
+from data.splits import random_test_rows, stratified_test_rows
+from utils.errors import UserError, unknown
+from utils.progress import progress
+
+__all__ = ["Target", "convert_source", "prepare", "read_prepared"]
+
+CUSTOM_RESOLUTION = 32  # pixels, for image files of a custom set; arrays keep their own size
+CUSTOM_TEST_SHARE = 1 / 7  # of a custom set without a test part, as in MNIST and digits_8
+IMAGES_AT_ONCE = 512  # held in memory while they are converted
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a source is converted to. `class_names` None: those that the source states."""
+
+    name: str
+    resolution: int
+    channels: int
+    class_names: tuple[str, ...] | None
+    public: bool  # a public set: the training part and nothing else
+
+
+def prepare(
+    data_name: str,
+    data_root: Path,
+    *,
+    source: Path | None = None,
+    test_source: Path | None = None,
+    resolution: int | None = None,
+    channels: int | None = None,
+    public: bool = False,
+) -> tuple[Path, PreparedMeta, list[str]]:
+    """Write `<data_root>/<data_name>` and return that folder, its meta, and lines to tell the user.
+
+    Without `source` the published files are downloaded. `resolution` (pixels) and `channels` (1 or 3) are for custom
+    and public sets; a known public set at another resolution than its usual one goes to `<data_name>_<resolution>`.
+    `public` keeps every image of a custom set for training. Any bad input raises UserError and leaves nothing behind.
+    """
+    data_name = canonical_name(data_name)
+    known = _known_set(data_name, source)
+    source = source or _download_all(known, data_root)
+    found = open_source(source, known.quirks if known else NO_QUIRKS)
+    if test_source is not None:
+        found = _with_test_part(
+            found, open_source(test_source, known.quirks if known else NO_QUIRKS), test_source
+        )
+    target = _target(data_name, known, found, resolution, channels, public)
+    notes = list(found.notes)
+    if not target.public and found.test is None:
+        found, note = _split_off_test(found, data_name, known)
+        notes.append(note)
+    folder = data_root / _folder_name(target, known)
+    meta, more = convert_source(found, target, folder, str(source))
+    return folder, meta, [f"{data_name}: {note}" for note in notes + more]
+
+
+def convert_source(
+    source: Source, target: Target, folder: Path, description: str
+) -> tuple[PreparedMeta, list[str]]:
+    """Resolve the labels, convert the images and write the prepared folder; its meta, and lines to tell the user."""
+    parts = {"train": source.train}
+    if source.test is not None and not target.public:
+        parts["test"] = source.test
+    labelling = resolve(
+        [part.labels for part in parts.values()], source.class_names, target.class_names, description
+    )
+    sizes: Counter = Counter()
+    with new_prepared(folder, (target.channels, target.resolution, target.resolution)) as writer:
+        for (name, part), labels in zip(parts.items(), labelling.parts, strict=True):
+            images = writer.new_part(name, labels)
+            sizes += _fill(images, part, f"{target.name}: converting {name}")
+            images.flush()
+        meta = writer.finish(target.name, labelling.class_names, description)
+    notes = (labelling.note, sizes_note(sizes, target.resolution))
+    return meta, [note for note in notes if note is not None]
+
+
+# ------------------------------------------------------------------------------------------------------ source
+
+
+def _known_set(data_name: str, source: Path | None) -> KnownSet | None:
+    """The table's entry, or None for a custom name, which needs a source."""
+    if data_name in EMBEDDED_SENSITIVE or data_name in EMBEDDED_PUBLIC:
+        raise UserError(f"{data_name} is embedded: there is nothing to prepare")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", data_name):
+        raise UserError(
+            f"--data_name: '{data_name}' is not allowed; it must be letters, digits, '_', '-' and '.'"
+        )
+    known = known_set(data_name)
+    if known is None and source is None:
+        raise UserError(
+            f"{unknown('dataset', data_name, known_names())}. For images of your own add --source <path>"
+        )
+    return known
+
+
+def _download_all(known: KnownSet, data_root: Path) -> Path:
+    """Fetch the files of a known set into the cache and return their folder."""
+    if not known.downloads:
+        raise UserError(f"{known.name} cannot be downloaded: {known.advice}")
+    folder = data_root / ".cache" / "downloads" / known.name
+    for remote in known.downloads:
+        download(remote, folder)
+    return folder
+
+
+def _with_test_part(source: Source, other: Source, path: Path) -> Source:
+    if (
+        other.class_names != source.class_names
+        or other.train.labels.dtype.kind != source.train.labels.dtype.kind
+    ):
+        raise UserError(
+            f"{path}: its classes are not stated like those of --source; both must be of the same layout"
+        )
+    return replace(source, test=other.train if other.test is None else other.test)
+
+
+def _split_off_test(source: Source, data_name: str, known: KnownSet | None) -> tuple[Source, str]:
+    """The source with a fixed test part drawn from its training part, and the line that says so."""
+    count = len(source.train)
+    if known is None:
+        _, labels = np.unique(source.train.labels, return_inverse=True)
+        rows = stratified_test_rows(labels, round(count * CUSTOM_TEST_SHARE), "custom test split")
+        how = "a seventh of each class"
+    elif known.split_off_test is not None:
+        share, whole = known.split_off_test
+        rows = random_test_rows(count, round(count * share / whole), f"{data_name} test split")
+        how = "at random"
+    else:
+        raise UserError(f"{data_name}: the source has no test part; add it as --test_source")
+    if len(rows) == 0:
+        raise UserError(
+            f"{data_name}: {count} images are too few to put a test part aside; add --test_source"
+        )
+    rest = np.setdiff1d(np.arange(count), rows)
+    note = f"the source has no test part: {len(rows):,} of {count:,} images ({how}, fixed seed) are put aside as test"
+    return replace(source, train=source.train.take(rest), test=source.train.take(rows)), note
+
+
+# ------------------------------------------------------------------------------------------------------ target
+
+
+def _target(
+    data_name: str,
+    known: KnownSet | None,
+    source: Source,
+    resolution: int | None,
+    channels: int | None,
+    public: bool,
+) -> Target:
+    for flag, value, allowed in (
+        ("--resolution", resolution, range(4, 1025)),
+        ("--channels", channels, (1, 3)),
+    ):
+        if value is not None and value not in allowed:
+            text = "1 or 3" if flag == "--channels" else "4 to 1024 pixels"
+            raise UserError(f"{flag}: {value} is not allowed; it must be {text}")
+    if known is None:
+        height, width, found_channels = source.train.first_shape()
+        own_size = min(height, width) if isinstance(source.train, ArrayPart) else CUSTOM_RESOLUTION
+        return Target(data_name, resolution or own_size, channels or found_channels, None, public)
+    if not known.public:
+        _refuse_change(data_name, "--resolution", resolution, known.resolution)
+        _refuse_change(data_name, "--channels", channels, known.channels)
+    size, depth = resolution or known.resolution, channels or known.channels
+    return Target(data_name, size, depth, known.class_names, known.public)
+
+
+def _refuse_change(data_name: str, flag: str, value: int | None, fixed: int) -> None:
+    if value is not None and value != fixed:
+        raise UserError(
+            f"{flag}: {data_name} has {fixed} by definition; for {value} choose another --data_name"
+        )
+
+
+def _folder_name(target: Target, known: KnownSet | None) -> str:
+    usual = known is None or target.resolution == known.resolution
+    return target.name if usual else f"{target.name}_{target.resolution}"
+
+
+# ------------------------------------------------------------------------------------------------------ pixels
+
+
+def _fill(images: np.ndarray, part: Part, description: str) -> Counter:
+    """Write every image of `part` into `images` (N, C, R, R); how often each (width, height) was met."""
+    channels, resolution = images.shape[1:3]
+    if isinstance(part, ArrayPart) and part.images.shape[1:3] == (resolution, resolution):
+        return _copy_array(images, part.images)
+    sizes: Counter = Counter()
+    items = part.items()
+    bar = progress(range(0, len(part), IMAGES_AT_ONCE), description, unit=f"x{IMAGES_AT_ONCE} images")
+    with ThreadPoolExecutor(
+        os.cpu_count()
+    ) as pool:  # Pillow decodes and resizes without the interpreter lock
+        for _ in bar:
+            rows, block = zip(*itertools.islice(items, IMAGES_AT_ONCE), strict=True)
+            converted = pool.map(
+                part.convert, block, itertools.repeat(resolution), itertools.repeat(channels)
+            )
+            for row, (image, size) in zip(rows, converted, strict=True):
+                images[row] = image
+                sizes[size] += 1
+    return sizes
+
+
+def _copy_array(images: np.ndarray, source: np.ndarray) -> Counter:
+    """(N, R, R) or (N, R, R, 3) -> (N, C, R, R): nothing but channels changes."""
+    for start in range(0, len(source), 4096):
+        block = source[start : start + 4096]
+        block = block[:, None] if block.ndim == 3 else block.transpose(0, 3, 1, 2)
+        images[start : start + 4096] = to_channels(block, images.shape[1])
+    return Counter({(images.shape[3], images.shape[2]): len(source)})

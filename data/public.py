@@ -1,0 +1,209 @@
+"""Public data at the shape of the private data. Converted copies are kept under <data_root>/.cache."""
+
+import hashlib
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from data.convert import resized, to_channels
+from data.prepare import Target, convert_source
+from data.prepared import Prepared, is_prepared, new_prepared, read_meta, read_prepared, sha256_of
+from data.registry import EMBEDDED_PUBLIC, prepare_command
+from data.sources import open_source
+from data.spec import DataSpec, PublicData, Samples
+from utils.errors import UserError
+from utils.progress import progress
+from utils.sections import PublicDataConfig
+
+GLYPH_SEED = 0  # the public set is the same in every run
+ROWS_AT_ONCE = 4096  # converted at a time
+CONVERSION_VERSION = 1  # part of every cache key: raise it when converted pixels change
+
+logger = logging.getLogger(__name__)
+
+
+def has_public_images(section: PublicDataConfig) -> bool:
+    """False without public data, and for central_*, whose images are private queries that the method makes itself."""
+    return section.name is not None and not section.name.startswith("central_")
+
+
+def load_public(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> PublicData | None:
+    """The public set with images (N, C, H, W) uint8 of the spec's shape, or None if there are no public images.
+
+    Grey is made with PIL's "L" weights, RGB from grey by repetition; resizing is antialiased. UserError if the set is
+    not there (with the command that prepares it) or does not have public_data.n_classes classes.
+    """
+    if not has_public_images(section):
+        return None
+    if section.name in EMBEDDED_PUBLIC:
+        data = _load_glyphs(section, spec, data_root)
+    else:
+        data = _load_stored(section, spec, data_root)
+    _check_class_count(section, data.num_classes)
+    return data
+
+
+def num_public_classes(section: PublicDataConfig, data_root: Path) -> int | None:
+    """The number of public classes without decoding an image; None if there are no public images.
+
+    Where the set has not been prepared yet it is what the configuration says, which may be None.
+    """
+    if not has_public_images(section):
+        return None
+    count = _count_classes(section, data_root)
+    if count is None:
+        return section.n_classes
+    _check_class_count(section, count)
+    return count
+
+
+def _count_classes(section: PublicDataConfig, data_root: Path) -> int | None:
+    if section.name in EMBEDDED_PUBLIC:
+        from data.glyphs import CHARACTERS
+
+        return len(CHARACTERS)
+    if section.train_path is not None and not is_prepared(Path(section.train_path)):
+        if not Path(section.train_path).exists():
+            return None
+        source = open_source(Path(section.train_path))
+        return len(source.class_names or np.unique(source.train.labels))
+    stored = _stored_folders(section, data_root)
+    return len(read_meta(stored[0]).class_names) if stored else None
+
+
+def _check_class_count(section: PublicDataConfig, count: int) -> None:
+    if section.n_classes is not None and section.n_classes != count:
+        raise UserError(
+            f"public_data.n_classes: {section.n_classes}, but {section.train_path or section.name} has {count} classes; "
+            f"set public_data.n_classes={count}, or choose the data that was meant"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ glyphs
+
+
+def _load_glyphs(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> PublicData:
+    from data.glyphs import CHARACTERS, DEFAULT_PER_CLASS, rendering_key
+
+    per_class = section.per_class or DEFAULT_PER_CLASS
+    key = rendering_key(spec.resolution, per_class, GLYPH_SEED)
+    folder = data_root / ".cache" / f"glyphs-{spec.resolution}-{key}"
+    if not is_prepared(folder):
+        rendered = EMBEDDED_PUBLIC.resolve(section.name)(spec.resolution, per_class, GLYPH_SEED)
+        with new_prepared(folder, (1, spec.resolution, spec.resolution)) as writer:
+            writer.new_part("train", rendered.samples.labels)[:] = rendered.samples.images
+            writer.finish("glyphs", tuple(CHARACTERS), "rendered from the fonts of matplotlib")
+    samples = read_prepared(folder).train
+    return PublicData(
+        section.name, Samples(to_channels(samples.images, spec.channels), samples.labels), tuple(CHARACTERS)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ stored sets
+
+
+def _load_stored(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> PublicData:
+    prepared = _prepared_from_path(section, spec, data_root) or _prepared_by_name(section, spec, data_root)
+    meta = prepared.meta
+    as_wanted = (meta.channels, meta.resolution) == (
+        spec.channels,
+        spec.resolution,
+    ) and section.per_class is None
+    train = prepared.train if as_wanted else _converted_copy(prepared, section, spec, data_root)
+    return PublicData(section.name, train, meta.class_names)
+
+
+def _stored_folders(section: PublicDataConfig, data_root: Path) -> list[Path]:
+    """Prepared folders of this set: train_path, or <data_root>/<name> and <name>_<resolution>."""
+    if section.train_path is not None:
+        candidates = [Path(section.train_path)]
+    else:
+        candidates = [data_root / section.name, *sorted(data_root.glob(f"{section.name}_*"))]
+        candidates = [path for path in candidates if _is_size_variant(path.name, section.name)]
+    return [path for path in candidates if is_prepared(path)]
+
+
+def _is_size_variant(folder_name: str, name: str) -> bool:
+    return folder_name == name or folder_name.removeprefix(f"{name}_").isdecimal()
+
+
+def _prepared_by_name(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> Prepared:
+    """The smallest stored size that is at least the wanted one, else the largest, which is then enlarged."""
+    stored = _stored_folders(section, data_root)
+    if not stored:
+        place = section.train_path or data_root / section.name
+        command = prepare_command(section.name, data_root)
+        raise UserError(f"public_data.name: '{section.name}' is not prepared ({place}); run: {command}")
+    sizes = {read_meta(folder).resolution: folder for folder in reversed(stored)}
+    enough = [size for size in sizes if size >= spec.resolution]
+    if not enough:
+        logger.warning(
+            "public_data: %s is stored at %d px and enlarged to %d", section.name, max(sizes), spec.resolution
+        )
+    return read_prepared(sizes[min(enough) if enough else max(sizes)])
+
+
+def _prepared_from_path(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> Prepared | None:
+    """A folder of class folders, an archive or an npz at train_path, converted once; None for a prepared folder."""
+    if section.train_path is None or is_prepared(Path(section.train_path)):
+        return None
+    path = Path(section.train_path)
+    if not path.exists():
+        raise UserError(f"public_data.train_path: {path} does not exist")
+    key = _key(_path_hash(path), spec.resolution, spec.channels)
+    folder = data_root / ".cache" / f"{section.name}-{spec.resolution}-{key}"
+    if not is_prepared(folder):
+        target = Target(section.name, spec.resolution, spec.channels, None, public=True)
+        _, notes = convert_source(open_source(path), target, folder, str(path))
+        for note in notes:
+            logger.warning("public_data: %s: %s", section.name, note)
+    return read_prepared(folder)
+
+
+def _path_hash(path: Path) -> str:
+    """Changes with the content: the bytes of a file; the names, sizes and times of the files of a folder."""
+    if path.is_file():
+        return sha256_of(path)
+    files = sorted(
+        (file.relative_to(path).as_posix(), file.stat()) for file in path.rglob("*") if file.is_file()
+    )
+    return _key(*((name, stat.st_size, stat.st_mtime_ns) for name, stat in files))
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(repr((CONVERSION_VERSION, parts)).encode()).hexdigest()[:16]
+
+
+def _converted_copy(
+    prepared: Prepared, section: PublicDataConfig, spec: DataSpec, data_root: Path
+) -> Samples:
+    """The training part, its first per_class images of each class, at the spec's shape; made once, then cached."""
+    meta = prepared.meta
+    key = _key(meta.content_hash, spec.resolution, spec.channels, section.per_class)
+    folder = data_root / ".cache" / f"{meta.name}-{spec.resolution}-{key}"
+    if not is_prepared(folder):
+        rows = _first_rows(prepared.train.labels, section.per_class)
+        with new_prepared(folder, spec.image_shape) as writer:
+            images = writer.new_part("train", prepared.train.labels[rows])
+            for start in progress(range(0, len(rows), ROWS_AT_ONCE), f"resizing {meta.name}", unit="block"):
+                block = prepared.train.images[rows[start : start + ROWS_AT_ONCE]]
+                images[start : start + ROWS_AT_ONCE] = resized(
+                    to_channels(block, spec.channels), spec.resolution
+                )
+            images.flush()
+            writer.finish(meta.name, meta.class_names, meta.source)
+    return read_prepared(folder).train
+
+
+def _first_rows(labels: np.ndarray, per_class: int | None) -> np.ndarray:
+    """Sorted indices of the first `per_class` records of every class; of all records for None."""
+    if per_class is None:
+        return np.arange(len(labels))
+    if per_class < 1:
+        raise UserError(
+            f"public_data.per_class: {per_class} is not allowed; it must be at least 1, or null for all"
+        )
+    return np.sort(
+        np.concatenate([np.flatnonzero(labels == label)[:per_class] for label in np.unique(labels)])
+    )

@@ -1,0 +1,157 @@
+"""The private data of a run: what is public about it (read without opening an image), and its fixed split."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta, read_prepared
+from data.registry import EMBEDDED_SENSITIVE, prepare_command
+from data.spec import DataSpec, Samples
+from data.splits import validation_split
+from utils.errors import UserError
+from utils.sections import SensitiveDataConfig
+
+ROWS_AT_ONCE = 4096  # copied at a time where a split of mapped images is written to disk
+
+
+@dataclass(frozen=True)
+class SensitiveData:
+    """Private images and labels by part. `validation` is None unless eval.mode is val."""
+
+    train: Samples
+    validation: Samples | None
+    test: Samples
+
+
+def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[DataSpec, tuple[str, ...]]:
+    """The public facts of the data, and lines to tell the user. Reads YAML numbers and meta.json, no image.
+
+    mode "val" leaves num_train - num_val private training records, other modes all. What lies on disk wins over the
+    published count, and a line says so. UserError if the disk contradicts the configuration in resolution, channels or
+    classes, if num_val leaves nothing, or if a custom set has not been prepared.
+    """
+    folder = _folder(section, data_root)
+    meta = None if _is_embedded(section) or not is_prepared(folder) else read_meta(folder)
+    if meta is not None:
+        _check_agreement(section, meta, folder)
+    elif section.n_classes is None or section.num_train is None or section.class_names is None:
+        raise _not_prepared(section, folder, data_root)
+    class_names = tuple(section.class_names or meta.class_names)
+    available = meta.num_train if meta is not None else section.num_train
+    num_private = available - _num_held_out(section, mode, available)
+    spec = DataSpec(
+        section.name or "none",
+        section.resolution,
+        section.num_channels,
+        len(class_names),
+        num_private,
+        class_names,
+    )
+    return spec, _count_notes(section, available, num_private)
+
+
+def load_sensitive(section: SensitiveDataConfig, mode: str, data_root: Path) -> SensitiveData:
+    """The images of all parts. The training part keeps the order of the files; the split is the same for every run.
+
+    UserError with the command to run if the data has not been prepared, or if its files are damaged.
+    """
+    if section.name is None:
+        raise UserError("sensitive_data.name: null has no images to load; name a dataset")
+    spec_of(section, mode, data_root)  # the checks
+    train, test = _load_parts(section, data_root)
+    num_held_out = _num_held_out(section, mode, len(train))
+    if num_held_out == 0:
+        return SensitiveData(train, None, test)
+    train_rows, validation_rows = validation_split(len(train), num_held_out)
+    kept = _take(train, train_rows, data_root, f"{section.name}-train-{num_held_out}")
+    return SensitiveData(kept, train.take(validation_rows), test)
+
+
+def _is_embedded(section: SensitiveDataConfig) -> bool:
+    return section.path is None and section.name is not None and section.name in EMBEDDED_SENSITIVE
+
+
+def _folder(section: SensitiveDataConfig, data_root: Path) -> Path:
+    return Path(section.path) if section.path is not None else data_root / str(section.name)
+
+
+def _load_parts(section: SensitiveDataConfig, data_root: Path) -> tuple[Samples, Samples]:
+    if _is_embedded(section):
+        return EMBEDDED_SENSITIVE.resolve(section.name)()
+    folder = _folder(section, data_root)
+    if not is_prepared(folder):
+        raise _not_prepared(section, folder, data_root)
+    prepared = read_prepared(folder)
+    if prepared.test is None:
+        raise UserError(
+            f"{folder}: has no test part (it was prepared with --public); prepare it again without --public"
+        )
+    return prepared.train, prepared.test
+
+
+def _not_prepared(section: SensitiveDataConfig, folder: Path, data_root: Path) -> UserError:
+    state = "is not prepared data" if folder.exists() else "does not exist"
+    return UserError(
+        f"{section.name}: {folder} {state}; run: {prepare_command(str(section.name), data_root)}"
+    )
+
+
+def _check_agreement(section: SensitiveDataConfig, meta: PreparedMeta, folder: Path) -> None:
+    stored = {
+        "resolution": meta.resolution,
+        "num_channels": meta.channels,
+        "n_classes": len(meta.class_names),
+    }
+    for key, value in stored.items():
+        configured = getattr(section, key)
+        if configured is not None and configured != value:
+            raise UserError(
+                f"sensitive_data.{key}: {configured}, but {folder} has {value}; set sensitive_data.{key}={value}"
+            )
+    names = section.class_names
+    if names is not None and len(names) != len(meta.class_names):
+        raise UserError(
+            f"sensitive_data.class_names: {len(names)} names for the {len(meta.class_names)} classes of {folder}"
+        )
+
+
+def _num_held_out(section: SensitiveDataConfig, mode: str, available: int) -> int:
+    if mode != "val":
+        return 0
+    if not 0 < section.num_val < available:
+        raise UserError(
+            f"sensitive_data.num_val: {section.num_val} is not allowed with eval.mode=val; it must be 1 to "
+            f"{available - 1} ({available:,} training images), for instance sensitive_data.num_val={max(1, available // 10)}"
+        )
+    return section.num_val
+
+
+def _count_notes(section: SensitiveDataConfig, available: int, num_private: int) -> tuple[str, ...]:
+    if section.num_train is None or section.num_train == available:
+        return ()
+    return (
+        f"{section.name}: {available:,} training images on disk, the published set has {section.num_train:,}; "
+        f"N = {num_private:,} is used",
+    )
+
+
+def _take(samples: Samples, rows: np.ndarray, data_root: Path, name: str) -> Samples:
+    """The chosen rows. Of mapped images the copy is written to the cache once and mapped too."""
+    if not isinstance(samples.images, np.memmap):
+        return samples.take(rows)
+    stamp = Path(samples.images.filename).stat()
+    key = hashlib.sha256(
+        f"{samples.images.filename}/{stamp.st_size}/{stamp.st_mtime_ns}".encode()
+    ).hexdigest()[:16]
+    folder = data_root / ".cache" / f"{name}-{key}"
+    if not is_prepared(folder):
+        with new_prepared(folder, samples.images.shape[1:]) as writer:
+            images = writer.new_part("train", samples.labels[rows])
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                images[start : start + ROWS_AT_ONCE] = samples.images[rows[start : start + ROWS_AT_ONCE]]
+            images.flush()
+            class_names = tuple(str(label) for label in range(samples.labels.max() + 1))
+            writer.finish(name, class_names, samples.images.filename)
+    return read_prepared(folder).train

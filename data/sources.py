@@ -1,0 +1,483 @@
+"""Reads what the user already has: recognises the layout by content and lists labelled images, not yet converted.
+
+Layouts: MNIST-style idx files, CIFAR pickles, npz, CelebA, zip with dataset.json, class folders, flat
+`<class>_<rest>` files. Folders, zips and tars are all looked into (data/trees.py).
+"""
+
+import gzip
+import io
+import json
+import pickle
+import re
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from data.convert import decode, square_array
+from data.registry import NO_QUIRKS, SourceQuirks
+from data.trees import FileTree, open_tree
+from utils.errors import UserError
+
+LAYOUTS = (
+    "allowed: idx files of MNIST, python pickles of CIFAR, npz (x/y, images/labels or train_images/train_labels), "
+    "train/<class>/* folders, flat <class>_<rest> files, or a zip of images with dataset.json"
+)
+
+
+# ------------------------------------------------------------------------------------------------------ records
+
+
+Converted = tuple[np.ndarray, tuple[int, int]]  # (C, R, R) uint8, and the (width, height) before
+
+
+@dataclass(frozen=True)
+class ArrayPart:
+    """Labelled images in memory: (N, H, W) or (N, H, W, 3) uint8; labels (N,) integers or class names."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: np.ndarray) -> "ArrayPart":
+        return ArrayPart(self.images[rows], self.labels[rows])
+
+    def first_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the images."""
+        return (*self.images.shape[1:3], self.images.shape[3] if self.images.ndim == 4 else 1)
+
+    def items(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Each row number with what `convert` takes."""
+        return enumerate(self.images)
+
+    def convert(self, item: np.ndarray, resolution: int, channels: int) -> Converted:
+        from PIL import Image
+
+        picture = Image.fromarray(np.ascontiguousarray(item))
+        return square_array(picture, resolution, channels), picture.size
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """Labelled image files in a tree; labels (N,) integers or class names."""
+
+    tree: FileTree
+    names: list[str]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def take(self, rows: np.ndarray) -> "FilePart":
+        return FilePart(self.tree, [self.names[row] for row in rows], self.labels[rows])
+
+    def first_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the first image."""
+        name, content = next(self.tree.read([self.names[0]]))
+        picture = decode(content, f"{self.tree.path}: {name}")
+        return picture.height, picture.width, 1 if picture.mode == "L" else 3
+
+    def items(self) -> Iterator[tuple[int, tuple[str, bytes]]]:
+        """Each row number with what `convert` takes, in the order in which the tree gives the files."""
+        row_of = {name: row for row, name in enumerate(self.names)}
+        for name, content in self.tree.read(self.names):
+            yield row_of[name], (name, content)
+
+    def convert(self, item: tuple[str, bytes], resolution: int, channels: int) -> Converted:
+        name, content = item
+        picture = decode(content, f"{self.tree.path}: {name}")
+        return square_array(picture, resolution, channels), picture.size
+
+
+Part = ArrayPart | FilePart
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was found at one path. `class_names` is in label order if the files state it, else None."""
+
+    train: Part
+    test: Part | None = None
+    class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = field(default=())
+
+
+# ------------------------------------------------------------------------------------------------------ detection
+
+
+def open_source(path: Path, quirks: SourceQuirks = NO_QUIRKS) -> Source:
+    """Find out what lies at `path` and list its images. Image files are not opened yet."""
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    tree = open_tree(path)
+    names = [name for name in tree.names if quirks.only_members in name]
+    if not names:
+        raise UserError(f"{path}: empty, there are no images in it; {LAYOUTS}")
+    base_names = {PurePosixPath(name).name for name in names}
+    if all(name.endswith(".npz") for name in names):
+        return _read_npz_folder(tree)
+    if any(_IDX_NAME.search(name) for name in base_names):
+        return _read_idx(tree, names, quirks)
+    if "data_batch_1" in base_names or {"train", "test", "meta"} <= base_names:
+        return _read_cifar(tree, names)
+    if any(name.startswith("list_attr_celeba") for name in base_names):
+        return _read_celeba(tree, names, quirks.attribute)
+    if "dataset.json" in base_names:
+        return _read_dataset_json(tree, names)
+    return _read_image_files(tree, names, quirks)
+
+
+def _single(tree: FileTree, name: str) -> bytes:
+    return next(tree.read([name]))[1]
+
+
+def _find(tree: FileTree, names: list[str], pattern: str) -> str:
+    """The one file whose base name matches; UserError if there is none."""
+    found = [name for name in names if re.search(pattern, PurePosixPath(name).name)]
+    if not found:
+        raise UserError(f"{tree.path}: lacks a file named like '{pattern.strip('^$')}'")
+    return found[0]
+
+
+# ------------------------------------------------------------------------------------------------------ idx files
+
+_IDX_NAME = re.compile(r"(train|t10k|test)-(images|labels)[-.]idx\d")
+
+
+def _read_idx(tree: FileTree, names: list[str], quirks: SourceQuirks) -> Source:
+    def part(pattern: str) -> ArrayPart:
+        images = _idx_array(tree, _find(tree, names, f"{pattern}-images[-.]idx3"), 3)
+        label_file = _find(tree, names, f"{pattern}-labels[-.]idx1")
+        labels = _idx_array(tree, label_file, 1).astype(np.int64) - quirks.first_label
+        _require_equal_counts(f"{tree.path}: {label_file}", images, labels)
+        return ArrayPart(images.transpose(0, 2, 1) if quirks.transposed else images, labels)
+
+    has_test = any(re.search(r"(t10k|test)-images[-.]idx3", name) for name in names)
+    return Source(part("train"), part("(t10k|test)") if has_test else None)
+
+
+def _idx_array(tree: FileTree, name: str, num_dimensions: int) -> np.ndarray:
+    """The uint8 array of one idx file (yann.lecun.com/exdb/mnist): 2 zero bytes, type 8, rank, big-endian sizes."""
+    content = _single(tree, name)
+    where = f"{tree.path}: {name}"
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{where}: corrupt or truncated gzip file ({error})") from error
+    header = 4 + 4 * num_dimensions
+    if len(content) < header or content[:4] != bytes((0, 0, 8, num_dimensions)):
+        raise UserError(f"{where}: not an idx file of {num_dimensions}-dimensional uint8 data")
+    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", num_dimensions, 4))
+    if len(content) - header != np.prod(shape, dtype=np.int64):
+        raise UserError(f"{where}: truncated, {len(content) - header:,} bytes of data for the shape {shape}")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+# ------------------------------------------------------------------------------------------------------ CIFAR
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles plain containers and NumPy arrays only: any other name in the file is refused, so no code runs."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return np.empty(0).__reduce__()[0]
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes the bytes of an array
+            return lambda text, encoding: text.encode(encoding)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _unpickle(tree: FileTree, name: str) -> dict:
+    """The dict of a CIFAR batch with str keys."""
+    try:
+        loaded = _ArrayUnpickler(io.BytesIO(_single(tree, name)), encoding="bytes").load()
+        return {key.decode() if isinstance(key, bytes) else key: value for key, value in loaded.items()}
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+    ) as error:
+        raise UserError(f"{tree.path}: {name} is not a CIFAR batch, or corrupt ({error})") from error
+
+
+def _read_cifar(tree: FileTree, names: list[str]) -> Source:
+    """CIFAR-10 (data_batch_1..5, test_batch, batches.meta) or CIFAR-100 with fine labels (train, test, meta)."""
+    batches = sorted(name for name in names if re.match(r"data_batch_\d+$", PurePosixPath(name).name))
+    train_files = batches or [_find(tree, names, "^train$")]
+    test_file = _find(tree, names, "^test_batch$" if batches else "^test$")
+    meta = _unpickle(tree, _find(tree, names, r"^(batches\.)?meta$"))
+    class_names = meta.get("label_names") or meta.get("fine_label_names")
+    if not class_names:
+        raise UserError(f"{tree.path}: the meta file has neither label_names nor fine_label_names")
+    text = tuple(name.decode() if isinstance(name, bytes) else name for name in class_names)
+    return Source(_cifar_part(tree, train_files), _cifar_part(tree, [test_file]), text)
+
+
+def _cifar_part(tree: FileTree, files: list[str]) -> ArrayPart:
+    images, labels = [], []
+    for name in files:
+        batch = _unpickle(tree, name)
+        rows = batch.get("data")
+        batch_labels = batch.get("fine_labels", batch.get("labels"))
+        if (
+            not isinstance(rows, np.ndarray)
+            or rows.ndim != 2
+            or rows.shape[1] != 3072
+            or rows.dtype != np.uint8
+        ):
+            raise UserError(f"{tree.path}: {name} has no uint8 'data' of 3072 values per image")
+        if batch_labels is None or len(batch_labels) != len(rows):
+            raise UserError(f"{tree.path}: {name} has no 'labels' or 'fine_labels', one per image")
+        images.append(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels.append(np.asarray(batch_labels, np.int64))
+    return ArrayPart(np.concatenate(images), np.concatenate(labels))
+
+
+# ------------------------------------------------------------------------------------------------------ npz
+
+_TRAIN_KEYS = (("train_images", "train_labels"), ("x_train", "y_train"), ("x", "y"), ("images", "labels"))
+_VAL_KEYS = (("val_images", "val_labels"),)
+_TEST_KEYS = (("test_images", "test_labels"), ("x_test", "y_test"))
+_NAME_KEYS = ("classes", "class_names")
+
+
+def _read_npz(path: Path) -> Source:
+    """One npz with a training part, and perhaps validation (joined to training) and test parts."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = _wanted_arrays(archive)
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: corrupt, truncated or not an npz of plain arrays ({error})") from error
+    train = _npz_part(path, arrays, _TRAIN_KEYS)
+    if train is None:
+        wanted = ", ".join("/".join(keys) for keys in _TRAIN_KEYS)
+        raise UserError(
+            f"{path}: holds {', '.join(arrays) or 'nothing known'}; one of these pairs is needed: {wanted}"
+        )
+    validation, test = (_npz_part(path, arrays, keys) for keys in (_VAL_KEYS, _TEST_KEYS))
+    names = next((arrays[key] for key in _NAME_KEYS if key in arrays), None)
+    source = Source(train, test, None if names is None else tuple(str(name) for name in names))
+    return source if validation is None else _join_validation(source, validation, path)
+
+
+def _wanted_arrays(archive: np.lib.npyio.NpzFile) -> dict[str, np.ndarray]:
+    pairs = (*_TRAIN_KEYS, *_VAL_KEYS, *_TEST_KEYS)
+    wanted = {*(key for pair in pairs for key in pair), *_NAME_KEYS}
+    return {key: archive[key] for key in archive.files if key in wanted}
+
+
+def _npz_part(
+    path: Path, arrays: dict[str, np.ndarray], pairs: tuple[tuple[str, str], ...]
+) -> ArrayPart | None:
+    for image_key, label_key in pairs:
+        if image_key in arrays and label_key in arrays:
+            images = _as_nhwc(arrays[image_key], f"{path}: {image_key}")
+            labels = _as_label_vector(arrays[label_key], f"{path}: {label_key}")
+            _require_equal_counts(f"{path}: {label_key}", images, labels)
+            return ArrayPart(images, labels)
+    return None
+
+
+def _as_nhwc(images: np.ndarray, where: str) -> np.ndarray:
+    """(N, H, W) or (N, H, W, 3) from NHW, NHWC or NCHW; the channel axis is the one of size 1 or 3."""
+    if images.dtype != np.uint8:
+        raise UserError(f"{where}: dtype {images.dtype}; allowed: uint8")
+    if images.ndim == 3:
+        return images
+    if images.ndim == 4 and images.shape[3] in (1, 3):
+        return images[..., 0] if images.shape[3] == 1 else images
+    if images.ndim == 4 and images.shape[1] in (1, 3):
+        return images[:, 0] if images.shape[1] == 1 else images.transpose(0, 2, 3, 1)
+    raise UserError(
+        f"{where}: shape {images.shape}; allowed: (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3"
+    )
+
+
+def _as_label_vector(labels: np.ndarray, where: str) -> np.ndarray:
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"{where}: {labels.dtype} {labels.shape}; allowed: one integer per image")
+    return labels.astype(np.int64)
+
+
+def _require_equal_counts(where: str, images: np.ndarray, labels: np.ndarray) -> None:
+    if len(images) != len(labels):
+        raise UserError(f"{where}: {len(labels):,} labels for {len(images):,} images")
+
+
+def _join_validation(source: Source, validation: ArrayPart, path: Path) -> Source:
+    if source.test is None:
+        return replace(source, test=validation)
+    images = np.concatenate([source.train.images, validation.images])
+    joined = ArrayPart(images, np.concatenate([source.train.labels, validation.labels]))
+    note = f"{path.name}: its {len(validation):,} validation images join the training part"
+    return replace(source, train=joined, notes=(note,))
+
+
+def _read_npz_folder(tree: FileTree) -> Source:
+    """A folder of train.npz and test.npz, or of one npz."""
+    by_stem = {PurePosixPath(name).stem: tree.path / name for name in tree.names}
+    if len(by_stem) == 1:
+        return _read_npz(next(iter(by_stem.values())))
+    if "train" not in by_stem:
+        raise UserError(f"{tree.path}: several npz files but no train.npz; pass one of them as --source")
+    source = _read_npz(by_stem["train"])
+    return replace(source, test=_read_npz(by_stem["test"]).train) if "test" in by_stem else source
+
+
+# ------------------------------------------------------------------------------------------------------ CelebA
+
+
+def _read_celeba(tree: FileTree, names: list[str], attribute: str) -> Source:
+    """Aligned CelebA with one attribute as the label; official parts 0 (train) and 2 (test), 1 is unused."""
+    labels = _celeba_labels(tree, names, attribute)
+    partition = _celeba_rows(_single(tree, _find(tree, names, r"^list_eval_partition\.(txt|csv)$")))
+    archive = next((name for name in names if PurePosixPath(name).name == "img_align_celeba.zip"), None)
+    images = tree if archive is None else open_tree(tree.path / archive)
+    path_of = {
+        PurePosixPath(name).name: name for name in images.names if name.lower().endswith((".jpg", ".png"))
+    }
+
+    def part(code: str) -> FilePart:
+        files = [file for file, fields in partition.items() if fields[-1] == code]
+        missing = next((file for file in files if file not in path_of or file not in labels), None)
+        if missing is not None:
+            raise UserError(f"{images.path}: lacks the image {missing}, or list_attr_celeba its attributes")
+        return FilePart(
+            images, [path_of[file] for file in files], np.array([labels[file] for file in files], np.int64)
+        )
+
+    return Source(part("0"), part("2"))
+
+
+def _celeba_labels(tree: FileTree, names: list[str], attribute: str) -> dict[str, int]:
+    name = _find(tree, names, r"^list_attr_celeba\.(txt|csv)$")
+    content = _single(tree, name)
+    header = next(
+        (line for line in content.decode().splitlines() if attribute in line.replace(",", " ").split()), ""
+    )
+    columns = header.replace(",", " ").split()
+    if attribute not in columns:
+        raise UserError(f"{tree.path}: {name} has no attribute '{attribute}'")
+    # Counted from the end: the txt header does not name the first column, the csv header does.
+    column = columns.index(attribute) - len(columns)
+    return {file: int(int(fields[column]) > 0) for file, fields in _celeba_rows(content).items()}
+
+
+def _celeba_rows(content: bytes) -> dict[str, list[str]]:
+    """File name -> the other fields of its line; header lines are skipped."""
+    rows = (line.replace(",", " ").split() for line in content.decode().splitlines())
+    return {row[0]: row[1:] for row in rows if row and row[0].lower().endswith((".jpg", ".png"))}
+
+
+# ------------------------------------------------------------------------------------------------------ image files
+
+
+def _read_dataset_json(tree: FileTree, names: list[str]) -> Source:
+    """The StyleGAN convention: dataset.json {"labels": [[file, integer], ...]} beside the images."""
+    name = _find(tree, names, r"^dataset\.json$")
+    try:
+        entries = json.loads(_single(tree, name))["labels"]
+        labels = {str(PurePosixPath(name).parent / file): label for file, label in entries}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{tree.path}: {name} has no list 'labels' of [file, integer] pairs ({error})"
+        ) from error
+    wrong = next((file for file, label in labels.items() if type(label) is not int), None)
+    if wrong is not None:
+        raise UserError(f"{tree.path}: {name} labels {wrong} with {labels[wrong]!r}; allowed: one integer")
+    missing = next(iter(labels.keys() - set(names)), None)
+    if missing is not None:
+        raise UserError(f"{tree.path}: {name} lists {missing}, which is not there")
+    files = sorted(labels)
+    if not files:
+        raise UserError(f"{tree.path}: {name} lists no images")
+    return Source(FilePart(tree, files, np.array([labels[file] for file in files], np.int64)))
+
+
+def _read_image_files(tree: FileTree, names: list[str], quirks: SourceQuirks) -> Source:
+    """Class folders or flat <class>_<rest> files, below train/ and test/ (or val/) folders if there are such."""
+    depth = _shared_depth(names)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = PurePosixPath(name).parts[depth:]
+        groups.setdefault(_PART_OF_FOLDER.get(parts[0], "") if len(parts) > 1 else "", []).append(name)
+    if "train" not in groups:
+        only_one_part = len(groups) == 1 and "" not in groups  # a test folder passed on its own
+        return Source(_labelled_files(tree, names, depth + only_one_part, quirks))
+    if "" in groups:
+        raise UserError(
+            f"{tree.path}: {groups[''][0]} lies beside the train folder; move it into train or test"
+        )
+    found = {part: _labelled_files(tree, files, depth + 1, quirks) for part, files in groups.items()}
+    return _with_parts(tree, found)
+
+
+_PART_OF_FOLDER = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+
+
+def _with_parts(tree: FileTree, found: dict[str, FilePart]) -> Source:
+    train, test, val = found["train"], found.get("test"), found.get("val")
+    if test is None or val is None:
+        return Source(train, test or val)
+    joined = FilePart(tree, train.names + val.names, np.concatenate([train.labels, val.labels]))
+    note = f"{tree.path.name}: its {len(val):,} validation images join the training part"
+    return Source(joined, test, notes=(note,))
+
+
+def _shared_depth(names: list[str]) -> int:
+    """How many leading folders all files share, not counting a folder that names a part (train, test, val)."""
+    folders = [PurePosixPath(name).parts[:-1] for name in names]
+    depth = 0
+    while all(len(parts) > depth for parts in folders) and len({parts[depth] for parts in folders}) == 1:
+        if folders[0][depth] in _PART_OF_FOLDER:
+            break
+        depth += 1
+    return depth
+
+
+def _labelled_files(tree: FileTree, names: list[str], depth: int, quirks: SourceQuirks) -> FilePart:
+    """Each file's class: its folder below `depth`, or for files without one the name up to the first underscore."""
+    folders = [PurePosixPath(name).parts[depth:-1] for name in names]
+    if not any(folders):
+        labels = [_class_of_flat_file(tree, name) for name in names]
+    elif all(folders):
+        labels = ["/".join(parts[1:] or parts) if quirks.nested_classes else parts[0] for parts in folders]
+    else:
+        stray = names[folders.index(())]
+        raise UserError(f"{tree.path}: {stray} lies beside the class folders; move it into one of them")
+    return FilePart(tree, names, np.array(labels))
+
+
+def _class_of_flat_file(tree: FileTree, name: str) -> str:
+    label, underscore, _ = PurePosixPath(name).name.partition("_")
+    if not underscore or not label:
+        raise UserError(f"{tree.path}: {name} is in no class folder and not named <class>_<rest>; {LAYOUTS}")
+    return label
+
+
+def sizes_note(sizes: Counter, resolution: int) -> str | None:
+    """One line that says how images of other or of several sizes were brought to one, or None."""
+    if set(sizes) <= {(resolution, resolution)}:
+        return None
+    most = sizes.most_common(4)
+    listed = ", ".join(f"{width}x{height}: {count:,}" for (width, height), count in most)
+    more = f" and {len(sizes) - len(most)} more sizes" if len(sizes) > len(most) else ""
+    kinds = f"mixed image sizes ({listed}{more})" if len(sizes) > 1 else f"images of {listed.split(':')[0]}"
+    return f"{kinds}: cropped to the central square and resized to {resolution}x{resolution}"

@@ -1,0 +1,73 @@
+"""Download or convert a dataset into the prepared format: python scripts/prepare_data.py --data_name mnist_28"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.prepare import prepare
+from data.registry import known_names, known_set
+from utils.errors import UserError
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Bring a dataset into the form that run.py reads. Without --source the published files are "
+        "downloaded; with it, what you have is converted, whatever its layout (docs/datasets.md).",
+        epilog=f"Known names: {', '.join(known_names())}. Any other name is a set of your own and needs --source.",
+    )
+    parser.add_argument(
+        "--data_name", required=True, metavar="NAME", help="known name, or a name for your own set"
+    )
+    parser.add_argument("--source", type=Path, metavar="PATH", help="folder, npz, zip or tar that you have")
+    parser.add_argument(
+        "--test_source", type=Path, metavar="PATH", help="test part, where it is a file of its own"
+    )
+    default_root = Path(os.environ.get("DPIB_DATA_ROOT", "dataset"))
+    parser.add_argument(
+        "--data_root",
+        type=Path,
+        default=default_root,
+        metavar="DIR",
+        help="default: $DPIB_DATA_ROOT or dataset",
+    )
+    parser.add_argument("--resolution", type=int, metavar="R", help="pixels; own and public sets only")
+    parser.add_argument("--channels", type=int, metavar="C", help="1 grey, 3 RGB; own and public sets only")
+    parser.add_argument(
+        "--public", action="store_true", help="a public set of your own: no test part is put aside"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = vars(parse_arguments(argv))
+    try:
+        folder, meta, notes = prepare(**arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for note in notes:
+        print(note)
+    print(
+        f"{folder}: {meta.num_train:,} training and {meta.num_test:,} test images, {len(meta.class_names)} classes, "
+        f"{meta.resolution}x{meta.resolution}, {'grey' if meta.channels == 1 else 'RGB'}"
+    )
+    if known_set(meta.name) is None:
+        print(usage_line(meta.name, meta.resolution, meta.channels, arguments["public"]))
+    return 0
+
+
+def usage_line(name: str, resolution: int, channels: int, public: bool) -> str:
+    """How run.py is told to use a set of the user's own."""
+    if public:
+        return f"use it: python run.py ... public_data=custom public_data.name={name}"
+    return (
+        f"use it: python run.py --data_name {name} sensitive_data.resolution={resolution} "
+        f"sensitive_data.num_channels={channels} ..."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
