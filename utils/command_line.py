@@ -191,8 +191,9 @@ def parse_value(text: str, annotation: object) -> object:
 def _read_yaml(text: str) -> object:
     import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import GrammarParseError
 
     try:  # OmegaConf's reader and no other: plain YAML reads 1e-3 as text
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    except yaml.YAMLError:
-        return text  # no YAML, so it is text, and no setting of this type accepts that
+    except (yaml.YAMLError, GrammarParseError):
+        return text  # it is nothing else than text, and no setting of this type accepts that

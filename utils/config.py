@@ -142,13 +142,10 @@ def load_config(argv: list[str], methods: Registry, program: str = "run") -> Con
     choices = {group: settings.pop(group) for group in FILE_CHOICES if group in settings}
     command = _parse_settings(settings, schema.types)
     cell = _choose_cell(files, schema, flags, choices, command)
-    layers = _value_layers(cell, schema, given, command)
+    layers = _value_layers(files, cell, schema, given, command)
     typed = _typed_values(files.compose(cell.files), schema, layers)
-    snapshot = {
-        "method": method,
-        "data_name": cell.data_name,
-        **{name: _plain(typed[name]) for name in typed},
-    }
+    plain = {name: _plain(value) for name, value in typed.items()}
+    snapshot = {"method": method, "data_name": cell.data_name, **plain}
     return Config(
         method=method,
         data_name=cell.data_name,
@@ -218,9 +215,8 @@ def _parse_settings(settings: dict[str, str], types: dict[str, object]) -> dict[
             raise unknown_key(key, types)
     values = {key: parse_value(text, types[key]) for key, text in settings.items()}
     for key, value in values.items():
-        if not (
-            isinstance(value, str) and "${" in value
-        ):  # an interpolation has its type once it is resolved
+        interpolated = isinstance(value, str) and re.search(r"\$\{.*\}", value)
+        if not interpolated:  # its type is known only after composing
             build(types[key], value, key)
     return values
 
@@ -236,7 +232,8 @@ def _choose_cell(
     data_name, data_file = _choose_data(files, flags, command)
     table_path = files.find("presets", schema.method)
     tables = [load_presets(files.find("presets", EVERY_METHOD)), load_presets(table_path)]
-    preset = command.get("preset", "quick" if data_name in tables[0].quick_by_default else "paper")
+    by_default = "quick" if data_name in tables[0].quick_by_default else "paper"
+    preset = command.get("preset") or files.main().get("preset") or by_default
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     tier = nearest_tier(epsilon)
@@ -300,14 +297,15 @@ def _choose_public_data(
 
 
 def _value_layers(
-    cell: _Cell, schema: _Schema, given: set[str], command: dict[str, object]
+    files: ConfigFiles, cell: _Cell, schema: _Schema, given: set[str], command: dict[str, object]
 ) -> list[tuple[str, object, str]]:
     """(dotted key, value, layer) of all that goes on top of the YAML files, in the order in which it applies."""
     result = [(key, value, rule.layer) for rule in cell.rules for key, value in rule.values.items()]
     for key, _, layer in result:
         if key not in schema.types:
             raise unknown_key(key, schema.types, layer)
-    result.append(("preset", cell.preset, f"default for {cell.data_name}"))
+    if files.main().get("preset") is None:
+        result.append(("preset", cell.preset, f"default for {cell.data_name}"))
     result.append(("privacy.epsilon", cell.epsilon, _flag_layer("epsilon", given)))
     if cell.files["data"].stem == OWN_IMAGES:
         result.append(("sensitive_data.name", cell.data_name, COMMAND_LINE))

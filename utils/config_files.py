@@ -55,6 +55,10 @@ def _plugin_folder(name: str) -> Path:
 class ConfigFiles:
     folders: list[Path]  # the first one holds config.yaml
 
+    def main(self) -> dict:
+        """The content of config.yaml."""
+        return read_yaml(self.folders[0] / "config.yaml")
+
     def names(self, group: str) -> list[str]:
         """What can be chosen in a group; files whose name starts with "_" are parts of others."""
         found = {path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")}
@@ -76,8 +80,7 @@ class ConfigFiles:
 
     def default(self, group: str) -> str:
         """The choice that the defaults list of config.yaml makes for a group."""
-        defaults = read_yaml(self.folders[0] / "config.yaml").get("defaults", [])
-        entries = [entry for entry in defaults if isinstance(entry, dict)]
+        entries = [entry for entry in self.main().get("defaults", []) if isinstance(entry, dict)]
         choices = {key.partition("@")[0]: name for entry in entries for key, name in entry.items()}
         if group not in choices:
             raise UserError(f"{self.folders[0] / 'config.yaml'}: the defaults list does not name '{group}'")
