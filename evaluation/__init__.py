@@ -1,0 +1,1 @@
+"""Judge labelled images: classifiers trained on them, and fidelity against the real images."""

@@ -1,0 +1,40 @@
+"""How classifiers are trained: the published recipes ("paper") and one that takes seconds ("quick")."""
+
+from dataclasses import dataclass
+
+from data.spec import DataSpec
+
+QUICK_IMAGES_SEEN = 80_000  # training images times epochs that a quick run aims at
+QUICK_EPOCHS = (3, 20)  # least and most
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An optimiser and its schedule.
+
+    `optimizer`: "sgd" (momentum 0.9) or "adam". `decay_every`: epochs between multiplications of the learning rate
+    by 0.2; None: one cycle up to `learning_rate` and down to zero. `num_splits`: parts into which a batch is cut
+    to save memory; with more than one, batch normalisation sees the parts, so results change.
+    """
+
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    decay_every: int | None
+    num_epochs: int
+    batch_size: int
+    num_splits: int = 1
+
+
+PAPER_CIFAR = Recipe("sgd", 0.1, 5e-4, decay_every=60, num_epochs=200, batch_size=126)
+PAPER_OTHER = Recipe("adam", 0.01, 0.0, decay_every=20, num_epochs=50, batch_size=256)
+
+
+def recipe_for(kind: str, spec: DataSpec, num_images: int) -> Recipe:
+    """The recipe of `kind` ("paper" or "quick") for `num_images` training images of this dataset."""
+    if kind == "paper":
+        return PAPER_CIFAR if "cifar" in spec.name else PAPER_OTHER
+    assert kind == "quick", kind
+    least, most = QUICK_EPOCHS
+    num_epochs = min(most, max(least, round(QUICK_IMAGES_SEEN / num_images)))
+    return Recipe("adam", 5e-3, 0.0, decay_every=None, num_epochs=num_epochs, batch_size=128)

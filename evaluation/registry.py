@@ -1,0 +1,119 @@
+"""Tables of metrics, classifiers and feature extractors. Nothing here imports torch, so names can be checked early.
+
+A new metric is a new file in evaluation/metrics with one decorated function:
+
+    @metric("fid", better="lower", needs=("train_features", "sample_features"), min_images=2)
+    def fid(real, fake): ...
+"""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from utils.errors import UserError
+from utils.registry import Registry
+
+CLASSIFIERS = Registry(
+    "classifier",
+    {
+        "small_cnn": "evaluation.classifiers.small_cnn:build",
+        "resnet": "evaluation.classifiers.resnet:build",
+        "wrn": "evaluation.classifiers.wrn:build",
+        "resnext": "evaluation.classifiers.resnext:build",
+    },
+)
+
+EXTRACTORS = Registry(
+    "extractor",
+    {
+        "inception": "evaluation.features:InceptionExtractor",
+        "random_conv": "evaluation.features:RandomConvExtractor",
+    },
+)
+
+METRICS = Registry("metric", {})
+
+EXTRACTOR_NEEDS = ("train_features", "test_features", "sample_features", "sample_logits")
+NEEDS = (*EXTRACTOR_NEEDS, "classifiers", "samples", "train", "test", "spec", "device", "seed")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metric's value with facts about this one number that go into the report's `metric_info`."""
+
+    value: float
+    info: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """One entry of the table; see `metric` for the fields."""
+
+    name: str
+    better: dict[str, str]
+    needs: tuple[str, ...]
+    min_images: int
+    compute: Callable
+
+    @property
+    def uses_extractor(self) -> bool:
+        return any(need in EXTRACTOR_NEEDS for need in self.needs)
+
+
+def metric(name: str, *, better: str | dict[str, str], needs: tuple[str, ...], min_images: int = 1):
+    """Register a function as the metric `name`.
+
+    `needs` names the attributes of evaluation.inputs.Inputs that the function receives, in this order. It returns
+    a float or a Value, or a dict of several named ones, in which an Unavailable stands for a value that is missing;
+    `better` is then a dict too ("higher" or "lower" for every first part of the names). Values of metrics that need
+    an extractor get "/<extractor>" appended to their names. Image sets smaller than `min_images` are refused.
+    """
+    unknown_needs = set(needs) - set(NEEDS)
+    assert not unknown_needs, f"metric '{name}' needs {unknown_needs}; known: {NEEDS}"
+    better = {name: better} if isinstance(better, str) else better
+    assert set(better.values()) <= {"higher", "lower"}, better
+
+    def register(compute: Callable) -> Callable:
+        entry = Metric(name, better, needs, min_images, compute)
+        for known_as in {name, *better}:
+            METRICS.register(known_as, entry)
+        return compute
+
+    return register
+
+
+@functools.cache
+def load_metrics() -> None:
+    """Import every module of evaluation/metrics, which fills METRICS."""
+    package = importlib.import_module("evaluation.metrics")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"evaluation.metrics.{module.name}")
+
+
+def check_metrics(names: Iterable[str]) -> list[str]:
+    """The canonical names of the values that are asked for, each once; a group ("precision_recall") is spelled out.
+
+    Raises UserError for an unknown name.
+    """
+    load_metrics()
+    values = []
+    for name in names:
+        canonical, entry = METRICS.canonical(name), METRICS.resolve(name)
+        values += [canonical] if canonical in entry.better else list(entry.better)
+    return list(dict.fromkeys(values))
+
+
+def check_classifiers(names: Iterable[str]) -> list[str]:
+    """The canonical classifier names. Raises UserError for an unknown or a repeated name."""
+    canonical = [CLASSIFIERS.canonical(name) for name in names]
+    for name in canonical:
+        if canonical.count(name) > 1:
+            raise UserError(f"eval.classifiers: '{name}' is listed twice; name every classifier once")
+    return canonical
+
+
+def check_extractor(name: str) -> str:
+    """The canonical name of a feature extractor. Raises UserError for an unknown name."""
+    return EXTRACTORS.canonical(name)

@@ -1,0 +1,49 @@
+"""What an evaluation found: values, what each value means, and what could not be computed and why."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Report:
+    """metrics: name -> value; accuracies in percent.
+
+    metric_info: name -> {"better", "n_real", "n_fake", ...}; "private" is there when the number comes from private
+    data without noise, and says how. missing: name -> reason, with the command that helps.
+    """
+
+    metrics: dict[str, float]
+    metric_info: dict[str, dict]
+    missing: dict[str, str]
+
+    def table(self) -> str:
+        """An aligned table for the terminal, missing values last. A star marks non-private numbers."""
+        header = ("metric", "value", "better", "real", "fake")
+        rows = [self._row(name) for name in self.metrics]
+        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+        lines = [_aligned(row, widths) for row in [header, *rows]]
+        lines.insert(1, "-" * len(lines[0]))
+        if any("private" in info for info in self.metric_info.values()):
+            lines.append("* reads private or test data without noise to compute or choose the value")
+        lines += [f"missing: {name}: {reason}" for name, reason in self.missing.items()]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: dict) -> "Report":
+        return cls(**{key: dict(state[key]) for key in ("metrics", "metric_info", "missing")})
+
+    def _row(self, name: str) -> tuple[str, ...]:
+        info = self.metric_info[name]
+        star = " *" if "private" in info else ""
+        value = f"{self.metrics[name]:.2f}" if name.startswith("accuracy/") else f"{self.metrics[name]:.4g}"
+        return name + star, value, info["better"], str(info["n_real"]), str(info["n_fake"])
+
+
+def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
+    cells = [
+        f"{cell:<{width}}" if column in (0, 2) else f"{cell:>{width}}"
+        for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    return "  ".join(cells).rstrip()
