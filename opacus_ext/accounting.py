@@ -21,6 +21,7 @@ REPLACE_ONE = "replace_one"
 # Between the two grids epsilon moves by 0.3 % at epsilon 1 and 0.01 % at epsilon 10 (2100 steps at rate 1/14).
 PLD_GRID = 1e-4
 PLD_GRID_SEARCH = 1e-3
+PRV_RANGE = 40.0  # epsilon above which the second opinions are left out: PRV's grid then exhausts the memory
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,13 @@ def epsilon_of(
 
 def available_epsilons(releases: Sequence[Release], delta: float, relation: str) -> dict[str, float | None]:
     """Epsilon by every accountant; None where one cannot bound these releases. PLD above RDP is an error."""
-    values: dict[str, float | None] = {}
-    for name in _ACCOUNTANTS:
+    values: dict[str, float | None] = {"pld": epsilon_of(releases, delta, "pld", relation), "rdp": None, "prv": None}
+    if values["pld"] > PRV_RANGE:
+        return values
+    for name in ("rdp", "prv"):
         try:
             values[name] = epsilon_of(releases, delta, name, relation)
-        except UserError:  # this accountant does not know the relation, or overflows its range
+        except UserError:  # this accountant does not know the relation
             values[name] = None
     pld, rdp = values["pld"], values["rdp"]
     if rdp is not None and pld > rdp * (1 + 1e-3) + 1e-3:

@@ -1,0 +1,46 @@
+"""The EDM training loss, one value per example."""
+
+from dataclasses import dataclass
+
+import torch
+
+from models.diffusion.denoiser import SIGMA_DATA, denoise
+from utils.sections import check
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    p_mean: float  # mean of ln sigma
+    p_std: float  # standard deviation of ln sigma
+    n_noise_samples: int  # K noise draws per example, averaged before clipping
+    label_dropout: float  # probability that an example is shown without its label
+
+    def __post_init__(self) -> None:
+        check(self.n_noise_samples > 0, "loss.n_noise_samples", self.n_noise_samples, "at least 1")
+        check(0 <= self.label_dropout <= 1, "loss.label_dropout", self.label_dropout, "in [0, 1]")
+
+
+class EDMLoss:
+    """(network, images (B, C, H, W), labels (B,), rng) -> (B,) weighted squared errors, each the mean over K draws.
+
+    The K draws are averaged here, before any clipping: each example still contributes one vector (noise
+    multiplicity, Dockhorn et al. 2023). Label dropout is drawn once per example.
+    """
+
+    def __init__(self, config: LossConfig, unconditional: bool = False) -> None:
+        self.config = config
+        self.label_dropout = 1.0 if unconditional else config.label_dropout
+
+    def __call__(self, network, images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        draws = self.config.n_noise_samples
+        device = images.device
+        dropped = torch.rand(len(images), generator=rng, device=device) < self.label_dropout
+        labels = torch.where(dropped, network.null_label, labels)
+        clean = images.repeat_interleave(draws, dim=0)  # (B*K, C, H, W), the draws of one example adjacent
+        log_sigma = torch.randn(len(clean), generator=rng, device=device) * self.config.p_std + self.config.p_mean
+        sigma = log_sigma.exp()
+        noise = torch.randn(clean.shape, generator=rng, device=device)
+        noisy = clean + noise * sigma[:, None, None, None]
+        error = denoise(network, noisy, sigma, labels.repeat_interleave(draws)) - clean
+        weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+        return (weight * error.square().flatten(1).mean(1)).reshape(len(images), draws).mean(1)

@@ -1,0 +1,82 @@
+"""Samplers of the EDM family: functions of a denoiser, labels and a start (Karras et al. 2022)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from models.diffusion.denoiser import Denoiser
+from utils.errors import unknown
+from utils.sections import check
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    type: str  # ddim: deterministic Euler; edm: Heun with churn
+    num_steps: int  # grid points: n network calls for ddim, 2n - 1 for edm
+    tmin: float
+    tmax: float
+    rho: float
+    guid_scale: float  # guidance weight w; 0 = none
+    s_churn: float  # edm only: how much noise is added back
+    s_min: float  # edm only: churn between these noise levels
+    s_max: float
+
+    def __post_init__(self) -> None:
+        if self.type not in SAMPLERS:
+            raise unknown("sampler type", self.type, SAMPLERS)
+        check(self.num_steps > 1, "sampler.num_steps", self.num_steps, "at least 2")
+        check(0 < self.tmin < self.tmax, "sampler.tmin", self.tmin, f"between 0 and tmax = {self.tmax}")
+
+
+def noise_levels(config: SamplerConfig) -> list[float]:
+    """The decreasing grid t_0 = tmax .. t_{n-1} = tmin (equation 5)."""
+    high, low, last = config.tmax ** (1 / config.rho), config.tmin ** (1 / config.rho), config.num_steps - 1
+    return [(high + i / last * (low - high)) ** config.rho for i in range(config.num_steps)]
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    config: SamplerConfig,
+    shape: tuple[int, int, int],
+    labels: torch.Tensor,
+    rng: torch.Generator,
+) -> torch.Tensor:
+    """One image per label: (B,) -> (B, *shape) float32, nominally in [-1, 1]."""
+    start = torch.randn((len(labels), *shape), generator=rng, device=labels.device) * config.tmax
+    return SAMPLERS[config.type](denoiser, config, start, labels, rng)
+
+
+def _ddim(denoiser, config, x, labels, rng) -> torch.Tensor:
+    """Euler steps of dx/dt = (x - D) / t, then one denoising at tmin."""
+    levels = noise_levels(config)
+    for t, t_next in zip(levels[:-1], levels[1:], strict=True):
+        denoised = denoiser(x, _fill(t, labels), labels)
+        x = x + (t_next - t) / t * (x - denoised)
+    return denoiser(x, _fill(levels[-1], labels), labels)
+
+
+def _edm(denoiser, config, x, labels, rng) -> torch.Tensor:
+    """Stochastic second-order sampler (algorithm 2), S_noise = 1; the last step, to t = 0, is Euler."""
+    levels = [*noise_levels(config), 0.0]
+    for t, t_next in zip(levels[:-1], levels[1:], strict=True):
+        churned = config.s_churn > 0 and config.s_min <= t <= config.s_max
+        gamma = min(config.s_churn / config.num_steps, 1.0) if churned else 0.0
+        t_hat = t * (1 + gamma)
+        if gamma > 0:
+            extra = torch.randn(x.shape, generator=rng, device=x.device)
+            x = x + extra * (t_hat**2 - t**2) ** 0.5
+        slope = (x - denoiser(x, _fill(t_hat, labels), labels)) / t_hat
+        moved = x + (t_next - t_hat) * slope
+        if t_next > 0:
+            slope_next = (moved - denoiser(moved, _fill(t_next, labels), labels)) / t_next
+            moved = x + (t_next - t_hat) * (slope + slope_next) / 2
+        x = moved
+    return x
+
+
+def _fill(t: float, labels: torch.Tensor) -> torch.Tensor:
+    return torch.full((len(labels),), t, device=labels.device)
+
+
+SAMPLERS = {"ddim": _ddim, "edm": _edm}

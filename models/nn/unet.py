@@ -1,0 +1,174 @@
+"""The UNet of the published DP diffusion models: DDPM++ layout with BigGAN-style residual blocks (Song et al. 2021).
+
+Stock layers only, GroupNorm throughout: no example influences another. Legend: B batch, C channels, H W pixels.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SKIP_SCALE = 1.0 / math.sqrt(2.0)  # keeps the variance of a sum of two branches
+NEAR_ZERO = 1e-10  # initial scale of layers that start as (almost) nothing
+
+
+class UNet(nn.Module):
+    """(images (B, C, H, W), noise condition (B,), labels (B,)) -> (B, C, H, W).
+
+    Labels run from 0 to label_dim - 1; `null_label` (= label_dim) stands for "no label", in training and in guidance.
+    nf: base width; ch_mult: width factor per level; attn_resolutions: levels, by pixels, that attend.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        channels: int,
+        label_dim: int,
+        nf: int,
+        ch_mult: list[int],
+        attn_resolutions: list[int],
+        num_res_blocks: int = 2,
+    ) -> None:
+        super().__init__()
+        self.null_label = label_dim
+        self.nf = nf
+        condition = 4 * nf
+        self.label_embedding = nn.Embedding(label_dim + 1, nf)
+        self.condition_in = _linear(nf, condition)
+        self.condition_out = _linear(condition, condition)
+        self.input_conv = _conv(channels, nf)
+
+        skips = [nf]
+        width, resolution = nf, image_size
+        self.down = nn.ModuleList()
+        for level, factor in enumerate(ch_mult):
+            for _ in range(num_res_blocks):
+                self.down.append(_Stage(width, factor * nf, condition, attention=resolution in attn_resolutions))
+                width = factor * nf
+                skips.append(width)
+            if level < len(ch_mult) - 1:
+                self.down.append(_Stage(width, width, condition, resample="down"))
+                resolution //= 2
+                skips.append(width)
+
+        self.middle = nn.ModuleList(
+            [_Stage(width, width, condition, attention=True), _Stage(width, width, condition)]
+        )
+
+        self.up = nn.ModuleList()
+        for level, factor in reversed(list(enumerate(ch_mult))):
+            for block in range(num_res_blocks + 1):
+                last = block == num_res_blocks
+                attention = last and resolution in attn_resolutions
+                self.up.append(
+                    _Stage(width + skips.pop(), factor * nf, condition, attention=attention, takes_skip=True)
+                )
+                width = factor * nf
+            if level > 0:
+                self.up.append(_Stage(width, width, condition, resample="up"))
+                resolution *= 2
+        assert not skips
+
+        self.output_norm = _norm(width)
+        self.output_conv = _conv(width, channels, scale=NEAR_ZERO)
+
+    def forward(self, images: torch.Tensor, noise_condition: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        condition = sinusoidal_embedding(noise_condition, self.nf) + self.label_embedding(labels)
+        condition = self.condition_out(F.silu(self.condition_in(condition)))
+        h = self.input_conv(images)
+        skips = [h]
+        for stage in self.down:
+            h = stage(h, condition)
+            skips.append(h)
+        for stage in self.middle:
+            h = stage(h, condition)
+        for stage in self.up:
+            h = stage(torch.cat([h, skips.pop()], dim=1) if stage.takes_skip else h, condition)
+        return self.output_conv(F.silu(self.output_norm(h)))
+
+
+class _Stage(nn.Module):
+    """A residual block, followed by attention where asked for."""
+
+    def __init__(self, in_channels, out_channels, condition, *, resample=None, attention=False, takes_skip=False):
+        super().__init__()
+        self.takes_skip = takes_skip
+        self.block = ResidualBlock(in_channels, out_channels, condition, resample)
+        self.attention = Attention(out_channels) if attention else None
+
+    def forward(self, h: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        h = self.block(h, condition)
+        return h if self.attention is None else self.attention(h)
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, [resample], conv, + condition, norm, SiLU, conv; shortcut; sum scaled by 1/sqrt(2)."""
+
+    def __init__(self, in_channels: int, out_channels: int, condition: int, resample: str | None = None) -> None:
+        super().__init__()
+        self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
+        self.norm_in = _norm(in_channels)
+        self.conv_in = _conv(in_channels, out_channels)
+        self.condition = _linear(condition, out_channels)
+        self.norm_out = _norm(out_channels)
+        self.conv_out = _conv(out_channels, out_channels, scale=NEAR_ZERO)
+        needs_map = in_channels != out_channels or resample is not None
+        self.shortcut = _conv(in_channels, out_channels, kernel=1) if needs_map else nn.Identity()
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        h = self.conv_in(self.resample(F.silu(self.norm_in(x))))
+        h = h + self.condition(F.silu(condition))[:, :, None, None]
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return (self.shortcut(self.resample(x)) + h) * SKIP_SCALE
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the H*W positions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.query, self.key, self.value = (_linear(channels, channels, scale=0.1) for _ in range(3))
+        self.output = _linear(channels, channels, scale=NEAR_ZERO)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        query, key, value = self.query(tokens), self.key(tokens), self.value(tokens)
+        weights = torch.softmax(query @ key.transpose(1, 2) * channels**-0.5, dim=-1)
+        h = self.output(weights @ value).transpose(1, 2).reshape(batch, channels, height, width)
+        return (x + h) * SKIP_SCALE
+
+
+def sinusoidal_embedding(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """(B,) -> (B, dim): sines, then cosines, of frequencies 10000^(-i / (dim/2 - 1))."""
+    half = dim // 2
+    exponent = torch.arange(half, device=values.device, dtype=torch.float32) / (half - 1)
+    angles = values.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(max(channels // 4, 1), 32), channels, eps=1e-6)
+
+
+def _linear(in_features: int, out_features: int, scale: float = 1.0) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features)
+    _variance_scaling(layer.weight, scale, in_features, out_features)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int = 3, scale: float = 1.0) -> nn.Conv2d:
+    layer = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
+    _variance_scaling(layer.weight, scale, in_channels * kernel**2, out_channels * kernel**2)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _variance_scaling(weight: torch.Tensor, scale: float, fan_in: int, fan_out: int) -> None:
+    """Uniform with variance scale / fan-average."""
+    limit = math.sqrt(3.0 * scale / ((fan_in + fan_out) / 2))
+    nn.init.uniform_(weight, -limit, limit)
