@@ -50,6 +50,7 @@ class PublicDataConfig:
     n_classes: int | None  # None: from the prepared data
     train_path: str | None  # folder of prepared data or of class folders; None: <data_root>/<name>
     per_class: int | None  # images per class that are used (rendered, for glyphs); None: all
+    flip: bool  # random horizontal flips in pretraining; wrong for characters
     selective: SelectiveConfig
     central: CentralConfig
 

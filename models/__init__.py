@@ -1,0 +1,14 @@
+"""The table of methods. A class outside this repository registers itself with METHODS.register in a --plugin module."""
+
+from utils.registry import Registry
+
+METHODS = Registry(
+    "method",
+    {
+        "Noise": "models.noop:Noise",
+        "DP-MERF": "models.dp_merf:DPMERF",
+        "DPDM": "models.dpdm:DPDM",
+        "PDP-Diffusion": "models.pdp_diffusion:PDPDiffusion",
+        "PrivImage": "models.privimage:PrivImage",
+    },
+)

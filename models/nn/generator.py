@@ -1,0 +1,120 @@
+"""The conditional BigGAN-style generator of the published benchmark. It never sees a private image, so BatchNorm and
+spectral norm are welcome. Legend: B batch, C channels of every block (4 * g_conv_dim), Z one chunk of the noise."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from utils.sections import check
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    z_dim: int  # noise input, split evenly over the first layer and the blocks
+    g_shared_dim: int  # label embedding
+    g_conv_dim: int  # every block is 4 times as wide
+    apply_attn: bool
+    attn_g_loc: list[int]  # blocks (from 1) that are followed by self-attention
+
+
+class Generator(nn.Module):
+    """(noise (B, z_dim), labels (B,)) -> images (B, C, H, W) in [-1, 1]. 28 px and below: 2 blocks; above: 3."""
+
+    def __init__(self, config: GeneratorConfig, image_size: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        num_blocks = 2 if image_size < 32 else 3
+        fits = image_size % 2**num_blocks == 0
+        check(fits, "sensitive_data.resolution", image_size, f"a multiple of {2**num_blocks} for this generator")
+        check(
+            config.z_dim % (num_blocks + 1) == 0,
+            "model.Generator.z_dim",
+            config.z_dim,
+            f"a multiple of {num_blocks + 1}: one chunk for the first layer and one per block",
+        )
+        self.base = image_size // 2**num_blocks
+        self.num_chunks = num_blocks + 1
+        self.z_dim = config.z_dim
+        width, chunk = 4 * config.g_conv_dim, config.z_dim // self.num_chunks
+        self.first = _linear(chunk, width * self.base**2)
+        self.embedding = nn.Embedding(num_classes, config.g_shared_dim)
+        condition = config.g_shared_dim + chunk
+        self.blocks = nn.ModuleList(_Block(width, condition) for _ in range(num_blocks))
+        attends = [config.apply_attn and i + 1 in config.attn_g_loc for i in range(num_blocks)]
+        self.attention = nn.ModuleList(_Attention(width) if here else nn.Identity() for here in attends)
+        self.norm = nn.BatchNorm2d(width, eps=1e-4)
+        self.output = _conv(width, channels, 3)
+        nn.init.orthogonal_(self.embedding.weight)
+
+    def forward(self, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        chunks = noise.chunk(self.num_chunks, dim=1)
+        h = self.first(chunks[0]).reshape(len(noise), -1, self.base, self.base)
+        embedded = self.embedding(labels)
+        for block, attention, chunk in zip(self.blocks, self.attention, chunks[1:], strict=True):
+            h = attention(block(h, torch.cat([embedded, chunk], dim=1)))
+        return torch.tanh(self.output(F.relu(self.norm(h))))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, condition: int) -> None:
+        super().__init__()
+        self.norm_in, self.norm_out = _ConditionalNorm(width, condition), _ConditionalNorm(width, condition)
+        self.conv_in, self.conv_out = _conv(width, width, 3), _conv(width, width, 3)
+        self.shortcut = _conv(width, width, 1)
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        h = self.conv_in(_upsample(F.relu(self.norm_in(x, condition))))
+        h = self.conv_out(F.relu(self.norm_out(h, condition)))
+        # A 1x1 convolution and nearest upsampling commute; convolving first is four times cheaper.
+        return h + _upsample(self.shortcut(x))
+
+
+class _ConditionalNorm(nn.Module):
+    """BatchNorm whose gain and bias are linear in the condition."""
+
+    def __init__(self, width: int, condition: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(width, eps=1e-4, affine=False)
+        self.gain, self.bias = _linear(condition, width, bias=False), _linear(condition, width, bias=False)
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        gain, bias = self.gain(condition)[:, :, None, None], self.bias(condition)[:, :, None, None]
+        return self.norm(x) * (1 + gain) + bias
+
+
+class _Attention(nn.Module):
+    """Self-attention with keys and values pooled 2x2; enters through a learned scalar that starts at 0."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key = _conv(width, width // 8, 1, bias=False), _conv(width, width // 8, 1, bias=False)
+        self.value, self.output = _conv(width, width // 2, 1, bias=False), _conv(width // 2, width, 1, bias=False)
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query = self.query(x).flatten(2).transpose(1, 2)
+        key, value = F.max_pool2d(self.key(x), 2).flatten(2), F.max_pool2d(self.value(x), 2).flatten(2)
+        weights = torch.softmax(query @ key, dim=-1)  # (B, HW, HW / 4)
+        h = (weights @ value.transpose(1, 2)).transpose(1, 2)
+        return x + self.scale * self.output(h.reshape(len(x), -1, *x.shape[2:]))
+
+
+def _upsample(x: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(x, scale_factor=2)
+
+
+def _linear(in_features: int, out_features: int, bias: bool = True) -> nn.Module:
+    return _prepared(nn.Linear(in_features, out_features, bias=bias))
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int, bias: bool = True) -> nn.Module:
+    return _prepared(nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias))
+
+
+def _prepared(layer: nn.Module) -> nn.Module:
+    nn.init.orthogonal_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return spectral_norm(layer, eps=1e-6)

@@ -1,0 +1,196 @@
+"""The semantic query of PrivImage: which public classes look like which private ones (Li et al. 2024, section 4.2).
+
+A classifier trained on public data alone votes for the top-k public classes of every private image. The noisy
+(private class x public class) histogram is one Gaussian release of sensitivity sqrt(k); the selection from it is
+post-processing.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data.spec import DataSpec, PublicData
+from models.nn.resnet import CLASSIFIERS
+from opacus_ext.accounting import Release
+from opacus_ext.private_data import PrivateData
+from utils.errors import UserError, unknown
+from utils.images import to_float
+from utils.progress import progress
+from utils.runtime import Runtime, log
+from utils.sections import PublicDataConfig, SelectiveConfig, check
+from utils.seeding import numpy_rng
+
+QUERY = "semantic query"
+
+
+@dataclass(frozen=True)
+class QueryConfig:
+    network: str  # resnet50 (CIFAR style) or small_cnn
+    image_size: int  # pixels that the classifier sees
+    n_epochs: int
+    batch_size: int
+    lr: float  # SGD with momentum 0.9 and a cosine schedule
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        if self.network not in CLASSIFIERS:
+            raise unknown("pretrain.query.network", self.network, CLASSIFIERS)
+        check(self.n_epochs > 0, "pretrain.query.n_epochs", self.n_epochs, "at least 1")
+
+
+def words_per_class(public: PublicDataConfig, num_private: int) -> int:
+    """k = int(public classes * ratio / private classes): votes per image, and classes each private class gets."""
+    if public.n_classes is None:
+        raise UserError(f"public_data.n_classes: unknown for '{public.name}'; give public_data.n_classes=<k>")
+    words = int(public.n_classes * public.selective.ratio / num_private + 1e-9)
+    least = num_private / public.n_classes
+    check(
+        words >= 1,
+        "public_data.selective.ratio",
+        public.selective.ratio,
+        f"at least {least:.3g}: each of {num_private} private classes needs one of {public.n_classes} public ones",
+    )
+    return words
+
+
+class SemanticQuery:
+    """Plan, ask, select. The answer is kept in <run>/pretrain/semantic_query.json, to be reused by other runs with
+    public_data.selective.semantic_path: the answer then costs the same again on their ledger."""
+
+    def __init__(
+        self, config: QueryConfig, selective: SelectiveConfig, words: int, spec: DataSpec, runtime: Runtime
+    ) -> None:
+        self.config, self.selective, self.words, self.spec, self.runtime = config, selective, words, spec, runtime
+        self.saved = None if selective.semantic_path is None else self._read_saved(Path(selective.semantic_path))
+
+    def release(self) -> Release:
+        sigma = self.selective.sigma if self.saved is None else self.saved["noise_multiplier"]
+        return Release(QUERY, sigma)
+
+    def select(self, public: PublicData, private: PrivateData | None) -> PublicData:
+        """The selected public images, labelled with the private class that selected them."""
+        if private is None:
+            raise UserError("public_data.selective.ratio < 1 asks the private data, but sensitive_data.name is null")
+        chosen = self._answered(public, private)
+        for name, classes in zip(self.spec.class_names, chosen, strict=True):
+            log.info("semantic query: %s <- %s", name, ", ".join(public.class_names[c] for c in classes))
+        return public.select(chosen, self.spec.class_names)
+
+    def _answered(self, public: PublicData, private: PrivateData) -> list[list[int]]:
+        if self.saved is not None:
+            if self.saved["public_classes"] != list(public.class_names):
+                raise UserError(f"public_data.selective.semantic_path: made on another public set than {public.name}")
+            if not private.ledger.executed(QUERY):
+                private.ledger.book(QUERY)
+            return self.saved["selected"]
+        path = None if self.runtime.folder is None else self.runtime.folder / "pretrain" / "semantic_query.json"
+        if private.ledger.executed(QUERY):  # a resumed run: the answer was paid for and written
+            return self._read_saved(path)["selected"]
+        classifier = self._classifier(public)
+        histogram = self._ask(classifier, public.num_classes, private)
+        chosen = disjoint_top(histogram, self.words)
+        if path is not None:
+            self._write(path, public, chosen)
+        return chosen
+
+    def _ask(self, classifier: nn.Module, num_public: int, private: PrivateData) -> np.ndarray:
+        """(private classes, public classes) noisy votes."""
+
+        @torch.no_grad()
+        def votes(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            parts = [
+                classifier(_resized(part, self.config.image_size)).topk(self.words, dim=1).indices
+                for part in images.split(self.selective.batch_size)
+            ]
+            return torch.cat(parts) if parts else labels.new_zeros(0, self.words)
+
+        return private.noisy_histogram(QUERY, votes, num_public, self.words, by_class=True).cpu().numpy()
+
+    def _classifier(self, public: PublicData) -> nn.Module:
+        """The query classifier, trained on public data or read from the cache (keyed by data and configuration)."""
+        with self.runtime.seeded("query classifier"):
+            channels = public.samples.images.shape[1]
+            classifier = CLASSIFIERS[self.config.network](channels, public.num_classes).to(self.runtime.device)
+        cached = self._cache_path(public)
+        if cached is not None and cached.exists():
+            classifier.load_state_dict(torch.load(cached, map_location=self.runtime.device, weights_only=True))
+            return classifier.eval()
+        self._train(classifier, public)
+        if cached is not None:
+            from utils.run_dir import atomic
+
+            with atomic(cached) as temporary:
+                torch.save(classifier.state_dict(), temporary)
+        return classifier.eval()
+
+    def _train(self, classifier: nn.Module, public: PublicData) -> None:
+        config, samples = self.config, public.samples
+        batches = -(-len(samples) // config.batch_size)
+        total = config.n_epochs * batches
+        optimizer = torch.optim.SGD(
+            classifier.parameters(), config.lr, momentum=0.9, weight_decay=config.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+        classifier.train()
+        for step in progress(range(total), "query classifier (public data)"):
+            epoch, position = divmod(step, batches)
+            order = numpy_rng(self.runtime.seed, f"query order {epoch}").permutation(len(samples))
+            batch = np.sort(order[position * config.batch_size : (position + 1) * config.batch_size])
+            images = _resized(to_float(samples.images[batch], self.runtime.device), config.image_size)
+            labels = torch.from_numpy(samples.labels[batch]).to(self.runtime.device)
+            loss = F.cross_entropy(classifier(images), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+    def _cache_path(self, public: PublicData) -> Path | None:
+        if self.runtime.cache_dir is None:
+            return None
+        digest = hashlib.sha256(repr((self.config, self.runtime.seed, public.class_names)).encode())
+        digest.update(np.ascontiguousarray(public.samples.images))
+        digest.update(public.samples.labels)
+        return self.runtime.cache_dir / f"query_classifier_{digest.hexdigest()[:16]}.pth"
+
+    def _write(self, path: Path, public: PublicData, chosen: list[list[int]]) -> None:
+        from utils.run_dir import write_json
+
+        saved = {
+            "noise_multiplier": self.selective.sigma,
+            "words_per_class": self.words,
+            "private_classes": list(self.spec.class_names),
+            "public_classes": list(public.class_names),
+            "selected": chosen,
+        }
+        write_json(path, saved)
+
+    def _read_saved(self, path: Path) -> dict:
+        key = "public_data.selective.semantic_path"
+        try:
+            saved = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{key}: {path} cannot be read as a saved query ({error})") from error
+        if saved.get("private_classes") != list(self.spec.class_names):
+            raise UserError(f"{key}: {path} was made for the classes {saved.get('private_classes')}")
+        return saved
+
+
+def disjoint_top(histogram: np.ndarray, words: int) -> list[list[int]]:
+    """Private classes in order take their `words` largest bins that no earlier class has taken."""
+    left = histogram.astype(np.float64).copy()
+    chosen = []
+    for row in range(len(left)):
+        best = np.argsort(-left[row], kind="stable")[:words]
+        chosen.append([int(c) for c in best])
+        left[:, best] = -np.inf
+    return chosen
+
+
+def _resized(images: torch.Tensor, size: int) -> torch.Tensor:
+    return images if images.shape[-1] == size else F.interpolate(images, size=size, mode="nearest")

@@ -1,0 +1,73 @@
+"""The contract of every method."""
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from data.spec import DataSpec, PublicData, Samples
+from opacus_ext.accounting import Release
+from opacus_ext.private_data import PrivateData
+from utils.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Estimated work of one stage, for --dry_run."""
+
+    stage: str
+    description: str  # "2100 steps x 3929 images x 32 noise draws"
+    seconds: float  # on this machine, extrapolated from a short measurement
+
+
+class Synthesizer(abc.ABC):
+    """A method: construct, plan, pretrain, train, generate.
+
+    `Config` is a frozen dataclass whose fields are sections of the composed configuration (model, pretrain, train,
+    gen, public_data). Constructing reads no data; `privacy_plan` depends on config and spec alone.
+    """
+
+    Config: ClassVar[type]
+
+    def __init__(self, config, spec: DataSpec, runtime: Runtime) -> None:
+        self.config = config
+        self.spec = spec
+        self.runtime = runtime
+
+    @abc.abstractmethod
+    def privacy_plan(self) -> list[Release]:
+        """Every private query of this run; at most one leaves its noise multiplier open."""
+
+    def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
+        """Learn from public data. `private` may be queried through its mechanisms; None in a run without private
+        data (sensitive_data.name=null)."""
+
+    @abc.abstractmethod
+    def train(self, private: PrivateData) -> None:
+        """Learn from private data through its mechanisms."""
+
+    @abc.abstractmethod
+    def generate(self, num_samples: int) -> Samples:
+        """Exactly `num_samples` labelled images, labels balanced."""
+
+    @abc.abstractmethod
+    def state_dict(self) -> dict:
+        """Tensors and plain containers from which an interrupted run continues; nothing private outside a release."""
+
+    @abc.abstractmethod
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` gave."""
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Network name -> number of parameters."""
+        return {}
+
+    def costs(self) -> list[Cost]:
+        """What the stages will take, for --dry_run."""
+        return []
+
+
+def balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:
+    """(num_samples,) int64 running 0, 1, .. K-1, 0, 1, ..: every prefix is balanced."""
+    return np.arange(num_samples, dtype=np.int64) % num_classes

@@ -1,0 +1,23 @@
+"""Lines for a person: on the terminal, and in <run>/stdout.txt once there is a run folder."""
+
+import logging
+import sys
+from pathlib import Path
+
+from utils.runtime import log
+
+
+def to_terminal() -> None:
+    """Send log lines to standard output as they are."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def also_to(path: Path) -> None:
+    """Append the lines to a file too, with the time."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.addHandler(handler)

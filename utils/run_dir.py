@@ -1,0 +1,72 @@
+"""The folder of one run, and writing files so that a killed program leaves whole ones or none."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from utils.errors import UserError
+
+RESULTS = "results.json"  # written last: its presence means "done"
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the place of `path` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Strict JSON: an infinite or undefined number is written as the string "inf" or "nan"."""
+    write_text(path, json.dumps(_strict(value), indent=2) + "\n")
+
+
+def _strict(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(key): _strict(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def create(exp_root: Path, method: str, data_name: str, epsilon: float, description: str) -> Path:
+    """Make exp/<method>/<data>_eps<epsilon><description>-<time>/ and return it; never an existing folder."""
+    if re.search(r"[/\\\0]", description):
+        raise UserError(f"--exp_description: '{description}' must not contain a path separator")
+    stem = f"{data_name}_eps{float(epsilon)}{description}-{datetime.now():%Y-%m-%d-%H-%M-%S}"
+    for attempt in range(100):
+        folder = exp_root / method.lower() / (stem if attempt == 0 else f"{stem}-{attempt}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise UserError(f"{exp_root}: no free name for {stem}")
+
+
+def find(exp_root: Path, method: str, name: str) -> Path:
+    """The folder of an earlier run of `method`, by name or by path."""
+    candidates = (exp_root / method.lower() / name, Path(name))
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    runs = sorted(p.name for p in (exp_root / method.lower()).glob("*") if p.is_dir())
+    known = f"runs of {method}: {', '.join(runs)}" if runs else f"there is no run of {method} in {exp_root}"
+    raise UserError(f"--resume_exp: no run '{name}'; {known}")

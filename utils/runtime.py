@@ -1,0 +1,46 @@
+"""What a method is given besides its configuration: device, named randomness, and where to leave snapshots."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.seeding import derive_seed, torch_rng
+
+log = logging.getLogger("dpib")
+
+
+def _keep_nothing(stage: str) -> None:
+    """The default: no run folder, no snapshots."""
+
+
+@dataclass
+class Runtime:
+    """One per run. With no `folder` nothing is written, which is how tests run methods."""
+
+    device: str = "cpu"
+    seed: int = 0
+    folder: Path | None = None  # the run's folder
+    cache_dir: Path | None = None  # for what depends on public data alone
+    snapshot: Callable[[str], None] = field(default=_keep_nothing)  # stage -> save state and ledger together
+
+    def rng(self, name: str):
+        """A torch.Generator on the run's device for the stream `name`; the same seed and name repeat it."""
+        return torch_rng(self.seed, name, self.device)
+
+    @contextmanager
+    def seeded(self, name: str) -> Iterator[None]:
+        """Within: layers initialise their weights from the stream `name`; the global generators are left alone."""
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed, name) % 2**63)
+            yield
+
+    def preview(self, stage: str, step: int, images, labels) -> None:
+        """Write a grid of samples to <run>/<stage>/samples/iter_<step>/sample.png."""
+        if self.folder is not None:
+            from utils.images import save_grid
+
+            save_grid(images, labels, self.folder / stage / "samples" / f"iter_{step}" / "sample.png")
