@@ -57,7 +57,7 @@ def _numbers_as_names(labels: np.ndarray, where: str) -> list[str]:
     highest = int(labels.max())
     if highest >= len(labels):  # before a list of that length is made
         raise UserError(
-            f"{where}: label {highest} among {len(labels):,} images; allowed: 0 to K-1, every class present"
+            f"{where}: label {highest} among {len(labels):,} images; labels must be 0 to K-1 without gaps"
         )
     return [str(number) for number in range(highest + 1)]
 
@@ -72,9 +72,8 @@ def _reorder(
     parts: list[np.ndarray], found: list[str], wanted: tuple[str, ...], where: str
 ) -> tuple[list[np.ndarray], str | None]:
     if len(found) != len(wanted):
-        raise UserError(
-            f"{where}: {len(found)} classes ({_shortened(found)}); wanted are {len(wanted)}: {_shortened(wanted)}"
-        )
+        listed, expected = _shortened(found), _shortened(wanted)
+        raise UserError(f"{where}: {len(found)} classes ({listed}); {len(wanted)} are wanted: {expected}")
     if set(found) != set(wanted):
         return parts, f"the classes {_shortened(found)} are taken, in this order, as {_shortened(wanted)}"
     order = np.array([wanted.index(name) for name in found])

@@ -146,7 +146,8 @@ def _split_off_test(source: Source, data_name: str, known: KnownSet | None) -> t
     count = len(source.train)
     if known is None:
         _, labels = np.unique(source.train.labels, return_inverse=True)
-        rows = stratified_test_rows(labels, round(count * CUSTOM_TEST_SHARE), "custom test split")
+        num_test = max(1, round(count * CUSTOM_TEST_SHARE))
+        rows = stratified_test_rows(labels, num_test, "custom test split")
         how = "a seventh of each class"
     elif known.split_off_test is not None:
         share, whole = known.split_off_test
@@ -214,7 +215,7 @@ def _fill(images: np.ndarray, part: Part, description: str) -> Counter:
         return _copy_array(images, part.images)
     sizes: Counter = Counter()
     items = part.items()
-    bar = progress(range(0, len(part), IMAGES_AT_ONCE), description, unit=f"x{IMAGES_AT_ONCE} images")
+    bar = progress(range(0, len(part), IMAGES_AT_ONCE), description, unit="block")
     with ThreadPoolExecutor(
         os.cpu_count()
     ) as pool:  # Pillow decodes and resizes without the interpreter lock

@@ -36,12 +36,9 @@ def load_public(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> P
     """
     if not has_public_images(section):
         return None
-    if section.name in EMBEDDED_PUBLIC:
-        data = _load_glyphs(section, spec, data_root)
-    else:
-        data = _load_stored(section, spec, data_root)
-    _check_class_count(section, data.num_classes)
-    return data
+    num_public_classes(section, data_root)  # the check, before anything long
+    load = _load_glyphs if section.name in EMBEDDED_PUBLIC else _load_stored
+    return load(section, spec, data_root)
 
 
 def num_public_classes(section: PublicDataConfig, data_root: Path) -> int | None:
@@ -75,8 +72,8 @@ def _count_classes(section: PublicDataConfig, data_root: Path) -> int | None:
 def _check_class_count(section: PublicDataConfig, count: int) -> None:
     if section.n_classes is not None and section.n_classes != count:
         raise UserError(
-            f"public_data.n_classes: {section.n_classes}, but {section.train_path or section.name} has {count} classes; "
-            f"set public_data.n_classes={count}, or choose the data that was meant"
+            f"public_data.n_classes: {section.n_classes}, but {section.train_path or section.name} has {count} "
+            f"classes; set public_data.n_classes={count}, or choose the data that was meant"
         )
 
 
@@ -86,7 +83,7 @@ def _check_class_count(section: PublicDataConfig, count: int) -> None:
 def _load_glyphs(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> PublicData:
     from data.glyphs import CHARACTERS, DEFAULT_PER_CLASS, rendering_key
 
-    per_class = section.per_class or DEFAULT_PER_CLASS
+    per_class = DEFAULT_PER_CLASS if section.per_class is None else section.per_class
     key = rendering_key(spec.resolution, per_class, GLYPH_SEED)
     folder = data_root / ".cache" / f"glyphs-{spec.resolution}-{key}"
     if not is_prepared(folder):
@@ -94,10 +91,9 @@ def _load_glyphs(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> 
         with new_prepared(folder, (1, spec.resolution, spec.resolution)) as writer:
             writer.new_part("train", rendered.samples.labels)[:] = rendered.samples.images
             writer.finish("glyphs", tuple(CHARACTERS), "rendered from the fonts of matplotlib")
-    samples = read_prepared(folder).train
-    return PublicData(
-        section.name, Samples(to_channels(samples.images, spec.channels), samples.labels), tuple(CHARACTERS)
-    )
+    grey = read_prepared(folder).train
+    samples = Samples(to_channels(grey.images, spec.channels), grey.labels)
+    return PublicData(section.name, samples, tuple(CHARACTERS))
 
 
 # ------------------------------------------------------------------------------------------------------ stored sets

@@ -121,9 +121,10 @@ def _num_held_out(section: SensitiveDataConfig, mode: str, available: int) -> in
     if mode != "val":
         return 0
     if not 0 < section.num_val < available:
+        allowed = f"1 to {available - 1} ({available:,} training images)"
         raise UserError(
-            f"sensitive_data.num_val: {section.num_val} is not allowed with eval.mode=val; it must be 1 to "
-            f"{available - 1} ({available:,} training images), for instance sensitive_data.num_val={max(1, available // 10)}"
+            f"sensitive_data.num_val: {section.num_val} is not allowed with eval.mode=val; it must be {allowed}, "
+            f"for instance sensitive_data.num_val={max(1, available // 10)}"
         )
     return section.num_val
 
@@ -153,5 +154,5 @@ def _take(samples: Samples, rows: np.ndarray, data_root: Path, name: str) -> Sam
                 images[start : start + ROWS_AT_ONCE] = samples.images[rows[start : start + ROWS_AT_ONCE]]
             images.flush()
             class_names = tuple(str(label) for label in range(samples.labels.max() + 1))
-            writer.finish(name, class_names, samples.images.filename)
+            writer.finish(name, class_names, str(samples.images.filename))
     return read_prepared(folder).train

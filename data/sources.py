@@ -113,6 +113,13 @@ class Source:
 
 def open_source(path: Path, quirks: SourceQuirks = NO_QUIRKS) -> Source:
     """Find out what lies at `path` and list its images. Image files are not opened yet."""
+    source = _open_by_layout(path, quirks)
+    if len(source.train) == 0 or (source.test is not None and len(source.test) == 0):
+        raise UserError(f"{path}: there are no images in its training or test part")
+    return source
+
+
+def _open_by_layout(path: Path, quirks: SourceQuirks) -> Source:
     if path.suffix == ".npz":
         return _read_npz(path)
     tree = open_tree(path)

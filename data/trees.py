@@ -7,7 +7,7 @@ import io
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -59,9 +59,12 @@ class FolderTree:
 class ZipTree:
     def __init__(self, path: Path) -> None:
         self.path = path
-        with zipfile.ZipFile(path) as archive:
-            files = (member.filename for member in archive.infolist() if not member.is_dir())
-            self.names = sorted(name for name in files if _is_wanted(name))
+        try:
+            with zipfile.ZipFile(path) as archive:
+                files = {member.filename for member in archive.infolist() if not member.is_dir()}
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{path}: corrupt or truncated archive ({error})") from error
+        self.names = sorted(name for name in files if _is_wanted(name))
 
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
         with zipfile.ZipFile(self.path) as archive:
@@ -82,7 +85,7 @@ class TarTree:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.names = sorted(name for name, _ in self._walk())
+        self.names = sorted({name for name, _ in self._walk()})
 
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
         remaining = set(wanted)
@@ -93,7 +96,7 @@ class TarTree:
             if not remaining:
                 return
 
-    def _walk(self) -> Iterator[tuple[str, "callable"]]:
+    def _walk(self) -> Iterator[tuple[str, Callable[[], bytes]]]:
         try:
             with tarfile.open(self.path, "r:*") as archive:
                 yield from _walk_tar(archive, "")
@@ -101,7 +104,7 @@ class TarTree:
             raise UserError(f"{self.path}: corrupt or truncated archive ({error})") from error
 
 
-def _walk_tar(archive: tarfile.TarFile, prefix: str) -> Iterator[tuple[str, "callable"]]:
+def _walk_tar(archive: tarfile.TarFile, prefix: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
     for member in archive:
         name = prefix + member.name.removeprefix("./")
         if not member.isfile() or not _is_wanted(name):

@@ -1,0 +1,638 @@
+"""Preparation: every source layout round-trips to the same pixels, every bad input is named, downloads survive."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import pickle
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import prepared as prepared_module
+from data.download import RemoteFile, download
+from data.prepare import prepare, read_prepared
+from data.registry import known_names, known_set
+from data.sources import open_source
+from scripts.prepare_data import main
+from utils.errors import UserError
+
+
+def colour_images(count: int, side: int = 8, seed: int = 0) -> np.ndarray:
+    """(N, H, W, 3) random uint8."""
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), np.uint8)
+
+
+def png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def class_files(
+    classes=("cat", "dog"), per_class: int = 3, prefix: str = "", side: int = 8
+) -> dict[str, bytes]:
+    images = colour_images(len(classes) * per_class, side)
+    return {
+        f"{prefix}{name}/{index}.png": png(images[row * per_class + index])
+        for row, name in enumerate(classes)
+        for index in range(per_class)
+    }
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
+    return header + array.astype(np.uint8).tobytes()
+
+
+def cifar_batch(images: np.ndarray, labels: list[int], label_key: bytes = b"labels") -> bytes:
+    rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+    return pickle.dumps({b"data": rows, label_key: labels}, protocol=2)
+
+
+def prepare_custom(tmp_path: Path, source: Path, **options):
+    folder, _, notes = prepare("mine", tmp_path / "root", source=source, **options)
+    return read_prepared(folder), notes
+
+
+# ------------------------------------------------------------------------------------------------ layouts
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_idx_files(tmp_path, compress):
+    images = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
+    labels = np.arange(20) % 10
+    pack = gzip.compress if compress else bytes
+    ending = ".gz" if compress else ""
+    files = {}
+    for part in ("train", "t10k"):
+        files[f"{part}-images-idx3-ubyte{ending}"] = pack(idx_bytes(images))
+        files[f"{part}-labels-idx1-ubyte{ending}"] = pack(idx_bytes(labels))
+    folder, meta, notes = prepare("mnist_28", tmp_path / "root", source=write_files(tmp_path / "raw", files))
+    result = read_prepared(folder)
+    assert np.array_equal(result.train.images, images[:, None]) and np.array_equal(result.test.labels, labels)
+    assert (meta.num_train, meta.num_test, meta.class_names, notes) == (20, 20, tuple("0123456789"), [])
+
+
+def test_cifar10_pickles_in_a_folder_with_their_archive_only(tmp_path):
+    images, names = colour_images(10, 32), known_set("cifar10_32").class_names
+    files = {f"cifar-10-batches-py/data_batch_{i}": cifar_batch(images, list(range(10))) for i in range(1, 6)}
+    files["cifar-10-batches-py/test_batch"] = cifar_batch(images[::-1], list(range(9, -1, -1)))
+    files["cifar-10-batches-py/batches.meta"] = pickle.dumps({b"label_names": [n.encode() for n in names]}, 2)
+    (tmp_path / "raw").mkdir()
+    write_tar(tmp_path / "raw" / "cifar-10-python.tar.gz", files, "w:gz")
+    folder, meta, _ = prepare("cifar10_32", tmp_path / "root", source=tmp_path / "raw")
+    result = read_prepared(folder)
+    assert (meta.num_train, meta.num_test, meta.class_names) == (50, 10, names)
+    assert np.array_equal(result.train.images[:10], images.transpose(0, 3, 1, 2))
+    assert np.array_equal(result.test.labels, np.arange(9, -1, -1))
+
+
+def test_cifar100_pickles_use_the_fine_labels(tmp_path):
+    names = known_set("cifar100_32").class_names
+    batch = cifar_batch(colour_images(100, 32), list(range(100)), b"fine_labels")
+    meta_file = pickle.dumps(
+        {b"fine_label_names": [n.encode() for n in names], b"coarse_label_names": [b"a"]}, 2
+    )
+    source = write_files(tmp_path / "raw", {"train": batch, "test": batch, "meta": meta_file})
+    _, meta, _ = prepare("cifar100_32", tmp_path / "root", source=source)
+    assert (meta.num_train, meta.class_names) == (100, names)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (Path(tmp_path / "executed").touch, ())
+
+    hostile = pickle.dumps({b"data": Hostile()})
+    files = {"data_batch_1": hostile, "test_batch": hostile, "batches.meta": hostile}
+    with pytest.raises(UserError, match=r"batches\.meta is not a CIFAR batch"):
+        prepare("cifar10_32", tmp_path / "root", source=write_files(tmp_path / "raw", files))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("layout", ["NHW", "NHW1", "N1HW", "NHWC", "NCHW"])
+def test_npz_layouts_of_images(tmp_path, layout):
+    colour = colour_images(14, 8)
+    grey = colour[..., 0]
+    stored = {
+        "NHW": grey,
+        "NHW1": grey[..., None],
+        "N1HW": grey[:, None],
+        "NHWC": colour,
+        "NCHW": colour.transpose(0, 3, 1, 2),
+    }
+    labels = np.arange(14) % 2
+    np.savez(tmp_path / "a.npz", x=stored[layout], y=labels)
+    result, _ = prepare_custom(tmp_path, tmp_path / "a.npz", public=True)
+    expected = colour.transpose(0, 3, 1, 2) if "C" in layout else grey[:, None]
+    assert np.array_equal(result.train.images, expected) and np.array_equal(result.train.labels, labels)
+    assert result.test is None
+
+
+@pytest.mark.parametrize("keys", [("x", "y"), ("images", "labels"), ("x_train", "y_train")])
+def test_npz_key_names(tmp_path, keys):
+    np.savez(tmp_path / "a.npz", **{keys[0]: colour_images(14), keys[1]: np.arange(14) % 2})
+    np.savez(tmp_path / "b.npz", **{keys[0]: colour_images(6, seed=1), keys[1]: np.arange(6) % 2})
+    result, notes = prepare_custom(tmp_path, tmp_path / "a.npz", test_source=tmp_path / "b.npz")
+    assert len(result.train) == 14 and np.array_equal(
+        result.test.images, colour_images(6, seed=1).transpose(0, 3, 1, 2)
+    )
+    assert notes == []
+
+
+def test_medmnist_npz_joins_validation_to_training_and_says_so(tmp_path):
+    parts = {"train": 10, "val": 4, "test": 6}
+    arrays = {f"{part}_images": colour_images(n, seed=n) for part, n in parts.items()}
+    arrays |= {f"{part}_labels": (np.arange(n) % 2)[:, None].astype(np.uint8) for part, n in parts.items()}
+    np.savez(tmp_path / "med.npz", **arrays)
+    result, notes = prepare_custom(tmp_path, tmp_path / "med.npz")
+    assert (len(result.train), len(result.test)) == (14, 6)
+    assert any("4 validation images join the training part" in note for note in notes)
+
+
+def test_folder_of_train_and_test_npz_keeps_stated_class_names_in_their_order(tmp_path):
+    (tmp_path / "raw").mkdir()
+    for part, count in (("train", 12), ("test", 6)):
+        np.savez(
+            tmp_path / "raw" / part, x=colour_images(count), y=np.arange(count) % 3, classes=["z", "m", "a"]
+        )
+    result, _ = prepare_custom(tmp_path, tmp_path / "raw")
+    assert result.meta.class_names == ("z", "m", "a") and (len(result.train), len(result.test)) == (12, 6)
+
+
+def test_stated_class_names_in_another_order_than_the_published_one_are_mapped_by_name(tmp_path):
+    names = known_set("cifar10_32").class_names
+    np.savez(tmp_path / "a.npz", x=colour_images(10, 32), y=np.arange(10), classes=names[::-1])
+    folder, _, _ = prepare(
+        "cifar10_32", tmp_path / "root", source=tmp_path / "a.npz", test_source=tmp_path / "a.npz"
+    )
+    assert np.array_equal(read_prepared(folder).train.labels, np.arange(9, -1, -1))
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz"])
+def test_class_folders_with_train_and_test(tmp_path, kind):
+    files = class_files(prefix="top/train/") | class_files(per_class=2, prefix="top/test/")
+    files["top/.DS_Store"] = b"litter"
+    path = tmp_path / f"raw.{kind}"
+    if kind == "folder":
+        write_files(path, files)
+    elif kind == "zip":
+        write_zip(path, files)
+    else:
+        write_tar(path, files, "w:gz" if kind == "tar.gz" else "w")
+    result, notes = prepare_custom(tmp_path, path, resolution=8)
+    assert result.meta.class_names == ("cat", "dog") and notes == []
+    assert np.array_equal(result.train.images, colour_images(6).transpose(0, 3, 1, 2))
+    assert np.array_equal(result.test.images, colour_images(4).transpose(0, 3, 1, 2))
+    assert np.array_equal(result.train.labels, [0, 0, 0, 1, 1, 1])
+
+
+def test_archive_order_does_not_matter(tmp_path):
+    files = class_files()
+    write_tar(tmp_path / "a.tar", files)
+    write_tar(tmp_path / "b.tar", dict(reversed(files.items())))
+    hashes = {
+        prepare_custom(tmp_path, tmp_path / f"{n}.tar", resolution=8)[0].meta.content_hash for n in "ab"
+    }
+    assert len(hashes) == 1
+
+
+def test_tar_of_tars_is_read_as_class_folders(tmp_path):
+    outer = {}
+    for name in ("n01", "n02"):
+        inner = write_tar(
+            tmp_path / f"{name}.tar", {f"{name}_{i}.png": png(colour_images(1)[0]) for i in range(3)}
+        )
+        outer[f"{name}.tar"] = inner.read_bytes()
+    path = write_tar(tmp_path / "ILSVRC2012_img_train.tar", outer)
+    folder, meta, _ = prepare("imagenet", tmp_path / "root", source=path, resolution=8)
+    assert folder.name == "imagenet_8" and meta.class_names == ("n01", "n02") and meta.num_train == 6
+
+
+def test_flat_files_take_the_class_from_their_name_and_numbers_sort_by_value(tmp_path):
+    files = {f"{label}_{i}.jpg": png(colour_images(1)[0]) for label in ("10", "2", "0") for i in range(2)}
+    result, _ = prepare_custom(tmp_path, write_files(tmp_path / "raw", files), public=True, resolution=8)
+    assert result.meta.class_names == ("0", "2", "10")
+    assert np.array_equal(np.bincount(result.train.labels), [2, 2, 2])
+
+
+def test_zip_with_dataset_json(tmp_path):
+    images = colour_images(4)
+    files = {f"00000/img{i:08d}.png": png(image) for i, image in enumerate(images)}
+    labels = [[name, i % 2] for i, name in enumerate(files)]
+    path = write_zip(
+        tmp_path / "train.zip", files | {"dataset.json": json.dumps({"labels": labels}).encode()}
+    )
+    result, _ = prepare_custom(tmp_path, path, public=True, resolution=8)
+    assert np.array_equal(result.train.images, images.transpose(0, 3, 1, 2))
+    assert np.array_equal(result.train.labels, [0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("form", ["txt", "csv"])
+def test_celeba_folder(tmp_path, form):
+    """Files 1..6: the official partition is 0 0 0 0 1 2, and Male alternates."""
+    names = [f"{number:06d}.jpg" for number in range(1, 7)]
+    male, partition = [1, -1, 1, -1, 1, -1], [0, 0, 0, 0, 1, 2]
+    if form == "txt":
+        attributes = "6\nSmiling Male Young\n" + "".join(
+            f"{n}  -1 {m:2d} 1\n" for n, m in zip(names, male, strict=True)
+        )
+        parts = "".join(f"{n} {p}\n" for n, p in zip(names, partition, strict=True))
+    else:
+        rows = (f"{n},-1,{m},1\n" for n, m in zip(names, male, strict=True))
+        attributes = "image_id,Smiling,Male,Young\n" + "".join(rows)
+        parts = "image_id,partition\n" + "".join(f"{n},{p}\n" for n, p in zip(names, partition, strict=True))
+    pictures = {
+        f"img_align_celeba/{n}": png(np.full((218, 178, 3), 40 * i, np.uint8)) for i, n in enumerate(names)
+    }
+    raw = tmp_path / "raw"
+    write_files(
+        raw, {f"list_attr_celeba.{form}": attributes.encode(), f"list_eval_partition.{form}": parts.encode()}
+    )
+    if form == "txt":
+        write_zip(raw / "img_align_celeba.zip", pictures)
+    else:
+        write_files(raw, pictures)
+    folder, meta, notes = prepare("celeba_male_32", tmp_path / "root", source=raw)
+    result = read_prepared(folder)
+    assert (meta.num_train, meta.num_test, meta.class_names) == (4, 1, ("female", "male"))
+    assert np.array_equal(result.train.labels, [1, 0, 1, 0]) and np.array_equal(result.test.labels, [0])
+    assert (result.train.images[3] == 120).all()
+    assert notes == ["celeba_male_32: images of 178x218: cropped to the central square and resized to 32x32"]
+
+
+def test_eurosat_is_split_at_random_by_a_fixed_seed(tmp_path):
+    names = known_set("eurosat_32").class_names
+    path = write_zip(tmp_path / "EuroSAT_RGB.zip", class_files(names, 27, "EuroSAT_RGB/", side=4))
+    results = [prepare("eurosat_32", tmp_path / root, source=path) for root in ("a", "b")]
+    assert (results[0][1].num_train, results[0][1].num_test) == (230, 40)
+    assert results[0][1].sha256 == results[1][1].sha256
+    assert "40 of 270 images (at random, fixed seed) are put aside as test" in results[0][2][0]
+
+
+def test_emnist_letters_are_picked_turned_upright_and_counted_from_zero(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (52, 28, 28), np.uint8)
+    labels = np.arange(52) % 26 + 1
+    files = {"gzip/emnist-digits-train-images-idx3-ubyte.gz": b"another split, not to be read"}
+    files["gzip/emnist-letters-train-images-idx3-ubyte.gz"] = gzip.compress(idx_bytes(images))
+    files["gzip/emnist-letters-train-labels-idx1-ubyte.gz"] = gzip.compress(idx_bytes(labels))
+    folder, meta, _ = prepare("emnist", tmp_path / "root", source=write_zip(tmp_path / "gzip.zip", files))
+    result = read_prepared(folder)
+    assert np.array_equal(result.train.images[:, 0], images.transpose(0, 2, 1))
+    assert np.array_equal(result.train.labels, labels - 1) and meta.class_names[0] == "a"
+
+
+def test_places_classes_are_the_path_below_the_letter(tmp_path):
+    picture = png(colour_images(1)[0])
+    files = {f"data_256/{p}/1.jpg": picture for p in ("a/airfield", "a/apartment_building/outdoor", "b/bar")}
+    _, meta, _ = prepare(
+        "places365", tmp_path / "root", source=write_tar(tmp_path / "p.tar", files), resolution=8
+    )
+    assert meta.class_names == ("airfield", "apartment_building/outdoor", "bar")
+
+
+# ------------------------------------------------------------------------------------------------ conversion
+
+
+def test_mixed_sizes_are_cropped_resized_and_said_once(tmp_path):
+    files = class_files(side=16)
+    wide = np.zeros((16, 48, 3), np.uint8)
+    wide[:, 16:32] = 200  # the central square
+    files["cat/wide.png"] = png(wide)
+    result, notes = prepare_custom(tmp_path, write_files(tmp_path / "raw", files), public=True, resolution=8)
+    assert notes == [
+        "mine: mixed image sizes (16x16: 6, 48x16: 1): cropped to the central square and resized to 8x8"
+    ]
+    assert (result.train.images[3] == 200).all()  # cat/0, cat/1, cat/2, cat/wide
+
+
+def test_grey_follows_pillow(tmp_path):
+    images = colour_images(10)
+    np.savez(tmp_path / "a.npz", x=images, y=np.arange(10) % 2)
+    result, _ = prepare_custom(tmp_path, tmp_path / "a.npz", channels=1, public=True)
+    expected = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])
+    assert np.array_equal(result.train.images[:, 0], expected)
+
+
+def test_custom_set_without_test_part_gives_a_seventh_of_each_class(tmp_path):
+    labels = np.repeat([0, 1, 2], [70, 35, 14])
+    images = (
+        np.arange(119, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2)
+    )  # each image states its row
+    np.savez(tmp_path / "a.npz", x=images, y=labels)
+    result, notes = prepare_custom(tmp_path, tmp_path / "a.npz")
+    assert np.array_equal(np.bincount(result.test.labels), [10, 5, 2])
+    rows = [part.images[:, 0, 0, 0] for part in (result.train, result.test)]
+    assert np.array_equal(np.sort(np.concatenate(rows)), np.arange(119))
+    assert "17 of 119 images (a seventh of each class, fixed seed) are put aside as test" in notes[0]
+
+
+def test_class_folders_under_other_names_are_taken_in_order_and_said(tmp_path):
+    files = class_files(("0", "1"), prefix="train/") | class_files(("0", "1"), prefix="test/")
+    _, meta, notes = prepare("camelyon_32", tmp_path / "root", source=write_files(tmp_path / "raw", files))
+    assert meta.class_names == ("normal", "tumor")
+    assert "camelyon_32: the classes 0, 1 are taken, in this order, as normal, tumor" in notes
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+PICTURE = png(colour_images(1)[0])
+IMAGES, LABELS = colour_images(14), np.arange(14) % 2
+GREY = idx_bytes(IMAGES[..., 0])
+
+
+def folder_with(**extra: bytes):
+    """A maker of two good class folders and one more file; "/" and "." are written __ and _ in its name."""
+    files = {name.replace("__", "/").replace("_", "."): content for name, content in extra.items()}
+    return lambda path: write_files(path, class_files() | files)
+
+
+def folder_of(files: dict[str, bytes]):
+    return lambda path: write_files(path, files)
+
+
+def npz_of(**arrays):
+    return lambda path: np.savez(path / "a.npz", **arrays) or path / "a.npz"
+
+
+def zip_of(dataset_json: bytes):
+    return lambda path: write_zip(path / "a.zip", {"a.png": PICTURE, "dataset.json": dataset_json})
+
+
+def truncated(make, keep: int):
+    def make_truncated(path: Path) -> Path:
+        whole = make(path)
+        whole.write_bytes(whole.read_bytes()[:keep])
+        return whole
+
+    return make_truncated
+
+
+BAD_SOURCES = {
+    "no such path": (lambda path: path / "nothing", "nothing: no such file"),
+    "empty folder": (folder_of({}), "empty, there are no images"),
+    "one class": (folder_of(class_files(("cat",), prefix="train/")), r"only one class \(cat\)"),
+    "corrupt image": (folder_with(cat__x_png=PICTURE[:60]), r"cat/x\.png: not an image"),
+    "text file": (folder_with(dog__notes_txt=b"hi"), r"dog/notes\.txt: not an image"),
+    "stray image": (folder_with(x_png=PICTURE), r"x\.png lies beside the class folders"),
+    "16 bit": (
+        folder_with(cat__deep_png=png(np.zeros((8, 8), np.uint16))),
+        r"cat/deep\.png: more than 8 bits",
+    ),
+    "no class": (folder_of({"a.png": PICTURE, "b.png": PICTURE}), r"a\.png is in no class folder"),
+    "new test class": (
+        folder_of(class_files(prefix="train/") | class_files(("cow",), prefix="test/")),
+        "class 'cow', which the training part lacks",
+    ),
+    "not an archive": (lambda path: write_files(path, {"a.zip": b"?"}) / "a.zip", "neither a folder nor"),
+    "truncated zip": (truncated(zip_of(b"{}"), 200), "neither a folder nor"),
+    "truncated tar": (
+        truncated(lambda path: write_tar(path / "a.tar", class_files()), 2000),
+        r"a\.tar: corrupt",
+    ),
+    "truncated npz": (truncated(npz_of(x=IMAGES, y=LABELS), 99), r"a\.npz: corrupt, truncated"),
+    "no known keys": (npz_of(pictures=IMAGES, y=LABELS), "one of these pairs is needed"),
+    "pickled array": (npz_of(x=np.array([{}], object), y=LABELS), "not an npz of plain arrays"),
+    "float images": (npz_of(x=IMAGES / 255, y=LABELS), "dtype float64; allowed: uint8"),
+    "image shape": (npz_of(x=IMAGES[..., :2], y=LABELS), r"shape \(14, 8, 8, 2\)"),
+    "no images": (npz_of(x=IMAGES[:0], y=LABELS[:0]), "no images"),
+    "label counts": (npz_of(x=IMAGES, y=LABELS[:9]), "9 labels for 14 images"),
+    "negative label": (npz_of(x=IMAGES, y=LABELS - 1), "labels run from -1 to 0"),
+    "label gap": (npz_of(x=IMAGES, y=LABELS * 2), r"class 1 \(1\) has no training image"),
+    "huge label": (npz_of(x=IMAGES, y=LABELS * 10**9), "label 1000000000 among"),
+    "label beyond names": (npz_of(x=IMAGES, y=LABELS * 2, classes=["a", "b"]), "allowed are 0 to 1"),
+    "several labels": (npz_of(x=IMAGES, y=np.zeros((14, 3), int)), "one integer per image"),
+    "null labels": (zip_of(b'{"labels": null}'), "no list 'labels'"),
+    "vector label": (zip_of(b'{"labels": [["a.png", [0, 1]]]}'), r"labels a\.png with \[0, 1\]"),
+    "listed, missing": (zip_of(b'{"labels": [["b.png", 0]]}'), r"lists b\.png, which is not there"),
+    "truncated idx": (folder_of({"train-images-idx3-ubyte": GREY[:-5]}), "truncated, 891 bytes"),
+    "not idx": (folder_of({"train-images-idx3-ubyte": b"<html>"}), "not an idx file"),
+    "truncated gzip": (
+        folder_of({"train-images-idx3-ubyte.gz": gzip.compress(GREY)[:-50]}),
+        "truncated gzip",
+    ),
+    "no label file": (folder_of({"train-images-idx3-ubyte": GREY}), "lacks a file named like"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SOURCES)
+def test_bad_source_is_named_and_leaves_nothing_behind(tmp_path, name):
+    make, message = BAD_SOURCES[name]
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(UserError, match=message) as raised:
+        prepare("mine", tmp_path / "root", source=make(tmp_path / "raw"))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "root").exists() or not list((tmp_path / "root").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(data_name="digits_8"), "digits_8 is embedded"),
+        (dict(data_name="cifar10_23"), "did you mean 'cifar10_32'"),
+        (dict(data_name="../x", source=Path("a")), r"'\.\./x' is not allowed"),
+        (dict(data_name="imagenet"), "cannot be downloaded: ImageNet needs an account"),
+        (dict(data_name="CELEBA_male_64"), "cannot be downloaded: CelebA is on Google Drive"),
+        (dict(data_name="cifar10_32", resolution=64), "cifar10_32 has 32 by definition"),
+        (dict(data_name="mine", channels=2), "--channels: 2 is not allowed"),
+        (dict(data_name="mine", resolution=2), "--resolution: 2 is not allowed"),
+        (dict(data_name="mnist_28"), "mnist_28: the source has no test part; add it as --test_source"),
+        (dict(data_name="cifar10_32", test_source=True), "2 classes .*; 10 are wanted"),
+    ],
+)
+def test_bad_options_are_named(tmp_path, options, message):
+    source = write_files(tmp_path / "raw", class_files())
+    options = {**options, **({"test_source": source} if options.get("test_source") else {})}
+    needs_source = options["data_name"] in ("mine", "mnist_28", "cifar10_32")
+    with pytest.raises(UserError, match=message):
+        prepare(**{"source": source if needs_source else None, "data_root": tmp_path / "root", **options})
+
+
+def test_a_folder_that_is_not_prepared_data_is_not_replaced(tmp_path):
+    keep = write_files(tmp_path / "root" / "mine", {"precious.txt": b"1"})
+    with pytest.raises(UserError, match="is not prepared data"):
+        prepare("mine", tmp_path / "root", source=write_files(tmp_path / "raw", class_files()))
+    assert (keep / "precious.txt").read_bytes() == b"1"
+
+
+def test_full_disk_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(prepared_module.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match="disk full"):
+        prepare("mine", tmp_path / "root", source=write_files(tmp_path / "raw", class_files()))
+    assert list((tmp_path / "root").iterdir()) == []
+
+
+def test_preparing_again_replaces_the_old_folder(tmp_path):
+    for count in (14, 28):
+        np.savez(tmp_path / "a.npz", x=colour_images(count), y=np.arange(count) % 2)
+        result, _ = prepare_custom(tmp_path, tmp_path / "a.npz", public=True)
+        assert len(result.train) == count
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["mine"]
+
+
+def test_script_prints_what_it_did_and_exits_with_2_on_bad_input(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", x=colour_images(28)[..., 0], y=np.arange(28) % 2)
+    arguments = ["--data_name", "mine", "--data_root", str(tmp_path / "root"), "--source"]
+    assert main([*arguments, str(tmp_path / "a.npz")]) == 0
+    text = capsys.readouterr().out
+    assert "24 training and 4 test images, 2 classes, 8x8, grey" in text
+    assert "sensitive_data.resolution=8 sensitive_data.num_channels=1" in text
+    assert main([*arguments, str(tmp_path / "missing")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_every_known_set_can_be_fetched_or_says_where_to_get_it():
+    for name in known_names():
+        known = known_set(name)
+        assert known.downloads or known.advice, name
+        assert all(len(remote.md5) == 32 and remote.urls for remote in known.downloads), name
+
+
+# ------------------------------------------------------------------------------------------------ downloads
+
+CONTENT = np.random.default_rng(1).integers(0, 256, 300_000, np.uint8).tobytes()
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+class Mirror(http.server.BaseHTTPRequestHandler):
+    """/good resumes; /whole ignores Range; /html, /wrong and /missing misbehave; /cut breaks off once, then resumes."""
+
+    requests: list[tuple[str, str | None]]  # (path, Range header) of this test
+
+    def do_GET(self):
+        wanted = self.headers.get("Range")
+        self.requests.append((self.path, wanted))
+        if self.path == "/missing":
+            return self.send_error(404)
+        body = {"/html": b"<!DOCTYPE html><p>Please log in", "/wrong": CONTENT[::-1]}.get(self.path, CONTENT)
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.path != "/whole" else 0
+        if start >= len(body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        stop = start + 100_000 if self.path == "/cut" and start == 0 else len(body)
+        self.wfile.write(body[start:stop])
+
+    def log_message(self, *_):
+        """Keep the output of the tests clean."""
+
+
+@pytest.fixture
+def mirror():
+    handler = type("Handler", (Mirror,), {"requests": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", handler.requests
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def remote(base: str, *paths: str) -> RemoteFile:
+    return RemoteFile("file.bin", tuple(base + path for path in paths), MD5)
+
+
+def test_download_fails_over_to_the_next_mirror(tmp_path, mirror):
+    base, requests = mirror
+    path = download(remote(base, "/missing", "/html", "/wrong", "/good"), tmp_path)
+    assert path.read_bytes() == CONTENT and [p.name for p in tmp_path.iterdir()] == ["file.bin"]
+    assert [request[0] for request in requests] == ["/missing", "/html", "/wrong", "/good"]
+
+
+def test_download_lists_what_is_wrong_with_every_mirror(tmp_path, mirror):
+    base, _ = mirror
+    with pytest.raises(UserError) as raised:
+        download(remote(base, "/missing", "/html", "/wrong"), tmp_path)
+    for reason in ("HTTP 404", "HTML page instead of the file", "wrong content", "Fetch it by other means"):
+        assert reason in str(raised.value)
+    assert not (tmp_path / "file.bin").exists()
+
+
+def test_download_resumes_a_partial_file(tmp_path, mirror):
+    base, requests = mirror
+    (tmp_path / "file.bin.part").write_bytes(CONTENT[:50_000])
+    assert download(remote(base, "/good"), tmp_path).read_bytes() == CONTENT
+    assert requests == [("/good", "bytes=50000-")]
+
+
+def test_download_resumes_after_the_connection_broke(tmp_path, mirror):
+    base, requests = mirror
+    assert download(remote(base, "/cut"), tmp_path).read_bytes() == CONTENT
+    assert requests == [("/cut", None), ("/cut", "bytes=100000-")]
+
+
+def test_download_starts_over_where_the_server_cannot_resume(tmp_path, mirror):
+    base, _ = mirror
+    (tmp_path / "file.bin.part").write_bytes(CONTENT[:50_000])
+    assert download(remote(base, "/whole"), tmp_path).read_bytes() == CONTENT
+
+
+def test_download_discards_a_partial_file_of_something_else(tmp_path, mirror):
+    base, requests = mirror
+    (tmp_path / "file.bin.part").write_bytes(b"x" * 50_000)
+    assert download(remote(base, "/good"), tmp_path).read_bytes() == CONTENT
+    assert requests == [("/good", "bytes=50000-"), ("/good", None)]
+
+
+def test_a_complete_partial_file_and_a_finished_file_are_kept(tmp_path, mirror):
+    base, requests = mirror
+    (tmp_path / "file.bin.part").write_bytes(CONTENT)
+    assert download(remote(base, "/good"), tmp_path).read_bytes() == CONTENT
+    download(remote(base, "/good"), tmp_path)
+    assert requests == [("/good", f"bytes={len(CONTENT)}-")]
+
+
+def test_known_set_is_downloaded_into_the_cache_and_prepared(tmp_path, mirror, monkeypatch):
+    base, _ = mirror
+    archive = write_zip(
+        tmp_path / "e.zip", class_files(known_set("eurosat_32").class_names, 14, "E/", side=4)
+    )
+    monkeypatch.setitem(globals(), "CONTENT", archive.read_bytes())
+    file = RemoteFile("EuroSAT_RGB.zip", (f"{base}/good",), hashlib.md5(archive.read_bytes()).hexdigest())
+    known = known_set("eurosat_32")
+    monkeypatch.setattr(
+        "data.prepare.known_set", lambda name: type(known)(**{**vars(known), "downloads": (file,)})
+    )
+    folder, meta, _ = prepare("eurosat_32", tmp_path / "root")
+    assert meta.num_train + meta.num_test == 140 and folder == tmp_path / "root" / "eurosat_32"
+    assert (tmp_path / "root" / ".cache" / "downloads" / "eurosat_32" / "EuroSAT_RGB.zip").is_file()
+
+
+def test_a_test_folder_passed_on_its_own_is_not_taken_for_a_class(tmp_path):
+    source = open_source(write_files(tmp_path / "raw", class_files(prefix="test/")))
+    assert set(source.train.labels.tolist()) == {"cat", "dog"}
