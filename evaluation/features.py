@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from data.prepared import sha256_of
 from data.spec import DataSpec
 from evaluation.errors import MissingWeights
 from utils.images import to_float
@@ -53,7 +54,7 @@ class InceptionExtractor:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         path = find_weights(self.name, INCEPTION_WEIGHTS, weights_root)
-        self.identity = sha256_of_file(path)
+        self.identity = sha256_of(path)
         self.info = {"weights_sha256": self.identity}
         self.device = device
         # A path keeps torch-fidelity from downloading.
@@ -138,7 +139,7 @@ def find_weights(name: str, file_name: str, weights_root: Path) -> Path:
     command = f"python scripts/prepare_weights.py --name {name} --weights_root {root}"
     if not path.is_file():
         raise MissingWeights(f"no weights file {path}; fetch it: {command}")
-    expected, found = expected_hash(file_name), sha256_of_file(path)
+    expected, found = expected_hash(file_name), sha256_of(path)
     if not found.startswith(expected):
         raise MissingWeights(
             f"{path} is damaged: SHA-256 {found[:8]}, expected {expected}; fetch it: {command}"
@@ -149,14 +150,6 @@ def find_weights(name: str, file_name: str, weights_root: Path) -> Path:
 def expected_hash(file_name: str) -> str:
     """The first hex digits of the SHA-256 that a weights file carries at the end of its name."""
     return Path(file_name).stem.rsplit("-", 1)[-1]
-
-
-def sha256_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _forward(extractor: Extractor, images: np.ndarray, batch_size: int, description: str) -> Features:

@@ -64,7 +64,10 @@ class DPMERF(Synthesizer):
             self.generator = Generator(config.model.Generator, spec.resolution, spec.channels, num_labels)
         self.generator.to(runtime.device)
         self.features = RandomFourierFeatures(
-            int(np.prod(spec.image_shape)), config.model.d_rff, config.model.rff_sigma, runtime.rng("frequencies")
+            int(np.prod(spec.image_shape)),
+            config.model.d_rff,
+            config.model.rff_sigma,
+            runtime.rng("frequencies"),
         )
         self.noisy_embedding: torch.Tensor | None = None  # (num_classes, d_rff)
 
@@ -85,7 +88,9 @@ class DPMERF(Synthesizer):
 
     def train(self, private: PrivateData) -> None:
         if self.noisy_embedding is None:  # else a resumed run, whose one release is in the checkpoint
-            total = private.noisy_sum(MEAN_EMBEDDING, lambda x, _: self._embed(x), l2_bound=1.0, by_class=True)
+            total = private.noisy_sum(
+                MEAN_EMBEDDING, lambda x, _: self._embed(x), l2_bound=1.0, by_class=True
+            )
             self.noisy_embedding = total / self.spec.num_train
             self.runtime.snapshot("train")
         self._fit("train", self.noisy_embedding, self.config.train, self.spec.num_train)

@@ -14,7 +14,12 @@ class PrivImage(DiffusionSynthesizer):
     def __init__(self, config: DiffusionSynthesizer.Config, spec: DataSpec, runtime: Runtime) -> None:
         public = config.public_data
         starts_elsewhere = config.model.ckpt is not None or not config.pretrain.n_epochs
-        check(public.name is not None or starts_elsewhere, "public_data.name", None, "a public set for PrivImage")
+        check(
+            public.name is not None or starts_elsewhere,
+            "public_data.name",
+            None,
+            "a public set for PrivImage",
+        )
         ratio = public.selective.ratio
         check(ratio < 1, "public_data.selective.ratio", ratio, "below 1 for PrivImage; 1 is PDP-Diffusion")
         super().__init__(config, spec, runtime)

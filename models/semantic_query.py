@@ -66,8 +66,16 @@ class SemanticQuery:
     def __init__(
         self, config: QueryConfig, selective: SelectiveConfig, words: int, spec: DataSpec, runtime: Runtime
     ) -> None:
-        self.config, self.selective, self.words, self.spec, self.runtime = config, selective, words, spec, runtime
-        self.saved = None if selective.semantic_path is None else self._read_saved(Path(selective.semantic_path))
+        self.config, self.selective, self.words, self.spec, self.runtime = (
+            config,
+            selective,
+            words,
+            spec,
+            runtime,
+        )
+        self.saved = (
+            None if selective.semantic_path is None else self._read_saved(Path(selective.semantic_path))
+        )
 
     def release(self) -> Release:
         sigma = self.selective.sigma if self.saved is None else self.saved["noise_multiplier"]
@@ -76,7 +84,9 @@ class SemanticQuery:
     def select(self, public: PublicData, private: PrivateData | None) -> PublicData:
         """The selected public images, labelled with the private class that selected them."""
         if private is None:
-            raise UserError("public_data.selective.ratio < 1 asks the private data, but sensitive_data.name is null")
+            raise UserError(
+                "public_data.selective.ratio < 1 asks the private data, but sensitive_data.name is null"
+            )
         chosen = self._answered(public, private)
         for name, classes in zip(self.spec.class_names, chosen, strict=True):
             log.info("semantic query: %s <- %s", name, ", ".join(public.class_names[c] for c in classes))
@@ -85,11 +95,15 @@ class SemanticQuery:
     def _answered(self, public: PublicData, private: PrivateData) -> list[list[int]]:
         if self.saved is not None:
             if self.saved["public_classes"] != list(public.class_names):
-                raise UserError(f"public_data.selective.semantic_path: made on another public set than {public.name}")
+                raise UserError(
+                    f"public_data.selective.semantic_path: made on another public set than {public.name}"
+                )
             if not private.ledger.executed(QUERY):
                 private.ledger.book(QUERY)
             return self.saved["selected"]
-        path = None if self.runtime.folder is None else self.runtime.folder / "pretrain" / "semantic_query.json"
+        path = (
+            None if self.runtime.folder is None else self.runtime.folder / "pretrain" / "semantic_query.json"
+        )
         if private.ledger.executed(QUERY):  # a resumed run: the answer was paid for and written
             return self._read_saved(path)["selected"]
         classifier = self._classifier(public)
@@ -116,10 +130,14 @@ class SemanticQuery:
         """The query classifier, trained on public data or read from the cache (keyed by data and configuration)."""
         with self.runtime.seeded("query classifier"):
             channels = public.samples.images.shape[1]
-            classifier = CLASSIFIERS[self.config.network](channels, public.num_classes).to(self.runtime.device)
+            classifier = CLASSIFIERS[self.config.network](channels, public.num_classes).to(
+                self.runtime.device
+            )
         cached = self._cache_path(public)
         if cached is not None and cached.exists():
-            classifier.load_state_dict(torch.load(cached, map_location=self.runtime.device, weights_only=True))
+            classifier.load_state_dict(
+                torch.load(cached, map_location=self.runtime.device, weights_only=True)
+            )
             return classifier.eval()
         self._train(classifier, public)
         if cached is not None:

@@ -67,7 +67,11 @@ def epsilon_of(
 
 def available_epsilons(releases: Sequence[Release], delta: float, relation: str) -> dict[str, float | None]:
     """Epsilon by every accountant; None where one cannot bound these releases. PLD above RDP is an error."""
-    values: dict[str, float | None] = {"pld": epsilon_of(releases, delta, "pld", relation), "rdp": None, "prv": None}
+    values: dict[str, float | None] = {
+        "pld": epsilon_of(releases, delta, "pld", relation),
+        "rdp": None,
+        "prv": None,
+    }
     if values["pld"] > PRV_RANGE:
         return values
     for name in ("rdp", "prv"):
@@ -156,11 +160,19 @@ def _epsilon(releases, delta, accountant, relation, grid) -> float:
     return pure + _pld_epsilon([r for r in releases if r.mechanism == "gaussian"], delta, relation, grid)
 
 
+def noisy_max_release(name: str, epsilon: float, relation: str) -> Release:
+    """The plan of one report-noisy-max that costs `epsilon` (inf: no noise)."""
+    return Release(name, _noisy_max_factor(relation) / epsilon, mechanism="report_noisy_max")
+
+
 def _pure_epsilon(releases: Sequence[Release], relation: str) -> float:
+    return sum(_noisy_max_factor(relation) * r.num_steps / r.noise_multiplier for r in releases)
+
+
+def _noisy_max_factor(relation: str) -> float:
     # Adding a record moves all votes the same way (monotone), so scale b gives 1/b (Dwork & Roth 2014, claim 3.9);
     # replacing a record is a removal and an addition.
-    factor = 2.0 if relation == REPLACE_ONE else 1.0
-    return sum(factor * r.num_steps / r.noise_multiplier for r in releases)
+    return 2.0 if relation == REPLACE_ONE else 1.0
 
 
 def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:

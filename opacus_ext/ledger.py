@@ -60,7 +60,7 @@ class Ledger:
     def _solve(self, plan: list[Release]) -> list[Release]:
         fixed = [release for release in plan if release.noise_multiplier is not None]
         cost = self._cost(fixed)
-        if cost > self.budget.epsilon:
+        if cost > self.budget.epsilon * (1 + 1e-9):  # shares of a budget add up to it only up to rounding
             dearest = max(fixed, key=lambda release: self._cost([release]))
             raise BudgetExceeded(
                 f"the releases with fixed noise cost epsilon {cost:.4g} of {self.budget.epsilon:g} at delta "

@@ -43,7 +43,8 @@ def clipped_gradient_sum(
     # 0 * inf is nan: a non-finite example is taken out of the matrices, not only weighted by zero.
     keep = coefficients > 0
     return {
-        name: torch.tensordot(coefficients[keep], gradient[keep], dims=1) for name, gradient in gradients.items()
+        name: torch.tensordot(coefficients[keep], gradient[keep], dims=1)
+        for name, gradient in gradients.items()
     }
 
 
@@ -151,21 +152,27 @@ def _fold(rows: torch.Tensor, batch: int) -> torch.Tensor:
     return rows.reshape(batch, draws, *rows.shape[1:]).transpose(0, 1).reshape(draws, -1, *rows.shape[2:])
 
 
-def _group_norm(module: nn.GroupNorm, features: torch.Tensor, output_gradient: torch.Tensor, batch: int) -> dict:
+def _group_norm(
+    module: nn.GroupNorm, features: torch.Tensor, output_gradient: torch.Tensor, batch: int
+) -> dict:
     shape = (batch, -1, module.num_channels, features[0, 0].numel())
     normalised = F.group_norm(features, module.num_groups, eps=module.eps)
     weight = (output_gradient * normalised).reshape(shape).sum((1, 3))
     return {"weight": weight, "bias": output_gradient.reshape(shape).sum((1, 3))}
 
 
-def _layer_norm(module: nn.LayerNorm, features: torch.Tensor, output_gradient: torch.Tensor, batch: int) -> dict:
+def _layer_norm(
+    module: nn.LayerNorm, features: torch.Tensor, output_gradient: torch.Tensor, batch: int
+) -> dict:
     normalised = F.layer_norm(features, module.normalized_shape, eps=module.eps)
     shape = (batch, -1, *module.normalized_shape)
     gradients = {"weight": (output_gradient * normalised).reshape(shape).sum(1)}
     return gradients if module.bias is None else {**gradients, "bias": output_gradient.reshape(shape).sum(1)}
 
 
-def _embedding(module: nn.Embedding, features: torch.Tensor, output_gradient: torch.Tensor, batch: int) -> dict:
+def _embedding(
+    module: nn.Embedding, features: torch.Tensor, output_gradient: torch.Tensor, batch: int
+) -> dict:
     index = features.reshape(batch, -1)
     g = output_gradient.reshape(batch, index.shape[1], -1)
     weight = g.new_zeros(batch, *module.weight.shape)

@@ -82,21 +82,21 @@ class PrivateData:
 
         return self.noisy_sum(name, votes, l2_bound=votes_per_example**0.5, by_class=by_class)
 
-    def report_noisy_max(self, name: str, fn: PerExample, num_candidates: int) -> int:
+    def report_noisy_max(self, name: str, fn: PerExample) -> int:
         """Index of the candidate with most votes after Laplace noise (Dwork & Roth 2014, section 3.3).
 
-        fn(images, labels) -> (B, num_candidates) of 0/1: what the record says of each candidate; clamped to [0, 1].
+        fn(images, labels) -> (B, candidates) of 0/1: what the record says of each candidate; clamped to [0, 1].
         """
         release = self.ledger.book(name)
         assert release.mechanism == "report_noisy_max", release
-        totals = torch.zeros(num_candidates, dtype=torch.float64)
-        for images, labels in self._batches():
-            votes = fn(images, labels).double()
-            assert votes.shape == (len(labels), num_candidates), votes.shape
-            totals += torch.nan_to_num(votes, nan=0.0).clamp(0.0, 1.0).sum(0).cpu()
+        parts = [
+            torch.nan_to_num(fn(*batch).double()).clamp(0.0, 1.0).sum(0).cpu() for batch in self._batches()
+        ]
+        totals = torch.stack(parts).sum(0)
         step = self.ledger.executed(name) - 1
-        noise = self._noise.laplace((num_candidates,), release.noise_multiplier, name, step)
-        return int(torch.argmax(totals + noise))
+        return int(
+            torch.argmax(totals + self._noise.laplace(totals.shape, release.noise_multiplier, name, step))
+        )
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "PrivateData":
         """The same records with every image replaced by fn(image), e.g. its latent; same ledger, same noise.

@@ -67,7 +67,9 @@ def read(path: str) -> dict:
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {path}: there is no such file") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"checkpoint {path}: not readable as a checkpoint ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"checkpoint {path}: not readable as a checkpoint ({str(error).splitlines()[0]})"
+        ) from error
     if not isinstance(content, dict) or "state" not in content:
         raise UserError(f"checkpoint {path}: not a checkpoint of this toolkit")
     return content

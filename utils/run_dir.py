@@ -36,6 +36,19 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(_strict(value), indent=2) + "\n")
 
 
+def read_json(path: Path) -> object:
+    """What `write_json` wrote; the strings "inf", "-inf" and "nan" become numbers again."""
+    return _loose(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _loose(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _loose(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_loose(entry) for entry in value]
+    return float(value) if value in ("inf", "-inf", "nan") else value
+
+
 def _strict(value: object) -> object:
     if isinstance(value, dict):
         return {str(key): _strict(entry) for key, entry in value.items()}

@@ -44,7 +44,7 @@ def _trace_sqrt(first: np.ndarray, second: np.ndarray) -> float:
     C1 that rounding cannot explain.
     """
     eigenvalues, vectors = np.linalg.eigh(first)
-    kept = eigenvalues > eigenvalues[-1] * len(first) * np.finfo(np.float64).eps
+    kept = eigenvalues > eigenvalues[-1] * np.finfo(np.float64).eps
     root = vectors[:, kept] * np.sqrt(eigenvalues[kept])
     product = root.T @ second @ root
     return float(np.sqrt(np.clip(np.linalg.eigvalsh((product + product.T) / 2), 0, None)).sum())

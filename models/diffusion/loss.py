@@ -31,13 +31,17 @@ class EDMLoss:
         self.config = config
         self.label_dropout = 1.0 if unconditional else config.label_dropout
 
-    def __call__(self, network, images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    def __call__(
+        self, network, images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator
+    ) -> torch.Tensor:
         draws = self.config.n_noise_samples
         device = images.device
         dropped = torch.rand(len(images), generator=rng, device=device) < self.label_dropout
         labels = torch.where(dropped, network.null_label, labels)
         clean = images.repeat_interleave(draws, dim=0)  # (B*K, C, H, W), the draws of one example adjacent
-        log_sigma = torch.randn(len(clean), generator=rng, device=device) * self.config.p_std + self.config.p_mean
+        log_sigma = (
+            torch.randn(len(clean), generator=rng, device=device) * self.config.p_std + self.config.p_mean
+        )
         sigma = log_sigma.exp()
         noise = torch.randn(clean.shape, generator=rng, device=device)
         noisy = clean + noise * sigma[:, None, None, None]

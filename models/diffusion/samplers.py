@@ -1,6 +1,7 @@
 """Samplers of the EDM family: functions of a denoiser, labels and a start (Karras et al. 2022)."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -50,7 +51,7 @@ def sample(
 def _ddim(denoiser, config, x, labels, rng) -> torch.Tensor:
     """Euler steps of dx/dt = (x - D) / t, then one denoising at tmin."""
     levels = noise_levels(config)
-    for t, t_next in zip(levels[:-1], levels[1:], strict=True):
+    for t, t_next in pairwise(levels):
         denoised = denoiser(x, _fill(t, labels), labels)
         x = x + (t_next - t) / t * (x - denoised)
     return denoiser(x, _fill(levels[-1], labels), labels)
@@ -59,7 +60,7 @@ def _ddim(denoiser, config, x, labels, rng) -> torch.Tensor:
 def _edm(denoiser, config, x, labels, rng) -> torch.Tensor:
     """Stochastic second-order sampler (algorithm 2), S_noise = 1; the last step, to t = 0, is Euler."""
     levels = [*noise_levels(config), 0.0]
-    for t, t_next in zip(levels[:-1], levels[1:], strict=True):
+    for t, t_next in pairwise(levels):
         churned = config.s_churn > 0 and config.s_min <= t <= config.s_max
         gamma = min(config.s_churn / config.num_steps, 1.0) if churned else 0.0
         t_hat = t * (1 + gamma)

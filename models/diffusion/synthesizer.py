@@ -79,10 +79,14 @@ class OptimConfig:
     params: OptimParams
 
     def __post_init__(self) -> None:
-        check(self.optimizer in OPTIMIZERS, "optim.optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}")
+        check(
+            self.optimizer in OPTIMIZERS, "optim.optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}"
+        )
 
     def make(self, parameters) -> torch.optim.Optimizer:
-        return OPTIMIZERS[self.optimizer](parameters, lr=self.params.lr, weight_decay=self.params.weight_decay)
+        return OPTIMIZERS[self.optimizer](
+            parameters, lr=self.params.lr, weight_decay=self.params.weight_decay
+        )
 
 
 OPTIMIZERS: dict[str, type] = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
@@ -223,14 +227,18 @@ class DiffusionSynthesizer(Synthesizer):
         labels = balanced_labels(num_samples, self.spec.num_classes)
         return Samples(self._sample(self.config.model.sampler_acc, labels, "generate", show=True), labels)
 
-    def _sample(self, config: SamplerConfig, labels: np.ndarray, stream: str, show: bool = False) -> np.ndarray:
+    def _sample(
+        self, config: SamplerConfig, labels: np.ndarray, stream: str, show: bool = False
+    ) -> np.ndarray:
         """One image per label, from the EMA weights: (N, C, H, W) uint8."""
         network = copy.deepcopy(self.network).requires_grad_(False)
         self.ema.copy_to(network)
         starts = range(0, len(labels), self.config.gen.batch_size)
         parts = []
         for start in progress(starts, "generate", unit="batch") if show else starts:
-            batch = torch.from_numpy(labels[start : start + self.config.gen.batch_size]).to(self.runtime.device)
+            batch = torch.from_numpy(labels[start : start + self.config.gen.batch_size]).to(
+                self.runtime.device
+            )
             rng = self.runtime.rng(f"{stream} {start}")
             denoiser = guided(network, config.guid_scale)
             parts.append(to_uint8(sample(denoiser, config, self.spec.image_shape, batch, rng)))
@@ -348,5 +356,7 @@ def _load_weights(network: UNet, state: dict, config: ModelConfig | None) -> Non
         if have is None or want is None or have.shape != want.shape:
             shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (have, want)]
             source = "checkpoint" if config is None else f"model.ckpt: {config.ckpt}"
-            raise UserError(f"{source} has another architecture: '{name}' is {shapes[0]}, the network's {shapes[1]}")
+            raise UserError(
+                f"{source} has another architecture: '{name}' is {shapes[0]}, the network's {shapes[1]}"
+            )
     network.load_state_dict(weights)

@@ -27,7 +27,9 @@ class Generator(nn.Module):
         super().__init__()
         num_blocks = 2 if image_size < 32 else 3
         fits = image_size % 2**num_blocks == 0
-        check(fits, "sensitive_data.resolution", image_size, f"a multiple of {2**num_blocks} for this generator")
+        check(
+            fits, "sensitive_data.resolution", image_size, f"a multiple of {2**num_blocks} for this generator"
+        )
         check(
             config.z_dim % (num_blocks + 1) == 0,
             "model.Generator.z_dim",
@@ -89,8 +91,14 @@ class _Attention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.query, self.key = _conv(width, width // 8, 1, bias=False), _conv(width, width // 8, 1, bias=False)
-        self.value, self.output = _conv(width, width // 2, 1, bias=False), _conv(width // 2, width, 1, bias=False)
+        self.query, self.key = (
+            _conv(width, width // 8, 1, bias=False),
+            _conv(width, width // 8, 1, bias=False),
+        )
+        self.value, self.output = (
+            _conv(width, width // 2, 1, bias=False),
+            _conv(width // 2, width, 1, bias=False),
+        )
         self.scale = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,9 @@ class Bottleneck(nn.Module):
             *_conv_norm(width, out_channels, 1, 1),
         )
         same = stride == 1 and in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Sequential(*_conv_norm(in_channels, out_channels, 1, stride))
+        self.shortcut = (
+            nn.Identity() if same else nn.Sequential(*_conv_norm(in_channels, out_channels, 1, stride))
+        )
 
     def forward(self, x):
         return F.relu(self.body(x) + self.shortcut(x))

@@ -45,7 +45,9 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         for level, factor in enumerate(ch_mult):
             for _ in range(num_res_blocks):
-                self.down.append(_Stage(width, factor * nf, condition, attention=resolution in attn_resolutions))
+                self.down.append(
+                    _Stage(width, factor * nf, condition, attention=resolution in attn_resolutions)
+                )
                 width = factor * nf
                 skips.append(width)
             if level < len(ch_mult) - 1:
@@ -74,7 +76,9 @@ class UNet(nn.Module):
         self.output_norm = _norm(width)
         self.output_conv = _conv(width, channels, scale=NEAR_ZERO)
 
-    def forward(self, images: torch.Tensor, noise_condition: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, images: torch.Tensor, noise_condition: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
         condition = sinusoidal_embedding(noise_condition, self.nf) + self.label_embedding(labels)
         condition = self.condition_out(F.silu(self.condition_in(condition)))
         h = self.input_conv(images)
@@ -92,7 +96,9 @@ class UNet(nn.Module):
 class _Stage(nn.Module):
     """A residual block, followed by attention where asked for."""
 
-    def __init__(self, in_channels, out_channels, condition, *, resample=None, attention=False, takes_skip=False):
+    def __init__(
+        self, in_channels, out_channels, condition, *, resample=None, attention=False, takes_skip=False
+    ):
         super().__init__()
         self.takes_skip = takes_skip
         self.block = ResidualBlock(in_channels, out_channels, condition, resample)
@@ -106,9 +112,13 @@ class _Stage(nn.Module):
 class ResidualBlock(nn.Module):
     """norm, SiLU, [resample], conv, + condition, norm, SiLU, conv; shortcut; sum scaled by 1/sqrt(2)."""
 
-    def __init__(self, in_channels: int, out_channels: int, condition: int, resample: str | None = None) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, condition: int, resample: str | None = None
+    ) -> None:
         super().__init__()
-        self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
+        self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[
+            resample
+        ]
         self.norm_in = _norm(in_channels)
         self.conv_in = _conv(in_channels, out_channels)
         self.condition = _linear(condition, out_channels)

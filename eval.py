@@ -1,0 +1,67 @@
+"""Judge the samples of a finished run again.
+
+    python eval.py --method PrivImage --data_name digits_8 --epsilon 10 --exp_path exp/privimage/<run>
+
+In eval.mode=val the choice of classifiers asks the private validation images once more; privacy.json adds it up.
+"""
+
+import sys
+
+from models import METHODS
+from run import REVEALED, RealData, judge, validation_data
+from utils.config import Config, format_config, load_config
+from utils.errors import UserError
+from utils.log import also_to, to_terminal
+from utils.results import PRIVACY
+from utils.run_dir import read_json
+from utils.runtime import Runtime, log
+
+
+def main(argv: list[str]) -> int:
+    to_terminal()
+    try:
+        config = load_config(argv, METHODS, program="eval")
+        if config.print_config:
+            print(format_config(config))
+            return 0
+        return evaluate(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def evaluate(config: Config) -> int:
+    """Read the run's samples and privacy report, and judge; returns the exit code."""
+    from data.samples_file import read_samples
+    from data.sensitive import load_sensitive, spec_of
+    from opacus_ext.ledger import Budget, Ledger
+    from opacus_ext.noise import NoiseSource
+    from opacus_ext.private_data import PrivateData
+    from utils.device import prepare_device
+
+    folder = config.exp_path
+    if folder is None:
+        raise UserError("--exp_path: missing; give the folder of the run to judge")
+    report = folder / PRIVACY
+    if not report.exists():
+        raise UserError(f"--exp_path: {folder} is not the folder of a trained run (it has no {PRIVACY})")
+    samples = read_samples(folder / "gen" / "gen.npz")
+    spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
+    for line in (*config.notes, *lines):
+        log.info(line)
+    runtime = Runtime(prepare_device(config.setup), config.seed, folder, config.data_root / ".cache")
+    also_to(folder / "stdout.txt")
+    sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
+    # Nothing is asked of the training images here, so their ledger has an empty plan.
+    train = PrivateData(sensitive.train, spec, Ledger(Budget(config.epsilon, config.privacy.delta or 0.0)))
+    noise = NoiseSource(config.privacy.noise_seed)
+    real = RealData(
+        train.reveal(REVEALED),
+        sensitive.test,
+        validation_data(config, spec, sensitive.validation, noise, runtime.device),
+    )
+    return judge(config, spec, runtime, folder, samples, real, read_json(report), timing={})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,80 @@
+"""The privacy card: what a run's guarantee says, in plain words."""
+
+_RELATION = {
+    "add_or_remove_one": "one record more or less",
+    "replace_one": "one record replaced by another",
+}
+
+
+def privacy_card(report: dict) -> str:
+    """Markdown from the content of privacy.json."""
+    lines = ["# Privacy card", "", _headline(report), ""]
+    lines += [
+        f"- **Unit of protection**: one image with its label; neighbouring data sets differ by "
+        f"{_RELATION[report['relation']]}.",
+        f"- **delta**: {report['budget']['delta']:.3g}, the chance that the bound on epsilon fails.",
+        f"- **Accountant**: {report['accountant']}; {_second_opinions(report)}.",
+        "",
+        "| stage that asks the private images | mechanism | noise multiplier | sampling rate | steps | epsilon alone |",
+        "|---|---|---|---|---|---|",
+        *(_row(release) for release in report["releases"]),
+        "",
+    ]
+    if not report["releases"]:
+        lines += ["No stage asks the private images.", ""]
+    lines += _selection_lines(report.get("selection", []))
+    lines += ["**Assumed public**", "", *(f"- {line}" for line in report["assumptions"]), ""]
+    lines += ["**What this does not cover**", "", *(f"- {line}" for line in _caveats(report)), ""]
+    return "\n".join(lines)
+
+
+def _headline(report: dict) -> str:
+    if not report["private"]:
+        return "**This run is NOT private** (epsilon = inf): the samples may reveal training images."
+    if not report["releases"]:
+        return "The samples do not depend on the private images at all."
+    budget = report["budget"]
+    return (
+        f"The samples are **({report['spent']:.4g}, {budget['delta']:.3g})-differentially private** with respect to "
+        f"the private training images (budget: epsilon {budget['epsilon']:g}). Whatever anyone computes from them, the "
+        f"presence of one image changes the odds of any outcome by a factor of at most e^epsilon, up to delta."
+    )
+
+
+def _second_opinions(report: dict) -> str:
+    values = report["spent_by_accountant"]
+    said = [f"{name} says {value:.4g}" for name, value in values.items() if isinstance(value, float)]
+    return ", ".join(said) or "no accountant bounds this run"
+
+
+def _row(release: dict) -> str:
+    return (
+        f"| {release['name']} | {release['mechanism'].replace('_', ' ')} | {release['noise_multiplier']:.4g} | "
+        f"{release['sample_rate']:.4g} | {release['executed']} of {release['planned']} | {release['epsilon_alone']:.4g} |"
+    )
+
+
+def _selection_lines(selections: list[dict]) -> list[str]:
+    if not selections:
+        return []
+    total = sum(selection["spent"] for selection in selections)
+    return [
+        f"**Choosing classifiers** spent epsilon {total:.4g} (delta 0) on held-out validation images, in "
+        f"{len(selections)} evaluation(s). No image is in both sets; the reported accuracies carry this cost, the "
+        f"samples do not.",
+        "",
+    ]
+
+
+def _caveats(report: dict) -> list[str]:
+    lines = [
+        "several images of one person count as several records: protect a person by dividing epsilon by their number",
+        "the noise is floating-point Gaussian from a generator seeded by the operating system; attacks on "
+        "floating-point rounding are not excluded",
+        "the metrics in results.json compare with real images without noise; publish them only if that is acceptable",
+    ]
+    if report["noise_seeded"]:
+        lines.insert(
+            0, "**the noise was seeded (privacy.noise_seed): anyone can remove it; the guarantee is void**"
+        )
+    return lines

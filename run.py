@@ -1,0 +1,275 @@
+"""Train one differentially private image synthesizer on one dataset at one epsilon, sample from it, judge the samples.
+
+    python run.py --method PrivImage --data_name digits_8 --epsilon 10
+
+Composes the parts and has no logic of its own: configuration -> data -> ledger -> method -> evaluation.
+"""
+
+import dataclasses
+import errno
+import sys
+import time
+from pathlib import Path
+
+from models import METHODS
+from utils.config import Config, format_config, load_config
+from utils.errors import UserError
+from utils.run_dir import write_text
+from utils.runtime import Runtime, log
+
+REVEALED = "fidelity metrics compare with the private training images"
+INCOMPLETE = 3  # exit code: the run is done, but metrics are missing
+
+
+@dataclasses.dataclass
+class Parts:
+    """What a run is composed of before any image has been read."""
+
+    config: Config
+    spec: object  # DataSpec
+    runtime: Runtime
+    ledger: object  # Ledger; None in a run without private data
+    synthesizer: object
+
+
+def main(argv: list[str]) -> int:
+    """The program: returns its exit code. A user's mistake is one line on stderr and code 2."""
+    from utils.log import to_terminal
+
+    to_terminal()
+    try:
+        config = load_config(argv, METHODS)
+        if config.print_config:
+            print(format_config(config))
+            return 0
+        parts = compose(config)
+        if config.dry_run:
+            from utils.dry_run import describe
+
+            print(describe(config, parts.ledger, parts.synthesizer))
+            return 0
+        return run(parts)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def compose(config: Config) -> Parts:
+    """Spec, ledger and method, with the plan adopted; reads no image."""
+    from data.public import num_public_classes
+    from data.sensitive import spec_of
+    from evaluation.evaluator import Evaluator
+    from opacus_ext.ledger import Budget, Ledger, default_delta
+    from utils.device import prepare_device
+
+    for line in config.notes:
+        log.info(line)
+    spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
+    for line in lines:
+        log.info(line)
+    if config.gen.data_num < spec.num_classes:
+        raise UserError(
+            f"gen.data_num: {config.gen.data_num}; it must be at least {spec.num_classes}, one per class"
+        )
+    runtime = Runtime(prepare_device(config.setup), config.seed, cache_dir=config.data_root / ".cache")
+    Evaluator(config.eval, spec, config.weights_root, runtime.device, config.seed)  # unknown names fail now
+    method_config = config.method_config
+    if hasattr(method_config, "public_data"):
+        known = num_public_classes(method_config.public_data, config.data_root)
+        public = dataclasses.replace(method_config.public_data, n_classes=known)
+        method_config = dataclasses.replace(method_config, public_data=public)
+    synthesizer = METHODS.resolve(config.method)(method_config, spec, runtime)
+    if config.sensitive_data.name is None:
+        return Parts(config, spec, runtime, None, synthesizer)
+    delta = config.privacy.delta or default_delta(spec.num_train)
+    if delta > 1 / spec.num_train:
+        log.info(
+            f"warning: delta {delta:.3g} is larger than 1/N = {1 / spec.num_train:.3g}: whole records may leak"
+        )
+    ledger = Ledger(Budget(config.privacy.epsilon, delta), config.privacy.accountant, config.privacy.relation)
+    ledger.adopt(synthesizer.privacy_plan())
+    return Parts(config, spec, runtime, ledger, synthesizer)
+
+
+def run(parts: Parts) -> int:
+    """Everything after the plan: data, training, samples, evaluation. Returns the exit code."""
+    from data.public import load_public
+    from data.sensitive import load_sensitive
+    from opacus_ext.noise import NoiseSource
+    from opacus_ext.private_data import PrivateData
+    from utils.results import write_privacy
+
+    config = parts.config
+    with_private = parts.ledger is not None
+    sensitive = (
+        load_sensitive(config.sensitive_data, config.eval.mode, config.data_root) if with_private else None
+    )
+    public = load_public(config.public_data, parts.spec, config.data_root)
+    private = None
+    if with_private:
+        noise = NoiseSource(config.privacy.noise_seed)
+        private = PrivateData(sensitive.train, parts.spec, parts.ledger, noise, parts.runtime.device)
+    folder = open_folder(parts)
+    try:
+        timing = train(parts, folder, public, private)
+        if not with_private:
+            log.info(f"pretrained without private data; checkpoints in {folder / 'pretrain' / 'checkpoints'}")
+            return 0
+        write_privacy(folder, private.report())
+        samples = generate(parts, folder, timing)
+        real = RealData(
+            private.reveal(REVEALED),
+            sensitive.test,
+            validation_data(config, parts.spec, sensitive.validation, noise, parts.runtime.device),
+        )
+        return judge(config, parts.spec, parts.runtime, folder, samples, real, private.report(), timing)
+    except KeyboardInterrupt:
+        log.info(f"\nstopped; continue with the same command and --resume_exp {folder.name}")
+        return 130
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(f"disk full at {folder}; free space, then add --resume_exp {folder.name}") from error
+
+
+def open_folder(parts: Parts) -> Path:
+    """The run's folder: a new one, or that of --resume_exp; everything printed from here on is kept in it."""
+    from utils import environment, run_dir
+    from utils import log as logs
+
+    config = parts.config
+    if config.resume is not None:
+        folder = run_dir.find(config.exp_root, config.method, config.resume)
+        if (folder / run_dir.RESULTS).exists() and parts.ledger is not None:
+            log.info(f"{folder} is finished; its samples are judged again")
+    else:
+        folder = run_dir.create(
+            config.exp_root, config.method, config.data_name, config.epsilon, config.description
+        )
+    parts.runtime.folder = folder
+    logs.also_to(folder / "stdout.txt")
+    log.info(f"run folder: {folder}")
+    environment.write(folder, config)
+    return folder
+
+
+def train(parts: Parts, folder: Path, public, private) -> dict[str, float]:
+    """Pretrain and train, or what is left of it; returns seconds per stage."""
+    from utils.checkpoints import Checkpoints
+
+    synthesizer = parts.synthesizer
+    checkpoints = Checkpoints(folder, parts.config.method, synthesizer, parts.ledger)
+    parts.runtime.snapshot = lambda stage: checkpoints.save(stage, "snapshot")
+    restored = checkpoints.restore() if parts.config.resume else None
+    if restored:
+        log.info(f"resumed from {restored}")
+    stages = {"pretrain": lambda: synthesizer.pretrain(public, private)}
+    if private is not None:
+        stages["train"] = lambda: synthesizer.train(private)
+    timing = {}
+    for stage, take in stages.items():
+        # A later stage's checkpoint means that this one is done, also where it left no file of its own.
+        if checkpoints.finished(stage) or (stage == "pretrain" and (restored or "").startswith("train")):
+            continue
+        start = time.perf_counter()
+        take()
+        timing[stage] = time.perf_counter() - start
+        checkpoints.save(stage, "final")
+    if parts.ledger is not None:
+        parts.ledger.require_complete()
+    return timing
+
+
+def generate(parts: Parts, folder: Path, timing: dict[str, float]):
+    """The samples of the run: read from gen/gen.npz if it is there, else drawn and written."""
+    from data.samples_file import read_samples, write_samples
+    from utils.images import save_grid
+
+    path = folder / "gen" / "gen.npz"
+    if path.exists():
+        return read_samples(path)
+    start = time.perf_counter()
+    samples = parts.synthesizer.generate(parts.config.gen.data_num)
+    timing["generate"] = time.perf_counter() - start
+    write_samples(path, samples)
+    save_grid(samples.images, samples.labels, folder / "gen" / "sample.png")
+    return samples
+
+
+def judge(
+    config: Config,
+    spec,
+    runtime: Runtime,
+    folder: Path,
+    samples,
+    real,
+    training: dict,
+    timing: dict[str, float],
+) -> int:
+    """Evaluate `samples`; write privacy.json, the card and (last) results.json into `folder`, and print them.
+
+    `real` holds the training images (revealed for this), the test images, and the validation images behind their
+    own ledger; `training` is the report of the training ledger.
+    """
+    from evaluation.evaluator import Evaluator
+    from opacus_ext.card import privacy_card
+    from utils.results import write_privacy, write_results
+
+    evaluator = Evaluator(
+        config.eval, spec, config.weights_root, runtime.device, config.seed, runtime.cache_dir
+    )
+    start = time.perf_counter()
+    selection = None if real.validation is None else NoisyChoice(real.validation)
+    report = evaluator.evaluate(samples, train=real.train, test=real.test, select=selection)
+    timing = {**timing, "evaluate": time.perf_counter() - start}
+    privacy = write_privacy(folder, training, None if selection is None else real.validation.report())
+    card = privacy_card(privacy)
+    write_text(folder / "privacy_card.md", card)
+    write_results(folder, config, privacy, report, timing)
+    log.info("\n%s\n\n%s", report.table(), card)
+    log.info("run folder: %s", folder)
+    return INCOMPLETE if report.missing else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RealData:
+    """What samples are judged against."""
+
+    train: object  # Samples
+    test: object  # Samples
+    validation: (
+        object  # PrivateData with a plan of one noisy choice per classifier; None in modes syn and sen
+    )
+
+
+class NoisyChoice:
+    """Lets the evaluator choose epochs by the private validation images, through report-noisy-max alone."""
+
+    def __init__(self, validation) -> None:
+        self._validation = validation
+
+    def choose(self, name: str, correct) -> int:
+        return self._validation.report_noisy_max(name, correct)
+
+
+def validation_data(config: Config, spec, images, noise, device: str):
+    """The validation images behind a ledger of their own, which plans one noisy choice per classifier; or None."""
+    from opacus_ext.accounting import noisy_max_release
+    from opacus_ext.ledger import Budget, Ledger
+    from opacus_ext.private_data import PrivateData
+
+    if images is None or "accuracy" not in config.eval.metrics:
+        return None
+    each = config.eval.selection_epsilon / len(config.eval.classifiers)
+    ledger = Ledger(Budget(config.eval.selection_epsilon, 0.0), relation=config.privacy.relation)
+    ledger.adopt(
+        [
+            noisy_max_release(f"selection/{name}", each, config.privacy.relation)
+            for name in config.eval.classifiers
+        ]
+    )
+    return PrivateData(images, dataclasses.replace(spec, num_train=len(images)), ledger, noise, device)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,208 @@
+"""Classifiers: published sizes, recipes, training and candidates."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from data.digits import load_digits_8
+from data.spec import DataSpec, Samples
+from evaluation.classifiers.recipe import Recipe, recipe_for
+from evaluation.classifiers.training import _average, _scheduler, candidate_epochs, train_classifier
+from evaluation.errors import Unavailable
+from evaluation.registry import CLASSIFIERS, check_classifiers
+from utils.errors import UserError
+from utils.images import to_float
+
+ONE_EPOCH = Recipe("adam", 1e-3, 0.0, decay_every=None, num_epochs=1, batch_size=4)
+
+
+def spec_of(name: str, resolution: int, channels: int, num_classes: int = 10) -> DataSpec:
+    return DataSpec(name, resolution, channels, num_classes, 100, tuple(map(str, range(num_classes))))
+
+
+def noise(spec: DataSpec, num: int, seed: int = 0) -> Samples:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (num, *spec.image_shape), dtype=np.uint8)
+    return Samples(images, np.arange(num, dtype=np.int64) % spec.num_classes)
+
+
+def train(name: str, samples: Samples, spec: DataSpec, recipe: Recipe = ONE_EPOCH, seed: int = 0):
+    chosen = np.arange(len(samples))
+    return train_classifier(
+        name, samples, chosen, spec=spec, recipe=recipe, device="cpu", seed=seed, batch_size=5
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "millions"),
+    [
+        ("resnet", "cifar10_32", 2.61),
+        ("resnet", "eurosat_32", 1.73),
+        ("wrn", "cifar10_32", 36.5),
+        ("wrn", "eurosat_32", 8.95),
+        ("resnext", "cifar10_32", 40.6),
+        ("resnext", "eurosat_32", 34.4),
+    ],
+)
+def test_published_parameter_counts(name, data, millions):
+    with torch.device("meta"):
+        network = CLASSIFIERS.resolve(name)(spec_of(data, 32, 3))
+    count = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    assert count == pytest.approx(millions, abs=0.006 if millions < 10 else 0.06)
+
+
+@pytest.mark.parametrize("resolution", [8, 28, 32])
+@pytest.mark.parametrize("name", list(CLASSIFIERS))
+def test_one_epoch_of_every_classifier(name, resolution):
+    spec = spec_of("toy", resolution, 3 if resolution == 32 else 1, num_classes=7)
+    samples = noise(spec, 6)
+    trained = train(name, samples, spec)
+    logits = trained.logits(0, samples.images)
+    assert logits.shape == (6, 7)
+    assert np.isfinite(logits).all()
+    assert trained.epochs == [1]
+
+
+def test_small_cnn_takes_large_images():
+    spec = spec_of("toy", 128, 3)
+    assert CLASSIFIERS.resolve("small_cnn")(spec)(torch.zeros(2, 3, 128, 128)).shape == (2, 10)
+
+
+def test_quick_recipe_learns_digits():
+    samples, test = load_digits_8()
+    spec = spec_of("digits_8", 8, 1)
+    trained = train("small_cnn", samples, spec, recipe_for("quick", spec, len(samples)))
+    assert (trained.logits(-1, test.images).argmax(axis=1) == test.labels).mean() > 0.95
+
+
+def test_a_class_without_samples_is_still_a_class():
+    spec = spec_of("toy", 8, 1)
+    samples = noise(spec, 40)
+    samples = samples.take(np.flatnonzero(samples.labels < 9))
+    assert train("small_cnn", samples, spec).logits(0, samples.images).shape == (36, 10)
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "wrn"])  # wrn has dropout
+def test_training_repeats_and_leaves_the_global_generator_alone(name):
+    spec = spec_of("toy", 8, 1)
+    samples = noise(spec, 8)
+    before = torch.random.get_rng_state()
+    first, second, other = (train(name, samples, spec, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for key, value in first.states[0].items():
+        assert torch.equal(value, second.states[0][key]), key
+    assert not torch.equal(first.states[0][key_of_weights(first)], other.states[0][key_of_weights(other)])
+
+
+def key_of_weights(trained) -> str:
+    return next(key for key, value in trained.states[0].items() if value.ndim == 4)
+
+
+def test_correct_agrees_with_the_logits_of_every_candidate():
+    spec = spec_of("toy", 8, 1)
+    samples = noise(spec, 12)
+    recipe = Recipe("adam", 1e-2, 0.0, decay_every=None, num_epochs=3, batch_size=4)
+    trained = train("small_cnn", samples, spec, recipe)
+    votes = trained.correct(to_float(samples.images), torch.from_numpy(samples.labels))
+    assert votes.shape == (12, 3)
+    assert len({tuple(state[key_of_weights(trained)].flatten().tolist()) for state in trained.states}) == 3
+    for candidate in range(3):
+        expected = trained.logits(candidate, samples.images).argmax(axis=1) == samples.labels
+        assert votes[:, candidate].tolist() == expected.astype(float).tolist()
+    nothing = trained.correct(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64))
+    assert nothing.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "expected"),
+    [(1, [1]), (7, [1, 2, 3, 4, 5, 6, 7]), (200, list(range(20, 201, 20))), (50, list(range(5, 51, 5)))],
+)
+def test_candidate_epochs(num_epochs, expected):
+    assert candidate_epochs(num_epochs) == expected
+
+
+@pytest.mark.parametrize("num_epochs", range(11, 40))
+def test_there_are_ten_different_candidates(num_epochs):
+    epochs = candidate_epochs(num_epochs)
+    assert len(set(epochs)) == 10
+    assert epochs == sorted(epochs)
+    assert epochs[-1] == num_epochs
+
+
+def test_paper_recipes():
+    cifar = recipe_for("paper", spec_of("cifar100_32", 32, 3), 55_000)
+    assert (cifar.optimizer, cifar.learning_rate, cifar.weight_decay) == ("sgd", 0.1, 5e-4)
+    assert (cifar.decay_every, cifar.num_epochs, cifar.batch_size, cifar.num_splits) == (60, 200, 126, 1)
+    other = recipe_for("paper", spec_of("celeba_male_128", 128, 3), 55_000)
+    assert (other.optimizer, other.learning_rate, other.weight_decay) == ("adam", 0.01, 0.0)
+    assert (other.decay_every, other.num_epochs, other.batch_size, other.num_splits) == (20, 50, 256, 1)
+
+
+def test_learning_rate_falls_by_a_fifth_every_so_many_epochs():
+    recipe = recipe_for("paper", spec_of("mnist_28", 28, 1), 1000)
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=recipe.learning_rate)
+    scheduler = _scheduler(optimizer, recipe, steps_per_epoch=2)
+    rates = []
+    for _ in range(2 * recipe.num_epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    by_epoch = rates[::2]
+    assert by_epoch[:20] == [0.01] * 20
+    assert by_epoch[20:40] == pytest.approx([0.002] * 20)
+    assert by_epoch[40:] == pytest.approx([0.0004] * 10)
+
+
+def test_average_warms_up():
+    averaged, network = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(averaged.weight)
+    nn.init.ones_(network.weight)
+    _average(averaged, network, 1)
+    assert averaged.weight.item() == pytest.approx(9 / 11)
+    _average(averaged, network, 10**7)
+    assert averaged.weight.item() == pytest.approx(9 / 11 + 2 / 11 * 1e-4)
+
+
+def test_splitting_a_batch_does_not_change_the_gradient(monkeypatch):
+    spec = spec_of("toy", 8, 1)
+    samples = noise(spec, 10)
+
+    def linear(spec: DataSpec) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, spec.num_classes))
+
+    monkeypatch.setattr(CLASSIFIERS, "resolve", lambda name: linear)
+    whole, split = (
+        Recipe("sgd", 0.1, 0.0, decay_every=1, num_epochs=2, batch_size=5, num_splits=parts)
+        for parts in (1, 3)
+    )
+    first, second = (train("small_cnn", samples, spec, recipe).states[-1] for recipe in (whole, split))
+    for key in first:
+        assert torch.allclose(first[key], second[key], atol=1e-6), key
+
+
+def test_divergence_is_named():
+    spec = spec_of("toy", 8, 1)
+    recipe = Recipe("sgd", 1e38, 1.0, decay_every=1, num_epochs=2, batch_size=4)
+    with pytest.raises(Unavailable, match="small_cnn diverged"):
+        train("small_cnn", noise(spec, 8), spec, recipe)
+
+
+def test_unknown_and_repeated_classifiers():
+    assert check_classifiers(["WRN", "resnet"]) == ["wrn", "resnet"]
+    with pytest.raises(UserError, match="did you mean 'resnext'"):
+        check_classifiers(["resnex"])
+    with pytest.raises(UserError, match="listed twice"):
+        check_classifiers(["wrn", "WRN"])
+
+
+def test_names_are_checked_without_importing_torch():
+    code = (
+        "import sys; from evaluation.registry import check_classifiers, check_extractor, check_metrics;"
+        "check_metrics(['accuracy', 'fid']); check_classifiers(['wrn']); check_extractor('inception');"
+        "assert 'torch' not in sys.modules and 'sklearn' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

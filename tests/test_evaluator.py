@@ -1,0 +1,350 @@
+"""The evaluator: what is reported, what is missing and why, and what the test set may influence."""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity import feature_extractor_inceptionv3 as torch_fidelity_inception
+
+from data.digits import load_digits_8
+from data.spec import DataSpec, Samples
+from evaluation import features
+from evaluation.evaluator import Evaluator
+from evaluation.registry import check_metrics
+from evaluation.report import Report
+from evaluation.selection import split_samples
+from utils.errors import UserError
+from utils.images import to_float
+from utils.sections import EvalConfig
+
+SPEC = DataSpec("digits_8", 8, 1, 10, 1437, tuple("0123456789"))
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Samples, Samples]:
+    """200 training and 100 test digits."""
+    train, test = load_digits_8()
+    return train.take(np.arange(200)), test.take(np.arange(100))
+
+
+def config(**changes) -> EvalConfig:
+    values = {
+        "mode": "syn", "selection_epsilon": 1.0, "classifiers": ["small_cnn"], "metrics": ["accuracy"],
+        "recipe": "quick", "num_val": 30, "batch_size": 64, "extractor": "random_conv",
+    }  # fmt: skip
+    return EvalConfig(**values | changes)
+
+
+def evaluate(
+    digits,
+    samples: Samples | None = None,
+    *,
+    test=None,
+    select=None,
+    root="absent",
+    cache_dir=None,
+    **changes,
+):
+    train, own_test = digits
+    evaluator = Evaluator(config(**changes), SPEC, Path(root), "cpu", 0, cache_dir=cache_dir)
+    return evaluator.evaluate(
+        train if samples is None else samples, train=train, test=test or own_test, select=select
+    )
+
+
+class ChooseThird:
+    """A noisy selection that always answers 2, and remembers what each candidate scores on `records`."""
+
+    def __init__(self, records: Samples) -> None:
+        self.records = records
+        self.scores: dict[str, list[float]] = {}
+
+    def choose(self, name, correct) -> int:
+        assert name not in self.scores
+        votes = correct(to_float(self.records.images), torch.from_numpy(self.records.labels))
+        assert set(votes.unique().tolist()) <= {0.0, 1.0}
+        self.scores[name] = (100 * votes.mean(dim=0)).tolist()
+        return 2
+
+
+def test_noisy_selection_is_asked_once_per_classifier_and_its_choice_is_reported(digits):
+    select = ChooseThird(digits[1])
+    report = evaluate(digits, mode="val", select=select)
+    assert list(select.scores) == ["selection/small_cnn"]
+    scores = select.scores["selection/small_cnn"]
+    assert len(scores) == 10
+    assert report.metrics["accuracy/small_cnn/noisy_val"] == pytest.approx(scores[2])
+    assert report.metrics["accuracy/small_cnn/last_epoch"] == pytest.approx(scores[-1])
+    assert scores[2] != scores[-1]
+    assert report.metric_info["accuracy/small_cnn/noisy_val"]["epoch"] == 6
+    assert "private" not in report.metric_info["accuracy/small_cnn/noisy_val"]
+
+
+def test_mode_val_without_records_reports_the_rest(digits):
+    report = evaluate(digits, mode="val", metrics=["accuracy", "fid"])
+    assert set(report.missing) == {"accuracy/small_cnn/noisy_val", "accuracy/mean/noisy_val"}
+    assert "eval.mode=syn" in report.missing["accuracy/small_cnn/noisy_val"]
+    assert set(report.metrics) == {
+        "accuracy/small_cnn/last_epoch", "accuracy/mean/last_epoch", "fid/random_conv"
+    }  # fmt: skip
+
+
+def test_test_labels_do_not_influence_the_synthetic_selection(digits):
+    test = digits[1]
+    shuffled = Samples(test.images, np.random.default_rng(0).permutation(test.labels))
+    first, second = evaluate(digits), evaluate(digits, test=shuffled)
+    name = "accuracy/small_cnn/syn_val"
+    assert first.metric_info[name]["epoch"] == second.metric_info[name]["epoch"]
+    assert first.metrics[name] > second.metrics[name] + 20
+    assert "private" not in first.metric_info[name]
+
+
+def test_best_test_is_the_best_and_marked(digits):
+    select = ChooseThird(digits[1])
+    evaluate(digits, mode="val", select=select)
+    report = evaluate(digits, mode="sen")
+    assert report.metrics["accuracy/small_cnn/best_test"] == pytest.approx(
+        max(select.scores["selection/small_cnn"])
+    )
+    assert "not a private result" in report.metric_info["accuracy/mean/best_test"]["private"]
+    assert "private" not in report.metric_info["accuracy/small_cnn/last_epoch"]
+
+
+def test_mean_over_classifiers(digits, monkeypatch):
+    monkeypatch.setattr("evaluation.classifiers.recipe.QUICK_EPOCHS", (1, 1))
+    small = digits[0].take(np.arange(60))
+    report = evaluate(digits, small, classifiers=["small_cnn", "resnet"])
+    each = [report.metrics[f"accuracy/{name}/last_epoch"] for name in ("small_cnn", "resnet")]
+    assert report.metrics["accuracy/mean/last_epoch"] == pytest.approx(np.mean(each))
+    info = report.metric_info["accuracy/mean/last_epoch"]
+    assert info["std"] == pytest.approx(np.std(each))
+    assert info["max"] == max(each)
+    assert (info["n_real"], info["n_fake"], info["better"]) == (100, 54, "higher")
+
+
+def test_split_of_samples_is_fixed_disjoint_and_bounded():
+    chosen, held_out = split_samples(100, 500)
+    assert len(held_out) == 10
+    assert sorted([*chosen, *held_out]) == list(range(100))
+    assert split_samples(60_000, 5000)[1].shape == (5000,)
+    assert np.array_equal(split_samples(100, 500)[0], chosen)
+
+
+def test_fidelity_with_random_conv(digits):
+    report = evaluate(digits, metrics=["fid", "inception_score", "precision_recall"])
+    assert set(report.metrics) == {"fid/random_conv", "precision/random_conv", "recall/random_conv"}
+    assert report.metrics["fid/random_conv"] == pytest.approx(0.0, abs=1e-5)
+    assert report.metrics["precision/random_conv"] == report.metrics["recall/random_conv"] == 1.0
+    info = report.metric_info["fid/random_conv"]
+    assert (info["better"], info["n_real"], info["n_fake"]) == ("lower", 200, 200)
+    assert info["extractor"] == "random_conv"
+    assert info["n_below_dim"] is True
+    assert "training images" in info["private"]
+    assert "no class probabilities" in report.missing["inception_score/random_conv"]
+
+
+def test_random_conv_tells_noise_from_digits(digits):
+    train = digits[0]
+    half, other = train.take(np.arange(100)), train.take(np.arange(100, 200))
+    noise = Samples(np.random.default_rng(0).integers(0, 256, half.images.shape, dtype=np.uint8), half.labels)
+    near, far = (
+        evaluate((other, digits[1]), samples, metrics=["fid", "precision"]).metrics
+        for samples in (half, noise)
+    )
+    assert far["fid/random_conv"] > 10 * near["fid/random_conv"]
+    assert far["precision/random_conv"] < 0.1 < near["precision/random_conv"]
+
+
+def test_random_conv_is_fixed():
+    # Its weights come from NumPy alone, so every machine computes these features.
+    extractor = features.RandomConvExtractor(SPEC, Path("absent"), "cpu")
+    image = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8)
+    found = extractor(image)[0][0]
+    assert found.shape == (256,)
+    again = features.RandomConvExtractor(SPEC, Path("absent"), "cpu")(image)[0][0]
+    assert torch.equal(found, again)
+    frozen = [0.649744, 0.417458, 0.629656, 0.241391]
+    assert found[[0, 70, 128, 200]].tolist() == pytest.approx(frozen, rel=1e-4)
+
+
+def test_only_the_values_that_are_asked_for(digits):
+    assert set(evaluate(digits, metrics=["recall"]).metrics) == {"recall/random_conv"}
+    assert check_metrics(["Precision_Recall", "fid", "recall"]) == ["precision", "recall", "fid"]
+
+
+def test_missing_weights_are_reported_with_the_command_and_hide_nothing(digits, tmp_path):
+    wanted = ["fid", "inception_score", "precision", "recall", "accuracy"]
+    report = evaluate(digits, root=tmp_path, extractor="inception", metrics=wanted)
+    missing = {f"{name}/inception" for name in ("fid", "inception_score", "precision", "recall")}
+    assert set(report.missing) == missing
+    command = f"python scripts/prepare_weights.py --name inception --weights_root {tmp_path}"
+    assert all(command in reason for reason in report.missing.values())
+    assert "accuracy/small_cnn/syn_val" in report.metrics
+    assert "fid/inception: no weights file" in report.table()
+
+
+def test_damaged_weights_are_refused(digits, tmp_path):
+    (tmp_path / features.INCEPTION_WEIGHTS).write_bytes(b"<html>not found</html>")
+    report = evaluate(digits, root=tmp_path, extractor="inception", metrics=["fid"])
+    assert "is damaged" in report.missing["fid/inception"]
+    assert report.metrics == {}
+
+
+def test_too_few_images_are_refused_with_the_number_needed(digits):
+    report = evaluate(digits, digits[0].take(np.arange(4)), metrics=["precision", "fid", "accuracy"])
+    assert report.missing["precision/random_conv"] == "needs at least 5 samples, there are 4"
+    assert "fid/random_conv" in report.metrics
+    assert "no synthetic image is left" in report.missing["accuracy/small_cnn/syn_val"]
+    assert np.isfinite(report.metrics["accuracy/small_cnn/last_epoch"])
+
+
+def test_a_bug_in_a_metric_is_not_hidden(digits, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("evaluation.metrics.fid.frechet_distance", broken)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(digits, metrics=["fid"])
+
+
+@pytest.fixture
+def random_inception(tmp_path, monkeypatch) -> str:
+    """A file of random weights under a name that carries its hash; returns its SHA-256."""
+    network = torch_fidelity_inception.FeatureExtractorInceptionV3
+    with monkeypatch.context() as patched:
+        patched.setattr(torch_fidelity_inception, "load_state_dict_from_url", lambda *_, **__: {})
+        patched.setattr(network, "load_state_dict", lambda *_: None)
+        state = network("random", ["2048"]).state_dict()
+    path = tmp_path / "weights.pth"
+    torch.save(state, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    name = f"weights-{digest[:8]}.pth"
+    path.rename(tmp_path / name)
+    monkeypatch.setattr(features, "INCEPTION_WEIGHTS", name)
+    return digest
+
+
+def test_inception_features_serve_all_metrics_in_one_pass(digits, random_inception, tmp_path, monkeypatch):
+    seen = []
+    forward = features.InceptionExtractor.__call__
+
+    def counted(self, images):
+        seen.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(features.InceptionExtractor, "__call__", counted)
+    real, fake = digits[0].take(np.arange(12)), digits[0].take(np.arange(12, 24))
+    wanted = {"metrics": ["fid", "inception_score", "precision", "recall"], "extractor": "inception"}
+    report = evaluate((real, digits[1]), fake, root=tmp_path, **wanted)
+    assert report.missing == {}
+    assert set(report.metrics) == {f"{name}/inception" for name in wanted["metrics"]}
+    assert seen == [12, 12]
+    assert 1 <= report.metrics["inception_score/inception"] <= 12
+    assert report.metric_info["fid/inception"]["weights_sha256"] == random_inception
+    assert "private" not in report.metric_info["inception_score/inception"]
+
+
+def test_grey_and_its_colour_copy_have_equal_inception_features(random_inception, tmp_path):
+    extractor = features.InceptionExtractor(SPEC, tmp_path, "cpu")
+    grey = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
+    extracted, logits = extractor(grey)
+    assert extracted.shape == (2, 2048)
+    assert logits.shape == (2, 1008)
+    assert torch.equal(extracted, extractor(grey.repeat(1, 3, 1, 1))[0])
+
+
+def test_cached_features_need_no_second_pass(digits, tmp_path, monkeypatch):
+    arguments = {"metrics": ["fid", "precision", "recall"], "cache_dir": tmp_path}
+    first = evaluate(digits, **arguments)
+
+    def refuse(*_):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(features.RandomConvExtractor, "__call__", refuse)
+    assert evaluate(digits, **arguments) == first
+    changed = digits[0].images.copy()
+    changed[0, 0, 0, 0] += 1
+    with pytest.raises(AssertionError, match="computed again"):
+        evaluate(digits, Samples(changed, digits[0].labels), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [((5, 3, 8, 8), "3x8x8.*has 1x8x8"), ((5, 1, 16, 16), "1x16x16"), ((0, 1, 8, 8), "at least one image")],
+)
+def test_images_of_another_form_are_refused(digits, shape, words):
+    samples = Samples(np.zeros(shape, np.uint8), np.zeros(shape[0], np.int64))
+    with pytest.raises(UserError, match=words):
+        evaluate(digits, samples)
+
+
+def test_labels_outside_the_classes_are_refused(digits):
+    samples = Samples(digits[0].images[:3], np.array([0, 1, 10]))
+    with pytest.raises(UserError, match="labels range from 0 to 10; allowed are 0 to 9"):
+        evaluate(digits, samples)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"metrics": ["fidd"]}, "did you mean 'fid'"),
+        ({"classifiers": ["vgg"]}, "unknown classifier 'vgg'"),
+        ({"extractor": "clip"}, "unknown extractor 'clip'"),
+        ({"classifiers": []}, "needs at least one"),
+    ],
+)
+def test_unknown_names_are_refused_before_anything_runs(changes, words):
+    with pytest.raises(UserError, match=words):
+        Evaluator(config(**changes), SPEC, Path("absent"), "cpu", 0)
+
+
+def test_report_survives_json_and_prints_every_name(digits):
+    report = evaluate(digits, metrics=["fid", "inception_score"])
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    lines = report.table().splitlines()
+    assert lines[2].startswith("fid/random_conv *")
+    assert len(lines[0].rstrip()) == len(lines[1])
+    assert lines[-1].startswith("missing: inception_score/random_conv: ")
+
+
+# ------------------------------------------------------------------------------------ scripts/prepare_weights.py
+
+
+@pytest.fixture
+def script():
+    path = Path(__file__).parents[1] / "scripts" / "prepare_weights.py"
+    module_spec = importlib.util.spec_from_file_location("prepare_weights", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def test_script_and_extractor_mean_the_same_file(script):
+    assert script.WEIGHTS["inception"].name == features.INCEPTION_WEIGHTS
+    assert script.expected_hash(features.INCEPTION_WEIGHTS) == features.expected_hash(
+        features.INCEPTION_WEIGHTS
+    )
+    assert script.WEIGHTS["inception"].urls == (torch_fidelity_inception.URL_INCEPTION_V3,)
+
+
+def test_a_local_weights_file_is_checked_and_copied(script, tmp_path, monkeypatch, capsys):
+    source, root = tmp_path / "mine.pth", tmp_path / "weights"
+    source.write_bytes(b"weights")
+    arguments = ["--name", "inception", "--weights_root", str(root), "--source", str(source)]
+    assert script.main(arguments) == 2
+    assert "not the published file" in capsys.readouterr().err
+    assert [path for path in root.rglob("*") if path.is_file()] == []
+
+    name = f"weights-{hashlib.sha256(b'weights').hexdigest()[:8]}.pth"
+    monkeypatch.setitem(script.WEIGHTS, "inception", script.RemoteFile(name, ("file:///absent",)))
+    assert script.main(arguments) == 0
+    assert (root / name).read_bytes() == b"weights"
+    source.unlink()
+    assert script.main(arguments) == 0  # what is there and intact is kept
+    (root / name).write_bytes(b"broken")
+    assert script.main(arguments) == 2
+    assert "there is no such file" in capsys.readouterr().err

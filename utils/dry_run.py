@@ -1,0 +1,36 @@
+"""What --dry_run prints: the plan, the noise it needs, the size of the networks, and what it will cost."""
+
+
+def describe(config, ledger, synthesizer) -> str:
+    """Lines for a person; `ledger` has adopted the plan, or is None in a run without private data."""
+    lines = [f"{config.method} on {config.data_name}, preset {config.preset}"]
+    lines += ["no private stage (sensitive_data.name=null)"] if ledger is None else _plan(ledger)
+    counts = synthesizer.parameter_counts()
+    lines += [f"parameters: {name} {count:,}" for name, count in counts.items()]
+    costs = synthesizer.costs()
+    lines += [f"{cost.stage}: {cost.description}, about {_duration(cost.seconds)} here" for cost in costs]
+    return "\n".join(lines)
+
+
+def _plan(ledger) -> list[str]:
+    from opacus_ext.accounting import epsilon_of
+
+    budget = ledger.budget
+    lines = [
+        f"budget: epsilon {budget.epsilon:g}, delta {budget.delta:.4g}, {ledger.relation}, accountant {ledger.accountant}"
+    ]
+    for release in ledger.releases():
+        alone = epsilon_of([release], budget.delta, ledger.accountant, ledger.relation)
+        lines.append(
+            f"release '{release.name}': noise_multiplier {release.noise_multiplier:.5g}, sample_rate "
+            f"{release.sample_rate:.5g}, {release.num_steps} steps, epsilon alone {alone:.4g}"
+        )
+    total = epsilon_of(ledger.releases(), budget.delta, ledger.accountant, ledger.relation)
+    return [*lines, f"all releases together: epsilon {total:.4g}"]
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,73 @@
+"""What it takes to repeat a run: configuration with provenance, versions, hardware, seeds."""
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from utils.run_dir import write_json, write_text
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "dp-accounting",
+    "opacus",
+    "torch-fidelity",
+)
+
+
+def write(folder: Path, config) -> None:
+    """Write config.yaml, provenance.txt and environment.json into a run's folder.
+
+    There is no hash of the private data in it: a hash answers, exactly, whether a guess of the whole set is right,
+    and so whether one record is in it.
+    """
+    from omegaconf import OmegaConf
+
+    from utils.config import format_config
+
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.snapshot)))
+    write_text(folder / "provenance.txt", format_config(config) + "\n")
+    write_json(folder / "environment.json", describe(config.seed))
+
+
+def describe(seed: int) -> dict:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git": git_commit(),
+        "versions": versions(),
+        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": gpus},
+        "seed": seed,
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with "+" if files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        return None
+    return commit.stdout.strip() or None

@@ -1,0 +1,45 @@
+"""results.json and privacy.json: what plots and tables read."""
+
+from pathlib import Path
+
+from utils.environment import git_commit, versions
+from utils.run_dir import RESULTS, read_json, write_json
+
+SCHEMA = 1
+PRIVACY = "privacy.json"
+
+
+def write_privacy(folder: Path, training: dict, selection: dict | None = None) -> dict:
+    """Write and return privacy.json: the training ledger's report, and one entry in `selection` per evaluation that
+    asked the private validation images. Earlier entries stay: judging a run again spends again."""
+    path = folder / PRIVACY
+    before = read_json(path)["selection"] if path.exists() else []
+    privacy = {**training, "selection": before + ([] if selection is None else [selection])}
+    write_json(path, privacy)
+    return privacy
+
+
+def write_results(folder: Path, config, privacy: dict, report, timing: dict[str, float]) -> None:
+    """Write results.json; its presence means that the run is done. `timing` is in seconds per stage of this command."""
+    evaluated = report.to_dict()
+    content = {
+        "schema": SCHEMA,
+        "method": config.method,
+        "data": config.data_name,
+        "epsilon": config.epsilon,
+        "delta": privacy["budget"]["delta"],
+        "spent_epsilon": privacy["spent"],
+        "selection_epsilon": sum(selection["spent"] for selection in privacy["selection"]),
+        "noise_seeded": privacy["noise_seeded"],
+        "seed": config.seed,
+        "preset": config.preset,
+        "preset_tier": config.preset_tier,
+        "borrowed": config.borrowed,
+        "metrics": evaluated["metrics"],
+        "metric_info": evaluated["metric_info"],
+        "missing": evaluated["missing"],
+        "timing": {stage: round(seconds, 2) for stage, seconds in timing.items()},
+        "git": git_commit(),
+        "versions": versions(),
+    }
+    write_json(folder / RESULTS, content)
