@@ -36,9 +36,9 @@ def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[D
     meta = None if _is_embedded(section) or not is_prepared(folder) else read_meta(folder)
     if meta is not None:
         _check_agreement(section, meta, folder)
-    elif section.n_classes is None or section.num_train is None or section.class_names is None:
+    elif section.n_classes is None or section.num_train is None:
         raise _not_prepared(section, folder, data_root)
-    class_names = tuple(section.class_names or meta.class_names)
+    class_names = _class_names(section, meta)
     available = meta.num_train if meta is not None else section.num_train
     num_private = available - _num_held_out(section, mode, available)
     spec = DataSpec(
@@ -67,6 +67,12 @@ def load_sensitive(section: SensitiveDataConfig, mode: str, data_root: Path) -> 
     train_rows, validation_rows = validation_split(len(train), num_held_out)
     kept = _take(train, train_rows, data_root, f"{section.name}-train-{num_held_out}")
     return SensitiveData(kept, train.take(validation_rows), test)
+
+
+def _class_names(section: SensitiveDataConfig, meta: PreparedMeta | None) -> tuple[str, ...]:
+    if section.class_names is not None:
+        return tuple(section.class_names)
+    return meta.class_names if meta is not None else tuple(str(label) for label in range(section.n_classes))
 
 
 def _is_embedded(section: SensitiveDataConfig) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.prepare import prepare
+from data.prepared import PreparedMeta
 from data.registry import known_names, known_set
 from utils.errors import UserError
 
@@ -55,17 +56,17 @@ def main(argv: list[str] | None = None) -> int:
         f"{meta.resolution}x{meta.resolution}, {'grey' if meta.channels == 1 else 'RGB'}"
     )
     if known_set(meta.name) is None:
-        print(usage_line(meta.name, meta.resolution, meta.channels, arguments["public"]))
+        print(usage_line(folder, meta, arguments["public"]))
     return 0
 
 
-def usage_line(name: str, resolution: int, channels: int, public: bool) -> str:
+def usage_line(folder: Path, meta: PreparedMeta, public: bool) -> str:
     """How run.py is told to use a set of the user's own."""
     if public:
-        return f"use it: python run.py ... public_data=custom public_data.name={name}"
+        return f"use it: python run.py ... public_data.name={meta.name} public_data.train_path={folder}"
     return (
-        f"use it: python run.py --data_name {name} sensitive_data.resolution={resolution} "
-        f"sensitive_data.num_channels={channels} ..."
+        f"use it: python run.py --data_name {meta.name} sensitive_data.resolution={meta.resolution} "
+        f"sensitive_data.num_channels={meta.channels} ..."
     )
 
 

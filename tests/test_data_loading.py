@@ -128,6 +128,11 @@ def test_spec_refuses_what_contradicts_the_disk(tmp_path, changes, message):
         spec_of(own_section(**changes), "val", tmp_path)
 
 
+def test_a_custom_set_that_is_described_needs_no_file_for_its_spec(tmp_path):
+    found, _ = spec_of(own_section(n_classes=3, num_train=100), "val", tmp_path)
+    assert (found.num_train, found.class_names) == (92, ("0", "1", "2"))
+
+
 def test_missing_known_set_names_the_command(tmp_path):
     with pytest.raises(
         UserError, match=r"run: python scripts/prepare_data\.py --data_name mnist_28 --data_root \S+$"
