@@ -72,7 +72,7 @@ def train_classifier(
     """Train classifier `name` on the images `chosen` (indices) of `samples`.
 
     Equal arguments give equal weights on the same machine. `batch_size` is that of later testing. Raises Unavailable
-    when the loss is no longer finite.
+    when the weights are no longer finite.
     """
     with seeded(derive_seed(seed, f"classifier/{name}"), device):
         network = CLASSIFIERS.resolve(name)(spec).to(device, memory_format=torch.channels_last)
