@@ -27,6 +27,8 @@ class Checkpoints:
 
     def save(self, stage: str, kind: str) -> None:
         """Write a snapshot (overwritten each time), or the final checkpoint of a stage."""
+        import io
+
         import torch
 
         content = {
@@ -35,7 +37,10 @@ class Checkpoints:
             "ledger": None if self.ledger is None else self.ledger.state_dict(),
         }
         with atomic(self._path(stage, kind)) as temporary:
-            torch.save(content, temporary)
+            # Through memory: writing to a full disk is then an OSError, which torch.save hides in a RuntimeError.
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
+            temporary.write_bytes(buffer.getbuffer())
 
     def finished(self, stage: str) -> bool:
         return self._path(stage, "final").exists()

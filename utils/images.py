@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.run_dir import atomic
+
 
 def to_float(images, device="cpu"):
     """(N, C, H, W) uint8 array or tensor -> float32 tensor in [-1, 1] on `device`."""
@@ -46,5 +48,5 @@ def save_grid(
             tile = np.broadcast_to(tile, (3, *tile.shape[1:])) if channels == 1 else tile
             top, left = row * (height * factor + gap), column * (width * factor + gap)
             canvas[top : top + height * factor, left : left + width * factor] = tile.transpose(1, 2, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(canvas).save(path)
+    with atomic(path) as temporary:
+        Image.fromarray(canvas).save(temporary)

@@ -1,9 +1,11 @@
 """The folder of one run, and writing files so that a killed program leaves whole ones or none."""
 
+import errno
 import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -11,7 +13,9 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+CONFIG = "config.yaml"  # written first: a folder without it is no run
 RESULTS = "results.json"  # written last: its presence means "done"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, file larger than allowed
 
 
 @contextmanager
@@ -69,17 +73,31 @@ def create(exp_root: Path, method: str, data_name: str, epsilon: float, descript
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            continue
+            if folder.is_dir():
+                continue
+            raise UserError(f"--exp_root: {exp_root} is a file; give a folder that can be written") from None
+        except OSError as error:
+            raise UserError(
+                f"--exp_root: cannot make {folder} ({error.strerror}); give a folder that can be written"
+            ) from error
         return folder
     raise UserError(f"{exp_root}: no free name for {stem}")
+
+
+def discard_unstarted(folder: Path) -> bool:
+    """Remove the folder of a run that failed before its first checkpoint, with nothing to continue from; was it one?"""
+    unstarted = not any(folder.glob("*/checkpoints/*.pth"))
+    if unstarted:
+        shutil.rmtree(folder)
+    return unstarted
 
 
 def find(exp_root: Path, method: str, name: str) -> Path:
     """The folder of an earlier run of `method`, by name or by path."""
     candidates = (exp_root / method.lower() / name, Path(name))
     for folder in candidates:
-        if folder.is_dir():
+        if (folder / CONFIG).is_file():
             return folder
-    runs = sorted(p.name for p in (exp_root / method.lower()).glob("*") if p.is_dir())
+    runs = sorted(path.parent.name for path in (exp_root / method.lower()).glob(f"*/{CONFIG}"))
     known = f"runs of {method}: {', '.join(runs)}" if runs else f"there is no run of {method} in {exp_root}"
     raise UserError(f"--resume_exp: no run '{name}'; {known}")
