@@ -6,14 +6,16 @@ In eval.mode=val the choice of classifiers asks the private validation images on
 """
 
 import sys
+from pathlib import Path
 
 from models import METHODS
 from run import REVEALED, RealData, judge, validation_data
 from utils.config import Config, format_config, load_config
+from utils.environment import values_of
 from utils.errors import UserError
 from utils.log import also_to, to_terminal
 from utils.results import PRIVACY
-from utils.run_dir import read_json
+from utils.run_dir import RESULTS, read_json
 from utils.runtime import Runtime, log
 
 
@@ -45,6 +47,11 @@ def evaluate(config: Config) -> int:
     report = folder / PRIVACY
     if not report.exists():
         raise UserError(f"--exp_path: {folder} is not the folder of a trained run (it has no {PRIVACY})")
+    if not (folder / RESULTS).exists():
+        raise UserError(
+            f"--exp_path: {folder} is not finished; continue it with run.py --resume_exp {folder.name}"
+        )
+    require_run_of(folder, config)
     samples = read_samples(folder / "gen" / "gen.npz")
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
     for line in (*config.notes, *lines):
@@ -61,6 +68,25 @@ def evaluate(config: Config) -> int:
         validation_data(config, spec, sensitive.validation, noise, runtime.device),
     )
     return judge(config, spec, runtime, folder, samples, real, read_json(report), timing={})
+
+
+def require_run_of(folder: Path, config: Config) -> None:
+    """Raise UserError unless the flags say what the run is, and it kept the images aside that eval.mode=val asks."""
+    run = values_of(folder)
+    for flag, key, given in (
+        ("method", "method", config.method),
+        ("data_name", "data_name", config.data_name),
+        ("epsilon", "privacy.epsilon", config.epsilon),
+    ):
+        if run.get(key) != given:
+            raise UserError(
+                f"--{flag}: {given}, but {folder} is a run with {run.get(key)}; give --{flag} {run.get(key)}"
+            )
+    if config.eval.mode == "val" and run.get("eval.mode") != "val":
+        raise UserError(
+            f"eval.mode: val, but {folder} was trained with eval.mode={run.get('eval.mode')} on the validation images "
+            f"too; use eval.mode=syn or sen"
+        )
 
 
 if __name__ == "__main__":

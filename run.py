@@ -6,7 +6,6 @@ Composes the parts and has no logic of its own: configuration -> data -> ledger 
 """
 
 import dataclasses
-import errno
 import sys
 import time
 from pathlib import Path
@@ -14,11 +13,12 @@ from pathlib import Path
 from models import METHODS
 from utils.config import Config, format_config, load_config
 from utils.errors import UserError
-from utils.run_dir import write_text
+from utils.run_dir import DISK_FULL, discard_unstarted, write_text
 from utils.runtime import Runtime, log
 
 REVEALED = "fidelity metrics compare with the private training images"
 INCOMPLETE = 3  # exit code: the run is done, but metrics are missing
+STOPPED = 130  # exit code: interrupted from the keyboard
 
 
 @dataclasses.dataclass
@@ -52,6 +52,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return STOPPED
 
 
 def compose(config: Config) -> Parts:
@@ -92,12 +95,14 @@ def compose(config: Config) -> Parts:
 
 
 def run(parts: Parts) -> int:
-    """Everything after the plan: data, training, samples, evaluation. Returns the exit code."""
+    """Everything after the plan: data, training, samples, evaluation. Returns the exit code.
+
+    A mistake that shows before the first checkpoint leaves no folder behind.
+    """
     from data.public import load_public
     from data.sensitive import load_sensitive
     from opacus_ext.noise import NoiseSource
     from opacus_ext.private_data import PrivateData
-    from utils.results import write_privacy
 
     config = parts.config
     with_private = parts.ledger is not None
@@ -105,52 +110,72 @@ def run(parts: Parts) -> int:
         load_sensitive(config.sensitive_data, config.eval.mode, config.data_root) if with_private else None
     )
     public = load_public(config.public_data, parts.spec, config.data_root)
+    noise = NoiseSource(config.privacy.noise_seed)
     private = None
     if with_private:
-        noise = NoiseSource(config.privacy.noise_seed)
         private = PrivateData(sensitive.train, parts.spec, parts.ledger, noise, parts.runtime.device)
-    folder = open_folder(parts)
+    folder = find_folder(parts)
     try:
+        describe_run(parts, folder)
         timing = train(parts, folder, public, private)
         if not with_private:
             log.info(f"pretrained without private data; checkpoints in {folder / 'pretrain' / 'checkpoints'}")
             return 0
-        write_privacy(folder, private.report())
-        samples = generate(parts, folder, timing)
-        real = RealData(
-            private.reveal(REVEALED),
-            sensitive.test,
-            validation_data(config, parts.spec, sensitive.validation, noise, parts.runtime.device),
-        )
-        return judge(config, parts.spec, parts.runtime, folder, samples, real, private.report(), timing)
+        return deliver(parts, folder, sensitive, private, noise, timing)
     except KeyboardInterrupt:
         log.info(f"\nstopped; continue with the same command and --resume_exp {folder.name}")
-        return 130
+        return STOPPED
+    except UserError:
+        if config.resume is None:
+            discard_unstarted(folder)
+        raise
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in DISK_FULL:
             raise
-        raise UserError(f"disk full at {folder}; free space, then add --resume_exp {folder.name}") from error
+        kept = config.resume is not None or not discard_unstarted(folder)
+        advice = f" with --resume_exp {folder.name}" if kept else ""
+        raise UserError(
+            f"disk full at {folder} ({error.strerror}); free space, then repeat the command{advice}"
+        ) from error
 
 
-def open_folder(parts: Parts) -> Path:
-    """The run's folder: a new one, or that of --resume_exp; everything printed from here on is kept in it."""
+def deliver(parts: Parts, folder: Path, sensitive, private, noise, timing: dict[str, float]) -> int:
+    """What comes after training: the privacy report, samples, evaluation. Returns the exit code."""
+    from utils.results import write_privacy
+
+    write_privacy(folder, private.report())
+    samples = generate(parts, folder, timing)
+    held_out = validation_data(parts.config, parts.spec, sensitive.validation, noise, parts.runtime.device)
+    real = RealData(private.reveal(REVEALED), sensitive.test, held_out)
+    return judge(parts.config, parts.spec, parts.runtime, folder, samples, real, private.report(), timing)
+
+
+def find_folder(parts: Parts) -> Path:
+    """The run's folder: a new one, or that of --resume_exp, which must have been started with the same settings."""
+    from utils import environment, run_dir
+
+    config = parts.config
+    if config.resume is None:
+        return run_dir.create(
+            config.exp_root, config.method, config.data_name, config.epsilon, config.description
+        )
+    folder = run_dir.find(config.exp_root, config.method, config.resume)
+    environment.require_same_config(folder, config)
+    return folder
+
+
+def describe_run(parts: Parts, folder: Path) -> None:
+    """Keep what is printed from here on in the folder and, in a new one, what it takes to repeat the run."""
     from utils import environment, run_dir
     from utils import log as logs
 
-    config = parts.config
-    if config.resume is not None:
-        folder = run_dir.find(config.exp_root, config.method, config.resume)
-        if (folder / run_dir.RESULTS).exists() and parts.ledger is not None:
-            log.info(f"{folder} is finished; its samples are judged again")
-    else:
-        folder = run_dir.create(
-            config.exp_root, config.method, config.data_name, config.epsilon, config.description
-        )
     parts.runtime.folder = folder
     logs.also_to(folder / "stdout.txt")
     log.info(f"run folder: {folder}")
-    environment.write(folder, config)
-    return folder
+    if parts.config.resume is None:
+        environment.write(folder, parts.config)
+    elif (folder / run_dir.RESULTS).exists():
+        log.info("this run is finished; its samples are judged again")
 
 
 def train(parts: Parts, folder: Path, public, private) -> dict[str, float]:
@@ -185,14 +210,16 @@ def generate(parts: Parts, folder: Path, timing: dict[str, float]):
     from data.samples_file import read_samples, write_samples
     from utils.images import save_grid
 
-    path = folder / "gen" / "gen.npz"
+    path, grid = folder / "gen" / "gen.npz", folder / "gen" / "sample.png"
     if path.exists():
-        return read_samples(path)
-    start = time.perf_counter()
-    samples = parts.synthesizer.generate(parts.config.gen.data_num)
-    timing["generate"] = time.perf_counter() - start
-    write_samples(path, samples)
-    save_grid(samples.images, samples.labels, folder / "gen" / "sample.png")
+        samples = read_samples(path)
+    else:
+        start = time.perf_counter()
+        samples = parts.synthesizer.generate(parts.config.gen.data_num)
+        timing["generate"] = time.perf_counter() - start
+        write_samples(path, samples)
+    if not grid.exists():
+        save_grid(samples.images, samples.labels, grid)
     return samples
 
 

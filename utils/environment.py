@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils.run_dir import write_json, write_text
+from utils.config_files import flatten, read_yaml
+from utils.errors import UserError
+from utils.run_dir import CONFIG, write_json, write_text
 
 PACKAGES = (
     "torch",
@@ -30,9 +32,32 @@ def write(folder: Path, config) -> None:
 
     from utils.config import format_config
 
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.snapshot)))
     write_text(folder / "provenance.txt", format_config(config) + "\n")
     write_json(folder / "environment.json", describe(config.seed))
+    write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config.snapshot)))
+
+
+def require_same_config(folder: Path, config) -> None:
+    """Raise UserError with the first setting in which `config` differs from the run in `folder`.
+
+    How and on what the run computes, and how it is evaluated, may differ; eval.mode may not: it splits the data.
+    """
+    before, now = values_of(folder), flatten(config.snapshot)
+    for key in sorted({*before, *now}):
+        free = key.startswith(("setup.", "eval.")) and key != "eval.mode"
+        if not free and before.get(key) != now.get(key):
+            raise UserError(
+                f"--resume_exp: {folder.name} was started with {key}={before.get(key)}, this command has "
+                f"{key}={now.get(key)}; resume with the same configuration"
+            )
+
+
+def values_of(folder: Path) -> dict[str, object]:
+    """Dotted key -> value, as the run in `folder` was started; UserError if there is no run."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} is not the folder of a run (it has no {CONFIG})")
+    return flatten(read_yaml(path))
 
 
 def describe(seed: int) -> dict:

@@ -1,5 +1,6 @@
 """results.json and privacy.json: what plots and tables read."""
 
+import dataclasses
 from pathlib import Path
 
 from utils.environment import git_commit, versions
@@ -7,6 +8,7 @@ from utils.run_dir import RESULTS, read_json, write_json
 
 SCHEMA = 1
 PRIVACY = "privacy.json"
+OF_TRAINING = ("epsilon", "seed", "preset", "preset_tier", "borrowed")  # what a later evaluation leaves alone
 
 
 def write_privacy(folder: Path, training: dict, selection: dict | None = None) -> dict:
@@ -20,7 +22,12 @@ def write_privacy(folder: Path, training: dict, selection: dict | None = None) -
 
 
 def write_results(folder: Path, config, privacy: dict, report, timing: dict[str, float]) -> None:
-    """Write results.json; its presence means that the run is done. `timing` is in seconds per stage of this command."""
+    """Write results.json; its presence means that the run is done. `timing` is in seconds per stage.
+
+    Judging a finished run again replaces the metrics; what describes its training stays as it was.
+    """
+    path = folder / RESULTS
+    before = read_json(path) if path.exists() else {}
     evaluated = report.to_dict()
     content = {
         "schema": SCHEMA,
@@ -38,8 +45,9 @@ def write_results(folder: Path, config, privacy: dict, report, timing: dict[str,
         "metrics": evaluated["metrics"],
         "metric_info": evaluated["metric_info"],
         "missing": evaluated["missing"],
-        "timing": {stage: round(seconds, 2) for stage, seconds in timing.items()},
+        "evaluation": {**dataclasses.asdict(config.eval), "seed": config.seed},
+        "timing": {**before.get("timing", {}), **{stage: round(taken, 2) for stage, taken in timing.items()}},
         "git": git_commit(),
         "versions": versions(),
     }
-    write_json(folder / RESULTS, content)
+    write_json(path, {**content, **{key: before[key] for key in OF_TRAINING if key in before}})
