@@ -237,7 +237,13 @@ def _choose_cell(
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     tier = nearest_tier(epsilon)
-    rules = [rule for table in tables for rule in table.chosen(preset) if rule.matches(data_name, tier)]
+    # A file chosen on the command line (eval=none) belongs to that layer: no rule changes its section.
+    rules = [
+        rule.without(choices)
+        for table in tables
+        for rule in table.chosen(preset)
+        if rule.matches(data_name, tier)
+    ]
     method_file = files.require("method", schema.method)
     public_name, public_file = _choose_public_data(files, method_file, rules, command)
     chosen = {

@@ -6,16 +6,20 @@ on top of them and scale a cell down to minutes on a CPU. Within a table later r
     paper:
       - when: {data: [mnist_28, fmnist_28], epsilon: 1}     # both optional; epsilon is a tier, 1 or 10
         set: {model.network.ch_mult: [2, 2]}
+
+`include: _diffusion` puts the rules of presets/_diffusion.yaml before those of the table.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from utils.config_files import read_yaml
 from utils.errors import UserError, unknown
 
 PRESETS = ("paper", "quick")
+TABLE_KEYS = (*PRESETS, "quick_by_default", "include")
 TIERS = (1, 10)  # the budgets that the published settings were tuned for
 
 
@@ -34,6 +38,11 @@ class Rule:
     def matches(self, data_name: str, tier: int) -> bool:
         return (self.data is None or data_name in self.data) and self.epsilon in (None, tier)
 
+    def without(self, sections: Iterable[str]) -> "Rule":
+        """The rule less its values in these sections."""
+        kept = {key: value for key, value in self.values.items() if key.split(".")[0] not in sections}
+        return replace(self, values=kept)
+
 
 @dataclass(frozen=True)
 class PresetTable:
@@ -47,12 +56,16 @@ class PresetTable:
 
 def load_presets(path: Path | None) -> PresetTable:
     """Read and check a table; an absent one (None) is empty."""
-    content = read_yaml(path) if path else {}
+    if path is None:
+        return PresetTable({preset: [] for preset in PRESETS}, [])
+    content = read_yaml(path)
     for key in content:
-        if key not in (*PRESETS, "quick_by_default"):
-            raise unknown(f"key in {path.name} of presets", key, (*PRESETS, "quick_by_default"))
+        if key not in TABLE_KEYS:
+            raise unknown(f"key in {path.name} of presets", key, TABLE_KEYS)
+    shared = load_presets(path.with_name(f"{content['include']}.yaml") if "include" in content else None)
     rules = {
-        preset: [
+        preset: shared.rules[preset]
+        + [
             _read_rule(rule, f"preset {path.stem} {preset} rule {number}")
             for number, rule in enumerate(content.get(preset) or [], start=1)
         ]

@@ -13,6 +13,13 @@ SKIP_SCALE = 1.0 / math.sqrt(2.0)  # keeps the variance of a sum of two branches
 NEAR_ZERO = 1e-10  # initial scale of layers that start as (almost) nothing
 
 
+RESAMPLERS = {
+    None: lambda x, size: x,
+    "down": lambda x, size: F.avg_pool2d(x, 2, ceil_mode=True),
+    "up": lambda x, size: F.interpolate(x, size=size),
+}
+
+
 class UNet(nn.Module):
     """(images (B, C, H, W), noise condition (B,), labels (B,)) -> (B, C, H, W).
 
@@ -42,6 +49,7 @@ class UNet(nn.Module):
 
         skips = [nf]
         width, resolution = nf, image_size
+        passed = []  # resolutions on the way down; an odd one is halved upwards: 7 -> 4
         self.down = nn.ModuleList()
         for level, factor in enumerate(ch_mult):
             for _ in range(num_res_blocks):
@@ -52,7 +60,8 @@ class UNet(nn.Module):
                 skips.append(width)
             if level < len(ch_mult) - 1:
                 self.down.append(_Stage(width, width, condition, resample="down"))
-                resolution //= 2
+                passed.append(resolution)
+                resolution = math.ceil(resolution / 2)
                 skips.append(width)
 
         self.middle = nn.ModuleList(
@@ -70,7 +79,7 @@ class UNet(nn.Module):
                 width = factor * nf
             if level > 0:
                 self.up.append(_Stage(width, width, condition, resample="up"))
-                resolution *= 2
+                resolution = passed.pop()
         assert not skips
 
         self.output_norm = _norm(width)
@@ -89,7 +98,8 @@ class UNet(nn.Module):
         for stage in self.middle:
             h = stage(h, condition)
         for stage in self.up:
-            h = stage(torch.cat([h, skips.pop()], dim=1) if stage.takes_skip else h, condition)
+            size = skips[-1].shape[-2:] if skips else None
+            h = stage(torch.cat([h, skips.pop()], dim=1) if stage.takes_skip else h, condition, size)
         return self.output_conv(F.silu(self.output_norm(h)))
 
 
@@ -104,8 +114,8 @@ class _Stage(nn.Module):
         self.block = ResidualBlock(in_channels, out_channels, condition, resample)
         self.attention = Attention(out_channels) if attention else None
 
-    def forward(self, h: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        h = self.block(h, condition)
+    def forward(self, h: torch.Tensor, condition: torch.Tensor, size: torch.Size | None = None) -> torch.Tensor:
+        h = self.block(h, condition, size)
         return h if self.attention is None else self.attention(h)
 
 
@@ -116,9 +126,7 @@ class ResidualBlock(nn.Module):
         self, in_channels: int, out_channels: int, condition: int, resample: str | None = None
     ) -> None:
         super().__init__()
-        self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[
-            resample
-        ]
+        self.resample = RESAMPLERS[resample]
         self.norm_in = _norm(in_channels)
         self.conv_in = _conv(in_channels, out_channels)
         self.condition = _linear(condition, out_channels)
@@ -127,11 +135,12 @@ class ResidualBlock(nn.Module):
         needs_map = in_channels != out_channels or resample is not None
         self.shortcut = _conv(in_channels, out_channels, kernel=1) if needs_map else nn.Identity()
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        h = self.conv_in(self.resample(F.silu(self.norm_in(x))))
+    def forward(self, x: torch.Tensor, condition: torch.Tensor, size: torch.Size | None = None) -> torch.Tensor:
+        """`size` (H, W) is where an up-sampling block goes to."""
+        h = self.conv_in(self.resample(F.silu(self.norm_in(x)), size))
         h = h + self.condition(F.silu(condition))[:, :, None, None]
         h = self.conv_out(F.silu(self.norm_out(h)))
-        return (self.shortcut(self.resample(x)) + h) * SKIP_SCALE
+        return (self.shortcut(self.resample(x, size)) + h) * SKIP_SCALE
 
 
 class Attention(nn.Module):
