@@ -1,0 +1,390 @@
+"""The programs from the command line to the last file: every method, interruptions, evaluation, and exit codes."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import ROOT, TINY, arguments, call, execute, kill_when, strict_json
+
+import eval as eval_program
+import run as run_program
+from data.digits import load_digits_8
+from data.samples_file import read_samples
+from models import METHODS
+
+DIFFUSION = ("DPDM", "PDP-Diffusion", "PrivImage")
+PUBLIC = ("PDP-Diffusion", "PrivImage")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> dict:
+    """One finished run per method; PrivImage keeps validation images aside."""
+    outcomes = {}
+    for method in METHODS:
+        more = ["eval.mode=val", "sensitive_data.num_val=137"] if method == "PrivImage" else []
+        argv = arguments(method, tmp_path_factory.mktemp("exp"), *more)
+        outcomes[method] = call(run_program.main, argv)
+        assert outcomes[method].code == 0, outcomes[method].err
+    return outcomes
+
+
+def test_every_method_has_a_tiny_run():
+    assert set(TINY) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_artefact_is_written(finished, method):
+    folder = finished[method].folder
+    assert re.fullmatch(r"digits_8_eps10\.0-\d{4}(-\d\d){5}", folder.name)
+    assert folder.parent.name == method.lower()
+    expected = {
+        "config.yaml", "provenance.txt", "stdout.txt", "environment.json", "gen/gen.npz", "gen/sample.png",
+        "privacy.json", "privacy_card.md", "results.json", "train/checkpoints/final_checkpoint.pth",
+    }  # fmt: skip
+    expected |= {"pretrain/checkpoints/final_checkpoint.pth"} if method in PUBLIC else set()
+    written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert expected <= written
+    assert not [name for name in written if "partial" in name]
+    assert "command line" in (folder / "provenance.txt").read_text()
+    samples = read_samples(folder / "gen" / "gen.npz")
+    assert samples.images.shape == (100, 1, 8, 8)
+    assert np.bincount(samples.labels).tolist() == [10] * 10
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_results_are_complete_and_strict_json(finished, method):
+    results = strict_json(finished[method].folder / "results.json")
+    expected = {
+        "schema", "method", "data", "epsilon", "delta", "seed", "spent_epsilon", "preset", "preset_tier", "borrowed",
+        "metrics", "metric_info", "timing", "git", "versions",
+    }  # fmt: skip
+    assert expected <= set(results)
+    assert (results["method"], results["data"], results["preset"]) == (method, "digits_8", "quick")
+    selection = "noisy_val" if method == "PrivImage" else "syn_val"
+    wanted = {f"accuracy/small_cnn/{selection}", f"accuracy/mean/{selection}", "fid/random_conv"}
+    assert wanted <= set(results["metrics"])
+    for name in results["metrics"]:
+        assert {"better", "n_real", "n_fake"} <= set(results["metric_info"][name])
+    assert results["timing"]["evaluate"] > 0
+    assert {"generate", "train"} <= set(results["timing"])
+    assert strict_json(finished[method].folder / "environment.json")["seed"] == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_planned_was_executed_within_the_budget(finished, method):
+    folder = finished[method].folder
+    privacy, results = strict_json(folder / "privacy.json"), strict_json(folder / "results.json")
+    assert all(release["executed"] == release["planned"] for release in privacy["releases"])
+    assert privacy["spent"] <= 10 * (1 + 1e-6)
+    assert results["spent_epsilon"] == privacy["spent"]
+    assert privacy["spent"] == 0 if method == "Noise" else privacy["spent"] > 9.9
+    num_private = 1300 if method == "PrivImage" else 1437
+    assert privacy["budget"]["delta"] == pytest.approx(1 / (num_private * np.log(num_private)))
+    assert privacy["revealed"], "the evaluation's look at the private images is not listed"
+    assert privacy["noise_seeded"] is False
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_private_is_in_the_folder(finished, method):
+    train = load_digits_8()[0].images
+    raw = [image.tobytes() for image in train]
+    for path in finished[method].folder.rglob("*"):
+        for name, array in _arrays(path):
+            assert not re.search("loss|clean|count|grad", name), (path, name)
+            for content in _as_bytes(array):
+                assert not any(image in content for image in raw), (path, name)
+        if path.suffix == ".json":
+            keys = re.findall(r'"([^"]+)":', path.read_text())
+            assert not [key for key in keys if re.search("loss|clean|count|histogram|votes", key)], path
+    assert "loss" not in finished[method].out
+
+
+def _arrays(path: Path):
+    """(name, array) of every array in an npz or a checkpoint."""
+    if path.suffix == ".npz":
+        with np.load(path) as content:
+            yield from content.items()
+    if path.suffix == ".pth":
+        yield from _tensors(torch.load(path, weights_only=True), "")
+
+
+def _tensors(value: object, name: str):
+    if isinstance(value, torch.Tensor):
+        yield name, value.numpy()
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _tensors(entry, f"{name}.{key}")
+
+
+def _as_bytes(array: np.ndarray) -> list[bytes]:
+    """The values as they stand, and read as pixels in [0, 1], in [-1, 1] and in 0..255."""
+    if array.dtype.kind != "f":
+        return [array.tobytes()]
+    scaled = (array * 255, (array + 1) * 127.5, array)
+    return [np.clip(np.round(np.nan_to_num(values)), 0, 255).astype(np.uint8).tobytes() for values in scaled]
+
+
+# ------------------------------------------------------------------------------------------------- judging again
+
+
+def test_choosing_a_classifier_is_booked_and_adds_up(finished):
+    folder = finished["PrivImage"].folder
+    first = strict_json(folder / "privacy.json")
+    assert [choice["spent"] for choice in first["selection"]] == [pytest.approx(1.0)]
+    argv = ["--method", "PrivImage", "eval.mode=val", "--exp_path", str(folder), "--exp_root", "unused"]
+    for number in (2, 3):
+        outcome = call(eval_program.main, argv)
+        assert outcome.code == 0, outcome.err
+        privacy, results = strict_json(folder / "privacy.json"), strict_json(folder / "results.json")
+        assert len(privacy["selection"]) == number
+        assert results["selection_epsilon"] == pytest.approx(number)
+        assert privacy["releases"] == first["releases"]
+        assert f"spent epsilon {number}" in outcome.out
+    assert set(results["timing"]) > {"train", "evaluate"}
+
+
+def test_judging_again_keeps_what_describes_the_training(finished):
+    folder = finished["DP-MERF"].folder
+    before = strict_json(folder / "results.json")
+    argv = ["--method", "dp-merf", "--exp_path", str(folder), "seed=7", "preset=paper", "eval=quick"]
+    outcome = call(eval_program.main, [*argv, "eval.metrics=[accuracy]", "eval.extractor=random_conv"])
+    assert outcome.code == 0, outcome.err
+    after = strict_json(folder / "results.json")
+    assert {name.split("/")[0] for name in after["metrics"]} == {"accuracy"}
+    assert (after["seed"], after["preset"]) == (before["seed"], before["preset"]) == (0, "quick")
+    assert after["evaluation"]["seed"] == 7
+    assert after["spent_epsilon"] == before["spent_epsilon"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], ["--method", "PrivImage", "DP-MERF"]),
+        (["--method", "DP-MERF", "--epsilon", "1"], ["--epsilon", "10.0"]),
+        (["--method", "DP-MERF", "--data_name", "mnist_28"], ["--data_name", "mnist_28", "digits_8"]),
+        (["--method", "DP-MERF", "eval.mode=val"], ["eval.mode", "val", "syn"]),
+    ],
+)
+def test_judging_refuses_what_does_not_match_the_run(finished, flags, words):
+    folder = finished["DP-MERF"].folder
+    before = (folder / "results.json").read_text()
+    refusal = call(eval_program.main, [*flags, "--exp_path", str(folder)]).refusal
+    assert all(word in refusal for word in words), refusal
+    assert (folder / "results.json").read_text() == before
+
+
+# ------------------------------------------------------------------------------------------------- interruptions
+
+
+def test_killed_in_training_and_resumed_equals_uninterrupted(tmp_path):
+    settings = ["privacy.noise_seed=1", "train.n_epochs=25", "train.snapshot_freq=2", "model.network.nf=4"]
+    settings += ["model.network.ch_mult=[1]", "eval=none", "setup.omp_n_threads=1"]
+    argv = arguments("PrivImage", tmp_path / "killed", *settings)
+    folder = kill_when(argv, tmp_path / "killed", "train/checkpoints/snapshot_checkpoint.pth")
+    assert not (folder / "results.json").exists()
+    pretrained = (folder / "pretrain/checkpoints/final_checkpoint.pth").stat().st_mtime_ns
+    resumed = execute("run.py", [*argv, "--resume_exp", folder.name])
+    assert resumed.code == 0, resumed.err
+    assert "resumed from train (snapshot)" in resumed.out
+    assert "pretrain:" not in resumed.err
+    assert (folder / "pretrain/checkpoints/final_checkpoint.pth").stat().st_mtime_ns == pretrained
+    privacy = strict_json(folder / "privacy.json")
+    assert all(release["executed"] == release["planned"] for release in privacy["releases"])
+    assert privacy["noise_seeded"] is True
+
+    whole = execute("run.py", arguments("PrivImage", tmp_path / "whole", *settings))
+    one, other = read_samples(folder / "gen/gen.npz"), read_samples(whole.folder / "gen/gen.npz")
+    assert np.array_equal(one.images, other.images)
+    for name in ("spent", "releases"):
+        assert privacy[name] == strict_json(whole.folder / "privacy.json")[name]
+
+
+def test_killed_in_pretraining_the_query_is_not_asked_again(tmp_path):
+    settings = ["pretrain.n_epochs=4000", "pretrain.snapshot_freq=5", "model.network.nf=4", "eval=none"]
+    argv = arguments("PrivImage", tmp_path, *settings)
+    folder = kill_when(argv, tmp_path, "pretrain/checkpoints/snapshot_checkpoint.pth")
+    answer = (folder / "pretrain/semantic_query.json").read_text()
+    resumed = kill_when([*argv, "--resume_exp", folder.name], tmp_path, "pretrain/samples/iter_40/sample.png")
+    assert resumed == folder
+    assert (folder / "pretrain/semantic_query.json").read_text() == answer
+    content = torch.load(folder / "pretrain/checkpoints/snapshot_checkpoint.pth", weights_only=True)
+    assert content["ledger"]["executed"]["semantic query"] == 1
+
+
+def test_killed_between_training_and_generation(tmp_path):
+    argv = arguments("DP-MERF", tmp_path, "eval=none")
+    folder = call(run_program.main, argv).folder
+    samples = read_samples(folder / "gen/gen.npz")
+    for name in ("gen/gen.npz", "gen/sample.png", "privacy.json", "privacy_card.md", "results.json"):
+        (folder / name).unlink()
+    resumed = call(run_program.main, [*argv, "--resume_exp", folder.name])
+    assert resumed.code == 0, resumed.err
+    assert "resumed from train (final)" in resumed.out and "train:" not in resumed.err
+    assert np.array_equal(read_samples(folder / "gen/gen.npz").images, samples.images)
+    assert (folder / "gen/sample.png").exists() and (folder / "results.json").exists()
+
+
+def test_stopped_from_the_keyboard(tmp_path, monkeypatch):
+    argv = arguments("DP-MERF", tmp_path, "eval=none")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("models.dp_merf.DPMERF._fit", stop)
+        stopped = call(run_program.main, argv)
+    assert stopped.code == 130 and "Traceback" not in stopped.err
+    assert f"--resume_exp {stopped.folder.name}" in stopped.out
+    resumed = call(run_program.main, [*argv, "--resume_exp", stopped.folder.name])
+    assert resumed.code == 0, resumed.err
+    releases = strict_json(stopped.folder / "privacy.json")["releases"]
+    assert [release["executed"] for release in releases] == [1], "the mean embedding was asked again"
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (["--epsilon", "3"], ["privacy.epsilon=10.0", "privacy.epsilon=3.0"]),
+        (["seed=5"], ["seed=0", "seed=5"]),
+        (["eval.mode=val"], ["eval.mode"]),
+        (["train.epochs=2"], ["train.epochs=1", "train.epochs=2"]),
+    ],
+)
+def test_resuming_with_another_configuration_is_refused(finished, setting, words):
+    folder = finished["DP-MERF"].folder
+    kept = {name: (folder / name).read_text() for name in ("config.yaml", "environment.json", "results.json")}
+    argv = arguments("DP-MERF", folder.parent.parent, *setting, "--resume_exp", folder.name)
+    refusal = call(run_program.main, argv).refusal
+    assert "--resume_exp" in refusal and all(word in refusal for word in words), refusal
+    assert kept == {name: (folder / name).read_text() for name in kept}
+
+
+def test_resuming_an_unknown_run_names_the_known_ones(finished):
+    folder = finished["DP-MERF"].folder
+    refusal = call(
+        run_program.main, arguments("DP-MERF", folder.parent.parent, "--resume_exp", "nowhere")
+    ).refusal
+    assert "nowhere" in refusal and folder.name in refusal
+
+
+# ------------------------------------------------------------------------------------------------- other ways to run
+
+
+def test_without_privacy_every_file_says_so(tmp_path):
+    outcome = call(run_program.main, arguments("DP-MERF", tmp_path, "--epsilon", "inf"))
+    assert outcome.code == 0, outcome.err
+    assert "NOT private" in (outcome.folder / "privacy_card.md").read_text()
+    assert "NOT private" in outcome.out
+    results, privacy = (strict_json(outcome.folder / name) for name in ("results.json", "privacy.json"))
+    assert results["epsilon"] == results["spent_epsilon"] == privacy["spent"] == "inf"
+    assert privacy["private"] is False and "_epsinf-" in outcome.folder.name
+
+
+def test_pretraining_alone_then_starting_from_its_checkpoint(tmp_path):
+    alone = call(
+        run_program.main, arguments("PDP-Diffusion", tmp_path, "sensitive_data.name=null", "eval.mode=syn")
+    )
+    assert alone.code == 0, alone.err
+    checkpoint = alone.folder / "pretrain/checkpoints/final_checkpoint.pth"
+    assert checkpoint.exists()
+    assert not (alone.folder / "train").exists() and not (alone.folder / "privacy.json").exists()
+    started = [f"model.ckpt={checkpoint}", "pretrain.n_epochs=0", "eval=none"]
+    second = call(run_program.main, arguments("PDP-Diffusion", tmp_path, *started))
+    assert second.code == 0, second.err
+    assert "pretrain:" not in second.err
+    untrained = call(run_program.main, arguments("PDP-Diffusion", tmp_path, *started, "train.n_epochs=0"))
+    weights = torch.load(checkpoint, weights_only=True)["state"]["ema"]["weights"]
+    final = untrained.folder / "train/checkpoints/final_checkpoint.pth"
+    network = torch.load(final, weights_only=True)["state"]["network"]
+    assert all(torch.equal(network[name], weights[name]) for name in weights)
+
+
+def test_evaluating_nothing(tmp_path):
+    outcome = call(run_program.main, arguments("Noise", tmp_path, "eval=none"))
+    assert outcome.code == 0, outcome.err
+    assert strict_json(outcome.folder / "results.json")["metrics"] == {}
+
+
+def test_a_metric_without_weights_is_missing_and_the_others_are_there(tmp_path):
+    settings = ["eval.metrics=[accuracy,fid]", "eval.extractor=inception", "--weights_root"]
+    outcome = call(run_program.main, arguments("Noise", tmp_path, *settings, str(tmp_path / "none")))
+    assert outcome.code == 3
+    results = strict_json(outcome.folder / "results.json")
+    assert "accuracy/mean/syn_val" in results["metrics"]
+    assert "scripts/prepare_weights.py --name inception" in results["missing"]["fid/inception"]
+    assert "missing: fid/inception" in outcome.out
+    assert not any(name.startswith("fid/") for name in results["metrics"])
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_no_folder(tmp_path):
+    outcome = call(run_program.main, arguments("PrivImage", tmp_path / "exp", "--dry_run"))
+    assert outcome.code == 0, outcome.err
+    for word in ("semantic query", "dp-sgd", "noise_multiplier", "epsilon alone", "parameters", "steps"):
+        assert word in outcome.out, word
+    assert not (tmp_path / "exp").exists()
+
+
+def test_print_config_names_the_layer_of_every_value(tmp_path):
+    outcome = call(run_program.main, arguments("PrivImage", tmp_path / "exp", "--print_config"))
+    layers = {line.split()[0]: line for line in outcome.out.splitlines() if line}
+    assert layers["gen.data_num"].endswith("command line")
+    assert "base" in layers["privacy.relation"]
+    assert "derived" in layers["model.network.image_size"]
+    assert "preset" in layers["eval.extractor"]
+    assert not (tmp_path / "exp").exists()
+
+
+@pytest.mark.parametrize("program", ["run.py", "eval.py"])
+def test_help_answers_without_heavy_imports(program):
+    outcome = execute(program, ["--help"], PYTHONPROFILEIMPORTTIME="1")
+    assert outcome.code == 0 and "--data_name" in outcome.out
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in outcome.err.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"torch", "torchvision", "scipy", "sklearn", "matplotlib", "hydra", "opacus"}
+
+
+def test_the_program_runs_from_another_folder(tmp_path):
+    argv = arguments("Noise", tmp_path / "exp", "--dry_run")
+    outcome = execute(str(ROOT / "run.py"), argv)
+    assert outcome.code == 0, outcome.err
+
+
+# ------------------------------------------------------------------------------------------------- real images
+
+
+@pytest.mark.slow
+def test_real_mnist(tmp_path):
+    source = ROOT.parent / "shared" / "data" / "mnist"
+    if not source.is_dir():
+        pytest.skip("the MNIST files are not beside the project")
+    root = ["--data_root", str(tmp_path / "data")]
+    prepared = execute("scripts/prepare_data.py", ["--data_name", "mnist_28", "--source", str(source), *root])
+    assert prepared.code == 0, prepared.err
+    settings = ["model.d_rff=1000", "model.Generator.g_conv_dim=16", "gen.data_num=2000", "eval.mode=val"]
+    argv = arguments("DP-MERF", tmp_path / "exp", "--data_name", "mnist_28", *root, *settings)
+    outcome = execute("run.py", [*argv, "eval.metrics=[accuracy]"])
+    assert outcome.code == 0, outcome.err
+    results = strict_json(outcome.folder / "results.json")
+    assert results["metrics"]["accuracy/mean/noisy_val"] > 20
+    assert results["delta"] == pytest.approx(1 / (55_000 * np.log(55_000)))
+
+
+@pytest.mark.slow
+def test_real_cifar10(tmp_path):
+    source = ROOT.parent / "shared" / "data" / "cifar10"
+    if not source.is_dir():
+        pytest.skip("the CIFAR-10 files are not beside the project")
+    root = ["--data_root", str(tmp_path / "data")]
+    prepared = execute(
+        "scripts/prepare_data.py", ["--data_name", "cifar10_32", "--source", str(source), *root]
+    )
+    assert prepared.code == 0, prepared.err
+    settings = ["train.batch_size=50000", "train.n_epochs=1", "eval.extractor=random_conv"]
+    argv = arguments("DPDM", tmp_path / "exp", "--data_name", "cifar10_32", *root, *settings)
+    outcome = execute("run.py", argv)
+    assert outcome.code == 3, outcome.err  # no Inception score without Inception
+    samples = read_samples(outcome.folder / "gen/gen.npz")
+    assert samples.images.shape == (100, 3, 32, 32)
+    assert "25,000 training images on disk" in outcome.out

@@ -1,0 +1,145 @@
+"""Runs that take seconds: settings, the programs called in this process or as a process, and what came of it."""
+
+import atexit
+import contextlib
+import functools
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SHARED = ["--data_name", "digits_8", "preset=quick", "gen.data_num=100"]
+_PUBLIC = [
+    "public_data.name=glyphs",
+    "public_data.per_class=20",
+    "pretrain.n_epochs=1",
+    "pretrain.batch_size=256",
+]
+_DIFFUSION = [
+    "model.network.nf=8",
+    "model.network.ch_mult=[1,2]",
+    "model.network.attn_resolutions=[]",
+    "model.sampler.num_steps=1",
+    "model.sampler_acc.type=ddim",
+    "model.sampler_acc.num_steps=3",
+    "train.n_epochs=2",
+    "train.batch_size=1437",  # every record in every step: the accounting is then a closed form
+    "train.loss.n_noise_samples=1",
+    "train.dp.n_split=null",
+    "train.dp.max_physical_batch_size=512",
+]
+_QUERY = [
+    "public_data.selective.ratio=0.17",
+    "public_data.selective.sigma=8.0",
+    "pretrain.query.network=small_cnn",
+    "pretrain.query.image_size=8",
+    "pretrain.query.n_epochs=1",
+    "pretrain.query.batch_size=128",
+]
+TINY = {
+    "Noise": [],
+    "DP-MERF": [
+        "model.d_rff=100",
+        "model.Generator.g_conv_dim=4",
+        "train.epochs=1",
+        "public_data.name=null",
+    ],
+    "DPDM": [*_DIFFUSION, "public_data.name=null"],
+    "PDP-Diffusion": [*_DIFFUSION, *_PUBLIC, "public_data.selective.ratio=1.0"],
+    "PrivImage": [*_DIFFUSION, *_PUBLIC, *_QUERY],
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a program did: exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, as the program names it."""
+        lines = [line for line in self.out.splitlines() if line.startswith("run folder: ")]
+        assert lines, f"no run folder was named (exit code {self.code}): {self.err}"
+        return Path(lines[-1].removeprefix("run folder: "))
+
+    @property
+    def refusal(self) -> str:
+        """The one line with which a user's mistake is refused."""
+        assert self.code == 2, (self.code, self.out, self.err)
+        lines = self.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        return lines[0]
+
+
+@functools.cache
+def data_root() -> Path:
+    """A folder for prepared data that the whole test session shares: glyphs are rendered once."""
+    folder = Path(tempfile.mkdtemp(prefix="tiny-runs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def arguments(method: str, exp_root: Path, *more: str) -> list[str]:
+    """The command line of a tiny run; settings in `more` take the place of tiny ones with the same key."""
+    keys = {setting.partition("=")[0] for setting in more}
+    flags = ["--method", method, "--exp_root", str(exp_root)]
+    flags += [] if "--data_root" in more else ["--data_root", str(data_root())]
+    shared = SHARED[2:] if "--data_name" in more else SHARED
+    settings = [word for word in [*shared, *TINY[method]] if word.partition("=")[0] not in keys]
+    return [*flags, *settings, *more]
+
+
+def call(main: Callable[[list[str]], int], argv: list[str]) -> Outcome:
+    """Call a program's `main` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(argv)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def execute(program: str, argv: list[str], prefix: tuple[str, ...] = (), **environment: str) -> Outcome:
+    """Run `python <program> <argv>` as a process in the project's folder."""
+    command = [*prefix, sys.executable, program, *argv]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=550
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def kill_when(argv: list[str], exp_root: Path, pattern: str) -> Path:
+    """Start run.py as a process, kill it as soon as a file of its run matches `pattern`; returns the run's folder."""
+    process = subprocess.Popen(
+        [sys.executable, "run.py", *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(3000):
+            if found := list(exp_root.glob(f"*/*/{pattern}")):
+                break
+            assert process.poll() is None, f"run.py ended with {process.returncode} before it wrote {pattern}"
+            time.sleep(0.02)
+        assert found, f"run.py did not write {pattern} within a minute"
+    finally:
+        process.kill()
+        process.wait()
+    return next(exp_root.glob("*/*"))
+
+
+def strict_json(path: Path) -> object:
+    """The content of a JSON file; NaN and Infinity, which are not JSON, fail."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{path} holds {constant}")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
