@@ -11,7 +11,7 @@ import numpy as np
 
 from data.prepared import sha256_of
 from data.spec import DataSpec
-from evaluation.errors import MissingWeights
+from evaluation.errors import MissingWeights, Unavailable
 from utils.images import to_float
 from utils.progress import progress
 from utils.seeding import numpy_rng
@@ -51,19 +51,32 @@ class InceptionExtractor:
     name = "inception"
 
     def __init__(self, spec: DataSpec, weights_root: Path, device: str) -> None:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
+        network = _inception_network()
         path = find_weights(self.name, INCEPTION_WEIGHTS, weights_root)
         self.identity = sha256_of(path)
         self.info = {"weights_sha256": self.identity}
         self.device = device
         # A path keeps torch-fidelity from downloading.
-        self._network = FeatureExtractorInceptionV3(
+        self._network = network(
             self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
         ).to(device)
 
     def __call__(self, images: "torch.Tensor") -> tuple:
         return self._network(images.expand(-1, 3, -1, -1))
+
+
+def _inception_network() -> type:
+    """torch-fidelity's class; Unavailable, with the fix, where the torchvision that it needs cannot be imported."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except (ImportError, RuntimeError, OSError) as error:
+        import torch
+
+        # torchvision from the registry is built for CUDA; beside a CPU-only torch its operators do not load.
+        reason = f"torchvision cannot be imported beside torch {torch.__version__} ({str(error).splitlines()[0]})"
+        fix = "pip install --force-reinstall torch torchvision"
+        raise Unavailable(f"{reason}; install a matching pair from one index: {fix}") from error
+    return FeatureExtractorInceptionV3
 
 
 class RandomConvExtractor:

@@ -34,7 +34,7 @@ def test_every_method_has_a_tiny_run():
     assert set(TINY) == set(METHODS)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(METHODS))
 def test_every_artefact_is_written(finished, method):
     folder = finished[method].folder
     assert re.fullmatch(r"digits_8_eps10\.0-\d{4}(-\d\d){5}", folder.name)
@@ -53,7 +53,7 @@ def test_every_artefact_is_written(finished, method):
     assert np.bincount(samples.labels).tolist() == [10] * 10
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(METHODS))
 def test_results_are_complete_and_strict_json(finished, method):
     results = strict_json(finished[method].folder / "results.json")
     expected = {
@@ -72,7 +72,7 @@ def test_results_are_complete_and_strict_json(finished, method):
     assert strict_json(finished[method].folder / "environment.json")["seed"] == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(METHODS))
 def test_what_was_planned_was_executed_within_the_budget(finished, method):
     folder = finished[method].folder
     privacy, results = strict_json(folder / "privacy.json"), strict_json(folder / "results.json")
@@ -86,7 +86,7 @@ def test_what_was_planned_was_executed_within_the_budget(finished, method):
     assert privacy["noise_seeded"] is False
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(METHODS))
 def test_nothing_private_is_in_the_folder(finished, method):
     train = load_digits_8()[0].images
     raw = [image.tobytes() for image in train]

@@ -13,6 +13,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as torch_fidelity_incep
 from data.digits import load_digits_8
 from data.spec import DataSpec, Samples
 from evaluation import features
+from evaluation.errors import Unavailable
 from evaluation.evaluator import Evaluator
 from evaluation.registry import check_metrics
 from evaluation.report import Report
@@ -348,3 +349,21 @@ def test_a_local_weights_file_is_checked_and_copied(script, tmp_path, monkeypatc
     (root / name).write_bytes(b"broken")
     assert script.main(arguments) == 2
     assert "there is no such file" in capsys.readouterr().err
+
+
+def test_a_torchvision_that_does_not_load_is_said_in_one_line_with_the_fix(monkeypatch):
+    import builtins
+
+    from evaluation.features import _inception_network
+
+    real_import = builtins.__import__
+
+    def broken(name, *args, **kwargs):
+        if name.startswith("torch_fidelity"):
+            raise RuntimeError("operator torchvision::nms does not exist")
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    with pytest.raises(Unavailable, match="pip install --force-reinstall torch torchvision") as caught:
+        _inception_network()
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,146 @@
+"""Shared toys: a small data set, its public companion, and every method at a size of seconds."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from data.spec import DataSpec, PublicData, Samples
+from models import METHODS
+from opacus_ext.ledger import Budget, Ledger
+from opacus_ext.noise import NoiseSource
+from opacus_ext.private_data import PrivateData
+from utils.config import load_config
+from utils.runtime import Runtime
+
+# Small sums in many threads are slower, and a fixed number of threads makes their rounding repeat.
+torch.set_num_threads(1)
+
+NUM_RECORDS, NUM_CLASSES, RESOLUTION, PUBLIC_CLASSES = 60, 3, 8, 6
+
+DIFFUSION = [
+    "model.network.nf=8",
+    "model.network.ch_mult=[1,2]",
+    "model.network.attn_resolutions=[4]",
+    "model.network.num_res_blocks=1",
+    "model.sampler.num_steps=2",
+    "model.sampler_acc.type=edm",
+    "model.sampler_acc.num_steps=3",
+    "train.batch_size=60",
+    "train.n_epochs=4",
+    "train.snapshot_freq=2",
+    "train.loss.n_noise_samples=2",
+    "train.dp.n_split=null",
+    "train.dp.max_physical_batch_size=32",
+    "gen.batch_size=8",
+]
+PRETRAIN = [
+    "public_data.name=glyphs",
+    "pretrain.n_epochs=1",
+    "pretrain.batch_size=16",
+    "pretrain.snapshot_freq=2",
+    "pretrain.query.network=small_cnn",
+    "pretrain.query.image_size=8",
+    "pretrain.query.n_epochs=1",
+    "pretrain.query.batch_size=16",
+]
+SMALL: dict[str, list[str]] = {
+    "Noise": [],
+    "DP-MERF": [
+        "model.Generator.z_dim=6",
+        "model.Generator.g_shared_dim=4",
+        "model.Generator.g_conv_dim=4",
+        "model.d_rff=20",
+        "train.epochs=1",
+        "train.batch_size=10",
+        "gen.batch_size=8",
+    ],
+    "DPDM": DIFFUSION,
+    "PDP-Diffusion": [*DIFFUSION, *PRETRAIN],
+    "PrivImage": [
+        *DIFFUSION,
+        *PRETRAIN,
+        "public_data.selective.ratio=0.5",
+        "public_data.selective.sigma=100.0",
+    ],
+}
+
+
+def random_samples(seed: int, num_records: int, num_classes: int) -> Samples:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (num_records, 1, RESOLUTION, RESOLUTION), dtype=np.uint8)
+    return Samples(images, np.arange(num_records, dtype=np.int64) % num_classes)
+
+
+@pytest.fixture
+def samples() -> Samples:
+    """60 random 8x8 grey images in 3 classes."""
+    return random_samples(0, NUM_RECORDS, NUM_CLASSES)
+
+
+@pytest.fixture
+def spec() -> DataSpec:
+    names = tuple(f"kind {label}" for label in range(NUM_CLASSES))
+    return DataSpec("toy", RESOLUTION, 1, NUM_CLASSES, NUM_RECORDS, names)
+
+
+@pytest.fixture
+def public() -> PublicData:
+    """48 random 8x8 grey images in 6 classes."""
+    names = tuple(f"public {label}" for label in range(PUBLIC_CLASSES))
+    return PublicData("toy-public", random_samples(1, 48, PUBLIC_CLASSES), names)
+
+
+@pytest.fixture
+def make_private(samples, spec) -> Callable[..., PrivateData]:
+    """make_private(plan, epsilon=inf, noise_seed=None, samples=None, relation=...) -> PrivateData with adopted plan."""
+
+    def make(plan, epsilon=float("inf"), noise_seed=None, records=None, **ledger_options) -> PrivateData:
+        ledger = Ledger(Budget(epsilon, 1e-5), **ledger_options)
+        ledger.adopt(plan)
+        return PrivateData(records or samples, spec, ledger, NoiseSource(noise_seed))
+
+    return make
+
+
+@dataclasses.dataclass
+class Trial:
+    """A method with its private data and ledger, ready to run."""
+
+    name: str
+    synthesizer: object
+    private: PrivateData
+    public: PublicData
+
+    def run(self) -> None:
+        self.synthesizer.pretrain(self.public, self.private)
+        self.synthesizer.train(self.private)
+
+
+@pytest.fixture
+def make_method(spec) -> Callable[..., object]:
+    """make_method(name, *settings, epsilon=10, runtime=None) -> the small synthesizer; reads no data."""
+
+    def make(name: str, *settings: str, epsilon=10, runtime: Runtime | None = None):
+        argv = ["--method", name, "--data_name", "digits_8", "--epsilon", str(epsilon), "preset=quick"]
+        config = load_config([*argv, *SMALL[name], *settings], METHODS).method_config
+        if hasattr(config, "public_data") and config.public_data.name is not None:
+            section = dataclasses.replace(config.public_data, n_classes=PUBLIC_CLASSES)
+            config = dataclasses.replace(config, public_data=section)
+        return METHODS.resolve(name)(config, spec, runtime or Runtime())
+
+    return make
+
+
+@pytest.fixture
+def make_trial(make_method, make_private, public) -> Callable[..., Trial]:
+    """make_trial(name, *settings, epsilon=10, noise_seed=None, runtime=None) -> Trial with the plan adopted."""
+
+    def make(name: str, *settings: str, epsilon=10, noise_seed=None, runtime=None, records=None) -> Trial:
+        synthesizer = make_method(name, *settings, epsilon=epsilon, runtime=runtime)
+        private = make_private(synthesizer.privacy_plan(), float(epsilon), noise_seed, records)
+        return Trial(name, synthesizer, private, public)
+
+    return make
