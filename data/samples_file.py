@@ -1,5 +1,6 @@
 """Samples on disk: one npz with `x` (N, C, H, W) uint8 and `y` (N,) int64."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ def read_samples(path: Path) -> Samples:
     try:
         with np.load(path, allow_pickle=False) as content:
             images, labels = content["x"], content["y"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a file of samples with arrays x and y ({error})") from error
     if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != (len(images),):
         raise UserError(

@@ -1,6 +1,7 @@
 """Checkpoints of a run: the method's state and the ledger's, in one file, so that neither is restored alone."""
 
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -67,14 +68,17 @@ def read(path: str) -> dict:
     """The content of a checkpoint file, tensors on the CPU; loads tensors and plain containers only."""
     import torch
 
+    if not Path(path).is_file():
+        raise UserError(f"checkpoint {path}: there is no such file")
+    if not zipfile.is_zipfile(
+        path
+    ):  # the form of every checkpoint; the reader's complaints about others are obscure
+        raise UserError(f"checkpoint {path}: not a checkpoint, or cut short")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"checkpoint {path}: there is no such file") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(
-            f"checkpoint {path}: not readable as a checkpoint ({str(error).splitlines()[0]})"
-        ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"checkpoint {path}: not readable as a checkpoint ({reason[:100]})") from error
     if not isinstance(content, dict) or "state" not in content:
         raise UserError(f"checkpoint {path}: not a checkpoint of this toolkit")
     return content
