@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,9 +77,9 @@ class Outcome:
 
     @property
     def refusal(self) -> str:
-        """The one line with which a user's mistake is refused."""
+        """The one line with which a user's mistake is refused; only progress bars may stand above it."""
         assert self.code == 2, (self.code, self.out, self.err)
-        lines = self.err.splitlines()
+        lines = [line for line in self.err.splitlines() if line and not re.search(r"\d+%\|", line)]
         assert len(lines) == 1 and lines[0].startswith("error: "), self.err
         return lines[0]
 

@@ -1,0 +1,304 @@
+"""What a user can get wrong: exit code 2, one line that names the thing, its value and what is allowed, no folder."""
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import arguments, call, execute, strict_json
+
+import eval as eval_program
+import run as run_program
+from scripts import prepare_data
+
+
+def refused(tmp_path: Path, *more: str, method: str = "Noise") -> str:
+    """The line with which run.py refuses; asserts that there is no other line and no folder."""
+    exp_root = tmp_path / "exp"
+    refusal = call(run_program.main, arguments(method, exp_root, *more)).refusal
+    assert not list(exp_root.glob("*/*")), "a half-made run folder is left"
+    return refusal
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--epsilonn", "1"], ["--epsilonn", "--epsilon"]),
+        (["gen.data_nun=5"], ["gen.data_nun", "gen.data_num"]),
+        (["model.network.nf=8"], ["model.network.nf"]),  # Noise has no network
+        (["extra"], ["extra", "key=value"]),
+        (["--data_name", "digits_9"], ["digits_9", "digits_8"]),
+        (["public_data.name=glyfs"], ["glyfs", "glyphs"]),
+        (["eval.metrics=[fidd]"], ["fidd", "fid", "precision"]),
+        (["eval.classifiers=[wrm]"], ["wrm", "wrn"]),
+        (["eval.extractor=inceptionn"], ["inceptionn", "random_conv"]),
+        (["eval.mode=vall"], ["vall", "syn"]),
+        (["preset=quik"], ["quik", "quick"]),
+        (["gen.data_num=many"], ["gen.data_num", "many"]),
+        (["gen.data_num=10.5"], ["gen.data_num", "10.5"]),
+        (["eval.metrics=accuracy"], ["eval.metrics", "accuracy"]),
+        (["--epsilon", "0"], ["epsilon", "0", "greater than 0"]),
+        (["--epsilon", "-1"], ["epsilon", "-1", "greater than 0"]),
+        (["--epsilon", "abc"], ["epsilon", "abc", "number"]),
+        (["--epsilon", "nan"], ["epsilon", "nan", "number"]),
+        (["privacy.delta=1"], ["delta", "1", "(0, 1)"]),
+        (["privacy.delta=0"], ["delta", "0", "(0, 1)"]),
+        (["privacy.relation=swap_one"], ["swap_one", "replace_one"]),
+        (["gen.data_num=0"], ["gen.data_num", "0", "positive"]),
+        (["gen.data_num=3"], ["gen.data_num", "3", "10"]),
+        (["--exp_description", "a/b"], ["--exp_description", "a/b"]),
+        (["--resume_exp", "nowhere"], ["--resume_exp", "nowhere"]),
+        (["eval.mode=val", "sensitive_data.num_val=2000"], ["sensitive_data.num_val", "2000", "1436"]),
+        (["setup.device=tpu"], ["setup.device", "tpu", "cpu"]),
+    ],
+)
+def test_command_line(tmp_path, more, words):
+    refusal = refused(tmp_path, *more)
+    assert all(word in refusal for word in words), refusal
+
+
+def test_unknown_method(tmp_path):
+    argv = ["--method", "PrivImages", "--exp_root", str(tmp_path / "exp")]
+    refusal = call(run_program.main, argv).refusal
+    assert "PrivImages" in refusal and "did you mean 'PrivImage'" in refusal and "DP-MERF" in refusal
+
+
+def test_a_mistake_is_one_line_of_the_process_too(tmp_path):
+    outcome = execute("run.py", arguments("Noise", tmp_path / "exp", "--epsilon", "0"))
+    assert "greater than 0" in outcome.refusal
+    assert outcome.out == ""
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "words"),
+    [
+        (
+            "PrivImage",
+            ["public_data.selective.sigma=0.05"],
+            ["semantic query", "0.05", "of 10", "noise_multiplier"],
+        ),
+        ("PrivImage", ["public_data.selective.ratio=0.01"], ["public_data.selective.ratio", "0.01"]),
+        ("PrivImage", ["public_data.name=null"], ["public_data.name", "PrivImage"]),
+        ("PrivImage", ["sensitive_data.name=null", "eval.mode=syn"], ["sensitive_data.name"]),
+        ("DPDM", ["model.network.nf=7"], ["model.network.nf", "7", "multiple of 4"]),
+        ("DPDM", ["train.batch_size=0"], ["train.batch_size", "0"]),
+        ("DPDM", ["train.optim.optimizer=Sgdd"], ["Sgdd", "Adam"]),
+        ("DPDM", ["model.sampler_acc.type=dim"], ["dim", "ddim"]),
+        ("DP-MERF", ["model.d_rff=7"], ["model.d_rff", "7", "even"]),
+        ("PDP-Diffusion", ["public_data.per_class=0"], ["0", "at least 1"]),
+    ],
+)
+def test_settings_of_methods(tmp_path, method, more, words):
+    refusal = refused(tmp_path, *more, method=method)
+    assert all(word in refusal for word in words), refusal
+
+
+def test_a_large_delta_is_a_warning(tmp_path):
+    outcome = call(
+        run_program.main, arguments("DP-MERF", tmp_path / "exp", "privacy.delta=0.01", "--dry_run")
+    )
+    assert outcome.code == 0, outcome.err
+    warning = next(line for line in outcome.out.splitlines() if line.startswith("warning: "))
+    assert "0.01" in warning and "1/N = 0.000696" in warning
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_of_another_architecture(tmp_path):
+    made = call(run_program.main, arguments("DPDM", tmp_path / "made", "train.n_epochs=0", "eval=none"))
+    assert made.code == 0, made.err
+    checkpoint = made.folder / "train/checkpoints/final_checkpoint.pth"
+    refusal = refused(tmp_path, f"model.ckpt={checkpoint}", "model.network.nf=12", method="DPDM")
+    assert "architecture" in refusal and str(checkpoint) in refusal
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a checkpoint", b"just words\n"])
+def test_a_file_that_is_no_checkpoint(tmp_path, content):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    assert str(path) in refused(tmp_path, f"model.ckpt={path}", method="DPDM")
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path):
+    assert "no such file" in refused(tmp_path, f"model.ckpt={tmp_path / 'none.pth'}", method="DPDM")
+
+
+def test_a_checkpoint_of_another_kind_of_method(tmp_path):
+    made = call(run_program.main, arguments("DP-MERF", tmp_path / "made", "eval=none"))
+    checkpoint = made.folder / "train/checkpoints/final_checkpoint.pth"
+    assert "diffusion" in refused(tmp_path, f"model.ckpt={checkpoint}", method="DPDM")
+
+
+def test_a_public_set_that_does_not_fit_the_checkpoint_leaves_no_folder(tmp_path):
+    made = call(run_program.main, arguments("DPDM", tmp_path / "made", "train.n_epochs=0", "eval=none"))
+    checkpoint = made.folder / "train/checkpoints/final_checkpoint.pth"
+    refusal = refused(tmp_path, f"model.ckpt={checkpoint}", method="PDP-Diffusion")
+    assert "62" in refusal and "10 labels" in refusal
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+def image_folder(root: Path, classes: dict[str, int]) -> Path:
+    """<root>/<class>/<number>.png, grey noise of 8x8."""
+    rng = np.random.default_rng(0)
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            image = Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8))
+            image.save(root / name / f"{number}.png")
+    return root
+
+
+def prepare(source: Path, root: Path):
+    argv = ["--data_name", "mine", "--source", str(source), "--data_root", str(root), "--resolution", "8"]
+    return call(prepare_data.main, argv)
+
+
+@pytest.fixture()
+def prepared(tmp_path) -> Path:
+    """A data root with a prepared set `mine` of two classes."""
+    outcome = prepare(image_folder(tmp_path / "images", {"cat": 20, "dog": 20}), tmp_path / "data")
+    assert outcome.code == 0, outcome.err
+    return tmp_path / "data"
+
+
+MINE = ["--data_name", "mine", "sensitive_data.resolution=8", "sensitive_data.num_channels=1"]
+
+
+def test_images_of_ones_own_run(tmp_path, prepared):
+    more = [*MINE, "--data_root", str(prepared), "eval=none", "gen.data_num=4"]
+    outcome = call(run_program.main, arguments("Noise", tmp_path / "exp", *more))
+    assert outcome.code == 0, outcome.err
+    assert outcome.folder.name.startswith("mine_eps10.0-")
+
+
+def test_an_empty_folder_of_images(tmp_path):
+    (tmp_path / "images").mkdir()
+    refusal = prepare(tmp_path / "images", tmp_path / "data").refusal
+    assert str(tmp_path / "images") in refusal
+    assert not (tmp_path / "data" / "mine").exists()
+
+
+def test_one_class(tmp_path):
+    refusal = prepare(image_folder(tmp_path / "images", {"cat": 20}), tmp_path / "data").refusal
+    assert "class" in refusal and "2" in refusal
+    assert not (tmp_path / "data" / "mine").exists()
+
+
+def test_a_corrupt_image_is_named(tmp_path):
+    source = image_folder(tmp_path / "images", {"cat": 20, "dog": 20})
+    whole = (source / "dog" / "7.png").read_bytes()
+    (source / "dog" / "7.png").write_bytes(whole[: len(whole) // 2])
+    assert "dog/7.png" in prepare(source, tmp_path / "data").refusal
+    assert not (tmp_path / "data" / "mine").exists()
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    source = image_folder(tmp_path / "images", {"cat": 20, "dog": 20})
+    (source / "dog" / "8.png").write_text("not an image")
+    assert "dog/8.png" in prepare(source, tmp_path / "data").refusal
+
+
+def test_an_empty_data_folder(tmp_path):
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    refusal = refused(tmp_path, *MINE, "--data_root", str(tmp_path / "data"))
+    assert "scripts/prepare_data.py --data_name mine" in refusal
+
+
+def test_data_that_has_not_been_prepared(tmp_path):
+    refusal = refused(tmp_path, "--data_name", "mnist_28", "--data_root", str(tmp_path / "data"))
+    assert "scripts/prepare_data.py --data_name mnist_28" in refusal
+
+
+def test_labels_out_of_range(tmp_path, prepared):
+    path = prepared / "mine" / "train_labels.npy"
+    labels = np.load(path)
+    labels[3] = 9
+    np.save(path, labels)
+    assert "train_labels.npy" in refused(tmp_path, *MINE, "--data_root", str(prepared))
+
+
+@pytest.mark.parametrize("name", ["train_images.npy", "test_labels.npy", "meta.json"])
+def test_a_truncated_prepared_file_is_named(tmp_path, prepared, name):
+    path = prepared / "mine" / name
+    path.write_bytes(path.read_bytes()[:-40])
+    refusal = refused(tmp_path, *MINE, "--data_root", str(prepared))
+    assert name in refusal and "prepare_data.py again" in refusal
+
+
+def test_a_configuration_that_contradicts_the_data(tmp_path, prepared):
+    more = ["--data_name", "mine", "sensitive_data.resolution=16", "--data_root", str(prepared)]
+    refusal = refused(tmp_path, *more)
+    assert "sensitive_data.resolution" in refusal and "16" in refusal and "8" in refusal
+
+
+# ------------------------------------------------------------------------------------------------- disk
+
+
+def test_a_folder_of_runs_that_cannot_be_made(tmp_path):
+    (tmp_path / "exp").write_text("a file")
+    refusal = call(run_program.main, arguments("Noise", tmp_path / "exp")).refusal
+    assert "--exp_root" in refusal and str(tmp_path / "exp") in refusal
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "noise").write_text("a file")
+    assert "--exp_root" in call(run_program.main, arguments("Noise", tmp_path / "other")).refusal
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_a_folder_of_runs_without_permission(tmp_path):
+    (tmp_path / "exp").mkdir(mode=0o500)
+    refusal = call(run_program.main, arguments("Noise", tmp_path / "exp")).refusal
+    assert "--exp_root" in refusal and "ermission" in refusal
+
+
+def limited_to(num_bytes: int, argv: list[str]):
+    """run.py as a process that can write no file larger than `num_bytes`, as on a full disk."""
+    start = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); sys.path.insert(0, '.'); "
+        "import run; sys.exit(run.main(sys.argv[1:]))"
+    )
+    return execute("-c", [start.format(num_bytes), *argv])
+
+
+@pytest.mark.skipif(sys.platform == "win32" or not hasattr(resource, "RLIMIT_FSIZE"), reason="POSIX limits")
+def test_a_full_disk_at_the_first_checkpoint_leaves_nothing(tmp_path):
+    outcome = limited_to(20_000, arguments("DP-MERF", tmp_path / "exp", "eval=none"))
+    assert outcome.code == 2 and "Traceback" not in outcome.err
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith("error: disk full") and "--resume_exp" not in last
+    assert not list((tmp_path / "exp").glob("*/*"))
+
+
+@pytest.mark.skipif(sys.platform == "win32" or not hasattr(resource, "RLIMIT_FSIZE"), reason="POSIX limits")
+def test_a_full_disk_after_training_can_be_resumed(tmp_path):
+    argv = arguments("Noise", tmp_path / "exp", "eval=none", "gen.data_num=2000")
+    outcome = limited_to(50_000, argv)
+    assert outcome.code == 2 and "Traceback" not in outcome.err
+    last, folder = outcome.err.splitlines()[-1], outcome.folder
+    assert last.startswith("error: disk full") and f"--resume_exp {folder.name}" in last
+    assert not (folder / "gen" / "gen.npz").exists()
+    assert not list(folder.rglob("*partial*"))
+    resumed = call(run_program.main, [*argv, "--resume_exp", folder.name])
+    assert resumed.code == 0, resumed.err
+    assert strict_json(folder / "results.json")["method"] == "Noise"
+
+
+# ------------------------------------------------------------------------------------------------- eval.py
+
+
+def test_evaluating_what_is_no_run(tmp_path):
+    assert "--exp_path" in call(eval_program.main, ["--method", "Noise"]).refusal
+    argv = ["--method", "Noise", "--exp_path", str(tmp_path)]
+    assert str(tmp_path) in call(eval_program.main, argv).refusal
+
+
+def test_evaluating_damaged_samples(tmp_path):
+    folder = call(run_program.main, arguments("Noise", tmp_path / "exp", "eval=none")).folder
+    (folder / "gen" / "gen.npz").write_bytes(b"PK\x03\x04 cut")
+    argv = ["--method", "Noise", "--exp_path", str(folder)]
+    assert "gen.npz" in call(eval_program.main, argv).refusal
