@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from data.spec import DataSpec, PublicData, Samples
 from models import METHODS
@@ -17,6 +18,8 @@ from utils.runtime import Runtime
 
 # Small sums in many threads are slower, and a fixed number of threads makes their rounding repeat.
 torch.set_num_threads(1)
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
 
 NUM_RECORDS, NUM_CLASSES, RESOLUTION, PUBLIC_CLASSES = 60, 3, 8, 6
 

@@ -1,0 +1,470 @@
+"""Per-example gradients against a slow loop of plain autograd, one example at a time."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from models.diffusion.denoiser import denoise
+from models.nn.unet import UNet
+from opacus_ext.per_example import clip_coefficients, clipped_gradient_sum, per_example_gradients
+from utils.errors import UserError
+
+
+class Flow(nn.Module):
+    """A network from a list of modules and functions, applied in turn."""
+
+    def __init__(self, *steps):
+        super().__init__()
+        self.steps = steps
+        self.layers = nn.ModuleList(step for step in steps if isinstance(step, nn.Module))
+
+    def forward(self, x, labels):
+        for step in self.steps:
+            x = step(x, labels) if isinstance(step, Labelled) else step(x)
+        return x
+
+
+class Labelled(nn.Module):
+    """Adds rows of an embedding, looked up `times` times with the label."""
+
+    def __init__(self, num_classes: int, width: int, times: int):
+        super().__init__()
+        self.embedding, self.times = nn.Embedding(num_classes, width), times
+
+    def forward(self, x, labels):
+        index = torch.stack([labels] + [torch.zeros_like(labels)] * 2 + [labels] * (self.times - 1), 1)
+        return x + self.embedding(index).sum(1)
+
+
+def squared_loss(draws: int = 1):
+    """The mean over `draws` scalings of each image of the mean squared output."""
+
+    def loss(network, images, labels, rng):
+        scales = torch.linspace(0.5, 1.5, draws, dtype=images.dtype).repeat(len(images))
+        rows = images.repeat_interleave(draws, 0)
+        rows = rows * scales.view(-1, *[1] * (rows.dim() - 1))
+        output = network(rows, labels.repeat_interleave(draws))
+        return (output + output.square()).flatten(1).mean(1).view(len(images), draws).mean(1)
+
+    return loss
+
+
+def loop_gradients(network, loss, images, labels):
+    """Name -> (B, *shape), by one ordinary backward pass per example."""
+    rows = []
+    for i in range(len(images)):
+        network.zero_grad()
+        loss(network, images[i : i + 1], labels[i : i + 1], None).sum().backward()
+        rows.append(
+            {
+                name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                for name, p in network.named_parameters()
+                if p.requires_grad
+            }
+        )
+    network.zero_grad(set_to_none=True)
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def loop_clipped_sum(gradients, bound):
+    flat = torch.cat([g.flatten(1) for g in gradients.values()], 1)
+    weights = (bound / flat.norm(dim=1)).clamp(max=1)
+    return {name: torch.einsum("b,b...->...", weights, g) for name, g in gradients.items()}
+
+
+# What each network takes: the shape of one example, and the network.
+NETWORKS = {
+    "linear": ((5,), lambda: Flow(nn.Linear(5, 4), torch.tanh, nn.Linear(4, 3))),
+    "linear without bias": ((5,), lambda: Flow(nn.Linear(5, 4, bias=False), torch.tanh, nn.Linear(4, 3, bias=False))),
+    "linear on tokens": ((6, 5), lambda: Flow(nn.Linear(5, 4), F.silu, nn.Linear(4, 3, bias=False))),
+    "linear on a grid of tokens": ((2, 3, 5), lambda: Flow(nn.Linear(5, 4), F.silu, nn.Linear(4, 3))),
+    "convolution": ((2, 7, 7), lambda: Flow(nn.Conv2d(2, 4, 3), F.silu, nn.Conv2d(4, 3, 3, bias=False))),
+    "convolution, stride and padding": (
+        (2, 8, 8),
+        lambda: Flow(nn.Conv2d(2, 4, 3, 2, 1), F.silu, nn.Conv2d(4, 3, (3, 2), (1, 2), (0, 1))),
+    ),
+    "convolution, stride that leaves pixels over": ((2, 8, 8), lambda: Flow(nn.Conv2d(2, 4, 3, stride=3), F.silu)),
+    "convolution, dilation": ((2, 9, 9), lambda: Flow(nn.Conv2d(2, 4, 3, dilation=2), F.silu, nn.Conv2d(4, 2, 3))),
+    "convolution, groups": (
+        (4, 6, 6),
+        lambda: Flow(nn.Conv2d(4, 6, 3, groups=2, padding=1), F.silu, nn.Conv2d(6, 6, 3, groups=6)),
+    ),
+    "convolution 1x1": ((3, 4, 4), lambda: Flow(nn.Conv2d(3, 4, 1), F.silu, nn.Conv2d(4, 2, 1))),
+    "group norm": ((4, 5, 5), lambda: Flow(nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), F.silu)),
+    "group norm of vectors": ((6,), lambda: Flow(nn.GroupNorm(2, 6), nn.Linear(6, 4), nn.GroupNorm(1, 4))),
+    "layer norm": ((4, 6), lambda: Flow(nn.LayerNorm(6), nn.Linear(6, 5), nn.LayerNorm((4, 5)), torch.tanh)),
+    "layer norm without bias": ((6,), lambda: Flow(nn.LayerNorm(6, bias=False), nn.Linear(6, 2))),
+    "embedding, repeated indices": (
+        (4,),
+        lambda: Flow(Labelled(3, 4, 1), torch.tanh, Labelled(3, 4, 3), nn.Linear(4, 2)),
+    ),
+}  # fmt: skip
+
+
+def build(name: str, dtype=torch.float64, batch: int = 5):
+    shape, make = NETWORKS[name]
+    torch.manual_seed(1)
+    network = make().to(dtype)
+    for parameter in network.parameters():  # also the norms' gains and biases
+        nn.init.normal_(parameter, std=0.5)
+    return network, torch.randn(batch, *shape, dtype=dtype), torch.arange(batch) % 3
+
+
+def assert_same(found, expected, rtol):
+    assert found.keys() == expected.keys()
+    scale = max(
+        g.abs().max().item() for g in expected.values()
+    )  # some are zero but for rounding (biases of keys)
+    for name in expected:
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=rtol, atol=rtol * scale + 1e-12, msg=name
+        )
+
+
+@pytest.mark.parametrize("draws", [1, 4])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_rule_equals_the_slow_loop(name, draws):
+    for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        network, images, labels = build(name, dtype)
+        loss = squared_loss(draws)
+        expected = loop_gradients(network, loss, images, labels)
+        assert all(g.abs().max() > 0 for g in expected.values())
+        assert_same(per_example_gradients(network, loss, images, labels, None), expected, rtol)
+
+
+@pytest.mark.parametrize("bound", [1e-3, 0.7, 1e3])
+def test_the_clipped_sum_equals_the_slow_loop(bound):
+    for name in ("convolution", "embedding, repeated indices"):
+        network, images, labels = build(name, torch.float32)
+        expected = loop_clipped_sum(loop_gradients(network, squared_loss(4), images, labels), bound)
+        assert_same(
+            clipped_gradient_sum(network, squared_loss(4), images, labels, bound, None), expected, 1e-4
+        )
+
+
+class Twice(nn.Module):
+    """One layer used two times, one with its parameter tied to it, and one that nothing uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.tied, self.unused = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.tied.weight = self.layer.weight
+
+    def forward(self, x, labels):
+        return self.tied(torch.tanh(self.layer(torch.tanh(self.layer(x)))))
+
+
+def test_shared_and_unused_parameters():
+    torch.manual_seed(0)
+    network, images, labels = Twice(), torch.randn(3, 4), torch.zeros(3, dtype=torch.int64)
+    expected = loop_gradients(network, squared_loss(), images, labels)
+    found = per_example_gradients(network, squared_loss(), images, labels, None)
+    assert_same(found, expected, 1e-4)
+    assert not found["unused.weight"].any()
+    bound = 0.01  # the norm must be that of the whole gradient of a parameter, not of its parts
+    total = clipped_gradient_sum(network, squared_loss(), images[:1], labels[:1], bound, None)
+    norm = torch.cat([g.flatten() for g in total.values()]).norm().item()
+    assert norm == pytest.approx(bound, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "frozen", [["layers.0.weight", "layers.0.bias"], ["layers.0.weight"], ["layers.1.bias"]]
+)
+def test_frozen_parameters_get_no_gradient_and_stay_frozen(frozen):
+    network, images, labels = build("linear on tokens")
+    if "layers.1.bias" in frozen:
+        network, images, labels = build("convolution, groups")
+    parameters = dict(network.named_parameters())
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    expected = loop_gradients(network, squared_loss(4), images, labels)
+    found = per_example_gradients(network, squared_loss(4), images, labels, None)
+    assert not set(frozen) & set(found)
+    assert_same(found, expected, 1e-9)
+    assert [name for name, p in parameters.items() if not p.requires_grad] == frozen
+
+
+def test_the_network_is_left_as_it_was():
+    network, images, labels = build("convolution", torch.float32)
+    before = copy.deepcopy(network.state_dict())
+    clipped_gradient_sum(network, squared_loss(), images, labels, 1.0, None)
+
+    def broken(network, images, labels, rng):
+        network(images, labels)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        clipped_gradient_sum(network, broken, images, labels, 1.0, None)
+    assert all(p.requires_grad and p.grad is None for p in network.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert not any(module._forward_hooks for module in network.modules())
+    ordinary = loop_gradients(network, squared_loss(), images, labels)  # and ordinary training still works
+    assert all(g.abs().max() > 0 for g in ordinary.values())
+
+
+def test_an_example_that_is_not_finite_contributes_nothing():
+    network, images, labels = build("convolution", torch.float32)
+    expected = clipped_gradient_sum(network, squared_loss(), images[2:], labels[2:], 1.0, None)
+    for bad in (math.nan, math.inf, 1e38):
+        spoilt = images.clone()
+        spoilt[0, 0, 0, 0] = bad
+        spoilt[1] = -bad
+        found = clipped_gradient_sum(network, squared_loss(), spoilt, labels, 1.0, None)
+        assert_same(found, expected, 1e-5)
+
+
+def test_no_example_is_a_zero_sum():
+    network, images, labels = build("convolution", torch.float32)
+    total = clipped_gradient_sum(network, squared_loss(), images[:0], labels[:0], 1.0, None)
+    assert total.keys() == dict(network.named_parameters()).keys()
+    assert all(
+        not value.any() and value.shape == network.get_parameter(name).shape for name, value in total.items()
+    )
+
+
+def test_a_layer_without_a_rule_is_refused_by_name():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return x * self.scale
+
+    network = Flow(nn.Linear(4, 4), Scaled())
+    with pytest.raises(
+        UserError, match=r"no per-example gradient rule for Scaled at 'layers.1'; known: Linear"
+    ):
+        per_example_gradients(network, squared_loss(), torch.zeros(2, 4), torch.zeros(2).long(), None)
+    network.layers[1].scale.requires_grad_(False)
+    per_example_gradients(network, squared_loss(), torch.zeros(2, 4), torch.zeros(2).long(), None)
+
+
+def test_subclasses_of_known_layers_are_refused():
+    """Their forward may do anything."""
+
+    class Odd(nn.Linear):
+        pass
+
+    with pytest.raises(UserError, match="no per-example gradient rule for Odd"):
+        per_example_gradients(Flow(Odd(4, 4)), squared_loss(), torch.zeros(2, 4), torch.zeros(2).long(), None)
+
+
+def test_clip_coefficients_are_joint_over_all_tensors():
+    gradients = {
+        "a": torch.tensor([[3.0], [0.3], [0.0], [math.nan]]),
+        "b": torch.tensor([[4.0], [0.4], [0.0], [0.0]]),
+    }
+    assert clip_coefficients(gradients, 1.0).tolist() == pytest.approx([0.2, 1.0, 0.0, 0.0])
+
+
+# ------------------------------------------------------------------------------------------ sensitivity
+
+LAYERS = st.lists(
+    st.sampled_from(["linear", "conv", "conv-stride", "norm", "twice", "label"]), min_size=1, max_size=5
+)
+
+
+def random_network(kinds: list[str], seed: int):
+    torch.manual_seed(seed)
+    twice = nn.Conv2d(4, 4, 3, padding=1)
+    made = {
+        "linear": lambda: [lambda h: h.transpose(1, 3), nn.Linear(4, 4), lambda h: h.transpose(1, 3)],
+        "conv": lambda: [nn.Conv2d(4, 4, 3, padding=1), F.silu],
+        "conv-stride": lambda: [nn.Conv2d(4, 4, 2, stride=2, padding=1)],
+        "norm": lambda: [nn.GroupNorm(2, 4)],
+        "twice": lambda: [twice, torch.tanh, twice],
+        "label": lambda: [LabelledMap(3, 4)],
+    }
+    steps = [step for kind in kinds for step in made[kind]()]
+    return Flow(nn.Conv2d(1, 4, 3, padding=1), *steps)
+
+
+class LabelledMap(Labelled):
+    def __init__(self, num_classes, width):
+        super().__init__(num_classes, width, 2)
+
+    def forward(self, x, labels):
+        return x + self.embedding(torch.stack([labels, labels], 1)).sum(1)[:, :, None, None]
+
+
+@settings(max_examples=40)
+@given(LAYERS, st.integers(0, 1000), st.sampled_from([1, 3]), st.sampled_from([1e-3, 0.1, 10.0]))
+def test_random_networks_equal_the_loop_and_a_record_moves_the_sum_by_at_most_the_bound(
+    kinds, seed, draws, bound
+):
+    network = random_network(kinds, seed)
+    images, labels = torch.randn(4, 1, 6, 6), torch.tensor([0, 2, 1, 2])
+    loss = squared_loss(draws)
+    expected = loop_clipped_sum(loop_gradients(network, loss, images, labels), bound)
+    whole = clipped_gradient_sum(network, loss, images, labels, bound, None)
+    assert_same(whole, expected, 2e-3)
+    rest = clipped_gradient_sum(network, loss, images[1:], labels[1:], bound, None)
+    moved = torch.cat([(whole[name] - rest[name]).flatten() for name in whole]).norm().item()
+    assert moved <= bound * (1 + 1e-4)
+
+
+class Positions(nn.Module):
+    """A table of positions that all examples share: its gradient belongs to no single example."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(4, 3), nn.Linear(3, 1)
+
+    def forward(self, x, labels):
+        return self.head(torch.tanh(x + self.table(torch.arange(4)))).flatten(1)
+
+
+class Transposed(nn.Module):
+    """Tokens first, examples second, as recurrent networks like it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x, labels):
+        return torch.tanh(self.layer(x.transpose(0, 1))).transpose(0, 1).flatten(1)
+
+
+class Centred(nn.Module):
+    """Subtracts the mean of the batch, without any module that says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x, labels):
+        return torch.tanh(self.layer(x - x.mean(0))).flatten(1)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="nothing checks that a layer's rows belong to one example each: a record then moves the sum by more than C",
+)
+@pytest.mark.parametrize("kind", [Positions, Transposed, Centred])
+def test_networks_that_mix_examples_are_refused_or_handled(kind):
+    torch.manual_seed(0)
+    network, bound = kind(), 1e-3
+    images = torch.randn(4, 4, 3)
+    images[0] *= 50
+    labels = torch.zeros(4, dtype=torch.int64)
+    try:
+        whole = clipped_gradient_sum(network, squared_loss(), images, labels, bound, None)
+        rest = clipped_gradient_sum(network, squared_loss(), images[[1, 1, 2, 3]], labels, bound, None)
+    except UserError:
+        return
+    # Replacing one record moves a sum by at most 2 C.
+    moved = torch.cat([(whole[name] - rest[name]).flatten() for name in whole]).norm().item()
+    assert moved <= 2 * bound * (1 + 1e-4)
+
+
+class StopGradient(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, labels):
+        with torch.no_grad():
+            target = self.layer(x)
+        return self.layer(x) * target
+
+
+class Padded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(3, 4, padding_idx=0)
+
+    def forward(self, x, labels):
+        return torch.tanh(x + self.table(labels))
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, labels):
+        h = self.first(x) * 1.0
+        out = self.second(h)
+        h.mul_(3.0)
+        return out
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
+        for kind, reason in [
+            (StopGradient, "a layer run under no_grad gets a gradient all the same"),
+            (Padded, "Embedding.padding_idx is ignored: the padding row is trained"),
+            (InPlace, "an input changed in place after the layer gives a wrong gradient instead of an error"),
+        ]
+    ],
+)
+def test_uncommon_uses_equal_the_loop_or_raise(kind):
+    torch.manual_seed(0)
+    network, images, labels = kind().double(), torch.randn(3, 4).double(), torch.tensor([0, 1, 2])
+    try:
+        found = per_example_gradients(network, squared_loss(), images, labels, None)
+    except (UserError, RuntimeError):
+        return
+    if kind is InPlace:
+        expected = loop_gradients_of_copy(network, images, labels)
+    else:
+        expected = loop_gradients(network, squared_loss(), images, labels)
+    assert_same(found, expected, 1e-9)
+
+
+def loop_gradients_of_copy(network, images, labels):
+    """Autograd refuses InPlace; what it would have given without the change."""
+    plain = Flow(network.first, network.second)
+    found = loop_gradients(plain, squared_loss(), images, labels)
+    return {name.replace("layers.0", "first").replace("layers.1", "second"): g for name, g in found.items()}
+
+
+# ------------------------------------------------------------------------------------------ the networks in use
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "ch_mult", "attention", "draws"),
+    [(28, 1, [2, 2], [14], 1), (28, 1, [2, 2], [14], 4), (32, 3, [2, 4], [16], 1)],
+)
+def test_the_published_unets_equal_the_slow_loop(size, channels, ch_mult, attention, draws):
+    torch.manual_seed(0)
+    network = UNet(
+        image_size=size, channels=channels, label_dim=10, nf=32, ch_mult=ch_mult, attn_resolutions=attention
+    )
+    for name, parameter in network.named_parameters():
+        if parameter.abs().max() < 1e-4:  # layers that start at nothing would hide what lies behind them
+            nn.init.normal_(parameter, std=0.05)
+        assert parameter.requires_grad, name
+    images, labels = torch.rand(2, channels, size, size) * 2 - 1, torch.tensor([3, 7])
+    loss = denoising_loss(draws)
+    expected = loop_gradients(network, loss, images, labels)
+    found = per_example_gradients(network, loss, images, labels, None)
+    assert_same(found, expected, 1e-3)
+    total = clipped_gradient_sum(network, loss, images, labels, 1e-3, None)
+    assert_same(total, loop_clipped_sum(expected, 1e-3), 1e-3)
+
+
+def denoising_loss(draws: int):
+    """An EDM loss in which an example's draws depend on the example, not on its place in the batch."""
+
+    def loss(network, images, labels, rng):
+        generators = [torch.Generator().manual_seed(int(label)) for label in labels]
+        shape = (draws, *images.shape[1:])
+        noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+        sigma = torch.cat([torch.rand(draws, generator=generator) + 0.1 for generator in generators])
+        clean = images.repeat_interleave(draws, 0)
+        noisy = clean + noise * sigma[:, None, None, None]
+        error = denoise(network, noisy, sigma, labels.repeat_interleave(draws)) - clean
+        return error.square().flatten(1).mean(1).view(len(images), draws).mean(1)
+
+    return loss
