@@ -65,11 +65,16 @@ def _strict(value: object) -> object:
 
 def create(exp_root: Path, method: str, data_name: str, epsilon: float, description: str) -> Path:
     """Make exp/<method>/<data>_eps<epsilon><description>-<time>/ and return it; never an existing folder."""
-    if re.search(r"[/\\\0]", description):
-        raise UserError(f"--exp_description: '{description}' must not contain a path separator")
-    stem = f"{data_name}_eps{float(epsilon)}{description}-{datetime.now():%Y-%m-%d-%H-%M-%S}"
+    return new_folder(exp_root, method.lower(), f"{data_name}_eps{float(epsilon)}{description}")
+
+
+def new_folder(exp_root: Path, group: str, name: str) -> Path:
+    """Make <exp_root>/<group>/<name>-<time>/ and return it; never an existing folder."""
+    if re.search(r"[/\\\0]", name):
+        raise UserError(f"--exp_description: '{name}' must not contain a path separator")
+    stem = f"{name}-{datetime.now():%Y-%m-%d-%H-%M-%S}"
     for attempt in range(100):
-        folder = exp_root / method.lower() / (stem if attempt == 0 else f"{stem}-{attempt}")
+        folder = exp_root / group / (stem if attempt == 0 else f"{stem}-{attempt}")
         try:
             folder.mkdir(parents=True)
         except FileExistsError:

@@ -1,0 +1,93 @@
+"""Gather the results of all runs in one table: python scripts/collect.py --exp_root exp
+
+Writes <exp_root>/table.csv, one row per finished run and one column per metric. Collecting again replaces the rows of
+the runs that are there and keeps the rows of runs whose folder has gone. What is left out is listed on stderr.
+"""
+
+import argparse
+import csv
+import io
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.errors import UserError
+from utils.run_dir import CONFIG, RESULTS, read_json, write_text
+
+FACTS = (
+    "method", "data", "epsilon", "delta", "private", "spent_epsilon", "selection_epsilon", "noise_seeded", "seed",
+    "preset", "preset_tier", "borrowed", "git",
+)  # fmt: skip
+RUN = "run"  # the run's folder, relative to exp_root: the key of a row
+UNREADABLE = 1  # exit code: the table is written, but some results are damaged
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--exp_root", type=Path, default=Path("exp"), metavar="DIR", help="default: exp")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the table (default: <exp_root>/table.csv)"
+    )
+    arguments = parser.parse_args(argv)
+    output = arguments.output or arguments.exp_root / "table.csv"
+    try:
+        rows, damaged = collect(arguments.exp_root)
+        kept = [row for row in read_table(output) if row[RUN] not in {found[RUN] for found in rows}]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for folder in unfinished(arguments.exp_root):
+        print(f"unfinished: {folder}", file=sys.stderr)
+    for path, reason in damaged:
+        print(f"unreadable: {path}: {reason}", file=sys.stderr)
+    for row in kept:
+        print(f"kept from the table, its folder is not there: {row[RUN]}", file=sys.stderr)
+    write_text(output, as_csv(sorted(kept + rows, key=lambda row: row[RUN])))
+    print(f"{output}: {len(kept) + len(rows)} runs")
+    return UNREADABLE if damaged else 0
+
+
+def collect(exp_root: Path) -> tuple[list[dict], list[tuple[Path, str]]]:
+    """Rows of all finished runs, and (file, reason) of what cannot be read."""
+    if not exp_root.is_dir():
+        raise UserError(f"--exp_root: {exp_root} is not a folder; give the folder of the runs")
+    rows, damaged = [], []
+    for path in sorted(exp_root.rglob(RESULTS)):
+        try:
+            results = read_json(path)
+            facts = {name: results.get(name) for name in FACTS}
+            rows.append({**facts, RUN: path.parent.relative_to(exp_root).as_posix(), **results["metrics"]})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            damaged.append((path, f"{type(error).__name__}: {error}"))
+    return rows, damaged
+
+
+def unfinished(exp_root: Path) -> list[Path]:
+    """Folders of runs without results: running, stopped, or pretraining alone."""
+    return sorted(path.parent for path in exp_root.rglob(CONFIG) if not path.with_name(RESULTS).exists())
+
+
+def read_table(path: Path) -> list[dict]:
+    """The rows of an earlier table; none if there is no table."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        table = csv.DictReader(file)
+        if RUN not in (table.fieldnames or []):
+            raise UserError(f"{path}: not a table of runs (it has no column '{RUN}'); move it away")
+        return list(table)
+
+
+def as_csv(rows: list[dict]) -> str:
+    """Facts first, then the metrics in order of their names; what a run lacks stays empty."""
+    metrics = sorted({name for row in rows for name in row} - {*FACTS, RUN})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*FACTS, RUN, *metrics], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

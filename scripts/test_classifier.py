@@ -1,0 +1,82 @@
+"""Accuracy of the configured classifiers when they are trained on the real images: what no private run can pass.
+
+    python scripts/test_classifier.py --method PDP-Diffusion --data_name mnist_28 --epsilon 10.0 -ed no-dp-mnist_28
+
+Takes the flags and settings of run.py, so that the classifiers are those of the runs it is compared with; --method and
+--epsilon change nothing else. The result is NOT private: it is computed from the training images without noise.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models import METHODS
+from utils.config import Config, format_config, load_config
+from utils.errors import UserError
+from utils.log import also_to, to_terminal
+from utils.runtime import log
+
+GROUP = "real"  # folder below exp_root, and the method's name in results.json
+
+
+def main(argv: list[str]) -> int:
+    to_terminal()
+    try:
+        config = non_private(load_config(argv, METHODS))
+        if config.print_config:
+            print(format_config(config))
+            return 0
+        return measure(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def non_private(config: Config) -> Config:
+    """The configuration of the upper bound: accuracy alone, chosen without private validation images."""
+    if config.resume is not None:
+        raise UserError(f"--resume_exp: {config.resume} is not allowed here; start again")
+    judged = dataclasses.replace(config.eval, mode="syn", metrics=["accuracy"])
+    return dataclasses.replace(
+        config, method=GROUP, epsilon=math.inf, preset_tier=None, borrowed=False, eval=judged
+    )
+
+
+def measure(config: Config) -> int:
+    """Train on the real training images, test on the real test images, write results.json; the exit code."""
+    from data.sensitive import load_sensitive, spec_of
+    from evaluation.evaluator import Evaluator
+    from utils.device import prepare_device
+    from utils.results import write_results
+    from utils.run_dir import new_folder
+
+    spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
+    evaluator = Evaluator(config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed)
+    for line in (*config.notes, *lines):
+        log.info(line)
+    names = ", ".join(config.eval.classifiers)
+    log.info(
+        f"{names} on {spec.num_train:,} real training images of {spec.name}, recipe {config.eval.recipe}"
+    )
+    if config.dry_run:
+        return 0
+    sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
+    folder = new_folder(config.exp_root, GROUP, "-".join(filter(None, (spec.name, config.description))))
+    also_to(folder / "stdout.txt")
+    start = time.perf_counter()
+    report = evaluator.evaluate(sensitive.train, train=sensitive.train, test=sensitive.test, select=None)
+    without_privacy = {
+        "budget": {"delta": None}, "private": False, "spent": math.inf, "selection": [], "noise_seeded": False
+    }  # fmt: skip
+    write_results(folder, config, without_privacy, report, {"evaluate": time.perf_counter() - start})
+    log.info(f"\n{report.table()}\n\nNOT private: the classifiers were trained on the private images")
+    log.info(f"run folder: {folder}")
+    return 3 if report.missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,156 @@
+"""The scripts around run.py: the upper bound on real images, the table of all runs, and the grid."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_runs import ROOT, arguments, call, data_root, strict_json
+
+import run as run_program
+from scripts import collect, test_classifier
+from utils.run_dir import write_json
+
+
+def write_run(folder: Path, metrics: dict, **facts) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed: 0\n")
+    write_json(folder / "results.json", {"method": "Noise", "epsilon": 10.0, "metrics": metrics, **facts})
+
+
+def table(path: Path) -> dict[str, dict]:
+    with path.open(newline="") as file:
+        return {row["run"]: row for row in csv.DictReader(file)}
+
+
+# ------------------------------------------------------------------------------------------------- test_classifier
+
+
+def test_the_upper_bound_is_high_and_stamped_non_private(tmp_path):
+    argv = ["--method", "PDP-Diffusion", "--data_name", "digits_8", "--epsilon", "10.0", "-ed", "no-dp"]
+    more = ["--exp_root", str(tmp_path), "--data_root", str(data_root())]
+    outcome = call(test_classifier.main, [*argv, *more])
+    assert outcome.code == 0, outcome.err
+    assert outcome.folder.parent == tmp_path / "real"
+    assert outcome.folder.name.startswith("digits_8-no-dp-")
+    results = strict_json(outcome.folder / "results.json")
+    assert results["metrics"]["accuracy/mean/syn_val"] > 90
+    assert {name.split("/")[0] for name in results["metrics"]} == {"accuracy"}
+    assert (results["method"], results["epsilon"], results["spent_epsilon"]) == ("real", "inf", "inf")
+    assert results["private"] is False and "NOT private" in outcome.out
+
+
+def test_the_published_command_composes(tmp_path):
+    argv = [
+        "--method",
+        "PDP-Diffusion",
+        "--data_name",
+        "mnist_28",
+        "--epsilon",
+        "10.0",
+        "-ed",
+        "no-dp-mnist_28",
+    ]
+    outcome = call(test_classifier.main, [*argv, "--exp_root", str(tmp_path / "exp"), "--dry_run"])
+    assert outcome.code == 0, outcome.err
+    assert "60,000 real training images" in outcome.out
+    assert not (tmp_path / "exp").exists()
+
+
+def test_the_upper_bound_refuses_in_one_line(tmp_path):
+    argv = ["--exp_root", str(tmp_path / "exp"), "eval.classifiers=[wrm]"]
+    assert "wrm" in call(test_classifier.main, argv).refusal
+    assert not (tmp_path / "exp").exists()
+
+
+# ------------------------------------------------------------------------------------------------- collect
+
+
+def test_collect_makes_one_row_per_run(tmp_path):
+    write_run(tmp_path / "noise/a", {"fid/inception": 3.0}, spent_epsilon=float("inf"), borrowed=True)
+    write_run(tmp_path / "dpdm/b", {"accuracy/mean/syn_val": 81.25}, method="DPDM")
+    outcome = call(collect.main, ["--exp_root", str(tmp_path)])
+    assert (outcome.code, outcome.err) == (0, "")
+    rows = table(tmp_path / "table.csv")
+    assert set(rows) == {"noise/a", "dpdm/b"}
+    assert rows["noise/a"]["fid/inception"] == "3.0" and rows["noise/a"]["accuracy/mean/syn_val"] == ""
+    assert rows["noise/a"]["spent_epsilon"] == "inf" and rows["noise/a"]["borrowed"] == "True"
+    assert float(rows["dpdm/b"]["accuracy/mean/syn_val"]) == 81.25
+
+
+def test_collect_lists_what_it_leaves_out(tmp_path):
+    write_run(tmp_path / "noise/whole", {})
+    write_run(tmp_path / "noise/cut", {})
+    (tmp_path / "noise/cut/results.json").write_text('{"method": ')
+    write_run(tmp_path / "noise/list", {})
+    (tmp_path / "noise/list/results.json").write_text("[]")
+    write_run(tmp_path / "noise/running", {})
+    (tmp_path / "noise/running/results.json").unlink()
+    outcome = call(collect.main, ["--exp_root", str(tmp_path)])
+    assert outcome.code == 1
+    assert set(table(tmp_path / "table.csv")) == {"noise/whole"}
+    assert f"unreadable: {tmp_path / 'noise/cut/results.json'}" in outcome.err
+    assert f"unreadable: {tmp_path / 'noise/list/results.json'}" in outcome.err
+    assert f"unfinished: {tmp_path / 'noise/running'}" in outcome.err
+
+
+def test_collecting_again_replaces_and_keeps(tmp_path):
+    write_run(tmp_path / "noise/a", {"fid/inception": 3.0})
+    write_run(tmp_path / "noise/b", {"is/inception": 2.0})
+    call(collect.main, ["--exp_root", str(tmp_path)])
+    (tmp_path / "noise/b").rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    write_json(tmp_path / "noise/a/results.json", {"metrics": {"fid/inception": 4.0}})
+    outcome = call(collect.main, ["--exp_root", str(tmp_path)])
+    rows = table(tmp_path / "table.csv")
+    assert rows["noise/a"]["fid/inception"] == "4.0"
+    assert rows["noise/b"]["is/inception"] == "2.0"
+    assert "noise/b" in outcome.err
+
+
+def test_collect_does_not_overwrite_another_table(tmp_path):
+    (tmp_path / "table.csv").write_text("name,age\nada,36\n")
+    refusal = call(collect.main, ["--exp_root", str(tmp_path)]).refusal
+    assert "table.csv" in refusal
+    assert (tmp_path / "table.csv").read_text() == "name,age\nada,36\n"
+
+
+def test_collect_reads_what_run_writes(tmp_path):
+    outcome = call(run_program.main, arguments("Noise", tmp_path, "eval.metrics=[fid]"))
+    call(collect.main, ["--exp_root", str(tmp_path)])
+    row = table(tmp_path / "table.csv")[f"noise/{outcome.folder.name}"]
+    assert all(row[name] for name in ("method", "data", "epsilon", "delta", "spent_epsilon", "seed", "git"))
+    assert float(row["fid/random_conv"]) > 0
+
+
+# ------------------------------------------------------------------------------------------------- rq1.sh
+
+
+@pytest.fixture()
+def grid(tmp_path):
+    """Runs rq1.sh on tiny cells; returns (exit code, stdout, stderr)."""
+
+    def launch(**variables: str) -> tuple[int, str, str]:
+        defaults = {
+            "PYTHON": sys.executable, "METHODS": "Noise", "DATA": "digits_8", "EPSILONS": "10", "NAME": "grid",
+            "SETTINGS": "eval=none gen.data_num=100", "EXP_ROOT": str(tmp_path), "DPIB_DATA_ROOT": str(data_root()),
+        }  # fmt: skip
+        environment = {**os.environ, **defaults, **variables}
+        done = subprocess.run(
+            ["bash", str(ROOT / "scripts/rq1.sh")], env=environment, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return launch
+
+
+def test_the_grid_goes_on_after_a_failed_cell_and_skips_what_is_done(grid, tmp_path):
+    code, out, err = grid(METHODS="Nonsense Noise")
+    assert code == 1
+    assert "failed: Nonsense digits_8 epsilon 10 (exit code 2)" in err
+    assert [row["method"] for row in table(tmp_path / "table.csv").values()] == ["Noise"]
+    code, out, err = grid(METHODS="Noise")
+    assert code == 0, err
+    assert "done already: Noise digits_8 epsilon 10" in out
+    assert len(list(tmp_path.glob("noise/*"))) == 1
