@@ -1,0 +1,272 @@
+"""What a run leaves on disk: whole files or none, folders that never collide, state that comes back as it was."""
+
+import dataclasses
+import errno
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from data.samples_file import read_samples, write_samples
+from data.spec import Samples
+from evaluation.report import Report
+from opacus_ext.accounting import Release
+from opacus_ext.ledger import Budget, Ledger
+from utils import run_dir
+from utils.checkpoints import Checkpoints, read
+from utils.environment import require_same_config
+from utils.errors import UserError
+from utils.results import write_privacy, write_results
+from utils.run_dir import atomic, create, discard_unstarted, find, read_json, write_json, write_text
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    write_text(path, "before")
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "before"
+    assert [file.name for file in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_full_disk_keeps_the_file_and_leaves_no_part(tmp_path, monkeypatch):
+    path = tmp_path / "file.txt"
+    write_text(path, "before")
+
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_dir.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "after")
+    assert path.read_text() == "before"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_json_is_strict_and_comes_back(tmp_path):
+    value = {"a": [1, 2.5, math.inf, None, True], "b": {"c": -math.inf, "path": tmp_path}, "text": "infinite"}
+    write_json(tmp_path / "file.json", value)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    json.loads((tmp_path / "file.json").read_text(), parse_constant=refuse)
+    value["b"]["path"] = str(tmp_path)
+    assert read_json(tmp_path / "file.json") == value
+
+
+# ------------------------------------------------------------------------------------------------- folders
+
+
+def test_folders_of_the_same_second_do_not_collide(tmp_path):
+    folders = {create(tmp_path, "DP-MERF", "mnist_28", 10, "-trial") for _ in range(5)}
+    assert len(folders) == 5
+    for folder in folders:
+        assert folder.parent == tmp_path / "dp-merf"
+        assert folder.name.startswith("mnist_28_eps10.0-trial-20")
+
+
+def test_a_run_is_found_by_name_and_by_path(tmp_path):
+    folder = create(tmp_path, "Noise", "digits_8", 1.0, "")
+    with pytest.raises(UserError, match="no run"):
+        find(tmp_path, "Noise", folder.name)  # nothing says that it is a run
+    write_text(folder / "config.yaml", "seed: 0\n")
+    assert find(tmp_path, "Noise", folder.name) == find(tmp_path, "DPDM", str(folder)) == folder
+    for name in ("nowhere", ".", ""):
+        with pytest.raises(UserError, match=folder.name):
+            find(tmp_path, "Noise", name)
+
+
+def test_only_a_folder_without_checkpoints_is_discarded(tmp_path):
+    started, unstarted = tmp_path / "started", tmp_path / "unstarted"
+    write_text(started / "train/checkpoints/snapshot_checkpoint.pth", "x")
+    write_text(unstarted / "config.yaml", "x")
+    assert not discard_unstarted(started) and started.exists()
+    assert discard_unstarted(unstarted) and not unstarted.exists()
+
+
+@dataclasses.dataclass
+class FakeConfig:
+    snapshot: dict
+
+
+def test_resuming_compares_everything_but_hardware_and_evaluation(tmp_path):
+    write_text(
+        tmp_path / "config.yaml",
+        "seed: 0\nsetup: {device: cpu}\neval: {mode: syn, num_val: 5}\nprivacy: {epsilon: .inf, delta: null}\n",
+    )
+
+    def snapshot(**changes) -> FakeConfig:
+        values = {
+            "seed": 0,
+            "setup": {"device": "cpu"},
+            "eval": {"mode": "syn", "num_val": 5},
+            "privacy": {"epsilon": math.inf, "delta": None},
+        }
+        return FakeConfig({**values, **changes})
+
+    require_same_config(tmp_path, snapshot())
+    require_same_config(tmp_path, snapshot(setup={"device": "cuda"}, eval={"mode": "syn", "num_val": 9}))
+    for changes, key in (
+        ({"seed": 1}, "seed=1"),
+        ({"eval": {"mode": "val", "num_val": 5}}, "eval.mode=val"),
+        ({"privacy": {"epsilon": 1.0, "delta": None}}, "privacy.epsilon=1.0"),
+        ({"train": {"lr": 0.1}}, "train.lr=0.1"),
+    ):
+        with pytest.raises(UserError, match=key):
+            require_same_config(tmp_path, snapshot(**changes))
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+class Counter:
+    """A synthesizer as far as checkpoints are concerned."""
+
+    def __init__(self) -> None:
+        self.weights = torch.zeros(3)
+
+    def state_dict(self) -> dict:
+        return {"weights": self.weights}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.weights = state["weights"]
+
+
+def new_checkpoints(folder) -> Checkpoints:
+    ledger = Ledger(Budget(math.inf, 1e-5))
+    ledger.adopt([Release("query", 1.0, num_steps=5)])
+    return Checkpoints(folder, "Counter", Counter(), ledger)
+
+
+def test_the_furthest_checkpoint_is_restored_with_its_ledger(tmp_path):
+    first = new_checkpoints(tmp_path)
+    assert first.restore() is None and not first.finished("pretrain")
+    order = [("pretrain", "snapshot"), ("pretrain", "final"), ("train", "snapshot"), ("train", "final")]
+    for number, (stage, kind) in enumerate(order, start=1):
+        first.synthesizer.weights = torch.full((3,), float(number))
+        first.ledger.book("query")
+        first.save(stage, kind)
+        again = new_checkpoints(tmp_path)
+        assert again.restore() == f"{stage} ({kind})"
+        assert again.synthesizer.weights.tolist() == [number] * 3
+        assert again.ledger.executed("query") == number
+        assert again.finished(stage) == (kind == "final")
+
+
+def test_another_plan_is_refused_before_anything_is_loaded(tmp_path):
+    new_checkpoints(tmp_path).save("train", "final")
+    other = new_checkpoints(tmp_path)
+    other.ledger = Ledger(Budget(math.inf, 1e-5))
+    other.ledger.adopt([Release("query", 1.0, num_steps=6)])
+    other.synthesizer.weights = torch.ones(3)
+    with pytest.raises(UserError, match="same configuration"):
+        other.restore()
+    assert other.synthesizer.weights.tolist() == [1.0] * 3
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (write_text, (tmp_path / "harm", "done"))
+
+    torch.save({"state": Harmful()}, tmp_path / "harmful.pth")
+    with pytest.raises(UserError, match=r"harmful\.pth"):
+        read(str(tmp_path / "harmful.pth"))
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_file_of_other_content_is_not_a_checkpoint(tmp_path):
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="not a checkpoint of this toolkit"):
+        read(str(tmp_path / "other.pth"))
+
+
+# ------------------------------------------------------------------------------------------------- samples
+
+
+def test_samples_come_back(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (6, 3, 4, 4), dtype=np.uint8)
+    samples = Samples(images, np.arange(6, dtype=np.int64))
+    write_samples(tmp_path / "gen" / "gen.npz", samples)
+    again = read_samples(tmp_path / "gen" / "gen.npz")
+    assert np.array_equal(again.images, images) and np.array_equal(again.labels, samples.labels)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"x": np.zeros((2, 1, 4, 4), np.uint8)},
+        {"x": np.zeros((2, 4, 4), np.uint8), "y": np.zeros(2)},
+        {"x": np.zeros((2, 1, 4, 4), np.float32), "y": np.zeros(2)},
+        {"x": np.zeros((2, 1, 4, 4), np.uint8), "y": np.zeros(3)},
+        {"x": np.array([{}, {}]), "y": np.zeros(2)},
+    ],
+)
+def test_other_arrays_are_no_samples(tmp_path, arrays):
+    np.savez(tmp_path / "gen.npz", **arrays)
+    with pytest.raises(UserError, match=r"gen\.npz"):
+        read_samples(tmp_path / "gen.npz")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"text"])
+def test_damaged_samples_are_named(tmp_path, content):
+    (tmp_path / "gen.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"gen\.npz"):
+        read_samples(tmp_path / "gen.npz")
+
+
+# ------------------------------------------------------------------------------------------------- results
+
+
+@dataclasses.dataclass
+class Evaluation:
+    mode: str = "syn"
+
+
+@dataclasses.dataclass
+class RunConfig:
+    method: str = "Noise"
+    data_name: str = "digits_8"
+    epsilon: float = math.inf
+    seed: int = 3
+    preset: str = "quick"
+    preset_tier: int = 10
+    borrowed: bool = True
+    eval: Evaluation = dataclasses.field(default_factory=Evaluation)
+
+
+TRAINING = {
+    "budget": {"epsilon": math.inf, "delta": 1e-5},
+    "private": False,
+    "spent": math.inf,
+    "noise_seeded": False,
+}
+
+
+def test_selections_add_up_in_privacy_json(tmp_path):
+    write_privacy(tmp_path, TRAINING)
+    for number in (1, 2):
+        privacy = write_privacy(tmp_path, read_json(tmp_path / "privacy.json"), {"spent": 0.5})
+        assert [choice["spent"] for choice in privacy["selection"]] == [0.5] * number
+    assert write_privacy(tmp_path, TRAINING)["selection"] == [{"spent": 0.5}] * 2
+    assert read_json(tmp_path / "privacy.json")["spent"] == math.inf
+
+
+def test_judging_again_replaces_metrics_and_keeps_the_training(tmp_path):
+    privacy = {**TRAINING, "selection": [{"spent": 0.5}, {"spent": 0.25}]}
+    write_results(tmp_path, RunConfig(), privacy, Report({"fid/a": 1.0}, {"fid/a": {}}, {}), {"train": 5.123})
+    again = RunConfig(seed=9, preset="paper", borrowed=False)
+    write_results(tmp_path, again, privacy, Report({"fid/b": 2.0}, {"fid/b": {}}, {}), {"evaluate": 1.0})
+    results = read_json(tmp_path / "results.json")
+    assert results["metrics"] == {"fid/b": 2.0}
+    assert (results["seed"], results["preset"], results["borrowed"]) == (3, "quick", True)
+    assert results["evaluation"] == {"mode": "syn", "seed": 9}
+    assert results["timing"] == {"train": 5.12, "evaluate": 1.0}
+    assert results["epsilon"] == results["spent_epsilon"] == math.inf
+    assert results["selection_epsilon"] == 0.75
