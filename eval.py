@@ -56,6 +56,9 @@ def evaluate(config: Config) -> int:
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
     for line in (*config.notes, *lines):
         log.info(line)
+    if config.dry_run:
+        log.info(f"{len(samples):,} samples of {folder} would be judged by {', '.join(config.eval.metrics)}")
+        return 0
     runtime = Runtime(prepare_device(config.setup), config.seed, folder, config.data_root / ".cache")
     also_to(folder / "stdout.txt")
     sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)

@@ -122,7 +122,7 @@ class PrivateData:
             "assumptions": [
                 f"the number of records, {self.spec.num_train}, is public",
                 f"the image size and the {self.spec.num_classes} classes are public",
-                "hyperparameters were not chosen on these records",
+                "the hyperparameters: choosing them by looking at these records is not accounted for",
             ],
             "noise_seeded": self._noise.seeded,
             "revealed": list(self._revealed),

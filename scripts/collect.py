@@ -23,13 +23,17 @@ RUN = "run"  # the run's folder, relative to exp_root: the key of a row
 UNREADABLE = 1  # exit code: the table is written, but some results are damaged
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--exp_root", type=Path, default=Path("exp"), metavar="DIR", help="default: exp")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="the table (default: <exp_root>/table.csv)"
     )
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
     output = arguments.output or arguments.exp_root / "table.csv"
     try:
         rows, damaged = collect(arguments.exp_root)

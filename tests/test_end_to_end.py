@@ -146,6 +146,15 @@ def test_choosing_a_classifier_is_booked_and_adds_up(finished):
     assert set(results["timing"]) > {"train", "evaluate"}
 
 
+def test_a_dry_run_of_judging_asks_nothing(finished):
+    folder = finished["PrivImage"].folder
+    kept = {name: (folder / name).read_text() for name in ("privacy.json", "results.json", "stdout.txt")}
+    argv = ["--method", "PrivImage", "eval.mode=val", "--exp_path", str(folder), "--dry_run"]
+    outcome = call(eval_program.main, argv)
+    assert outcome.code == 0 and "100 samples" in outcome.out
+    assert kept == {name: (folder / name).read_text() for name in kept}
+
+
 def test_judging_again_keeps_what_describes_the_training(finished):
     folder = finished["DP-MERF"].folder
     before = strict_json(folder / "results.json")
