@@ -64,10 +64,7 @@ def usage_line(folder: Path, meta: PreparedMeta, public: bool) -> str:
     """How run.py is told to use a set of the user's own."""
     if public:
         return f"use it: python run.py ... public_data.name={meta.name} public_data.train_path={folder}"
-    return (
-        f"use it: python run.py --data_name {meta.name} sensitive_data.resolution={meta.resolution} "
-        f"sensitive_data.num_channels={meta.channels} ..."
-    )
+    return f"use it: python run.py --data_name {meta.name} ..."
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Nothing heavy is imported before a config is loaded: `run.py --help` must answer
 import argparse
 import dataclasses
 import functools
+import json
 import os
 import re
 import typing
@@ -142,7 +143,7 @@ def load_config(argv: list[str], methods: Registry, program: str = "run") -> Con
     choices = {group: settings.pop(group) for group in FILE_CHOICES if group in settings}
     command = _parse_settings(settings, schema.types)
     cell = _choose_cell(files, schema, flags, choices, command)
-    layers = _value_layers(files, cell, schema, given, command)
+    layers = _value_layers(files, cell, schema, given, command, data_root(flags))
     typed = _typed_values(files.compose(cell.files), schema, layers)
     plain = {name: _plain(value) for name, value in typed.items()}
     snapshot = {"method": method, "data_name": cell.data_name, **plain}
@@ -303,7 +304,7 @@ def _choose_public_data(
 
 
 def _value_layers(
-    files: ConfigFiles, cell: _Cell, schema: _Schema, given: set[str], command: dict[str, object]
+    files: ConfigFiles, cell: _Cell, schema: _Schema, given: set[str], command: dict[str, object], root: Path
 ) -> list[tuple[str, object, str]]:
     """(dotted key, value, layer) of all that goes on top of the YAML files, in the order in which it applies."""
     result = [(key, value, rule.layer) for rule in cell.rules for key, value in rule.values.items()]
@@ -315,9 +316,23 @@ def _value_layers(
     result.append(("privacy.epsilon", cell.epsilon, _flag_layer("epsilon", given)))
     if cell.files["data"].stem == OWN_IMAGES:
         result.append(("sensitive_data.name", cell.data_name, COMMAND_LINE))
+        folder = command.get("sensitive_data.path") or root / cell.data_name
+        result += _size_of_own_images(Path(folder) / "meta.json")
     if "public_data.name" in command:  # as its file spells it
         command = {**command, "public_data.name": cell.public_name}
     return result + [(key, value, COMMAND_LINE) for key, value in command.items()]
+
+
+def _size_of_own_images(meta: Path) -> list[tuple[str, object, str]]:
+    """Resolution and channels as scripts/prepare_data.py wrote them, so that nobody has to repeat them."""
+    if not meta.is_file():
+        return []
+    try:
+        written = json.loads(meta.read_text(encoding="utf-8"))
+        sizes = {"resolution": written["resolution"], "num_channels": written["channels"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{meta}: not the description of prepared data ({error!r}); prepare it again") from error
+    return [(f"sensitive_data.{key}", value, f"prepared data {meta}") for key, value in sizes.items()]
 
 
 def _typed_values(composed, schema: _Schema, layers: list[tuple[str, object, str]]) -> dict[str, object]:
