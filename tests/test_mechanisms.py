@@ -370,3 +370,41 @@ def test_noisy_max_refuses_more_ballots_than_records():
     private, _ = private_of(torch.zeros(3, 1), [noisy_max_release("max", 1.0, "add_or_remove_one")])
     with pytest.raises((RuntimeError, ValueError, AssertionError, IndexError)):
         private.report_noisy_max("max", lambda x, y: torch.ones(100 * len(x), 2))
+
+
+# ------------------------------------------------------------------------------------------ the checks catch mutants
+
+
+def test_missing_clipping_is_caught(monkeypatch):
+    def unclipped(values, bound, groups, num_groups):
+        return clipped_sum(values, 1e9, groups, num_groups)
+
+    monkeypatch.setattr("opacus_ext.private_data.clipped_sum", unclipped)
+    with pytest.raises(AssertionError):
+        test_a_record_moves_a_sum_by_at_most_the_bound()
+    with pytest.raises(AssertionError):
+        test_a_record_moves_a_histogram_by_at_most_the_bound()
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.97])
+def test_too_little_noise_is_caught(monkeypatch, factor):
+    stated = NoiseSource.gaussian
+
+    def weak(self, shape, std, *where):
+        return stated(self, shape, std * factor, *where)
+
+    monkeypatch.setattr(NoiseSource, "gaussian", weak)
+    with pytest.raises(AssertionError):
+        test_noise_of_a_sum_is_the_multiplier_times_the_bound(0.5)
+
+
+def test_an_answer_before_its_booking_is_caught(monkeypatch):
+    def unbooked(self, name, fn, l2_bound, by_class=False):
+        images, labels = self._take(slice(None))
+        values = fn(images, labels)
+        self.ledger.book(name)
+        return values
+
+    monkeypatch.setattr(PrivateData, "noisy_sum", unbooked)
+    with pytest.raises(AssertionError, match="a record was shown"):
+        test_unplanned_and_surplus_questions_are_refused_before_a_record_is_read()
