@@ -1,6 +1,7 @@
 """Shared toys: a small data set, its public companion, and every method at a size of seconds."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -71,6 +72,14 @@ SMALL: dict[str, list[str]] = {
 }
 
 
+@functools.cache
+def small_config(name: str, settings: tuple[str, ...], epsilon: str):
+    """The method's own configuration at the toy's size, through the command line; `settings` win."""
+    argv = ["--method", name, "--data_name", "digits_8", "--epsilon", epsilon, "preset=quick"]
+    values = dict(setting.split("=", 1) for setting in (*SMALL[name], *settings))
+    return load_config([*argv, *(f"{key}={value}" for key, value in values.items())], METHODS).method_config
+
+
 def random_samples(seed: int, num_records: int, num_classes: int) -> Samples:
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (num_records, 1, RESOLUTION, RESOLUTION), dtype=np.uint8)
@@ -115,7 +124,7 @@ class Trial:
     name: str
     synthesizer: object
     private: PrivateData
-    public: PublicData
+    public: PublicData | None
 
     def run(self) -> None:
         self.synthesizer.pretrain(self.public, self.private)
@@ -127,8 +136,7 @@ def make_method(spec) -> Callable[..., object]:
     """make_method(name, *settings, epsilon=10, runtime=None) -> the small synthesizer; reads no data."""
 
     def make(name: str, *settings: str, epsilon=10, runtime: Runtime | None = None):
-        argv = ["--method", name, "--data_name", "digits_8", "--epsilon", str(epsilon), "preset=quick"]
-        config = load_config([*argv, *SMALL[name], *settings], METHODS).method_config
+        config = small_config(name, settings, str(epsilon))
         if hasattr(config, "public_data") and config.public_data.name is not None:
             section = dataclasses.replace(config.public_data, n_classes=PUBLIC_CLASSES)
             config = dataclasses.replace(config, public_data=section)
@@ -144,6 +152,8 @@ def make_trial(make_method, make_private, public) -> Callable[..., Trial]:
     def make(name: str, *settings: str, epsilon=10, noise_seed=None, runtime=None, records=None) -> Trial:
         synthesizer = make_method(name, *settings, epsilon=epsilon, runtime=runtime)
         private = make_private(synthesizer.privacy_plan(), float(epsilon), noise_seed, records)
-        return Trial(name, synthesizer, private, public)
+        section = getattr(synthesizer.config, "public_data", None)
+        without = section is None or section.name is None
+        return Trial(name, synthesizer, private, None if without else public)
 
     return make
