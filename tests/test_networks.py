@@ -64,7 +64,7 @@ def test_unet_has_the_published_number_of_parameters(
 )
 def test_larger_unets_have_the_published_size(nf, ch_mult, attention, millions):
     with torch.device("meta"):
-        assert count(unet(32, 3, 10, ch_mult, attention, nf)) // 100_000 == round(10 * millions)
+        assert count(unet(32, 3, 10, ch_mult, attention, nf)) / 1e6 == pytest.approx(millions, abs=0.08)
 
 
 @pytest.mark.parametrize(
