@@ -63,7 +63,9 @@ def evaluate(config: Config) -> int:
     also_to(folder / "stdout.txt")
     sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
     # Nothing is asked of the training images here, so their ledger has an empty plan.
-    train = PrivateData(sensitive.train, spec, Ledger(Budget(config.epsilon, config.privacy.delta or 0.0)))
+    ledger = Ledger(Budget(config.epsilon, config.privacy.delta or 0.0))
+    ledger.adopt([])
+    train = PrivateData(sensitive.train, spec, ledger)
     noise = NoiseSource(config.privacy.noise_seed)
     real = RealData(
         train.reveal(REVEALED),

@@ -73,7 +73,9 @@ def _inception_network() -> type:
         import torch
 
         # torchvision from the registry is built for CUDA; beside a CPU-only torch its operators do not load.
-        reason = f"torchvision cannot be imported beside torch {torch.__version__} ({str(error).splitlines()[0]})"
+        reason = (
+            f"torchvision cannot be imported beside torch {torch.__version__} ({str(error).splitlines()[0]})"
+        )
         fix = "pip install --force-reinstall torch torchvision"
         raise Unavailable(f"{reason}; install a matching pair from one index: {fix}") from error
     return FeatureExtractorInceptionV3

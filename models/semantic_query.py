@@ -104,13 +104,17 @@ class SemanticQuery:
         path = (
             None if self.runtime.folder is None else self.runtime.folder / "pretrain" / "semantic_query.json"
         )
-        if private.ledger.executed(QUERY):  # a resumed run: the answer was paid for and written
+        if path is not None and path.exists():
+            # A resumed run. The answer left before it was killed, perhaps before a checkpoint held the booking: it is
+            # booked now and used again; a second, fresh answer would have to be paid for too.
+            if not private.ledger.executed(QUERY):
+                private.ledger.book(QUERY)
             return self._read_saved(path)["selected"]
         classifier = self._classifier(public)
         histogram = self._ask(classifier, public.num_classes, private)
         chosen = disjoint_top(histogram, self.words)
         if path is not None:
-            self._write(path, public, chosen)
+            self._write(path, public, chosen, private.ledger.planned(QUERY).noise_multiplier)
         return chosen
 
     def _ask(self, classifier: nn.Module, num_public: int, private: PrivateData) -> np.ndarray:
@@ -176,11 +180,13 @@ class SemanticQuery:
         digest.update(public.samples.labels)
         return self.runtime.cache_dir / f"query_classifier_{digest.hexdigest()[:16]}.pth"
 
-    def _write(self, path: Path, public: PublicData, chosen: list[list[int]]) -> None:
+    def _write(
+        self, path: Path, public: PublicData, chosen: list[list[int]], noise_multiplier: float
+    ) -> None:
         from utils.run_dir import write_json
 
         saved = {
-            "noise_multiplier": self.selective.sigma,
+            "noise_multiplier": noise_multiplier,
             "words_per_class": self.words,
             "private_classes": list(self.spec.class_names),
             "public_classes": list(public.class_names),

@@ -45,8 +45,10 @@ class Release:
             raise UserError(f"release '{self.name}': sample_rate {self.sample_rate} is not in (0, 1]")
         if self.num_steps < 0:
             raise UserError(f"release '{self.name}': num_steps {self.num_steps} is negative")
-        if self.noise_multiplier is not None and self.noise_multiplier < 0:
-            raise UserError(f"release '{self.name}': noise_multiplier {self.noise_multiplier} is negative")
+        if self.noise_multiplier is not None and not self.noise_multiplier >= 0:
+            raise UserError(
+                f"release '{self.name}': noise_multiplier {self.noise_multiplier} is not 0 or more"
+            )
 
 
 def epsilon_of(

@@ -50,7 +50,8 @@ def _second_opinions(report: dict) -> str:
 def _row(release: dict) -> str:
     return (
         f"| {release['name']} | {release['mechanism'].replace('_', ' ')} | {release['noise_multiplier']:.4g} | "
-        f"{release['sample_rate']:.4g} | {release['executed']} of {release['planned']} | {release['epsilon_alone']:.4g} |"
+        f"{release['sample_rate']:.4g} | {release['executed']} of {release['planned']} | "
+        f"{release['epsilon_alone']:.4g} |"
     )
 
 
@@ -73,7 +74,7 @@ def _caveats(report: dict) -> list[str]:
         "floating-point rounding are not excluded",
         "the metrics in results.json compare with real images without noise; publish them only if that is acceptable",
     ]
-    if report["noise_seeded"]:
+    if report["noise_seeded"] or any(selection["noise_seeded"] for selection in report.get("selection", [])):
         lines.insert(
             0, "**the noise was seeded (privacy.noise_seed): anyone can remove it; the guarantee is void**"
         )

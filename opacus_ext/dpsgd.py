@@ -1,17 +1,18 @@
 """DP-SGD as an iterator: the method owns the loop (EMA, logs, snapshots), the engine owns privacy."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from opacus_ext.accounting import Release
+from opacus_ext.errors import UnplannedRelease
 from opacus_ext.per_example import PerExampleLoss, clipped_gradient_sum
 from opacus_ext.private_data import PrivateData
 from opacus_ext.sampling import chunks
-from opacus_ext.validate import validate_per_example
+from opacus_ext.validate import validate_independence, validate_per_example
 from utils.sections import check
 
 
@@ -59,25 +60,27 @@ def dpsgd_steps(
     optimizer: torch.optim.Optimizer,
     per_example_loss: PerExampleLoss,
     dp: DPSGDConfig,
-    rng_of_step: Callable[[int], torch.Generator],
 ) -> Iterator[Step]:
     """Take the planned steps of release `name` that are not yet booked, yielding after each one.
 
     Steps, sampling rate and noise come from the calibrated release. Each step: book; draw a Poisson sample; sum the
     clipped per-example gradients over its chunks; add N(0, (noise_multiplier * max_grad_norm)^2) once; divide by the
-    public expected batch size; step the optimiser. `rng_of_step(index)` gives the loss its (public) randomness.
+    public expected batch size; step the optimiser.
+    The loss's randomness is secret, like the noise: see NoiseSource.loss_rng.
     """
     validate_per_example(network)
+    _probe(private, network, per_example_loss)
     trainable = {parameter_name: p for parameter_name, p in network.named_parameters() if p.requires_grad}
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in trainable.values()}, (
-        "the optimiser must hold exactly the trainable parameters"
-    )
+    if held != {id(p) for p in trainable.values()}:
+        raise ValueError("the optimiser must hold exactly the trainable parameters")
     planned = private.ledger.planned(name)
+    if planned.mechanism != "gaussian":
+        raise UnplannedRelease(f"'{name}' is planned as {planned.mechanism}, not as gaussian")
     for index in range(private.ledger.executed(name), planned.num_steps):
         release = private.ledger.book(name)
         totals = _clipped_sum_of_batch(
-            name, private, network, per_example_loss, dp, rng_of_step(index), index
+            name, private, network, per_example_loss, dp, private._loss_rng(name, index), index
         )
         expected_batch = private.spec.num_train * release.sample_rate
         std = release.noise_multiplier * dp.max_grad_norm
@@ -87,6 +90,15 @@ def dpsgd_steps(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         yield Step(index, planned.num_steps)
+
+
+def _probe(private: PrivateData, network: nn.Module, per_example_loss: PerExampleLoss) -> None:
+    """Run the independence check on random images, never on private ones."""
+    rng = torch.Generator(device=private.device).manual_seed(0)
+    shape = (3, *private._image_shape())
+    images = torch.rand(shape, generator=rng, device=private.device) * 2 - 1
+    labels = torch.arange(3, device=private.device) % private.spec.num_classes
+    validate_independence(network, per_example_loss, images, labels)
 
 
 def _clipped_sum_of_batch(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from opacus_ext.accounting import ADD_OR_REMOVE_ONE, Release, available_epsilons, calibrate, epsilon_of
 from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from utils.errors import UserError
+from utils.sections import check
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Budget:
 
 
 def default_delta(num_train: int) -> float:
-    """1 / (N ln N), the choice of the published benchmark."""
+    """1 / (N ln N), the choice of the published benchmark; N must be at least 3."""
+    check(num_train >= 3, "number of private training images", num_train, "at least 3")
     return 1.0 / (num_train * math.log(num_train))
 
 
@@ -37,6 +39,7 @@ class Ledger:
         self.budget = budget
         self.accountant = accountant
         self.relation = relation
+        self._adopted = False
         self._planned: dict[str, Release] = {}
         self._executed: dict[str, int] = {}
 
@@ -45,17 +48,21 @@ class Ledger:
 
         Raises BudgetExceeded, with the numbers, if the fixed releases alone cost more than the budget.
         """
-        assert not self._planned, "a ledger adopts one plan"
+        if self._adopted:
+            raise RuntimeError("a ledger adopts one plan")
         names = [release.name for release in plan]
-        assert len(set(names)) == len(names), f"release names repeat: {names}"
+        if len(set(names)) != len(names):
+            raise ValueError(f"release names repeat: {names}")
         open_releases = [
             release for release in plan if release.noise_multiplier is None and release.num_steps
         ]
-        assert len(open_releases) <= 1, f"more than one release leaves its noise open: {open_releases}"
+        if len(open_releases) > 1:
+            raise ValueError(f"more than one release leaves its noise open: {open_releases}")
         self._planned = {
             r.name: r for r in (self._solve(plan) if self.budget.private else _without_noise(plan))
         }
         self._executed = dict.fromkeys(names, 0)
+        self._adopted = True
 
     def _solve(self, plan: list[Release]) -> list[Release]:
         fixed = [release for release in plan if release.noise_multiplier is not None]
@@ -99,6 +106,8 @@ class Ledger:
     def book(self, name: str, steps: int = 1) -> Release:
         """Charge `steps` of `name` before the answer leaves; returns the calibrated release."""
         release = self.planned(name)
+        if steps < 0:
+            raise ValueError(f"'{name}': {steps} steps cannot be booked")
         if self._executed[name] + steps > release.num_steps:
             raise BudgetExceeded(
                 f"'{name}' was planned for {release.num_steps} steps, {self._executed[name]} are taken and "
@@ -117,11 +126,18 @@ class Ledger:
 
     @property
     def complete(self) -> bool:
-        return all(self._executed[name] == release.num_steps for name, release in self._planned.items())
+        """A plan was adopted and has been made in full; an empty plan is complete at once."""
+        return self._adopted and all(
+            self._executed[name] == release.num_steps for name, release in self._planned.items()
+        )
 
     def releases(self) -> list[Release]:
         """The calibrated plan, in order."""
         return list(self._planned.values())
+
+    def planned_epsilon(self) -> float:
+        """Epsilon of the whole plan, by the ledger's accountant."""
+        return self._cost(self.releases())
 
     def spent(self) -> float:
         """Epsilon of what has been booked, by the ledger's accountant; inf for non-private runs."""
@@ -170,6 +186,10 @@ class Ledger:
             raise UserError(
                 f"--resume_exp: the interrupted run planned {_describe(saved)}, this command plans "
                 f"{_describe(self.releases())}; resume with the same configuration"
+            )
+        if any(state["executed"][name] < taken for name, taken in self._executed.items()):
+            raise BudgetExceeded(
+                f"restoring {state['executed']} would give back what is booked: {self._executed}"
             )
         self._planned = {release.name: release for release in saved}
         self._executed = dict(state["executed"])

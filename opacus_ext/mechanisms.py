@@ -9,7 +9,7 @@ def clip_rows(values: torch.Tensor, l2_bound: float) -> torch.Tensor:
     A row with a non-finite entry becomes zero: it must not poison the sum, and dropping it is a decision about that
     record alone. Zero rows stay zero. Norms are taken in float64, so that huge finite entries do not overflow.
     """
-    rows = values.reshape(len(values), -1)
+    rows = values.flatten(1) if values.dim() > 1 else values[:, None]
     finite = torch.isfinite(rows).all(dim=1)
     rows = torch.where(finite[:, None], rows, torch.zeros_like(rows))
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)

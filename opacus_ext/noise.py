@@ -41,6 +41,12 @@ class NoiseSource:
         generator = self._generator(f"poisson/{release}/{step}", "cpu")
         return torch.rand(num_records, generator=generator, dtype=torch.float64) < rate
 
+    def loss_rng(self, release: str, step: int, device="cpu") -> torch.Generator:
+        """Secret randomness for one step's loss. It must not be repeatable: draws are assigned by position in the
+        batch, so with known draws one record more would re-draw, and move, the contributions of all later ones. Unknown
+        draws couple record by record between neighbouring sets, and the sensitivity is one clipped gradient."""
+        return self._generator(f"loss/{release}/{step}", device)
+
     def _generator(self, stream: str, device) -> torch.Generator:
         if self._seed is not None:
             return torch.Generator(device=device).manual_seed(derive_seed(self._seed, stream))

@@ -84,11 +84,18 @@ def _recording(network: nn.Module, trainable: dict[str, nn.Parameter], batch: in
     gradients: dict[str, torch.Tensor] = {}
 
     def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if not torch.is_grad_enabled():
+            return
         if not output.requires_grad:
             output.requires_grad_()  # the first trained layer: nothing before it needs a gradient
         features = inputs[0].detach()
+        version = features._version
 
         def receive(output_gradient: torch.Tensor) -> None:
+            if features._version != version:
+                raise RuntimeError(
+                    f"the input of {module} was changed in place after it; use an out-of-place operation"
+                )
             for local_name, gradient in RULES[type(module)](module, features, output_gradient, batch).items():
                 name = names.get(id(getattr(module, local_name)))
                 if name is not None:  # a frozen parameter of a partly trained layer
@@ -175,8 +182,10 @@ def _embedding(
 ) -> dict:
     index = features.reshape(batch, -1)
     g = output_gradient.reshape(batch, index.shape[1], -1)
-    weight = g.new_zeros(batch, *module.weight.shape)
-    return {"weight": weight.scatter_add_(1, index[:, :, None].expand_as(g), g)}
+    weight = g.new_zeros(batch, *module.weight.shape).scatter_add_(1, index[:, :, None].expand_as(g), g)
+    if module.padding_idx is not None:
+        weight[:, module.padding_idx] = 0
+    return {"weight": weight}
 
 
 # Layer type -> how to get each example's gradient. Add an entry for a layer of your own.

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from data.spec import DataSpec, Samples
+from opacus_ext.accounting import Release
 from opacus_ext.errors import UnplannedRelease
 from opacus_ext.ledger import Ledger
 from opacus_ext.mechanisms import clipped_sum, vote_rows
@@ -50,6 +51,7 @@ class PrivateData:
         coordinate. The release must be planned with sample_rate 1.
         """
         release = self.ledger.book(name)
+        _require_mechanism(release, "gaussian")
         if release.sample_rate != 1.0:
             raise UnplannedRelease(
                 f"'{name}' is planned with sample_rate {release.sample_rate}, but sums all records"
@@ -88,10 +90,8 @@ class PrivateData:
         fn(images, labels) -> (B, candidates) of 0/1: what the record says of each candidate; clamped to [0, 1].
         """
         release = self.ledger.book(name)
-        assert release.mechanism == "report_noisy_max", release
-        parts = [
-            torch.nan_to_num(fn(*batch).double()).clamp(0.0, 1.0).sum(0).cpu() for batch in self._batches()
-        ]
+        _require_mechanism(release, "report_noisy_max")
+        parts = [_ballots(fn, *batch).sum(0).cpu() for batch in self._batches()]
         totals = torch.stack(parts).sum(0)
         step = self.ledger.executed(name) - 1
         return int(
@@ -139,8 +139,30 @@ class PrivateData:
         rows = self._images[which if isinstance(which, slice) else which.numpy()]
         return to_float(rows, self.device), labels
 
+    def _image_shape(self) -> tuple[int, ...]:
+        return tuple(self._images.shape[1:])
+
     def _poisson_indices(self, name: str, rate: float, step: int) -> torch.Tensor:
         return self._noise.inclusion_mask(len(self._labels), rate, name, step).nonzero()[:, 0]
 
+    def _loss_rng(self, name: str, step: int) -> torch.Generator:
+        return self._noise.loss_rng(name, step, self.device)
+
     def _gradient_noise(self, name: str, shape: tuple[int, ...], std: float, step: int) -> torch.Tensor:
         return self._noise.gaussian(shape, std, name, step, self.device)
+
+
+def _require_mechanism(release: Release, mechanism: str) -> None:
+    """What is accounted for as one mechanism must not be answered by another."""
+    if release.mechanism != mechanism:
+        raise UnplannedRelease(
+            f"'{release.name}' is planned as {release.mechanism}, but is asked as {mechanism}"
+        )
+
+
+def _ballots(fn: PerExample, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(B, candidates) in [0, 1], one row per record."""
+    ballots = torch.nan_to_num(fn(images, labels).double()).clamp(0.0, 1.0)
+    if len(ballots) != len(labels):
+        raise ValueError(f"{len(ballots)} ballots for {len(labels)} records")
+    return ballots

@@ -295,15 +295,7 @@ def test_a_pld_above_rdp_is_an_error(monkeypatch):
         ({"sample_rate": math.nan}, "sample_rate"),
         ({"num_steps": -1}, "num_steps"),
         ({"noise_multiplier": -1.0}, "noise_multiplier"),
-        pytest.param(
-            {"noise_multiplier": math.nan},
-            "noise_multiplier",
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=pytest.fail.Exception,
-                reason="Release accepts nan; adopt() then fails inside brentq",
-            ),
-        ),
+        ({"noise_multiplier": math.nan}, "noise_multiplier"),
     ],
 )
 def test_releases_refuse_nonsense(fields, named):

@@ -18,9 +18,6 @@ ALLOWED = {
     "models": {"opacus_ext", "data", "utils"},
     "evaluation": {"data", "utils"},
 }
-KNOWN_BREACHES = {
-    "utils/dry_run.py": "utils/dry_run.py imports opacus_ext.accounting: describe() could be given the epsilons"
-}
 
 
 def sources(*packages: str) -> list[Path]:
@@ -52,14 +49,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def files_of(*packages: str):
-    for path in sources(*packages):
-        reason = KNOWN_BREACHES.get(name(path))
-        marks = pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason) if reason else ()
-        yield pytest.param(path, id=name(path), marks=marks)
-
-
-@pytest.mark.parametrize("path", list(files_of(*ALLOWED)))
+@pytest.mark.parametrize("path", sources(*ALLOWED), ids=name)
 def test_imports_never_point_up(path):
     own = path.relative_to(ROOT).parts[0]
     ours = {module.split(".")[0] for module in imports(path)} & {*PACKAGES, "run", "eval", "tests"}

@@ -238,11 +238,6 @@ def test_networks_trained_with_dpsgd_mix_no_examples(name, make_method):
     torch.testing.assert_close(before[1:], after[1:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="PRIVACY: the randomness of the private loss is derived from the public seed (see test_dpsgd)",
-)
 @pytest.mark.parametrize("name", DIFFUSION)
 def test_loss_randomness_in_private_training_is_secret(name, make_trial, monkeypatch):
     draws, evaluate = [], EDMLoss.__call__

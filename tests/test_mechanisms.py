@@ -91,9 +91,6 @@ def test_the_bound_holds_in_every_precision(dtype):
     torch.testing.assert_close(clipped[1], values[1].float())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="clip_rows cannot reshape an empty batch: noisy_sum over no record raises"
-)
 def test_an_empty_batch_is_a_zero_sum():
     total = clipped_sum(torch.zeros(0, 5), 1.0, torch.zeros(0, dtype=torch.int64), 2)
     assert total.shape == (2, 5) and not total.any()
@@ -289,11 +286,6 @@ def test_a_sampled_release_answers_no_sum_over_all():
         private.noisy_sum("sum", read, 1.0)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=pytest.fail.Exception,
-    reason="noisy_sum and dpsgd_steps accept a release planned (and charged) as report_noisy_max",
-)
 def test_a_noisy_max_release_pays_for_no_sum():
     """It is charged 1 / multiplier in pure epsilon, which Gaussian noise of that size does not give."""
     private, read = private_of(
@@ -363,9 +355,6 @@ def test_noisy_max_keeps_its_promise():
     assert sum(joined) / sum(without) < math.exp(epsilon) * 1.1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="report_noisy_max sums whatever rows fn returns: a record can vote many times"
-)
 def test_noisy_max_refuses_more_ballots_than_records():
     private, _ = private_of(torch.zeros(3, 1), [noisy_max_release("max", 1.0, "add_or_remove_one")])
     with pytest.raises((RuntimeError, ValueError, AssertionError, IndexError)):

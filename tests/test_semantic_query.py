@@ -126,12 +126,6 @@ def test_a_resumed_run_reads_the_answer_and_asks_nothing(make_trial, public, by_
     assert resumed.private.ledger.executed("semantic query") == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="PRIVACY: the answer is written and logged before any checkpoint holds its booking: a run killed in "
-    "pretraining before its first snapshot asks again with fresh noise, and books one of two answers",
-)
 def test_a_run_killed_before_its_first_checkpoint_does_not_ask_twice(
     make_trial, public, by_brightness, tmp_path, monkeypatch
 ):
@@ -164,12 +158,6 @@ def test_a_saved_answer_costs_the_same_again(make_trial, public, by_brightness, 
     assert second.private.ledger.executed("semantic query") == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, pytest.fail.Exception),
-    reason="PRIVACY: the answer of an epsilon=inf run is saved with the configured sigma although it has no noise; "
-    "reused by a private run it is booked as if it were noisy",
-)
 def test_an_answer_without_noise_is_never_reused_as_a_noisy_one(make_trial, public, by_brightness, tmp_path):
     clean = make_trial(NAME, epsilon=math.inf)
     answered(clean, public, tmp_path)

@@ -331,7 +331,9 @@ def _size_of_own_images(meta: Path) -> list[tuple[str, object, str]]:
         written = json.loads(meta.read_text(encoding="utf-8"))
         sizes = {"resolution": written["resolution"], "num_channels": written["channels"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{meta}: not the description of prepared data ({error!r}); prepare it again") from error
+        raise UserError(
+            f"{meta}: not the description of prepared data ({error!r}); prepare it again"
+        ) from error
     return [(f"sensitive_data.{key}", value, f"prepared data {meta}") for key, value in sizes.items()]
 
 

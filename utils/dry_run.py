@@ -13,20 +13,18 @@ def describe(config, ledger, synthesizer) -> str:
 
 
 def _plan(ledger) -> list[str]:
-    from opacus_ext.accounting import epsilon_of
-
     budget = ledger.budget
     lines = [
-        f"budget: epsilon {budget.epsilon:g}, delta {budget.delta:.4g}, {ledger.relation}, accountant {ledger.accountant}"
+        f"budget: epsilon {budget.epsilon:g}, delta {budget.delta:.4g}, {ledger.relation}, "
+        f"accountant {ledger.accountant}"
     ]
-    for release in ledger.releases():
-        alone = epsilon_of([release], budget.delta, ledger.accountant, ledger.relation)
+    for release in ledger.report()["releases"]:
         lines.append(
-            f"release '{release.name}': noise_multiplier {release.noise_multiplier:.5g}, sample_rate "
-            f"{release.sample_rate:.5g}, {release.num_steps} steps, epsilon alone {alone:.4g}"
+            f"release '{release['name']}': noise_multiplier {release['noise_multiplier']:.5g}, "
+            f"sample_rate {release['sample_rate']:.5g}, {release['planned']} steps, "
+            f"epsilon alone {release['epsilon_alone']:.4g}"
         )
-    total = epsilon_of(ledger.releases(), budget.delta, ledger.accountant, ledger.relation)
-    return [*lines, f"all releases together: epsilon {total:.4g}"]
+    return [*lines, f"all releases together: epsilon {ledger.planned_epsilon():.4g}"]
 
 
 def _duration(seconds: float) -> str:

@@ -216,7 +216,6 @@ class DiffusionSynthesizer(Synthesizer):
             self.optimizer,
             EDMLoss(config.loss),
             config.dp,
-            lambda index: self.runtime.rng(f"train {index}"),
         )
         planned = private.ledger.planned(DP_SGD).num_steps
         for _ in progress(steps, "train (DP-SGD)", total=planned, initial=private.ledger.executed(DP_SGD)):
@@ -258,10 +257,10 @@ class DiffusionSynthesizer(Synthesizer):
         self.step += 1
         self.ema.update(self.network)
         if self.step % snapshot_freq == 0:
+            self.runtime.snapshot(self.stage)  # first: a preview must not outlive the booking of its steps
             labels = balanced_labels(8 * min(self.spec.num_classes, 16), self.spec.num_classes)
             images = self._sample(self.config.model.sampler, labels, f"preview {self.stage} {self.step}")
             self.runtime.preview(self.stage, self.step, images, labels)
-            self.runtime.snapshot(self.stage)
 
     def _use_ema(self) -> None:
         """End a stage: its EMA weights become the weights."""

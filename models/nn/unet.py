@@ -114,7 +114,9 @@ class _Stage(nn.Module):
         self.block = ResidualBlock(in_channels, out_channels, condition, resample)
         self.attention = Attention(out_channels) if attention else None
 
-    def forward(self, h: torch.Tensor, condition: torch.Tensor, size: torch.Size | None = None) -> torch.Tensor:
+    def forward(
+        self, h: torch.Tensor, condition: torch.Tensor, size: torch.Size | None = None
+    ) -> torch.Tensor:
         h = self.block(h, condition, size)
         return h if self.attention is None else self.attention(h)
 
@@ -135,7 +137,9 @@ class ResidualBlock(nn.Module):
         needs_map = in_channels != out_channels or resample is not None
         self.shortcut = _conv(in_channels, out_channels, kernel=1) if needs_map else nn.Identity()
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor, size: torch.Size | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, condition: torch.Tensor, size: torch.Size | None = None
+    ) -> torch.Tensor:
         """`size` (H, W) is where an up-sampling block goes to."""
         h = self.conv_in(self.resample(F.silu(self.norm_in(x)), size))
         h = h + self.condition(F.silu(condition))[:, :, None, None]
