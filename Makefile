@@ -1,6 +1,7 @@
 # Each target does its own set-up: `make quickstart` on a fresh machine is enough.
 PYTHON ?= python3
 VENV := .venv
+export OMP_WAIT_POLICY ?= PASSIVE
 RUN := $(VENV)/bin/python
 
 .PHONY: setup quickstart test test-slow lint
