@@ -376,7 +376,12 @@ def test_real_mnist(tmp_path):
     root = ["--data_root", str(tmp_path / "data")]
     prepared = execute("scripts/prepare_data.py", ["--data_name", "mnist_28", "--source", str(source), *root])
     assert prepared.code == 0, prepared.err
-    settings = ["model.d_rff=1000", "model.Generator.g_conv_dim=8", "train.batch_size=500", "train.epochs=2"]
+    settings = [
+        "model.d_rff=1000",
+        "model.Generator.g_conv_dim=8",
+        "train.batch_size=1000",
+        "model.Generator.apply_attn=false",
+    ]
     argv = arguments(
         "DP-MERF", tmp_path / "exp", "--data_name", "mnist_28", *root, *settings, "eval.mode=val"
     )
