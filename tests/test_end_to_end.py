@@ -211,9 +211,6 @@ def test_killed_in_training_and_resumed_equals_uninterrupted(tmp_path):
         assert privacy[name] == strict_json(whole.folder / "privacy.json")[name]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="models/semantic_query.py asks again when no snapshot followed its answer"
-)
 def test_stopped_before_the_first_snapshot_the_query_is_not_asked_again(tmp_path, monkeypatch):
     argv = arguments("PrivImage", tmp_path, "eval=none")
     with monkeypatch.context() as patched:
