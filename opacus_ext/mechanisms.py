@@ -9,20 +9,21 @@ def clip_rows(values: torch.Tensor, l2_bound: float) -> torch.Tensor:
     A row with a non-finite entry becomes zero: it must not poison the sum, and dropping it is a decision about that
     record alone. Zero rows stay zero. Norms are taken in float64, so that huge finite entries do not overflow.
     """
-    rows = values.flatten(1) if values.dim() > 1 else values[:, None]
-    finite = torch.isfinite(rows).all(dim=1)
-    rows = torch.where(finite[:, None], rows, torch.zeros_like(rows))
+    rows = (values.flatten(1) if values.dim() > 1 else values[:, None]).float()
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    scale = torch.clamp(l2_bound / norms.clamp_min(torch.finfo(torch.float64).tiny), max=1.0)
-    return (rows.double() * scale[:, None]).float()
+    scale = (l2_bound / norms.clamp_min(torch.finfo(torch.float64).tiny)).clamp(max=1.0)
+    # In two steps, for the scale of a huge row is too small for float32.
+    root = scale.sqrt().float()[:, None]
+    return torch.where(torch.isfinite(norms)[:, None], rows * root * root, 0.0)
 
 
 def clipped_sum(values: torch.Tensor, l2_bound: float, groups: torch.Tensor, num_groups: int) -> torch.Tensor:
     """Sum of clipped rows by group: (num_groups, D) float64. Each row falls into one group, so the L2 sensitivity of
     the whole matrix to one record is `l2_bound`. An empty batch is a zero sum."""
     rows = clip_rows(values, l2_bound)
-    total = torch.zeros(num_groups, rows.shape[1], dtype=torch.float64, device=rows.device)
-    return total.index_add_(0, groups, rows.double())
+    if len(rows) != len(groups):
+        raise ValueError(f"{len(rows)} values for {len(groups)} records")
+    return torch.stack([rows[groups == group].sum(0, dtype=torch.float64) for group in range(num_groups)])
 
 
 def vote_rows(votes: torch.Tensor, num_bins: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from opacus_ext.ledger import Ledger
 from opacus_ext.mechanisms import clipped_sum, vote_rows
 from opacus_ext.noise import NoiseSource
 from utils.images import to_float
+from utils.progress import progress
 
 # images (B, C, H, W) float32 in [-1, 1], labels (B,) int64 -> per-example values (B, ...)
 PerExample = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -58,7 +59,9 @@ class PrivateData:
             )
         num_groups = self.spec.num_classes if by_class else 1
         total = None
-        for images, labels in self._batches():
+        num_batches = -(-self.spec.num_train // self._batch_size)
+        batches = self._batches()
+        for images, labels in progress(batches, name, num_batches, unit="batch") if num_batches > 10 else batches:
             groups = labels if by_class else torch.zeros_like(labels)
             part = clipped_sum(fn(images, labels), l2_bound, groups, num_groups)
             total = part if total is None else total + part
