@@ -103,6 +103,7 @@ def run(parts: Parts) -> int:
     from data.sensitive import load_sensitive
     from opacus_ext.noise import NoiseSource
     from opacus_ext.private_data import PrivateData
+    from utils.dry_run import plan_lines
 
     config = parts.config
     with_private = parts.ledger is not None
@@ -117,6 +118,8 @@ def run(parts: Parts) -> int:
     folder = find_folder(parts)
     try:
         describe_run(parts, folder)
+        if with_private:
+            log.info("\n".join(plan_lines(parts.ledger)))
         timing = train(parts, folder, public, private)
         if not with_private:
             log.info(f"pretrained without private data; checkpoints in {folder / 'pretrain' / 'checkpoints'}")
@@ -199,6 +202,7 @@ def train(parts: Parts, folder: Path, public, private) -> dict[str, float]:
         start = time.perf_counter()
         take()
         timing[stage] = time.perf_counter() - start
+        log.info(f"{stage}: done in {timing[stage]:.0f} s")
         checkpoints.save(stage, "final")
     if parts.ledger is not None:
         parts.ledger.require_complete()

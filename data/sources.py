@@ -463,6 +463,9 @@ def _labelled_files(tree: FileTree, names: list[str], depth: int, quirks: Source
     """Each file's class: its folder below `depth`, or for files without one the name up to the first underscore."""
     folders = [PurePosixPath(name).parts[depth:-1] for name in names]
     if not any(folders):
+        if depth and not any("_" in PurePosixPath(name).name for name in names):
+            only = PurePosixPath(names[0]).parts[depth - 1]
+            raise UserError(f"{tree.path}: there is one class, '{only}'; at least 2 class folders are needed")
         labels = [_class_of_flat_file(tree, name) for name in names]
     elif all(folders):
         labels = ["/".join(parts[1:] or parts) if quirks.nested_classes else parts[0] for parts in folders]

@@ -61,7 +61,9 @@ class PrivateData:
         total = None
         num_batches = -(-self.spec.num_train // self._batch_size)
         batches = self._batches()
-        for images, labels in progress(batches, name, num_batches, unit="batch") if num_batches > 10 else batches:
+        for images, labels in (
+            progress(batches, name, num_batches, unit="batch") if num_batches > 10 else batches
+        ):
             groups = labels if by_class else torch.zeros_like(labels)
             part = clipped_sum(fn(images, labels), l2_bound, groups, num_groups)
             total = part if total is None else total + part

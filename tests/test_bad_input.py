@@ -186,7 +186,7 @@ def test_an_empty_folder_of_images(tmp_path):
 
 def test_one_class(tmp_path):
     refusal = prepare(image_folder(tmp_path / "images", {"cat": 20}), tmp_path / "data").refusal
-    assert str(tmp_path / "images") in refusal and "class" in refusal
+    assert str(tmp_path / "images") in refusal and "one class" in refusal and "cat" in refusal
     assert not (tmp_path / "data" / "mine").exists()
 
 

@@ -118,10 +118,14 @@ def _quoted(text: str) -> str:
 
 
 def _file_values(path: Path, section: str) -> list[tuple[str, object, str]]:
+    """Of a file, after those of the files beside it that its defaults list includes."""
     content = read_yaml(path)
-    content.pop("defaults", None)
+    included = [
+        entry for entry in content.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"
+    ]
+    before = [value for entry in included for value in _file_values(path.with_name(f"{entry}.yaml"), section)]
     name = path.relative_to(path.parents[1 if path.name == "config.yaml" else 2]).as_posix()
-    return [(key, value, _layer(value, name)) for key, value in flatten(content, section).items()]
+    return before + [(key, value, _layer(value, name)) for key, value in flatten(content, section).items()]
 
 
 def _layer(value: object, file_name: str) -> str:

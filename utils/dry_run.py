@@ -4,7 +4,7 @@
 def describe(config, ledger, synthesizer) -> str:
     """Lines for a person; `ledger` has adopted the plan, or is None in a run without private data."""
     lines = [f"{config.method} on {config.data_name}, preset {config.preset}"]
-    lines += ["no private stage (sensitive_data.name=null)"] if ledger is None else _plan(ledger)
+    lines += ["no private stage (sensitive_data.name=null)"] if ledger is None else plan_lines(ledger)
     counts = synthesizer.parameter_counts()
     lines += [f"parameters: {name} {count:,}" for name, count in counts.items()]
     costs = synthesizer.costs()
@@ -12,7 +12,8 @@ def describe(config, ledger, synthesizer) -> str:
     return "\n".join(lines)
 
 
-def _plan(ledger) -> list[str]:
+def plan_lines(ledger) -> list[str]:
+    """Budget, and noise, rate, steps and epsilon of each planned release."""
     budget = ledger.budget
     lines = [
         f"budget: epsilon {budget.epsilon:g}, delta {budget.delta:.4g}, {ledger.relation}, "
