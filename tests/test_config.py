@@ -318,7 +318,8 @@ def test_print_config_shows_every_value_once(load):
     )
     tags = next(line for line in lines if line.startswith("train.tags"))
     assert "['x', 'y']" in tags and tags.endswith("command line")
-    assert len({line.rindex("base configs") for line in lines if line.startswith("setup.")}) == 1
+    setup = [line for line in lines if line.startswith("setup.") and "base configs" in line]
+    assert len(setup) > 1 and len({line.index("base configs") for line in setup}) == 1
 
 
 def test_snapshot_is_plain_and_complete(load):

@@ -509,7 +509,7 @@ def test_script_prints_what_it_did_and_exits_with_2_on_bad_input(tmp_path, capsy
     assert main([*arguments, str(tmp_path / "a.npz")]) == 0
     text = capsys.readouterr().out
     assert "24 training and 4 test images, 2 classes, 8x8, grey" in text
-    assert "sensitive_data.resolution=8 sensitive_data.num_channels=1" in text
+    assert "use it: python run.py --data_name mine" in text
     assert main([*arguments, str(tmp_path / "missing")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
