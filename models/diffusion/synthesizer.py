@@ -311,7 +311,7 @@ class DiffusionSynthesizer(Synthesizer):
             ),
         ]
 
-    def _seconds_per_row(self, rows: int = 64) -> tuple[float, float]:
+    def _seconds_per_row(self, rows: int = 16) -> tuple[float, float]:
         """Seconds of one network evaluation, and of one with its gradient, per image."""
         images = torch.zeros((rows, *self.spec.image_shape), device=self.runtime.device)
         condition = torch.zeros(rows, device=self.runtime.device)
