@@ -26,7 +26,7 @@ FONT_NAMES = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSerif{style}" for style in ("", "-Italic")),
     *(f"STIXGeneral{style}" for style in ("", "Italic")),
-    *("cmr10", "cmss10", "cmti10", "cmtt10"),
+    *("cmr10", "cmss10", "cmtt10"),
 )
 FONT_SIZE = 96  # pixels; about the height of the largest bitmap that is commonly made from a mask
 OUTLINE = 1  # pixel added around every stroke, so that hairlines survive the threshold
