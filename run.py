@@ -108,7 +108,9 @@ def run(parts: Parts) -> int:
     config = parts.config
     with_private = parts.ledger is not None
     if (config.public_data.name or "").startswith("central_"):
-        raise UserError(f"public_data.name: {config.public_data.name} warms up no method yet; use a public set or null")
+        raise UserError(
+            f"public_data.name: {config.public_data.name} warms up no method yet; use a public set or null"
+        )
     sensitive = (
         load_sensitive(config.sensitive_data, config.eval.mode, config.data_root) if with_private else None
     )
