@@ -7,7 +7,7 @@ private images, sampling. Every stage starts from the EMA weights of the one bef
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -130,7 +130,9 @@ class DiffusionSynthesizer(Synthesizer):
 
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
-        checkpoint = None if config.model.ckpt is None else _read_checkpoint(config.model.ckpt)
+        checkpoint, self.inherited = None, []
+        if config.model.ckpt is not None:
+            checkpoint, self.inherited = _read_checkpoint(config.model.ckpt)
         self.query = self._semantic_query()
         network = config.model.network
         with runtime.seeded("network"):
@@ -164,12 +166,17 @@ class DiffusionSynthesizer(Synthesizer):
     def privacy_plan(self) -> list[Release]:
         train = self.config.train
         queries = [] if self.query is None else [self.query.release()]
-        return [*queries, dpsgd_release(DP_SGD, self.spec.num_train, train.batch_size, train.n_epochs)]
+        return [
+            *self.inherited,
+            *queries,
+            dpsgd_release(DP_SGD, self.spec.num_train, train.batch_size, train.n_epochs),
+        ]
 
     # Stages
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
         config = self.config.pretrain
+        self._book_inherited(private)
         if public is None or not config.n_epochs:
             return
         if self.query is not None:
@@ -180,6 +187,14 @@ class DiffusionSynthesizer(Synthesizer):
                 f"{self.network.null_label} labels; use pretrain.cond=false"
             )
         self._fit_public(public.samples, EDMLoss(config.loss, unconditional=not config.cond))
+
+    def _book_inherited(self, private: PrivateData | None) -> None:
+        """What the checkpoint's own run asked the private images is part of what this run's samples reveal."""
+        if self.inherited and private is None:
+            raise UserError("model.ckpt: its training asked private images, but sensitive_data.name is null")
+        for release in self.inherited:
+            left = release.num_steps - private.ledger.executed(release.name)
+            private.ledger.book(release.name, left)
 
     def _fit_public(self, samples: Samples, loss: EDMLoss) -> None:
         config = self.config.pretrain
@@ -208,6 +223,7 @@ class DiffusionSynthesizer(Synthesizer):
 
     def train(self, private: PrivateData) -> None:
         config = self.config.train
+        self._book_inherited(private)
         self._begin("train", config.optim)
         steps = dpsgd_steps(
             DP_SGD,
@@ -335,13 +351,20 @@ class DiffusionSynthesizer(Synthesizer):
         return timed(evaluate), timed(differentiate)
 
 
-def _read_checkpoint(path: str) -> dict:
+def _read_checkpoint(path: str) -> tuple[dict, list[Release]]:
+    """The method's state, and the private releases that were booked up to it."""
     from utils.checkpoints import read
 
-    state = read(path)["state"]
+    content = read(path)
+    state, ledger = content["state"], content.get("ledger") or {"plan": [], "executed": {}}
     if "network" not in state or "label_dim" not in state:
         raise UserError(f"model.ckpt: {path} is not a checkpoint of a diffusion method")
-    return state
+    taken = [(Release(**saved), ledger["executed"][saved["name"]]) for saved in ledger["plan"]]
+    return state, [
+        replace(release, name=f"checkpoint: {release.name}", num_steps=steps)
+        for release, steps in taken
+        if steps
+    ]
 
 
 def _load_weights(network: UNet, state: dict, config: ModelConfig | None) -> None:
