@@ -312,6 +312,18 @@ def test_pretraining_alone_then_starting_from_its_checkpoint(tmp_path):
     assert all(torch.equal(network[name], weights[name]) for name in weights)
 
 
+def test_a_checkpoint_of_private_training_brings_its_cost_along(tmp_path):
+    first = call(run_program.main, arguments("DPDM", tmp_path, "eval=none"))
+    checkpoint = first.folder / "train/checkpoints/final_checkpoint.pth"
+    started = [f"model.ckpt={checkpoint}", "train.n_epochs=0", "eval=none"]
+    second = call(run_program.main, arguments("DPDM", tmp_path, *started))
+    assert second.code == 0, second.err
+    before, after = (strict_json(outcome.folder / "privacy.json") for outcome in (first, second))
+    inherited = {release["name"]: release for release in after["releases"]}["checkpoint: dp-sgd"]
+    assert inherited["executed"] == inherited["planned"] == before["releases"][0]["executed"] > 0
+    assert after["spent"] == pytest.approx(before["spent"]) and after["spent"] > 1
+
+
 def test_evaluating_nothing(tmp_path):
     outcome = call(run_program.main, arguments("Noise", tmp_path, "eval=none"))
     assert outcome.code == 0, outcome.err
