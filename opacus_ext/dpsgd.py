@@ -66,7 +66,7 @@ def dpsgd_steps(
     Steps, sampling rate and noise come from the calibrated release. Each step: book; draw a Poisson sample; sum the
     clipped per-example gradients over its chunks; add N(0, (noise_multiplier * max_grad_norm)^2) once; divide by the
     public expected batch size; step the optimiser.
-    The loss's randomness is secret, like the noise: see NoiseSource.loss_rng.
+    The loss's randomness is secret, like the noise: see NoiseSource.loss_draws.
     """
     validate_per_example(network)
     _probe(private, network, per_example_loss)
@@ -79,9 +79,7 @@ def dpsgd_steps(
         raise UnplannedRelease(f"'{name}' is planned as {planned.mechanism}, not as gaussian")
     for index in range(private.ledger.executed(name), planned.num_steps):
         release = private.ledger.book(name)
-        totals = _clipped_sum_of_batch(
-            name, private, network, per_example_loss, dp, private._loss_rng(name, index), index
-        )
+        totals = _clipped_sum_of_batch(name, private, network, per_example_loss, dp, index)
         expected_batch = private.spec.num_train * release.sample_rate
         std = release.noise_multiplier * dp.max_grad_norm
         noise = _flat_noise(name, private, trainable, std, index)
@@ -101,13 +99,13 @@ def _probe(private: PrivateData, network: nn.Module, per_example_loss: PerExampl
     validate_independence(network, per_example_loss, images, labels)
 
 
-def _clipped_sum_of_batch(
-    name, private, network, per_example_loss, dp, rng, index
-) -> dict[str, torch.Tensor]:
+def _clipped_sum_of_batch(name, private, network, per_example_loss, dp, index) -> dict[str, torch.Tensor]:
     indices = private._poisson_indices(name, private.ledger.planned(name).sample_rate, index)
+    draws = private._loss_draws(name, index, len(indices))
     totals = None
     for chunk in chunks(indices, dp.max_physical_batch_size, dp.n_split):
         images, labels = private._take(chunk.indices)
+        rng = draws[chunk.positions]
         part = clipped_gradient_sum(network, per_example_loss, images, labels, dp.max_grad_norm, rng)
         totals = part if totals is None else {key: totals[key] + part[key] for key in totals}
     return totals

@@ -1,10 +1,12 @@
 """Privacy noise and secret sampling: seeded by the operating system, apart from the experiment seed."""
 
+import hashlib
 import secrets
 
 import torch
 
-from utils.seeding import derive_seed
+from utils.draws import Draws
+from utils.seeding import derive_key, derive_seed
 
 
 class NoiseSource:
@@ -12,10 +14,13 @@ class NoiseSource:
 
     A fixed seed makes a run repeatable and its noise public: the report then says `noise_seeded`. Seeded streams
     are derived per (release, step), so that a resumed test run equals an uninterrupted one.
+
+    `key`: 32 secret bytes that all processes of a run must share; None: fresh from the operating system.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, seed: int | None = None, key: bytes | None = None) -> None:
         self._seed = seed
+        self.key = key or (secrets.token_bytes(32) if seed is None else derive_key(seed, "noise"))
         self._generators: dict[str, torch.Generator] = {}
 
     @property
@@ -41,11 +46,14 @@ class NoiseSource:
         generator = self._generator(f"poisson/{release}/{step}", "cpu")
         return torch.rand(num_records, generator=generator, dtype=torch.float64) < rate
 
-    def loss_rng(self, release: str, step: int, device="cpu") -> torch.Generator:
-        """Secret randomness for one step's loss. It must not be repeatable: draws are assigned by position in the
-        batch, so with known draws one record more would re-draw, and move, the contributions of all later ones. Unknown
+    def loss_draws(self, release: str, step: int, num_examples: int, device="cpu") -> Draws:
+        """Secret randomness for one step's loss. It must not be repeatable: draws are dealt by position in the batch,
+        so with known draws one record more would re-deal, and move, the contributions of all later ones. Unknown
         draws couple record by record between neighbouring sets, and the sensitivity is one clipped gradient."""
-        return self._generator(f"loss/{release}/{step}", device)
+        return Draws(self._stream_key(f"loss/{release}/{step}"), 0, num_examples, device)
+
+    def _stream_key(self, stream: str) -> bytes:
+        return hashlib.blake2b(stream.encode(), key=self.key, digest_size=32).digest()
 
     def _generator(self, stream: str, device) -> torch.Generator:
         if self._seed is not None:

@@ -11,6 +11,7 @@ from opacus_ext.errors import UnplannedRelease
 from opacus_ext.ledger import Ledger
 from opacus_ext.mechanisms import clipped_sum, vote_rows
 from opacus_ext.noise import NoiseSource
+from utils.draws import Draws
 from utils.images import to_float
 from utils.progress import progress
 
@@ -150,8 +151,8 @@ class PrivateData:
     def _poisson_indices(self, name: str, rate: float, step: int) -> torch.Tensor:
         return self._noise.inclusion_mask(len(self._labels), rate, name, step).nonzero()[:, 0]
 
-    def _loss_rng(self, name: str, step: int) -> torch.Generator:
-        return self._noise.loss_rng(name, step, self.device)
+    def _loss_draws(self, name: str, step: int, num_examples: int) -> Draws:
+        return self._noise.loss_draws(name, step, num_examples, self.device)
 
     def _gradient_noise(self, name: str, shape: tuple[int, ...], std: float, step: int) -> torch.Tensor:
         return self._noise.gaussian(shape, std, name, step, self.device)

@@ -8,10 +8,17 @@ import torch
 
 @dataclass(frozen=True)
 class Chunk:
-    """Part of one logical batch. `is_last` travels with the chunk, so that no queue can get out of step."""
+    """Part of one logical batch, from position `start` on. `is_last` travels with the chunk, so that no queue can get
+    out of step."""
 
     indices: torch.Tensor
+    start: int
     is_last: bool
+
+    @property
+    def positions(self) -> slice:
+        """Where in the logical batch the indices stand."""
+        return slice(self.start, self.start + len(self.indices))
 
 
 def chunks(indices: torch.Tensor, max_size: int, n_split: int | None = None) -> Iterator[Chunk]:
@@ -21,6 +28,7 @@ def chunks(indices: torch.Tensor, max_size: int, n_split: int | None = None) -> 
     exactly once.
     """
     count = n_split or max(1, -(-len(indices) // max_size))
-    parts = torch.tensor_split(indices, count)
-    for position, part in enumerate(parts):
-        yield Chunk(part, position == len(parts) - 1)
+    start = 0
+    for position, part in enumerate(torch.tensor_split(indices, count)):
+        yield Chunk(part, start, position == count - 1)
+        start += len(part)

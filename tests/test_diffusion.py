@@ -8,6 +8,7 @@ import torch
 from models.diffusion.denoiser import SIGMA_DATA, denoise, guided
 from models.diffusion.loss import EDMLoss, LossConfig
 from models.diffusion.samplers import SamplerConfig, noise_levels, sample
+from utils.draws import Draws
 from utils.errors import UserError
 
 
@@ -77,11 +78,15 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def dealt(num_examples: int) -> Draws:
+    return Draws(bytes(32), 0, num_examples)
+
+
 def test_loss_of_a_network_that_says_nothing():
     """With F = 0 and one noise level the expected loss is known: weight * c_skip^2 (sigma^2 + ...)."""
     sigma = math.exp(-1.2)
     images = torch.full((2, 1, 50, 50), 0.4)
-    found = loss_of(draws=20, p_std=0.0)(Spy(), images, torch.tensor([0, 1]), rng())
+    found = loss_of(draws=20, p_std=0.0)(Spy(), images, torch.tensor([0, 1]), dealt(2))
     total = sigma**2 + SIGMA_DATA**2
     c_skip, weight = SIGMA_DATA**2 / total, total / (sigma * SIGMA_DATA) ** 2
     expected = weight * ((c_skip - 1) ** 2 * 0.4**2 + c_skip**2 * sigma**2)
@@ -91,7 +96,7 @@ def test_loss_of_a_network_that_says_nothing():
 
 def test_noise_levels_of_the_loss_are_log_normal():
     network = Spy()
-    loss_of(draws=4)(network, torch.zeros(5000, 1, 1, 1), torch.zeros(5000, dtype=torch.int64), rng())
+    loss_of(draws=4)(network, torch.zeros(5000, 1, 1, 1), torch.zeros(5000, dtype=torch.int64), dealt(5000))
     log_sigma = network.calls[0][1] * 4
     assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.05)
     assert log_sigma.std().item() == pytest.approx(1.2, abs=0.05)
@@ -100,7 +105,7 @@ def test_noise_levels_of_the_loss_are_log_normal():
 def test_draws_are_averaged_per_example_and_lie_side_by_side():
     network = Spy()
     images = torch.arange(3.0)[:, None, None, None].expand(3, 1, 2, 2)
-    found = loss_of(draws=5, p_std=0.0)(network, images, torch.tensor([4, 5, 6]), rng())
+    found = loss_of(draws=5, p_std=0.0)(network, images, torch.tensor([4, 5, 6]), dealt(3))
     assert found.shape == (3,)
     seen, _, labels = network.calls[0]
     assert len(network.calls) == 1 and len(seen) == 15
@@ -110,7 +115,7 @@ def test_draws_are_averaged_per_example_and_lie_side_by_side():
 
 def test_label_dropout_is_drawn_once_per_example():
     network, labels = Spy(), torch.arange(4000) % 3
-    loss_of(draws=2, dropout=0.25)(network, torch.zeros(4000, 1, 1, 1), labels, rng())
+    loss_of(draws=2, dropout=0.25)(network, torch.zeros(4000, 1, 1, 1), labels, dealt(4000))
     seen = network.calls[0][2].view(4000, 2)
     assert torch.equal(seen[:, 0], seen[:, 1])
     dropped = seen[:, 0] == network.null_label
@@ -120,7 +125,8 @@ def test_label_dropout_is_drawn_once_per_example():
 
 def test_unconditional_training_shows_the_null_label_alone():
     network = Spy()
-    loss_of(dropout=0.1, unconditional=True)(network, torch.zeros(50, 1, 1, 1), torch.zeros(50).long(), rng())
+    unconditional = loss_of(dropout=0.1, unconditional=True)
+    unconditional(network, torch.zeros(50, 1, 1, 1), torch.zeros(50).long(), dealt(50))
     assert (network.calls[0][2] == network.null_label).all()
 
 
@@ -132,7 +138,7 @@ def test_one_example_does_not_enter_the_loss_of_another():
     images, labels = torch.randn(4, 1, 3, 3, generator=rng(1)), torch.arange(4)
     changed = images.clone()
     changed[2] += 1
-    one, other = (loss_of(draws=3)(Copy(), batch, labels, rng()) for batch in (images, changed))
+    one, other = (loss_of(draws=3)(Copy(), batch, labels, dealt(4)) for batch in (images, changed))
     assert (one != other).tolist() == [False, False, True, False]
 
 

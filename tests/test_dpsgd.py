@@ -89,12 +89,22 @@ def test_chunks_change_nothing(make_private, dp):
     torch.testing.assert_close(moved(dp), moved(config()), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("dp", [config(n_split=7), config(max_physical_batch_size=8)])
+def test_chunks_do_not_change_what_the_loss_draws(make_private, dp):
+    def moved(dp):
+        private = make_private([Release(NAME, None, 0.5, 3)], noise_seed=1)
+        return update(private, dp, lambda *asked: loss(*asked) * asked[-1].normal(2)[:, 1])
+
+    torch.testing.assert_close(moved(dp), moved(config()), rtol=1e-3, atol=1e-6)
+
+
 def test_chunks_hold_every_index_once_and_know_the_last():
     indices = torch.arange(10)
     for options, sizes in [((4, None), [4, 3, 3]), ((100, None), [10]), ((4, 12), [1] * 10 + [0, 0])]:
         parts = list(chunks(indices, *options))
         assert torch.equal(torch.cat([part.indices for part in parts]), indices)
         assert [len(part.indices) for part in parts] == sizes
+        assert torch.equal(torch.cat([indices[part.positions] for part in parts]), indices)
         assert [part.is_last for part in parts] == [False] * (len(parts) - 1) + [True]
     assert [(len(part.indices), part.is_last) for part in chunks(indices[:0], 4)] == [(0, True)]
 
@@ -129,7 +139,7 @@ def test_randomness_of_the_loss_is_secret(make_private):
     """Draws that nobody can repeat are part of the mechanism: they couple, record by record, between neighbours."""
 
     def random_loss(model, images, labels, rng):
-        return loss(model, images, labels, rng) * torch.rand(len(images), generator=rng)
+        return loss(model, images, labels, rng) * rng.uniform()
 
     release = [Release(NAME, None)]
     dp = config(max_grad_norm=1e6)

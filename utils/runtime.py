@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.seeding import derive_seed, torch_rng
+from utils.seeding import derive_key, derive_seed, torch_rng
 
 log = logging.getLogger("dpib")
 
@@ -28,6 +28,12 @@ class Runtime:
     def rng(self, name: str):
         """A torch.Generator on the run's device for the stream `name`; the same seed and name repeat it."""
         return torch_rng(self.seed, name, self.device)
+
+    def draws(self, name: str, num_examples: int):
+        """utils.draws.Draws on the run's device for a batch of the stream `name`, addressed by position in it."""
+        from utils.draws import Draws
+
+        return Draws(derive_key(self.seed, name), 0, num_examples, self.device)
 
     @contextmanager
     def seeded(self, name: str) -> Iterator[None]:

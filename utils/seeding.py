@@ -8,10 +8,14 @@ import hashlib
 import numpy as np
 
 
+def derive_key(seed: int, name: str) -> bytes:
+    """32 bytes for the stream `name` of the experiment seed; equal inputs give equal streams."""
+    return hashlib.sha256(f"{seed}/{name}".encode()).digest()
+
+
 def derive_seed(seed: int, name: str) -> int:
-    """A 63-bit seed for the stream `name` of the experiment seed; equal inputs give equal streams."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    """The same as a 63-bit number, for generators that are seeded with one."""
+    return int.from_bytes(derive_key(seed, name)[:8], "big") >> 1
 
 
 def torch_rng(seed: int, name: str, device="cpu"):

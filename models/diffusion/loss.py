@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from models.diffusion.denoiser import SIGMA_DATA, denoise
+from utils.draws import Draws
 from utils.sections import check
 
 
@@ -31,19 +32,13 @@ class EDMLoss:
         self.config = config
         self.label_dropout = 1.0 if unconditional else config.label_dropout
 
-    def __call__(
-        self, network, images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator
-    ) -> torch.Tensor:
+    def __call__(self, network, images: torch.Tensor, labels: torch.Tensor, rng: Draws) -> torch.Tensor:
         draws = self.config.n_noise_samples
-        device = images.device
-        dropped = torch.rand(len(images), generator=rng, device=device) < self.label_dropout
+        dropped = rng.uniform() < self.label_dropout
         labels = torch.where(dropped, network.null_label, labels)
         clean = images.repeat_interleave(draws, dim=0)  # (B*K, C, H, W), the draws of one example adjacent
-        log_sigma = (
-            torch.randn(len(clean), generator=rng, device=device) * self.config.p_std + self.config.p_mean
-        )
-        sigma = log_sigma.exp()
-        noise = torch.randn(clean.shape, generator=rng, device=device)
+        sigma = (rng.normal(draws) * self.config.p_std + self.config.p_mean).exp().flatten()
+        noise = rng.normal(draws, *images.shape[1:]).flatten(0, 1)
         noisy = clean + noise * sigma[:, None, None, None]
         error = denoise(network, noisy, sigma, labels.repeat_interleave(draws)) - clean
         weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2

@@ -23,6 +23,7 @@ from models.synthesizer import Cost, Synthesizer, balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps
 from opacus_ext.private_data import PrivateData
+from utils.draws import Draws
 from utils.errors import UserError
 from utils.images import to_float, to_uint8
 from utils.progress import progress
@@ -205,7 +206,7 @@ class DiffusionSynthesizer(Synthesizer):
         for step in progress(range(start, total), "pretrain", total=total, initial=start):
             epoch, position = divmod(step, steps_per_epoch)
             order = numpy_rng(self.runtime.seed, f"pretrain order {epoch}").permutation(len(samples))
-            rng = self.runtime.rng(f"pretrain {step}")
+            rng = self.runtime.draws(f"pretrain {step}", batch_size)
             batch = np.sort(order[position * batch_size : (position + 1) * batch_size])
             images = self._augment(to_float(samples.images[batch], self.runtime.device), rng)
             labels = torch.from_numpy(samples.labels[batch]).to(self.runtime.device)
@@ -215,10 +216,10 @@ class DiffusionSynthesizer(Synthesizer):
             self._finish_step(config.snapshot_freq)
         self._use_ema()
 
-    def _augment(self, images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    def _augment(self, images: torch.Tensor, rng: Draws) -> torch.Tensor:
         if not self.config.public_data.flip:
             return images
-        flipped = torch.rand(len(images), generator=rng, device=images.device) < 0.5
+        flipped = rng.uniform() < 0.5
         return torch.where(flipped[:, None, None, None], images.flip(-1), images)
 
     def train(self, private: PrivateData) -> None:
