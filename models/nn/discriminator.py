@@ -1,0 +1,174 @@
+"""Discriminators that DP-SGD can train: no example influences another.
+
+Legend: B batch, C channels, H W pixels, D features of the last block.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+MAX_GROUPS = 32  # GroupNorm: 32 groups, or one per channel where there are fewer
+
+
+class Discriminator(nn.Module):
+    """The published DPGAN discriminator: (images (B, C, H, W) in [-1, 1], labels (B,)) -> scores (B,).
+
+    BigGAN layout with GroupNorm in place of spectral norm. All blocks are 2 * d_conv_dim wide; one without pooling
+    ends a network for 28 px and below, two end one for 32 px; from 64 px on every block halves the image.
+    """
+
+    def __init__(self, image_size: int, channels: int, num_classes: int, d_conv_dim: int = 80) -> None:
+        super().__init__()
+        width = 2 * d_conv_dim
+        pools = _pools(image_size)
+        self.first = _FirstBlock(channels, width)
+        self.blocks = nn.ModuleList(_Block(width, pool) for pool in pools[1:])
+        self.head = ProjectionHead(width, num_classes)
+        _orthogonal(self)
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        h = self.first(images)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(F.relu(h).sum(dim=(2, 3)), labels)
+
+
+class ProjectionHead(nn.Module):
+    """(features (B, D), labels (B,)) -> (B,): a linear score plus <embedding of the label, features>.
+
+    Projection discriminator (Miyato and Koyama 2018, arXiv:1802.05637).
+    """
+
+    def __init__(self, features: int, num_classes: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(features, 1)
+        self.embedding = nn.Embedding(num_classes, features)
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.score(features).squeeze(1) + (self.embedding(labels) * features).sum(1)
+
+
+class _FirstBlock(nn.Module):
+    """conv, norm, ReLU, conv, pool; the shortcut is pooled first. The image itself is not activated."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.conv_in, self.conv_out = _conv(channels, width, 3), _conv(width, width, 3)
+        self.norm, self.shortcut_norm = _norm(width), _norm(channels)
+        self.shortcut = _conv(channels, width, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv_out(F.relu(self.norm(self.conv_in(x))))
+        return F.avg_pool2d(h, 2) + self.shortcut(self.shortcut_norm(F.avg_pool2d(x, 2)))
+
+
+class _Block(nn.Module):
+    """Twice norm, ReLU, conv; with pooling, a 1x1 convolution of the normalised input is the shortcut."""
+
+    def __init__(self, width: int, pool: bool) -> None:
+        super().__init__()
+        self.norm_in, self.norm_out = _norm(width), _norm(width)
+        self.conv_in, self.conv_out = _conv(width, width, 3), _conv(width, width, 3)
+        self.shortcut = nn.Sequential(_norm(width), _conv(width, width, 1)) if pool else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv_in(F.relu(self.norm_in(x)))
+        h = self.conv_out(F.relu(self.norm_out(h)))
+        return x + h if self.shortcut is None else F.avg_pool2d(self.shortcut(x) + h, 2)
+
+
+class WSConv2d(nn.Conv2d):
+    """Convolution with a standardised weight: each output channel's has mean 0, variance 1 / fan-in and a learned gain.
+
+    Weight standardisation (Qiao et al. 2019, arXiv:1903.10520) in the scaled form of De et al. (2022,
+    arXiv:2204.13650): it makes up for the batch statistics that DP-SGD forbids. weight (O, I / groups, h, w) trains
+    unstandardised, gain (O,) starts as one.
+    """
+
+    EPS = 1e-4  # floor of fan-in * variance: an untrained constant filter stays finite
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.ones_like(self.weight[:, 0, 0, 0]))
+
+    def standardised_weight(self) -> torch.Tensor:
+        """(O, I / groups, h, w), differentiable in `weight` and `gain`."""
+        fan_in = self.weight[0].numel()
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        scale = (variance * fan_in).clamp(min=self.EPS).rsqrt() * self.gain[:, None, None, None]
+        return (self.weight - mean) * scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.standardised_weight(), self.bias)
+
+
+class WideResNetCritic(nn.Module):
+    """WRN-(depth)-(widen): (images (B, C, H, W) in [-1, 1], labels (B,)) -> scores (B,).
+
+    The network of De et al. (2022), GroupNorm of 16 groups and WSConv2d, with a projection head in place of logits.
+    """
+
+    GROUPS = 16
+
+    def __init__(self, channels: int, num_classes: int, depth: int = 16, widen: int = 4) -> None:
+        super().__init__()
+        assert (depth - 4) % 6 == 0, depth
+        self.first = _ws_conv(channels, 16)
+        self.blocks = nn.ModuleList()
+        width_in = 16
+        for width, first_stride in ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)):
+            for block in range((depth - 4) // 6):
+                self.blocks.append(_WideBlock(width_in, width, first_stride if block == 0 else 1))
+                width_in = width
+        self.norm = nn.GroupNorm(self.GROUPS, width_in)
+        self.head = ProjectionHead(width_in, num_classes)
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        h = self.first(images)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(F.relu(self.norm(h)).mean(dim=(2, 3)), labels)
+
+
+class _WideBlock(nn.Module):
+    """Norm and ReLU before each of two 3x3 convolutions; where the width changes, a 1x1 one on the activated input."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        groups = WideResNetCritic.GROUPS
+        self.norm_in, self.norm_out = nn.GroupNorm(groups, width_in), nn.GroupNorm(groups, width)
+        self.conv_in, self.conv_out = _ws_conv(width_in, width, stride=stride), _ws_conv(width, width)
+        changes = width_in != width or stride != 1
+        self.shortcut = _ws_conv(width_in, width, kernel=1, stride=stride) if changes else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        activated = F.relu(self.norm_in(x))
+        h = self.conv_out(F.relu(self.norm_out(self.conv_in(activated))))
+        return h + (x if self.shortcut is None else self.shortcut(activated))
+
+
+def _pools(image_size: int) -> tuple[bool, ...]:
+    """Which blocks halve the image."""
+    if image_size < 32:
+        return (True, True, False)
+    return (True, True, False, False) if image_size < 64 else (True, True, True, True)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(MAX_GROUPS, channels), channels)
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
+
+
+def _ws_conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> WSConv2d:
+    return WSConv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2)
+
+
+def _orthogonal(network: nn.Module) -> None:
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear | nn.Embedding):
+            nn.init.orthogonal_(layer.weight)
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.zeros_(layer.bias)

@@ -1,0 +1,109 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) on the linear layers of a pretrained network.
+
+Every trained tensor sits in a stock nn.Linear without bias, so per-example gradients need no rule of their own.
+Legend: r rank, I and O input and output width of the adapted layer.
+"""
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+
+# Names of nn.Linear layers, or (name, layer) -> whether it gets an adapter
+Selection = Collection[str] | Callable[[str, nn.Linear], bool]
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + scale * up(down(x)) on any leading axes; `base` is frozen, down (r, I) and up (O, r) train.
+
+    down starts as N(0, 1 / r^2) and up as zero: the adapted layer starts as the one it wraps.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float = 1.0) -> None:
+        super().__init__()
+        if rank < 1:
+            raise UserError(f"LoRA rank: {rank} is not allowed; give at least 1")
+        place = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, rank, bias=False, **place)
+        self.up = nn.Linear(rank, base.out_features, bias=False, **place)
+        self.scale = scale
+        nn.init.normal_(self.down.weight, std=1 / rank)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.scale * self.up(self.down(x))
+
+    def merged(self) -> nn.Linear:
+        """The base layer with scale * up @ down added to its weight, in place; still frozen."""
+        with torch.no_grad():
+            self.base.weight += self.scale * self.up.weight @ self.down.weight
+        return self.base
+
+
+def add_adapters(network: nn.Module, selection: Selection, rank: int, scale: float = 1.0) -> list[str]:
+    """Put an adapter on every selected layer of `network`, in place, and freeze all other parameters.
+
+    Returns the names of the adapted layers. Parameters that shall train besides (a label embedding) are unfrozen by
+    the caller afterwards. Raises UserError for a name that is not an nn.Linear of the network, or if none is selected.
+    """
+    layers = {name: layer for name, layer in network.named_modules() if type(layer) is nn.Linear}
+    if callable(selection):
+        selected = [name for name, layer in layers.items() if selection(name, layer)]
+    else:
+        selected = list(selection)
+    for name in selected:
+        if name not in layers:
+            raise UserError(f"LoRA layer: '{name}' is no nn.Linear; known: {', '.join(layers) or 'none'}")
+    if not selected:
+        raise UserError(f"LoRA layers: the selection is empty; known: {', '.join(layers) or 'none'}")
+    network.requires_grad_(False)
+    for name in selected:
+        network.set_submodule(name, LoRALinear(layers[name], rank, scale))
+    return selected
+
+
+def adapters(network: nn.Module) -> dict[str, LoRALinear]:
+    """Name -> adapter, for all adapters of the network."""
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def trainable_names(network: nn.Module) -> list[str]:
+    """Names of all parameters that train."""
+    return [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+
+
+def adapter_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the adapters' tensors alone: what a fine-tuned network adds to its pretrained weights."""
+    return {key: parameter.detach().clone() for key, parameter in _adapter_parameters(network).items()}
+
+
+def load_adapter_state(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Take what `adapter_state` gave for a network with the same adapters. Raises UserError if it does not fit."""
+    parameters = _adapter_parameters(network)
+    expected = {key: tuple(parameter.shape) for key, parameter in parameters.items()}
+    found = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    if found != expected:
+        wrong = sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key))
+        raise UserError(
+            f"LoRA state: '{wrong[0]}' has shape {found.get(wrong[0])}, the network {expected.get(wrong[0])}"
+        )
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(state[key])
+
+
+def merge_adapters(network: nn.Module) -> None:
+    """Replace every adapter by its base layer with the adapter added to the weight, in place."""
+    for name, adapter in adapters(network).items():
+        network.set_submodule(name, adapter.merged())
+
+
+def _adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        f"{name}.{part}.weight": getattr(adapter, part).weight
+        for name, adapter in adapters(network).items()
+        for part in ("down", "up")
+    }
