@@ -1,51 +1,55 @@
 """The clipped sum of per-example gradients: the one function behind which the speed of DP-SGD lives.
 
 One forward and one backward pass. Trained layers run with their parameters detached, so that no summed weight
-gradient is computed only to be thrown away; a hook on each layer's output takes the output gradient and forms the
-per-example weight gradient from it and the layer's input. Legend: B examples, K rows per example (its noise draws,
-adjacent), R = B * K rows.
+gradient is computed only to be thrown away; a hook on each layer's output takes the output gradient, and
+`gradient_rules` forms from it and the layer's input what each example contributes. Normalisation layers run with one
+copy of their small parameters per example instead. Legend: B examples, K rows per example (its noise draws or
+augmentations, adjacent), R = B * K rows.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.grad import conv2d_weight
 
-from utils.errors import UserError
+from opacus_ext.gradient_rules import ROW_FORWARDS, Factors, rule_for, squared_norms, weighted_sum
+from opacus_ext.planner import cheapest
 
-# (network, images (B, C, H, W), labels (B,), rng) -> losses (B,); the K noise draws of an example are averaged inside
-PerExampleLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
-
-# (module, input, output gradient, B) -> gradient of each example by parameter name, (B, *parameter.shape)
-Rule = Callable[[nn.Module, torch.Tensor, torch.Tensor, int], dict[str, torch.Tensor]]
+# (network, images (B, C, H, W), labels (B,), rng) -> losses (B,); the K draws of an example are averaged inside
+PerExampleLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor, object], torch.Tensor]
 
 
-def clipped_gradient_sum(
+def clipped_sum(
     network: nn.Module,
     per_example_loss: PerExampleLoss,
     images: torch.Tensor,
     labels: torch.Tensor,
     max_grad_norm: float,
-    rng: torch.Generator,
-) -> dict[str, torch.Tensor]:
+    rng: object,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Sum over examples of the gradient of each one's own loss, clipped jointly over all trainable tensors.
 
-    Returns name -> tensor, the L2 norm of one example's contribution being at most `max_grad_norm`. An example whose
-    gradient is not finite contributes zero. No example: zeros.
+    Returns name -> summed gradient, to which one example contributes an L2 norm of at most `max_grad_norm`, and the
+    (B,) norms before clipping; these are private. An example whose gradient is not finite contributes zero. No
+    example: zeros. `rng` is handed to the loss as it is.
     """
+    trainable = _trainable(network)
     if not len(labels):
-        return {name: torch.zeros_like(p) for name, p in _trainable(network).items()}
-    gradients = per_example_gradients(network, per_example_loss, images, labels, rng)
-    coefficients = clip_coefficients(gradients, max_grad_norm)
-    # 0 * inf is nan: a non-finite example is taken out of the matrices, not only weighted by zero.
-    keep = coefficients > 0
-    return {
-        name: torch.tensordot(coefficients[keep], gradient[keep], dims=1)
-        for name, gradient in gradients.items()
+        zeros = {name: torch.zeros_like(p) for name, p in trainable.items()}
+        return zeros, torch.zeros(0, device=labels.device)
+    record = _record(network, trainable, per_example_loss, images, labels, rng, whole=False)
+    norms = record.squares().sqrt()
+    coefficients = _clip_coefficients(norms, max_grad_norm)
+    sums = {
+        name: weighted_sum(record.gradients.pop(name), coefficients).to(p.dtype)
+        if name in record.gradients
+        else torch.zeros_like(p)
+        for name, p in trainable.items()
     }
+    return sums, norms
 
 
 def per_example_gradients(
@@ -53,146 +57,165 @@ def per_example_gradients(
     per_example_loss: PerExampleLoss,
     images: torch.Tensor,
     labels: torch.Tensor,
-    rng: torch.Generator,
+    rng: object,
 ) -> dict[str, torch.Tensor]:
     """Name -> (B, *shape): the gradient of each example's loss. A parameter the loss does not reach has zeros."""
     trainable = _trainable(network)
-    with _recording(network, trainable, len(labels)) as gradients:
-        per_example_loss(network, images, labels, rng).sum().backward()
+    record = _record(network, trainable, per_example_loss, images, labels, rng, whole=True)
     return {
-        name: gradients[name] if name in gradients else p.new_zeros(len(labels), *p.shape)
-        for name, p in trainable.items()
+        name: record.gradients.get(name, p.new_zeros(len(labels), *p.shape)) for name, p in trainable.items()
     }
 
 
 def clip_coefficients(gradients: dict[str, torch.Tensor], max_grad_norm: float) -> torch.Tensor:
     """(B,) factors min(1, C / norm) of the joint norms of (B, ...) gradients; 0 where a norm is not finite or zero."""
-    squares = [torch.linalg.vector_norm(g.flatten(1), dim=1).double() ** 2 for g in gradients.values()]
-    norms = torch.stack(squares).sum(0).sqrt()
-    coefficients = (max_grad_norm / norms).clamp(max=1.0)
-    return torch.where(torch.isfinite(norms) & (norms > 0), coefficients, 0.0).float()
+    return _clip_coefficients(
+        torch.stack([squared_norms(g) for g in gradients.values()]).sum(0).sqrt(), max_grad_norm
+    )
+
+
+def _clip_coefficients(norms: torch.Tensor, max_grad_norm: float) -> torch.Tensor:
+    usable = torch.isfinite(norms) & (norms > 0)
+    return torch.where(usable, (max_grad_norm / norms).clamp(max=1.0), 0.0)
 
 
 def _trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
+class _Record:
+    """What one backward pass leaves: name -> per-example gradients, formed or as factors, and their squared norms.
+
+    whole: form every gradient. Else a layer that is used once may keep the factors, where that is cheaper.
+    """
+
+    def __init__(self, batch: int, whole: bool) -> None:
+        self.batch = batch
+        self.whole = whole
+        self.gradients: dict[str, torch.Tensor | Factors] = {}
+        self.uses: Counter[str] = Counter()
+        self._squares: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, gradient: torch.Tensor | Factors) -> None:
+        if self.whole or self.uses[name] > 1:
+            gradient = gradient.form() if isinstance(gradient, Factors) else gradient
+            seen = self.gradients.get(name)
+            self.gradients[name] = gradient if seen is None else seen + gradient
+        else:
+            # The norm right away, while the gradient is in the processor's cache.
+            self.gradients[name], self._squares[name] = _kept(gradient)
+
+    def squares(self) -> torch.Tensor:
+        """(B,) float64 joint squared norms."""
+        late = [squared_norms(g) for name, g in self.gradients.items() if name not in self._squares]
+        return torch.stack([*self._squares.values(), *late]).sum(0)
+
+
+def _kept(gradient: torch.Tensor | Factors) -> tuple[torch.Tensor | Factors, torch.Tensor]:
+    """The gradient in the form that makes norm and weighted sum cheapest, and its squared norms."""
+    if not isinstance(gradient, Factors):
+        return gradient, squared_norms(gradient)
+
+    def formed(rehearse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        whole = gradient.form()
+        squares = squared_norms(whole)
+        if rehearse:
+            weighted_sum(whole, torch.ones_like(squares))
+        return whole, squares
+
+    def factored(rehearse: bool = False) -> tuple[Factors, torch.Tensor]:
+        squares = gradient.squared_norms()
+        if rehearse:
+            gradient.weighted_sum(torch.ones_like(squares))
+        return gradient, squares
+
+    choices = {"formed": formed} if gradient.factored_work > gradient.work else {"factored": factored, "formed": formed}
+    return cheapest(("keep", *gradient.key), gradient.work, choices, gradient.device)
+
+
+def _record(network, trainable, per_example_loss, images, labels, rng, whole: bool) -> _Record:
+    record = _Record(len(labels), whole)
+    with _watching(network, trainable, record) as copies, torch.enable_grad():
+        per_example_loss(network, images, labels, rng).sum().backward()
+    for name, copy in copies.items():
+        if copy.grad is not None:
+            record.uses[name] += 1
+            record.add(name, copy.grad)
+    return record
+
+
 @contextmanager
-def _recording(network: nn.Module, trainable: dict[str, nn.Parameter], batch: int) -> Iterator[dict]:
-    """Within: parameters are constants, and every backward pass fills the yielded dict name -> (B, ...) gradients."""
+def _watching(network: nn.Module, trainable: dict[str, nn.Parameter], record: _Record) -> Iterator[dict]:
+    """Within: parameters are constants, and a backward pass fills `record`.
+
+    Yields name -> leaf tensor (B, *shape), the per-example copies whose `.grad` the caller collects.
+    """
     names = {id(p): name for name, p in trainable.items()}
-    gradients: dict[str, torch.Tensor] = {}
-
-    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        if not torch.is_grad_enabled():
-            return
-        if not output.requires_grad:
-            output.requires_grad_()  # the first trained layer: nothing before it needs a gradient
-        features = inputs[0].detach()
-        version = features._version
-
-        def receive(output_gradient: torch.Tensor) -> None:
-            if features._version != version:
-                raise RuntimeError(
-                    f"the input of {module} was changed in place after it; use an out-of-place operation"
-                )
-            for local_name, gradient in RULES[type(module)](module, features, output_gradient, batch).items():
-                name = names.get(id(getattr(module, local_name)))
-                if name is not None:  # a frozen parameter of a partly trained layer
-                    seen = gradients.get(name)
-                    gradients[name] = gradient if seen is None else seen + gradient
-
-        output.register_hook(receive)
-
-    handles = [module.register_forward_hook(hook) for module in _trained_modules(network, names)]
+    copies: dict[str, torch.Tensor] = {}
+    undo: list[Callable[[], None]] = []
     try:
+        for path, module in network.named_modules():
+            own = {
+                local: names[id(p)] for local, p in module.named_parameters(recurse=False) if id(p) in names
+            }
+            if not own:
+                continue
+            if type(module) in ROW_FORWARDS:
+                for local, name in own.items():
+                    leaf = getattr(module, local).detach().expand(record.batch, *getattr(module, local).shape)
+                    copies.setdefault(name, leaf.requires_grad_())
+                module.forward = partial(_forward_by_row, module, own, copies, record.batch)
+                undo.append(partial(delattr, module, "forward"))
+            else:
+                hook = partial(_attach, rule_for(module, path), own, path, record)
+                undo.append(module.register_forward_hook(hook, with_kwargs=True).remove)
         for parameter in trainable.values():
             parameter.requires_grad_(False)
-        yield gradients
+            undo.append(partial(parameter.requires_grad_, True))
+        yield copies
     finally:
-        for parameter in trainable.values():
-            parameter.requires_grad_(True)
-        for handle in handles:
-            handle.remove()
+        for step in undo:
+            step()
 
 
-def _trained_modules(network: nn.Module, names: dict[int, str]) -> list[nn.Module]:
-    trained = []
-    for path, module in network.named_modules():
-        if any(id(p) in names for p in module.parameters(recurse=False)):
-            if type(module) not in RULES:
-                raise UserError(
-                    f"network: no per-example gradient rule for {type(module).__name__} at '{path}'; known: "
-                    f"{', '.join(kind.__name__ for kind in RULES)}; add one with opacus_ext.per_example.RULES"
-                )
-            trained.append(module)
-    return trained
+def _forward_by_row(module: nn.Module, own: dict[str, str], copies: dict, batch: int, x: torch.Tensor):
+    """The module's forward, each row with its example's copy of the parameters; autograd does the rest."""
+    rows = _rows_per_example(x, batch, type(module).__name__)
+    parameters = {}
+    for local, p in module.named_parameters(recurse=False):
+        one_each = copies[own[local]] if local in own else p.detach().expand(batch, *p.shape)
+        parameters[local] = one_each.repeat_interleave(rows, dim=0) if rows > 1 else one_each
+    return ROW_FORWARDS[type(module)](module, x, parameters)
 
 
-def _linear(module: nn.Linear, features: torch.Tensor, output_gradient: torch.Tensor, batch: int) -> dict:
-    x = features.reshape(batch, -1, features.shape[-1])
-    g = output_gradient.reshape(batch, -1, output_gradient.shape[-1])
-    gradients = {"weight": g.transpose(1, 2) @ x}
-    return gradients if module.bias is None else {**gradients, "bias": g.sum(1)}
+def _attach(rule, own: dict[str, str], path: str, record: _Record, module, args, kwargs, output) -> None:
+    """Forward hook: have `rule` applied when the gradient of this output arrives."""
+    if not torch.is_grad_enabled():
+        return
+    if not output.requires_grad:
+        output.requires_grad_()  # the first trained layer: nothing before it needs a gradient
+    features = (args[0] if args else next(iter(kwargs.values()))).detach()
+    _rows_per_example(features, record.batch, path)
+    version = features._version
+    held = [features]  # given up when used, so that memory falls as the backward pass goes on
+    for name in own.values():
+        record.uses[name] += 1
+
+    def receive(output_gradient: torch.Tensor) -> None:
+        if features_changed(held[0], version):
+            raise RuntimeError(f"the input of '{path}' was changed in place after it; use an out-of-place operation")
+        for local, gradient in rule(module, held.pop(), output_gradient, record.batch).items():
+            if local in own:  # else a frozen parameter of a partly trained layer
+                record.add(own[local], gradient)
+
+    output.register_hook(receive)
 
 
-def _conv2d(module: nn.Conv2d, features: torch.Tensor, output_gradient: torch.Tensor, batch: int) -> dict:
-    """One grouped convolution: examples folded into the groups, draws as its batch. Memory stays at B x P."""
-    assert not isinstance(module.padding, str) and module.padding_mode == "zeros", module
-    weight = conv2d_weight(
-        _fold(features, batch),
-        (batch * module.out_channels, *module.weight.shape[1:]),
-        _fold(output_gradient, batch),
-        module.stride,
-        module.padding,
-        module.dilation,
-        batch * module.groups,
-    )
-    gradients = {"weight": weight.reshape(batch, *module.weight.shape)}
-    bias = output_gradient.reshape(batch, -1, *output_gradient.shape[1:]).sum((1, 3, 4))
-    return gradients if module.bias is None else {**gradients, "bias": bias}
+def features_changed(features: torch.Tensor, version: int) -> bool:
+    return features._version != version
 
 
-def _fold(rows: torch.Tensor, batch: int) -> torch.Tensor:
-    """(B * K, C, H, W) -> (K, B * C, H, W)"""
-    draws = len(rows) // batch
-    return rows.reshape(batch, draws, *rows.shape[1:]).transpose(0, 1).reshape(draws, -1, *rows.shape[2:])
-
-
-def _group_norm(
-    module: nn.GroupNorm, features: torch.Tensor, output_gradient: torch.Tensor, batch: int
-) -> dict:
-    shape = (batch, -1, module.num_channels, features[0, 0].numel())
-    normalised = F.group_norm(features, module.num_groups, eps=module.eps)
-    weight = (output_gradient * normalised).reshape(shape).sum((1, 3))
-    return {"weight": weight, "bias": output_gradient.reshape(shape).sum((1, 3))}
-
-
-def _layer_norm(
-    module: nn.LayerNorm, features: torch.Tensor, output_gradient: torch.Tensor, batch: int
-) -> dict:
-    normalised = F.layer_norm(features, module.normalized_shape, eps=module.eps)
-    shape = (batch, -1, *module.normalized_shape)
-    gradients = {"weight": (output_gradient * normalised).reshape(shape).sum(1)}
-    return gradients if module.bias is None else {**gradients, "bias": output_gradient.reshape(shape).sum(1)}
-
-
-def _embedding(
-    module: nn.Embedding, features: torch.Tensor, output_gradient: torch.Tensor, batch: int
-) -> dict:
-    index = features.reshape(batch, -1)
-    g = output_gradient.reshape(batch, index.shape[1], -1)
-    weight = g.new_zeros(batch, *module.weight.shape).scatter_add_(1, index[:, :, None].expand_as(g), g)
-    if module.padding_idx is not None:
-        weight[:, module.padding_idx] = 0
-    return {"weight": weight}
-
-
-# Layer type -> how to get each example's gradient. Add an entry for a layer of your own.
-RULES: dict[type[nn.Module], Rule] = {
-    nn.Linear: _linear,
-    nn.Conv2d: _conv2d,
-    nn.GroupNorm: _group_norm,
-    nn.LayerNorm: _layer_norm,
-    nn.Embedding: _embedding,
-}
+def _rows_per_example(x: torch.Tensor, batch: int, path: str) -> int:
+    if len(x) % batch:
+        raise ValueError(f"'{path}' got {len(x)} rows for {batch} examples; each example must have its own rows")
+    return len(x) // batch

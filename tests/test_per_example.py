@@ -12,7 +12,7 @@ from torch import nn
 
 from models.diffusion.denoiser import denoise
 from models.nn.unet import UNet
-from opacus_ext.per_example import clip_coefficients, clipped_gradient_sum, per_example_gradients
+from opacus_ext.per_example import clip_coefficients, clipped_sum, per_example_gradients
 from opacus_ext.validate import validate_independence
 from utils.errors import UserError
 
@@ -145,7 +145,7 @@ def test_the_clipped_sum_equals_the_slow_loop(bound):
         network, images, labels = build(name, torch.float32)
         expected = loop_clipped_sum(loop_gradients(network, squared_loss(4), images, labels), bound)
         assert_same(
-            clipped_gradient_sum(network, squared_loss(4), images, labels, bound, None), expected, 1e-4
+            clipped_sum(network, squared_loss(4), images, labels, bound, None)[0], expected, 1e-4
         )
 
 
@@ -169,7 +169,7 @@ def test_shared_and_unused_parameters():
     assert_same(found, expected, 1e-4)
     assert not found["unused.weight"].any()
     bound = 0.01  # the norm must be that of the whole gradient of a parameter, not of its parts
-    total = clipped_gradient_sum(network, squared_loss(), images[:1], labels[:1], bound, None)
+    total = clipped_sum(network, squared_loss(), images[:1], labels[:1], bound, None)[0]
     norm = torch.cat([g.flatten() for g in total.values()]).norm().item()
     assert norm == pytest.approx(bound, rel=1e-5)
 
@@ -194,14 +194,14 @@ def test_frozen_parameters_get_no_gradient_and_stay_frozen(frozen):
 def test_the_network_is_left_as_it_was():
     network, images, labels = build("convolution", torch.float32)
     before = copy.deepcopy(network.state_dict())
-    clipped_gradient_sum(network, squared_loss(), images, labels, 1.0, None)
+    clipped_sum(network, squared_loss(), images, labels, 1.0, None)[0]
 
     def broken(network, images, labels, rng):
         network(images, labels)
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        clipped_gradient_sum(network, broken, images, labels, 1.0, None)
+        clipped_sum(network, broken, images, labels, 1.0, None)[0]
     assert all(p.requires_grad and p.grad is None for p in network.parameters())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert not any(module._forward_hooks for module in network.modules())
@@ -211,18 +211,18 @@ def test_the_network_is_left_as_it_was():
 
 def test_an_example_that_is_not_finite_contributes_nothing():
     network, images, labels = build("convolution", torch.float32)
-    expected = clipped_gradient_sum(network, squared_loss(), images[2:], labels[2:], 1.0, None)
+    expected = clipped_sum(network, squared_loss(), images[2:], labels[2:], 1.0, None)[0]
     for bad in (math.nan, math.inf, 1e38):
         spoilt = images.clone()
         spoilt[0, 0, 0, 0] = bad
         spoilt[1] = -bad
-        found = clipped_gradient_sum(network, squared_loss(), spoilt, labels, 1.0, None)
+        found = clipped_sum(network, squared_loss(), spoilt, labels, 1.0, None)[0]
         assert_same(found, expected, 1e-5)
 
 
 def test_no_example_is_a_zero_sum():
     network, images, labels = build("convolution", torch.float32)
-    total = clipped_gradient_sum(network, squared_loss(), images[:0], labels[:0], 1.0, None)
+    total = clipped_sum(network, squared_loss(), images[:0], labels[:0], 1.0, None)[0]
     assert total.keys() == dict(network.named_parameters()).keys()
     assert all(
         not value.any() and value.shape == network.get_parameter(name).shape for name, value in total.items()
@@ -304,9 +304,9 @@ def test_random_networks_equal_the_loop_and_a_record_moves_the_sum_by_at_most_th
     images, labels = torch.randn(4, 1, 6, 6), torch.tensor([0, 2, 1, 2])
     loss = squared_loss(draws)
     expected = loop_clipped_sum(loop_gradients(network, loss, images, labels), bound)
-    whole = clipped_gradient_sum(network, loss, images, labels, bound, None)
+    whole = clipped_sum(network, loss, images, labels, bound, None)[0]
     assert_same(whole, expected, 2e-3)
-    rest = clipped_gradient_sum(network, loss, images[1:], labels[1:], bound, None)
+    rest = clipped_sum(network, loss, images[1:], labels[1:], bound, None)[0]
     moved = torch.cat([(whole[name] - rest[name]).flatten() for name in whole]).norm().item()
     assert moved <= bound * (1 + 1e-4)
 
@@ -443,7 +443,7 @@ def test_the_published_unets_equal_the_slow_loop(size, channels, ch_mult, attent
     expected = loop_gradients(network, loss, images, labels)
     found = per_example_gradients(network, loss, images, labels, None)
     assert_same(found, expected, 1e-3)
-    total = clipped_gradient_sum(network, loss, images, labels, 1e-3, None)
+    total = clipped_sum(network, loss, images, labels, 1e-3, None)[0]
     assert_same(total, loop_clipped_sum(expected, 1e-3), 1e-3)
 
 
