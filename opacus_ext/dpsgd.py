@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +10,11 @@ from torch import nn
 
 from opacus_ext.accounting import Release
 from opacus_ext.errors import UnplannedRelease
-from opacus_ext.per_example import PerExampleLoss, clipped_gradient_sum
+from opacus_ext.gradient_rules import refuse_mixing
+from opacus_ext.per_example import PerExampleLoss, clipped_sum
 from opacus_ext.private_data import PrivateData
 from opacus_ext.sampling import chunks
-from opacus_ext.validate import validate_independence, validate_per_example
+from opacus_ext.validate import validate_independence
 from utils.sections import check
 
 
@@ -68,7 +70,7 @@ def dpsgd_steps(
     public expected batch size; step the optimiser.
     The loss's randomness is secret, like the noise: see NoiseSource.loss_draws.
     """
-    validate_per_example(network)
+    refuse_mixing(network)
     _probe(private, network, per_example_loss)
     trainable = {parameter_name: p for parameter_name, p in network.named_parameters() if p.requires_grad}
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -77,17 +79,18 @@ def dpsgd_steps(
     planned = private.ledger.planned(name)
     if planned.mechanism != "gaussian":
         raise UnplannedRelease(f"'{name}' is planned as {planned.mechanism}, not as gaussian")
-    for index in range(private.ledger.executed(name), planned.num_steps):
-        release = private.ledger.book(name)
-        totals = _clipped_sum_of_batch(name, private, network, per_example_loss, dp, index)
-        expected_batch = private.spec.num_train * release.sample_rate
-        std = release.noise_multiplier * dp.max_grad_norm
-        noise = _flat_noise(name, private, trainable, std, index)
-        for parameter_name, parameter in trainable.items():
-            parameter.grad = (totals[parameter_name] + noise[parameter_name]) / expected_batch
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        yield Step(index, planned.num_steps)
+    with ThreadPoolExecutor(1) as ahead:
+        for index in range(private.ledger.executed(name), planned.num_steps):
+            release = private.ledger.book(name)
+            std = release.noise_multiplier * dp.max_grad_norm
+            # Drawn by a CPU thread while the gradients are computed.
+            noise = ahead.submit(private._gradient_noise, name, _size(trainable), std, index)
+            totals = _clipped_sum_of_batch(name, private, network, per_example_loss, dp, index)
+            expected_batch = private.spec.num_train * release.sample_rate
+            _set_gradients(trainable, noise.result().add_to(_flat(trainable, totals)) / expected_batch)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            yield Step(index, planned.num_steps)
 
 
 def _probe(private: PrivateData, network: nn.Module, per_example_loss: PerExampleLoss) -> None:
@@ -106,14 +109,21 @@ def _clipped_sum_of_batch(name, private, network, per_example_loss, dp, index) -
     for chunk in chunks(indices, dp.max_physical_batch_size, dp.n_split):
         images, labels = private._take(chunk.indices)
         rng = draws[chunk.positions]
-        part = clipped_gradient_sum(network, per_example_loss, images, labels, dp.max_grad_norm, rng)
+        part, _ = clipped_sum(network, per_example_loss, images, labels, dp.max_grad_norm, rng)
         totals = part if totals is None else {key: totals[key] + part[key] for key in totals}
     return totals
 
 
-def _flat_noise(name, private, trainable, std, index) -> dict[str, torch.Tensor]:
-    """One draw for all parameters, cut into their shapes."""
-    sizes = [p.numel() for p in trainable.values()]
-    flat = private._gradient_noise(name, (sum(sizes),), std, index)
-    parts = flat.split(sizes)
-    return {key: part.view_as(p) for (key, p), part in zip(trainable.items(), parts, strict=True)}
+def _size(trainable: dict[str, nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in trainable.values())
+
+
+def _flat(trainable: dict[str, nn.Parameter], totals: dict[str, torch.Tensor]) -> torch.Tensor:
+    """All sums as one vector, so that one draw serves all parameters."""
+    return torch.cat([totals[name].flatten() for name in trainable])
+
+
+def _set_gradients(trainable: dict[str, nn.Parameter], flat: torch.Tensor) -> None:
+    parts = flat.split([parameter.numel() for parameter in trainable.values()])
+    for parameter, part in zip(trainable.values(), parts, strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)

@@ -10,7 +10,7 @@ from opacus_ext.accounting import Release
 from opacus_ext.errors import UnplannedRelease
 from opacus_ext.ledger import Ledger
 from opacus_ext.mechanisms import clipped_sum, vote_rows
-from opacus_ext.noise import NoiseSource
+from opacus_ext.noise import GridNoise, NoiseSource
 from utils.draws import Draws
 from utils.images import to_float
 from utils.progress import progress
@@ -68,10 +68,9 @@ class PrivateData:
             groups = labels if by_class else torch.zeros_like(labels)
             part = clipped_sum(fn(images, labels), l2_bound, groups, num_groups)
             total = part if total is None else total + part
-        std = release.noise_multiplier * l2_bound
         step = self.ledger.executed(name) - 1
-        noise = self._noise.gaussian(tuple(total.shape), std, name, step, self.device)
-        answer = total.float() + noise
+        noise = self._noise.gaussian(total.numel(), release.noise_multiplier * l2_bound, name, step)
+        answer = noise.add_to(total)
         return answer if by_class else answer[0]
 
     def noisy_histogram(
@@ -94,15 +93,15 @@ class PrivateData:
         """Index of the candidate with most votes after Laplace noise (Dwork & Roth 2014, section 3.3).
 
         fn(images, labels) -> (B, candidates) of 0/1: what the record says of each candidate; clamped to [0, 1].
+        Rounding does no harm to the proof: it is monotone, and the same for all candidates.
         """
         release = self.ledger.book(name)
         _require_mechanism(release, "report_noisy_max")
         parts = [_ballots(fn, *batch).sum(0).cpu() for batch in self._batches()]
         totals = torch.stack(parts).sum(0)
         step = self.ledger.executed(name) - 1
-        return int(
-            torch.argmax(totals + self._noise.laplace(totals.shape, release.noise_multiplier, name, step))
-        )
+        noise = self._noise.laplace(len(totals), release.noise_multiplier, name, step)
+        return int(noise.add_to(totals).argmax())
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "PrivateData":
         """The same records with every image replaced by fn(image), e.g. its latent; same ledger, same noise.
@@ -154,8 +153,8 @@ class PrivateData:
     def _loss_draws(self, name: str, step: int, num_examples: int) -> Draws:
         return self._noise.loss_draws(name, step, num_examples, self.device)
 
-    def _gradient_noise(self, name: str, shape: tuple[int, ...], std: float, step: int) -> torch.Tensor:
-        return self._noise.gaussian(shape, std, name, step, self.device)
+    def _gradient_noise(self, name: str, size: int, std: float, step: int) -> GridNoise:
+        return self._noise.gaussian(size, std, name, step)
 
 
 def _require_mechanism(release: Release, mechanism: str) -> None:

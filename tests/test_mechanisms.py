@@ -379,8 +379,8 @@ def test_missing_clipping_is_caught(monkeypatch):
 def test_too_little_noise_is_caught(monkeypatch, factor):
     stated = NoiseSource.gaussian
 
-    def weak(self, shape, std, *where):
-        return stated(self, shape, std * factor, *where)
+    def weak(self, size, std, *where):
+        return stated(self, size, std * factor, *where)
 
     monkeypatch.setattr(NoiseSource, "gaussian", weak)
     with pytest.raises(AssertionError):

@@ -6,10 +6,14 @@ import pytest
 import torch
 from scipy import stats
 
-from opacus_ext.noise import NoiseSource
+from opacus_ext.noise import GridNoise, NoiseSource, grid_of
 
 ALPHA = 1e-6  # chance of a false alarm, were the seeds below not fixed
 DRAWS = 200_000
+
+
+def gaussian(source: NoiseSource, size: int, std=1.0, release="release", step=0) -> torch.Tensor:
+    return source.gaussian(size, std, release, step).add_to(torch.zeros(size))
 
 
 def chi_square_bounds(count: int) -> tuple[float, float]:
@@ -18,7 +22,7 @@ def chi_square_bounds(count: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize("std", [1e-3, 1.0, 300.0])
 def test_gaussian_noise_has_the_stated_deviation(std):
-    noise = NoiseSource(7).gaussian((DRAWS,), std, "release", 0).double()
+    noise = gaussian(NoiseSource(7), DRAWS, std).double()
     low, high = chi_square_bounds(DRAWS)
     assert low < noise.square().mean().item() / std**2 < high
     assert abs(noise.mean().item()) < std * stats.norm.ppf(1 - ALPHA / 2) / math.sqrt(DRAWS)
@@ -26,34 +30,38 @@ def test_gaussian_noise_has_the_stated_deviation(std):
 
 
 def test_laplace_noise_has_the_stated_scale():
-    noise = NoiseSource(7).laplace((DRAWS,), 2.5, "release", 0)
-    assert noise.dtype == torch.float64
+    noise = NoiseSource(7).laplace(DRAWS, 2.5, "release", 0).add_to(torch.zeros(DRAWS)).double()
     assert stats.kstest(noise.numpy(), "laplace", args=(0.0, 2.5)).pvalue > ALPHA
 
 
 def test_coordinates_of_one_draw_are_independent():
-    noise = NoiseSource(7).gaussian((DRAWS, 2), 1.0, "release", 0)
+    noise = gaussian(NoiseSource(7), 2 * DRAWS).view(DRAWS, 2)
     correlation = torch.corrcoef(noise.T)[0, 1].item()
     assert abs(correlation) < stats.norm.ppf(1 - ALPHA / 2) / math.sqrt(DRAWS)
 
 
 def test_noise_of_no_multiplier_is_none():
-    assert not NoiseSource().gaussian((5,), 0.0, "release", 0).any()
-    assert not NoiseSource().laplace((5,), 0.0, "release", 0).any()
+    """Also no rounding: epsilon inf is the plain sum."""
+    total = torch.tensor([1 / 3, 1e-30, 1e30])
+    for none in (NoiseSource().gaussian(3, 0.0, "r", 0), NoiseSource().laplace(3, 0.0, "r", 0)):
+        assert torch.equal(none.add_to(total), total)
 
 
 def draws(source: NoiseSource, release: str = "release", step: int = 0) -> list[torch.Tensor]:
     return [
-        source.gaussian((100,), 1.0, release, step),
-        source.laplace((100,), 1.0, release, step),
+        gaussian(source, 100, 1.0, release, step),
+        source.laplace(100, 1.0, release, step).add_to(torch.zeros(100)),
         source.inclusion_mask(100, 0.5, release, step),
     ]
 
 
 def test_unseeded_noise_is_fresh_at_every_call_and_in_every_source():
+    """As a resumed run asks for the same release and step again. Who is sampled is the same within one run alone."""
     first = NoiseSource()
-    for one, other in zip(draws(first), draws(first), strict=True):
-        assert not torch.equal(one, other)
+    *noise, mask = draws(first)
+    *again, same_mask = draws(first)
+    assert not any(torch.equal(one, other) for one, other in zip(noise, again, strict=True))
+    assert torch.equal(mask, same_mask)
     for one, other in zip(draws(NoiseSource()), draws(NoiseSource()), strict=True):
         assert not torch.equal(one, other)
 
@@ -62,7 +70,7 @@ def test_unseeded_noise_ignores_the_global_seed():
     seen = []
     for _ in range(2):
         torch.manual_seed(0)
-        seen.append(NoiseSource().gaussian((100,), 1.0, "release", 0))
+        seen.append(gaussian(NoiseSource(), 100))
     assert not torch.equal(*seen)
 
 
@@ -80,6 +88,18 @@ def test_seeded_noise_repeats_per_release_and_step_and_says_so():
     for different in (draws(NoiseSource(4)), draws(NoiseSource(3), "other"), draws(NoiseSource(3), step=1)):
         for one, other in zip(draws(NoiseSource(3)), different, strict=True):
             assert not torch.equal(one, other)
+
+
+def test_processes_that_share_a_key_agree_on_the_sample_and_share_no_noise():
+    leader = NoiseSource()
+    follower = NoiseSource(key=leader.key)
+    assert not follower.seeded
+    masks = [source.inclusion_mask(1000, 0.5, "r", 3) for source in (leader, follower)]
+    assert torch.equal(*masks)
+    assert not torch.equal(gaussian(leader, 100), gaussian(follower, 100))
+
+
+# ------------------------------------------------------------------------------------------ sampling
 
 
 def test_poisson_inclusion_frequencies():
@@ -103,3 +123,62 @@ def test_poisson_at_full_rate_takes_everyone():
 def test_poisson_batches_may_be_empty():
     sizes = {int(NoiseSource(5).inclusion_mask(3, 0.1, "r", step).sum()) for step in range(50)}
     assert 0 in sizes and len(sizes) > 1
+
+
+# ------------------------------------------------------------------------------------------ floating point
+
+
+@pytest.mark.parametrize("std", [3e-7, 0.015, 1.0, 1.9, 4096.0])
+def test_a_noisy_sum_says_nothing_about_low_bits(std):
+    """Sums that agree on the grid give the same answer under the same noise, bit by bit."""
+    torch.manual_seed(0)
+    total = torch.randn(10_000, dtype=torch.float64) * 10 * std
+    grid = grid_of(std)
+    assert std * 2**-33 < grid <= std * 2**-32 and math.log2(grid).is_integer()
+    rounded = (total / grid).round() * grid
+    assert not torch.equal(total, rounded)
+    noise = NoiseSource(1).gaussian(len(total), std, "r", 0)
+    assert torch.equal(noise.add_to(total), noise.add_to(rounded))
+
+
+def test_noise_moves_on_the_grid_as_the_sum_does():
+    """Sum + k steps of noise and sum + k steps in itself: the same answers, so none betrays which it was."""
+    total = torch.randn(1000, dtype=torch.float64)
+    noise = NoiseSource(1).gaussian(1000, 0.7, "r", 0)
+    steps = torch.randint(-(2**33), 2**33, (1000,)).double()
+    moved = GridNoise(noise.multiples + steps, noise.grid)
+    assert torch.equal(
+        moved.add_to(total), noise.add_to((total / noise.grid).round() * noise.grid + steps * noise.grid)
+    )
+
+
+@pytest.mark.parametrize("multiplier", [0.5, 15.0])
+def test_rounding_adds_next_to_nothing_to_the_sensitivity(multiplier):
+    """sqrt(P) steps at most, 2e-5 of the bound for 4 million coordinates; here, the worst of random neighbours."""
+    torch.manual_seed(0)
+    coordinates, bound = 100_000, 1e-3
+    grid = grid_of(multiplier * bound)
+    record = torch.randn(coordinates, dtype=torch.float64)
+    record *= bound / record.norm()
+    total = torch.randn(coordinates, dtype=torch.float64)
+    moved = (((total + record) / grid).round() - (total / grid).round()) * grid
+    allowed = math.sqrt(coordinates) * grid
+    assert (moved - record).norm() <= allowed
+    assert moved.norm() <= bound + allowed and math.sqrt(4e6) * grid < 1e-5 * bound
+
+
+def test_low_bits_of_noise_are_even():
+    """Every step of the grid is hit: the deviates are much finer than the grid."""
+    multiples = NoiseSource(2).gaussian(DRAWS, 1.3, "r", 0).multiples
+    assert torch.equal(multiples, multiples.round())
+    for bits in (1, 4, 8):
+        counts = torch.bincount((multiples % 2**bits).long(), minlength=2**bits)
+        assert stats.chisquare(counts.numpy()).pvalue > ALPHA
+    assert len(multiples.unique()) > 0.999 * DRAWS
+
+
+def test_noise_keeps_the_shape_of_the_sum():
+    total = torch.arange(6.0).view(2, 3)
+    answer = NoiseSource(1).gaussian(6, 1e-6, "r", 0).add_to(total)
+    assert answer.shape == (2, 3) and answer.dtype == torch.float32
+    torch.testing.assert_close(answer, total, atol=1e-4, rtol=0)

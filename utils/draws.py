@@ -56,19 +56,20 @@ class Draws:
 
 def _fill_normal(unit: torch.Tensor, key: bytes) -> None:
     if unit.device.type == "cpu":
-        _philox(key).standard_normal(dtype=np.float32, out=unit.numpy())
+        philox(key).standard_normal(dtype=np.float32, out=unit.numpy())
     else:
         unit.normal_(generator=_device_generator(key, unit.device))
 
 
 def _fill_uniform(unit: torch.Tensor, key: bytes) -> None:
     if unit.device.type == "cpu":
-        _philox(key).random(dtype=np.float32, out=unit.numpy())
+        philox(key).random(dtype=np.float32, out=unit.numpy())
     else:
         unit.uniform_(generator=_device_generator(key, unit.device))
 
 
-def _philox(key: bytes) -> np.random.Generator:
+def philox(key: bytes) -> np.random.Generator:
+    """Philox4x64-10 with a 16-byte key, a counter-based generator (Salmon et al. 2011)."""
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
 
 
