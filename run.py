@@ -11,13 +11,16 @@ import time
 from pathlib import Path
 
 from models import METHODS
+from utils import distributed
 from utils.config import Config, format_config, load_config
+from utils.config_files import flatten
 from utils.errors import UserError
 from utils.run_dir import DISK_FULL, discard_unstarted, write_text
 from utils.runtime import Runtime, log
 
 REVEALED = "fidelity metrics compare with the private training images"
 INCOMPLETE = 3  # exit code: the run is done, but metrics are missing
+FAILED = 1  # exit code: another process of the run has died
 STOPPED = 130  # exit code: interrupted from the keyboard
 
 
@@ -38,27 +41,58 @@ def main(argv: list[str]) -> int:
 
     to_terminal()
     try:
-        config = load_config(argv, METHODS)
-        if config.print_config:
-            print(format_config(config))
-            return 0
-        parts = compose(config)
-        if config.dry_run:
-            from utils.dry_run import describe
-
-            print(describe(config, parts.ledger, parts.synthesizer))
-            return 0
-        return run(parts)
+        with distributed.main_process_first():
+            return start(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except distributed.LostProcess as error:
+        if distributed.place().local_rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return FAILED if distributed.is_main() else distributed.LOST
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        if distributed.is_main():
+            print("stopped", file=sys.stderr)
         return STOPPED
 
 
-def compose(config: Config) -> Parts:
-    """Spec, ledger and method, with the plan adopted; reads no image."""
+def start(argv: list[str]) -> int:
+    """Compose, then run in as many processes as the configuration asks for. A mistake that shows without a look at
+    the images shows before they are started, and the noise is calibrated once."""
+    from utils.device import prepare_device
+
+    config = load_config(argv, METHODS)
+    distributed.take_place(config.setup)
+    if config.print_config or config.dry_run:
+        if distributed.is_main():
+            print(format_config(config) if config.print_config else dry_run(config))
+        return 0
+    parts = compose(config) if distributed.is_main() else None
+    with distributed.processes(prepare_device(config.setup), main, argv):
+        require_same_settings(config)
+        plan = distributed.from_main(lambda: parts.ledger and parts.ledger.releases())
+        return run(parts or compose(config, plan))
+
+
+def dry_run(config: Config) -> str:
+    from utils.dry_run import describe
+
+    parts = compose(config)
+    return describe(config, parts.ledger, parts.synthesizer)
+
+
+def require_same_settings(config: Config) -> None:
+    """Raise UserError if this machine was started with other settings than the main process's."""
+    before, now = distributed.from_main(lambda: flatten(config.snapshot)), flatten(config.snapshot)
+    for key in sorted({*before, *now}):
+        if not key.startswith("setup.") and before.get(key) != now.get(key):
+            raise UserError(
+                f"{key}: {now.get(key)} here, but {before.get(key)} on machine 0; start all with the same settings"
+            )
+
+
+def compose(config: Config, plan: list | None = None) -> Parts:
+    """Spec, ledger and method, with the method's plan adopted, or the calibrated `plan`; reads no image."""
     from data.public import num_public_classes
     from data.sensitive import spec_of
     from evaluation.evaluator import Evaluator
@@ -90,20 +124,20 @@ def compose(config: Config) -> Parts:
             f"warning: delta {delta:.3g} is larger than 1/N = {1 / spec.num_train:.3g}: whole records may leak"
         )
     ledger = Ledger(Budget(config.privacy.epsilon, delta), config.privacy.accountant, config.privacy.relation)
-    ledger.adopt(synthesizer.privacy_plan())
+    ledger.adopt(synthesizer.privacy_plan() if plan is None else plan)
     return Parts(config, spec, runtime, ledger, synthesizer)
 
 
 def run(parts: Parts) -> int:
     """Everything after the plan: data, training, samples, evaluation. Returns the exit code.
 
-    A mistake that shows before the first checkpoint leaves no folder behind.
+    A mistake that shows before the first checkpoint leaves no folder behind. Of several processes all train and draw
+    samples; the main one alone has the folder, evaluates and reports.
     """
     from data.public import load_public
     from data.sensitive import load_sensitive
     from opacus_ext.noise import NoiseSource
     from opacus_ext.private_data import PrivateData
-    from utils.dry_run import plan_lines
 
     config = parts.config
     with_private = parts.ledger is not None
@@ -111,27 +145,27 @@ def run(parts: Parts) -> int:
         raise UserError(
             f"public_data.name: {config.public_data.name} warms up no method yet; use a public set or null"
         )
-    sensitive = (
-        load_sensitive(config.sensitive_data, config.eval.mode, config.data_root) if with_private else None
-    )
-    public = load_public(config.public_data, parts.spec, config.data_root)
-    noise = NoiseSource(config.privacy.noise_seed)
-    private = None
+    sensitive = private = None
+    with distributed.main_goes_first():  # public images are rendered or converted once
+        if with_private:
+            sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
+        public = load_public(config.public_data, parts.spec, config.data_root)
+    # All processes draw the same Poisson samples, so they share the secret key.
+    noise = distributed.from_main(lambda: NoiseSource(config.privacy.noise_seed))
     if with_private:
         private = PrivateData(sensitive.train, parts.spec, parts.ledger, noise, parts.runtime.device)
-    folder = find_folder(parts)
+    folder = distributed.from_main(lambda: find_folder(parts))
+    if not distributed.is_main():
+        return work(parts, folder, public, sensitive, private, noise)
     try:
         describe_run(parts, folder)
-        if with_private:
-            log.info("\n".join(plan_lines(parts.ledger)))
-        timing = train(parts, folder, public, private)
-        if not with_private:
-            log.info(f"pretrained without private data; checkpoints in {folder / 'pretrain' / 'checkpoints'}")
-            return 0
-        return deliver(parts, folder, sensitive, private, noise, timing)
+        return work(parts, folder, public, sensitive, private, noise)
     except KeyboardInterrupt:
         log.info(f"\nstopped; continue with the same command and --resume_exp {folder.name}")
         return STOPPED
+    except distributed.LostProcess:
+        log.info(f"a process is gone; continue with the same command and --resume_exp {folder.name}")
+        raise
     except UserError:
         if config.resume is None:
             discard_unstarted(folder)
@@ -146,12 +180,35 @@ def run(parts: Parts) -> int:
         ) from error
 
 
-def deliver(parts: Parts, folder: Path, sensitive, private, noise, timing: dict[str, float]) -> int:
-    """What comes after training: the privacy report, samples, evaluation. Returns the exit code."""
+def work(parts: Parts, folder: Path, public, sensitive, private, noise) -> int:
+    """What is done inside the run's folder; all processes train and draw samples. Returns the exit code."""
+    from utils.dry_run import plan_lines
     from utils.results import write_privacy
 
-    write_privacy(folder, private.report())
+    if private is not None:
+        log.info("\n".join(plan_lines(parts.ledger)))
+    timing = train(parts, folder, public, private)
+    if private is None:
+        log.info(f"pretrained without private data; checkpoints in {folder / 'pretrain' / 'checkpoints'}")
+        distributed.leave()
+        return 0
+    if distributed.is_main():
+        write_privacy(folder, private.report())
     samples = generate(parts, folder, timing)
+    distributed.leave()
+    return deliver(parts, folder, samples, sensitive, private, noise, timing) if distributed.is_main() else 0
+
+
+def deliver(parts: Parts, folder: Path, samples, sensitive, private, noise, timing: dict[str, float]) -> int:
+    """Write the samples down and judge them. Returns the exit code."""
+    from data.samples_file import write_samples
+    from utils.images import save_grid
+
+    path, grid = folder / "gen" / "gen.npz", folder / "gen" / "sample.png"
+    if not path.exists():
+        write_samples(path, samples)
+    if not grid.exists():
+        save_grid(samples.images, samples.labels, grid)
     held_out = validation_data(parts.config, parts.spec, sensitive.validation, noise, parts.runtime.device)
     real = RealData(private.reveal(REVEALED), sensitive.test, held_out)
     return judge(parts.config, parts.spec, parts.runtime, folder, samples, real, private.report(), timing)
@@ -207,6 +264,7 @@ def train(parts: Parts, folder: Path, public, private) -> dict[str, float]:
         take()
         timing[stage] = time.perf_counter() - start
         log.info(f"{stage}: done in {timing[stage]:.0f} s")
+        checkpoints.agree()
         checkpoints.save(stage, "final")
     if parts.ledger is not None:
         parts.ledger.require_complete()
@@ -214,20 +272,17 @@ def train(parts: Parts, folder: Path, public, private) -> dict[str, float]:
 
 
 def generate(parts: Parts, folder: Path, timing: dict[str, float]):
-    """The samples of the run: read from gen/gen.npz if it is there, else drawn and written."""
-    from data.samples_file import read_samples, write_samples
-    from utils.images import save_grid
+    """The samples of the run: those of gen/gen.npz if an earlier start left them, else drawn now."""
+    from data.samples_file import read_samples
 
-    path, grid = folder / "gen" / "gen.npz", folder / "gen" / "sample.png"
-    if path.exists():
-        samples = read_samples(path)
-    else:
-        start = time.perf_counter()
-        samples = parts.synthesizer.generate(parts.config.gen.data_num)
-        timing["generate"] = time.perf_counter() - start
-        write_samples(path, samples)
-    if not grid.exists():
-        save_grid(samples.images, samples.labels, grid)
+    kept = distributed.from_main(
+        lambda: read_samples(folder / "gen" / "gen.npz") if (folder / "gen" / "gen.npz").exists() else None
+    )
+    if kept is not None:
+        return kept
+    start = time.perf_counter()
+    samples = parts.synthesizer.generate(parts.config.gen.data_num)
+    timing["generate"] = time.perf_counter() - start
     return samples
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from opacus_ext.per_example import PerExampleLoss, clipped_sum
 from opacus_ext.private_data import PrivateData
 from opacus_ext.sampling import chunks
 from opacus_ext.validate import validate_independence
+from utils import distributed
 from utils.sections import check
 
 
@@ -83,11 +85,15 @@ def dpsgd_steps(
         for index in range(private.ledger.executed(name), planned.num_steps):
             release = private.ledger.book(name)
             std = release.noise_multiplier * dp.max_grad_norm
-            # Drawn by a CPU thread while the gradients are computed.
-            noise = ahead.submit(private._gradient_noise, name, _size(trainable), std, index)
-            totals = _clipped_sum_of_batch(name, private, network, per_example_loss, dp, index)
+            # Drawn by a CPU thread while the gradients are computed; once, by the process that adds it.
+            draw = partial(private._gradient_noise, name, _size(trainable), std, index)
+            noise = ahead.submit(draw) if distributed.is_main() else None
+            part = _flat(
+                trainable, _clipped_sum_of_share(name, private, network, per_example_loss, dp, index)
+            )
+            released = distributed.sum_on_main(part, lambda total, noise=noise: noise.result().add_to(total))
             expected_batch = private.spec.num_train * release.sample_rate
-            _set_gradients(trainable, noise.result().add_to(_flat(trainable, totals)) / expected_batch)
+            _set_gradients(trainable, released / expected_batch)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             yield Step(index, planned.num_steps)
@@ -102,11 +108,14 @@ def _probe(private: PrivateData, network: nn.Module, per_example_loss: PerExampl
     validate_independence(network, per_example_loss, images, labels)
 
 
-def _clipped_sum_of_batch(name, private, network, per_example_loss, dp, index) -> dict[str, torch.Tensor]:
+def _clipped_sum_of_share(name, private, network, per_example_loss, dp, index) -> dict[str, torch.Tensor]:
+    """Over this process's share of the one Poisson sample that all processes draw; the share may be empty."""
     indices = private._poisson_indices(name, private.ledger.planned(name).sample_rate, index)
-    draws = private._loss_draws(name, index, len(indices))
+    own = distributed.share(len(indices))
+    draws = private._loss_draws(name, index, len(indices))[own]
+    n_split = dp.n_split and math.ceil(dp.n_split / distributed.world_size())
     totals = None
-    for chunk in chunks(indices, dp.max_physical_batch_size, dp.n_split):
+    for chunk in chunks(indices[own], dp.max_physical_batch_size, n_split):
         images, labels = private._take(chunk.indices)
         rng = draws[chunk.positions]
         part, _ = clipped_sum(network, per_example_loss, images, labels, dp.max_grad_norm, rng)

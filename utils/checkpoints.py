@@ -1,11 +1,16 @@
-"""Checkpoints of a run: the method's state and the ledger's, in one file, so that neither is restored alone."""
+"""Checkpoints of a run: the method's state and the ledger's, in one file, so that neither is restored alone.
 
+Of several processes the main one reads and writes the files, and the others get from it what it has read.
+"""
+
+import io
 import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from utils import distributed
 from utils.errors import UserError
 from utils.run_dir import atomic
 
@@ -28,8 +33,39 @@ class Checkpoints:
 
     def save(self, stage: str, kind: str) -> None:
         """Write a snapshot (overwritten each time), or the final checkpoint of a stage."""
-        import io
+        if not distributed.is_main():
+            return
+        with atomic(self._path(stage, kind)) as temporary:
+            # Through memory: writing to a full disk is then an OSError, which torch.save hides in a RuntimeError.
+            temporary.write_bytes(self._serialised())
 
+    def finished(self, stage: str) -> bool:
+        return distributed.from_main(self._path(stage, "final").exists)
+
+    def restore(self) -> str | None:
+        """Load the furthest checkpoint into method and ledger; returns "stage (kind)", None if there is none."""
+        found = distributed.from_main(self._furthest)
+        if found is None:
+            return None
+        label, content = found
+        self._load(content)
+        return label
+
+    def agree(self) -> None:
+        """Give the main process's state to the others, whose sums may have been rounded differently. What was booked
+        must be the same everywhere."""
+        import torch
+
+        serialised = distributed.from_main(self._serialised)
+        if not distributed.is_main():
+            content = torch.load(io.BytesIO(serialised), map_location="cpu", weights_only=True)
+            if self.ledger is not None and self.ledger.state_dict() != content["ledger"]:
+                raise RuntimeError(
+                    f"the ledgers of two processes differ: {self.ledger.state_dict()}, {content['ledger']}"
+                )
+            self._load(content)
+
+    def _serialised(self) -> bytes:
         import torch
 
         content = {
@@ -37,28 +73,23 @@ class Checkpoints:
             "state": self.synthesizer.state_dict(),
             "ledger": None if self.ledger is None else self.ledger.state_dict(),
         }
-        with atomic(self._path(stage, kind)) as temporary:
-            # Through memory: writing to a full disk is then an OSError, which torch.save hides in a RuntimeError.
-            buffer = io.BytesIO()
-            torch.save(content, buffer)
-            temporary.write_bytes(buffer.getbuffer())
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        return buffer.getvalue()
 
-    def finished(self, stage: str) -> bool:
-        return self._path(stage, "final").exists()
-
-    def restore(self) -> str | None:
-        """Load the furthest checkpoint into method and ledger; returns "stage (kind)", None if there is none."""
+    def _furthest(self) -> tuple[str, dict] | None:
         for stage in reversed(self.STAGES):
             for kind in ("final", "snapshot"):
                 path = self._path(stage, kind)
                 if path.exists():
-                    content = read(str(path))
-                    # The ledger first: nothing may be asked before what was spent is known.
-                    if self.ledger is not None and content["ledger"] is not None:
-                        self.ledger.load_state_dict(content["ledger"])
-                    self.synthesizer.load_state_dict(content["state"])
-                    return f"{stage} ({kind})"
+                    return f"{stage} ({kind})", read(str(path))
         return None
+
+    def _load(self, content: dict) -> None:
+        # The ledger first: nothing may be asked before what was spent is known.
+        if self.ledger is not None and content["ledger"] is not None:
+            self.ledger.load_state_dict(content["ledger"])
+        self.synthesizer.load_state_dict(content["state"])
 
     def _path(self, stage: str, kind: str) -> Path:
         return self.folder / stage / "checkpoints" / f"{kind}_checkpoint.pth"

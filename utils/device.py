@@ -1,27 +1,37 @@
 """Where a run computes."""
 
+import os
+
+from utils import distributed
 from utils.errors import UserError, unknown
-from utils.runtime import log
 from utils.sections import SetupConfig
 
 DEVICES = ("auto", "cpu", "cuda")
 
 
 def prepare_device(setup: SetupConfig) -> str:
-    """Resolve setup.device, set the number of CPU threads, and return the device's name for torch."""
+    """Resolve setup.device, set the number of CPU threads, and return the device's name for torch: one GPU per process
+    where several run on this machine."""
     import torch
 
     if setup.device not in DEVICES:
         raise unknown("setup.device", setup.device, DEVICES)
+    _set_threads(setup)
+    available = torch.cuda.is_available()
+    if setup.device == "cuda" and not available:
+        raise UserError("setup.device: cuda, but torch sees no GPU; use setup.device=cpu or auto")
+    if setup.device == "cpu" or not available:
+        return "cpu"
+    place = distributed.place()
+    return "cuda" if place.local_size == 1 else f"cuda:{place.local_rank}"
+
+
+def _set_threads(setup: SetupConfig) -> None:
+    """As configured; else the processes of a machine share its cores, unless the environment says how."""
+    import torch
+
+    processes = distributed.place().local_size
     if setup.omp_n_threads is not None:
         torch.set_num_threads(setup.omp_n_threads)
-    if setup.n_gpus_per_node * setup.n_nodes > 1:
-        log.info(
-            f"setup: {setup.n_gpus_per_node} x {setup.n_nodes} processes were asked for; this version trains in one, "
-            f"with the same result"
-        )
-    if setup.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if setup.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("setup.device: cuda, but torch sees no GPU; use setup.device=cpu or auto")
-    return setup.device
+    elif processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))

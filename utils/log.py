@@ -1,9 +1,11 @@
-"""Lines for a person: on the terminal, and in <run>/stdout.txt once there is a run folder."""
+"""Lines for a person: on the terminal, and in <run>/stdout.txt once there is a run folder. Of several processes only
+the main one speaks."""
 
 import logging
 import sys
 from pathlib import Path
 
+from utils import distributed
 from utils.runtime import log
 
 
@@ -14,6 +16,7 @@ def to_terminal() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(lambda record: distributed.is_main())
     log.handlers = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -5,11 +5,14 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
+from utils import distributed
+
 
 def progress(
     iterable: Iterable, description: str, total: int | None = None, initial: int = 0, unit: str = "step"
 ):
-    """Wrap `iterable` in a bar on stderr. In a log file it prints a line every half minute, not one per refresh."""
+    """Wrap `iterable` in a bar on stderr. In a log file it prints a line every half minute, not one per refresh. Of
+    several processes only the main one shows it."""
     terminal = sys.stderr.isatty()
     return tqdm(
         iterable,
@@ -18,6 +21,7 @@ def progress(
         initial=initial,
         unit=unit,
         file=sys.stderr,
+        disable=not distributed.is_main(),
         mininterval=0.2 if terminal else 30.0,
         maxinterval=10.0 if terminal else 60.0,
         dynamic_ncols=terminal,

@@ -23,6 +23,7 @@ from models.synthesizer import Cost, Synthesizer, balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps
 from opacus_ext.private_data import PrivateData
+from utils import distributed
 from utils.draws import Draws
 from utils.errors import UserError
 from utils.images import to_float, to_uint8
@@ -208,13 +209,20 @@ class DiffusionSynthesizer(Synthesizer):
             order = numpy_rng(self.runtime.seed, f"pretrain order {epoch}").permutation(len(samples))
             rng = self.runtime.draws(f"pretrain {step}", batch_size)
             batch = np.sort(order[position * batch_size : (position + 1) * batch_size])
-            images = self._augment(to_float(samples.images[batch], self.runtime.device), rng)
-            labels = torch.from_numpy(samples.labels[batch]).to(self.runtime.device)
+            own = distributed.share(batch_size)
             self.optimizer.zero_grad(set_to_none=True)
-            loss(self.network, images, labels, rng).mean().backward()
+            if own.start < own.stop:
+                self._public_loss(loss, samples.take(batch[own]), rng[own]).div(batch_size).backward()
+            distributed.sum_gradients(self.network.parameters())
             self.optimizer.step()
             self._finish_step(config.snapshot_freq)
         self._use_ema()
+
+    def _public_loss(self, loss: EDMLoss, batch: Samples, rng: Draws) -> torch.Tensor:
+        """Sum of the losses of `batch`."""
+        images = self._augment(to_float(batch.images, self.runtime.device), rng)
+        labels = torch.from_numpy(batch.labels).to(self.runtime.device)
+        return loss(self.network, images, labels, rng).sum()
 
     def _augment(self, images: torch.Tensor, rng: Draws) -> torch.Tensor:
         if not self.config.public_data.flip:
@@ -250,7 +258,8 @@ class DiffusionSynthesizer(Synthesizer):
         network = copy.deepcopy(self.network).requires_grad_(False)
         self.ema.copy_to(network)
         starts = range(0, len(labels), self.config.gen.batch_size)
-        parts = []
+        starts = starts[distributed.share(len(starts))]
+        parts = [np.empty((0, *self.spec.image_shape), np.uint8)]
         for start in progress(starts, "generate", unit="batch") if show else starts:
             batch = torch.from_numpy(labels[start : start + self.config.gen.batch_size]).to(
                 self.runtime.device
@@ -258,7 +267,7 @@ class DiffusionSynthesizer(Synthesizer):
             rng = self.runtime.rng(f"{stream} {start}")
             denoiser = guided(network, config.guid_scale)
             parts.append(to_uint8(sample(denoiser, config, self.spec.image_shape, batch, rng)))
-        return np.concatenate(parts)
+        return distributed.concatenate(torch.from_numpy(np.concatenate(parts))).numpy()
 
     # State
 

@@ -1,0 +1,397 @@
+"""Several processes that train one model: who is who, how they start and end, what they tell each other.
+
+Two ways in. `setup.n_gpus_per_node` and `setup.n_nodes` make run.py start the other processes of its machine; under
+torchrun, which sets RANK and WORLD_SIZE, they are there already. All run the same program, each on its share of the
+work. Process 0, the main one, alone writes files and talks to the terminal. Where there is one process, every function
+here does nothing or gives back what it was given, so that callers need no case distinction.
+"""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+from utils.errors import UserError
+from utils.sections import SetupConfig, check
+
+T = TypeVar("T")
+
+MEETING = timedelta(minutes=30)  # how long processes wait for each other at the start
+PATIENCE = timedelta(
+    days=1
+)  # later: they wait while the main one computes alone; a dead one is noticed otherwise
+GRACE = 5.0  # seconds by which the main process's error comes before that of another
+LAST_CALL = 20.0  # seconds that the main thread has to notice by itself that a process has died
+LOST = 4  # exit code of a process that ended because another one had
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run is gone."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process this is, of how many, and where they meet."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # among the processes of this machine
+    local_size: int = 1
+    address: str = "127.0.0.1"  # of the machine of process 0
+    port: int = 0
+    is_started: bool = (
+        False  # by torchrun or another run.py; else this process starts the others of its machine
+    )
+
+
+def _place_in_environment() -> Place | None:
+    """The place that torchrun, or the run.py that started this process, has given to it."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    world_size = int(os.environ["WORLD_SIZE"])
+    return Place(
+        rank=int(os.environ["RANK"]),
+        world_size=world_size,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+        address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        port=int(os.environ.get("MASTER_PORT", "0")),
+        is_started=True,
+    )
+
+
+_place = _place_in_environment() or Place()
+_group = None  # the process group, between `processes` and `leave`
+
+
+def take_place(setup: SetupConfig) -> None:
+    """Find out which process this is, from the environment or else from `setup`. Starts nothing."""
+    global _place
+    per_node, nodes = setup.n_gpus_per_node, setup.n_nodes
+    check(per_node > 0, "setup.n_gpus_per_node", per_node, "at least 1")
+    check(nodes > 0, "setup.n_nodes", nodes, "at least 1")
+    check(0 <= setup.node_rank < nodes, "setup.node_rank", setup.node_rank, f"from 0 to {nodes - 1}")
+    on_one_machine = nodes == 1 and per_node > 1
+    _place = _place_in_environment() or Place(
+        rank=setup.node_rank * per_node,
+        world_size=nodes * per_node,
+        local_size=per_node,
+        address="127.0.0.1" if on_one_machine else setup.master_address,
+        port=_free_port() if on_one_machine else setup.master_port,
+    )
+
+
+def place() -> Place:
+    return _place
+
+
+def is_main() -> bool:
+    return _place.rank == 0
+
+
+def world_size() -> int:
+    """How many processes work together at this moment: 1 before `processes` and after `leave`."""
+    return 1 if _group is None else _place.world_size
+
+
+# ------------------------------------------------------------------------------------------------ start and end
+
+
+@contextlib.contextmanager
+def processes(device: str, program: Callable[[list[str]], object], argv: list[str]) -> Iterator[None]:
+    """Within: all processes of the run work together, those of this machine that nobody has started in program(argv).
+
+    `device` is what this process computes on. When the block ends without `leave`, the processes it started are
+    ended; LostProcess names the one that has failed.
+    """
+    global _group
+    if _place.world_size == 1:
+        yield
+        return
+    _require_devices(device)
+    followers = [] if _place.is_started else _start_followers(program, argv)
+    ending = threading.Event()
+    threading.Thread(target=_watch, args=(followers, ending), daemon=True).start()
+    completed = False
+    try:
+        _meet(device)
+        yield
+        completed = _group is None
+    except LostProcess as error:
+        raise LostProcess(_first_failure(followers) or str(error)) from error
+    finally:
+        ending.set()
+        _group = None
+        _end(followers, patience=60.0 if completed else 0.0)
+
+
+@contextlib.contextmanager
+def main_process_first() -> Iterator[None]:
+    """Around a whole program: an error of the main process is told first, and ends the others before they tell the
+    same. What fails in another process alone is told after a few seconds."""
+    completed = False
+    try:
+        yield
+        completed = True
+    finally:
+        if not completed and not is_main():
+            time.sleep(GRACE)
+
+
+def leave() -> None:
+    """End the common work: the main process goes on alone, the others have nothing left to do."""
+    global _group
+    if _group is None:
+        return
+    import torch.distributed as dist
+
+    with _noticing_loss():
+        dist.barrier(_group)
+        dist.destroy_process_group()
+    _group = None
+
+
+def _require_devices(device: str) -> None:
+    """One GPU per process, if it is GPUs."""
+    import torch
+
+    if device.startswith("cuda") and torch.cuda.device_count() < _place.local_size:
+        raise UserError(
+            f"setup.n_gpus_per_node: {_place.local_size} processes on this machine need a GPU each, but torch sees "
+            f"{torch.cuda.device_count()}; ask for fewer, or set setup.device=cpu"
+        )
+
+
+def _meet(device: str) -> None:
+    """Join the process group: NCCL between GPUs, gloo for everything else."""
+    global _group
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(_place.local_rank)
+    if _place.world_size == _place.local_size:
+        # Gloo would listen on the machine's address in the network; what it carries is private.
+        loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", *loopback)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            init_method=f"tcp://{_place.address}:{_place.port}",
+            rank=_place.rank,
+            world_size=_place.world_size,
+            timeout=MEETING,
+        )
+        _group = dist.new_group(timeout=PATIENCE)
+    except RuntimeError as error:
+        raise UserError(
+            f"setup.master_address, setup.master_port: the {_place.world_size} processes did not meet at "
+            f"{_place.address}:{_place.port} ({_first_line(error)})"
+        ) from error
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _start_followers(program, argv: list[str]) -> list:
+    """The other processes of this machine, each a fresh interpreter."""
+    context = multiprocessing.get_context("spawn")
+    followers = []
+    for local_rank in range(1, _place.local_size):
+        environment = {
+            "RANK": str(_place.rank + local_rank),
+            "WORLD_SIZE": str(_place.world_size),
+            "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(_place.local_size),
+            "MASTER_ADDR": _place.address,
+            "MASTER_PORT": str(_place.port),
+        }
+        name = f"process {_place.rank + local_rank} of {_place.world_size}"
+        follower = context.Process(target=_follow, args=(program, argv, environment), name=name)
+        follower.start()
+        followers.append(follower)
+    return followers
+
+
+def _follow(program, argv: list[str], environment: dict[str, str]) -> None:
+    """What a started process does."""
+    global _place
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all; the process that started this one answers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.update(environment)
+    _place = _place_in_environment()
+    sys.exit(program(argv))
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(LOST)
+
+
+def _watch(followers: list, ending: threading.Event) -> None:
+    """End this process if another one has died and the main thread, waiting for it, does not notice."""
+    alive = list(followers)
+    while alive and not any(follower.exitcode for follower in followers):
+        multiprocessing.connection.wait([follower.sentinel for follower in alive])
+        alive = [follower for follower in alive if follower.exitcode is None]
+    if not any(follower.exitcode for follower in followers) or ending.wait(LAST_CALL):
+        return
+    print(f"error: {_first_failure(followers)}", file=sys.stderr, flush=True)
+    _end(followers, patience=0.0)
+    os._exit(1)
+
+
+def _first_failure(followers: list) -> str | None:
+    """Which of the started processes has failed, and how; None if none has within some seconds."""
+    deadline = time.monotonic() + 2 * GRACE
+    while followers and time.monotonic() < deadline:
+        for follower in followers:
+            if follower.exitcode not in (None, 0, LOST):
+                killed = f"was killed by signal {-follower.exitcode}"
+                return f"{follower.name} {killed if follower.exitcode < 0 else 'failed; its error is above'}"
+        time.sleep(0.1)
+    return None
+
+
+def _end(followers: list, patience: float) -> None:
+    """Wait `patience` seconds for each, then end it."""
+    for follower in followers:
+        follower.join(patience)
+        follower.terminate()
+    for follower in followers:
+        follower.join(GRACE)
+        follower.kill()
+
+
+# ------------------------------------------------------------------------------------------------ shares
+
+
+def share(count: int) -> slice:
+    """This process's part of `count` positions: contiguous, ordered like the processes, nearly equal, maybe empty."""
+    if _group is None:
+        return slice(0, count)
+    return slice(*(count * border // _place.world_size for border in (_place.rank, _place.rank + 1)))
+
+
+# ------------------------------------------------------------------------------------------------ collectives
+# Every process must call these in the same order.
+
+
+@contextlib.contextmanager
+def _noticing_loss() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no error of its own
+        raise LostProcess(
+            f"process {_place.rank} lost contact with the others ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """compute() of the main process, in every process; the others do not call it. The value is pickled: hand over no
+    tensor that lies on a GPU."""
+    value = compute() if is_main() else None
+    if _group is None:
+        return value
+    import torch
+    import torch.distributed as dist
+
+    box = [value]
+    with _noticing_loss():
+        dist.broadcast_object_list(box, 0, _group, device=torch.device("cpu"))
+    return box[0]
+
+
+@contextlib.contextmanager
+def main_goes_first() -> Iterator[None]:
+    """The main process runs the block while the others wait, then the others do: what it writes, they find."""
+    if not is_main():
+        from_main(bool)
+    yield
+    if is_main():
+        from_main(bool)
+
+
+def copy_from_main(tensors) -> None:
+    """Overwrite each of `tensors` with the main process's."""
+    if _group is None:
+        return
+    import torch.distributed as dist
+
+    with _noticing_loss():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0, _group)
+
+
+def sum_on_main(part, release: Callable):
+    """release(sum of all parts), computed by the main process alone and handed to every process.
+
+    part: one tensor of the same shape and dtype in every process; release keeps the shape, and the dtype of what all
+    get is that of `part`. This is how a private sum becomes public: noise is drawn once, all get the same bits, and
+    only the main process sees the sum itself; the others see their own part and what is released.
+    """
+    if _group is None:
+        return release(part).to(part.dtype)
+    import torch.distributed as dist
+
+    with _noticing_loss():
+        total = part.clone()
+        dist.reduce(total, 0, group=_group)
+    # Elsewhere the buffer of the reduction may hold partial sums of others; it is overwritten, not read.
+    released = release(total).to(part.dtype) if is_main() else total
+    with _noticing_loss():
+        dist.broadcast(released, 0, _group)
+    return released
+
+
+def sum_gradients(parameters) -> None:
+    """Replace every gradient by its sum over all processes, in one message; a missing one counts as zero."""
+    if _group is None:
+        return
+    import torch
+    import torch.distributed as dist
+
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([part.flatten() for part in parts])
+    with _noticing_loss():
+        dist.all_reduce(flat, group=_group)
+    for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = total.view_as(parameter)
+
+
+def concatenate(rows):
+    """(n, ...) of each process -> all rows in the order of the processes, in every process. n may differ, and be 0."""
+    if _group is None:
+        return rows
+    import torch
+    import torch.distributed as dist
+
+    counts = [0] * _place.world_size
+    with _noticing_loss():
+        dist.all_gather_object(counts, len(rows), _group)
+        parts = [rows.new_empty((count, *rows.shape[1:])) for count in counts]
+        parts[_place.rank] = rows.contiguous()
+        for source, part in enumerate(parts):
+            if len(part):
+                dist.broadcast(part, source, _group)
+    return torch.cat(parts)
