@@ -19,6 +19,7 @@ from data.spec import DataSpec, PublicData
 from models.nn.resnet import CLASSIFIERS
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
+from utils import distributed
 from utils.errors import UserError, unknown
 from utils.images import to_float
 from utils.progress import progress
@@ -104,12 +105,15 @@ class SemanticQuery:
         path = (
             None if self.runtime.folder is None else self.runtime.folder / "pretrain" / "semantic_query.json"
         )
-        if path is not None and path.exists():
+        kept = distributed.from_main(
+            lambda: self._read_saved(path) if path is not None and path.exists() else None
+        )
+        if kept is not None:
             # A resumed run. The answer left before it was killed, perhaps before a checkpoint held the booking: it is
             # booked now and used again; a second, fresh answer would have to be paid for too.
             if not private.ledger.executed(QUERY):
                 private.ledger.book(QUERY)
-            return self._read_saved(path)["selected"]
+            return kept["selected"]
         classifier = self._classifier(public)
         histogram = self._ask(classifier, public.num_classes, private)
         chosen = disjoint_top(histogram, self.words)
@@ -131,25 +135,31 @@ class SemanticQuery:
         return private.noisy_histogram(QUERY, votes, num_public, self.words, by_class=True).cpu().numpy()
 
     def _classifier(self, public: PublicData) -> nn.Module:
-        """The query classifier, trained on public data or read from the cache (keyed by data and configuration)."""
+        """The query classifier, trained on public data or read from the cache (keyed by data and configuration), by the
+        main process for all."""
         with self.runtime.seeded("query classifier"):
             channels = public.samples.images.shape[1]
             classifier = CLASSIFIERS[self.config.network](channels, public.num_classes).to(
                 self.runtime.device
             )
+        if distributed.is_main():
+            self._train_or_read(classifier, public)
+        distributed.copy_from_main(classifier.state_dict().values())
+        return classifier.eval()
+
+    def _train_or_read(self, classifier: nn.Module, public: PublicData) -> None:
         cached = self._cache_path(public)
         if cached is not None and cached.exists():
             classifier.load_state_dict(
                 torch.load(cached, map_location=self.runtime.device, weights_only=True)
             )
-            return classifier.eval()
+            return
         self._train(classifier, public)
         if cached is not None:
             from utils.run_dir import atomic
 
             with atomic(cached) as temporary:
                 torch.save(classifier.state_dict(), temporary)
-        return classifier.eval()
 
     def _train(self, classifier: nn.Module, public: PublicData) -> None:
         config, samples = self.config, public.samples

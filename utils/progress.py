@@ -13,6 +13,8 @@ def progress(
 ):
     """Wrap `iterable` in a bar on stderr. In a log file it prints a line every half minute, not one per refresh. Of
     several processes only the main one shows it."""
+    if not distributed.is_main():
+        return iterable
     terminal = sys.stderr.isatty()
     return tqdm(
         iterable,
@@ -21,7 +23,6 @@ def progress(
         initial=initial,
         unit=unit,
         file=sys.stderr,
-        disable=not distributed.is_main(),
         mininterval=0.2 if terminal else 30.0,
         maxinterval=10.0 if terminal else 60.0,
         dynamic_ncols=terminal,
