@@ -36,8 +36,9 @@ class Factors(abc.ABC):
         """(B,) float64"""
 
     @abc.abstractmethod
-    def weighted_sum(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """Sum over examples of coefficient times gradient, `shape`; examples of coefficient 0 are left out."""
+    def weighted_sum(self, coefficients: torch.Tensor, may_drop: bool) -> torch.Tensor:
+        """Sum over examples of coefficient times gradient, `shape`. may_drop: some coefficients may be 0, and these
+        examples' gradients nan."""
 
 
 # (module, input, output gradient, B) -> per-example gradients by parameter name, (B, *parameter.shape) or factors
@@ -56,12 +57,14 @@ def squared_norms(gradient: torch.Tensor) -> torch.Tensor:
     return norms.double() ** 2
 
 
-def weighted_sum(gradient: "torch.Tensor | Factors", coefficients: torch.Tensor) -> torch.Tensor:
-    """Sum over examples of coefficient times gradient; examples of coefficient 0 are left out, nan or not."""
+def weighted_sum(
+    gradient: "torch.Tensor | Factors", coefficients: torch.Tensor, may_drop: bool
+) -> torch.Tensor:
+    """Sum over examples of coefficient times gradient. may_drop: as in `Factors.weighted_sum`."""
     if isinstance(gradient, Factors):
-        return gradient.weighted_sum(coefficients)
+        return gradient.weighted_sum(coefficients, may_drop)
     rows = _in_memory_order(gradient)
-    flat = _without_dropped(rows, coefficients).flatten(1)
+    flat = _without_dropped(rows, coefficients, may_drop).flatten(1)
     # In float32 at least: coefficients rounded to bfloat16 would let a clipped gradient exceed its bound.
     dtype = torch.promote_types(flat.dtype, torch.float32)
     total = (coefficients.to(dtype) @ flat.to(dtype)).view(rows.shape[1:])
@@ -81,13 +84,11 @@ def _inverse(order: list[int]) -> list[int]:
     return [order.index(axis) for axis in range(len(order))]
 
 
-def _without_dropped(rows: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-    """(B, ...) with zeros for examples of coefficient 0, since 0 * inf is nan. On a GPU without asking whether there
-    are any: that would make the host wait."""
-    kept = coefficients > 0
-    if rows.device.type == "cpu" and kept.all():
+def _without_dropped(rows: torch.Tensor, coefficients: torch.Tensor, may_drop: bool) -> torch.Tensor:
+    """(B, ...) with zeros for examples of coefficient 0, since 0 * inf is nan."""
+    if not may_drop:
         return rows
-    return torch.where(kept.view(-1, *[1] * (rows.dim() - 1)), rows, 0.0)
+    return torch.where((coefficients > 0).view(-1, *[1] * (rows.dim() - 1)), rows, 0.0)
 
 
 def _gram_squares(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
@@ -119,10 +120,10 @@ class LinearFactors(Factors):
             return squared_norms(self.x) * squared_norms(self.g)
         return _gram_squares(self.x, self.g)
 
-    def weighted_sum(self, coefficients: torch.Tensor) -> torch.Tensor:
+    def weighted_sum(self, coefficients: torch.Tensor, may_drop: bool) -> torch.Tensor:
         dtype = torch.promote_types(self.g.dtype, torch.float32)
-        g = _without_dropped(self.g, coefficients).to(dtype) * coefficients.to(dtype)[:, None, None]
-        return g.flatten(0, 1).T @ _without_dropped(self.x, coefficients).to(dtype).flatten(0, 1)
+        g = _without_dropped(self.g, coefficients, may_drop).to(dtype) * coefficients.to(dtype)[:, None, None]
+        return g.flatten(0, 1).T @ _without_dropped(self.x, coefficients, may_drop).to(dtype).flatten(0, 1)
 
 
 class ConvFactors(Factors):
@@ -143,13 +144,15 @@ class ConvFactors(Factors):
 
     def squared_norms(self) -> torch.Tensor:
         columns = conv_gradients.columns(self.x, self.geometry, self.batch)
-        return _gram_squares(columns.transpose(1, 2), conv_gradients.by_example(self.g, self.batch).transpose(1, 2))
+        return _gram_squares(
+            columns.transpose(1, 2), conv_gradients.by_example(self.g, self.batch).transpose(1, 2)
+        )
 
-    def weighted_sum(self, coefficients: torch.Tensor) -> torch.Tensor:
+    def weighted_sum(self, coefficients: torch.Tensor, may_drop: bool) -> torch.Tensor:
         dtype = torch.promote_types(self.g.dtype, torch.float32)
         rows = coefficients.to(dtype).repeat_interleave(len(self.g) // self.batch)
-        g = _without_dropped(self.g, rows).to(dtype) * rows[:, None, None, None]
-        return conv_gradients.summed(_without_dropped(self.x, rows).to(dtype), g, self.geometry)
+        g = _without_dropped(self.g, rows, may_drop).to(dtype) * rows[:, None, None, None]
+        return conv_gradients.summed(_without_dropped(self.x, rows, may_drop).to(dtype), g, self.geometry)
 
 
 class EmbeddingFactors(Factors):
@@ -175,9 +178,9 @@ class EmbeddingFactors(Factors):
         # Pairs of unlike index are left out before the product: 0 * inf would be nan anyway, and is meant to be.
         return (same * (g @ g.transpose(1, 2))).sum((1, 2)).clamp_min(0.0)
 
-    def weighted_sum(self, coefficients: torch.Tensor) -> torch.Tensor:
+    def weighted_sum(self, coefficients: torch.Tensor, may_drop: bool) -> torch.Tensor:
         dtype = torch.promote_types(self.g.dtype, torch.float32)
-        g = _without_dropped(self.g, coefficients).to(dtype) * coefficients.to(dtype)[:, None, None]
+        g = _without_dropped(self.g, coefficients, may_drop).to(dtype) * coefficients.to(dtype)[:, None, None]
         zeros = g.new_zeros(self.num_embeddings, g.shape[2])
         return zeros.index_add_(0, self.index.flatten(), g.flatten(0, 1))
 
@@ -197,7 +200,9 @@ def conv2d(module: nn.Conv2d, x: torch.Tensor, g: torch.Tensor, batch: int) -> d
 
 
 def pull_back(
-    derive: Callable[..., torch.Tensor], parameters: tuple[torch.Tensor, ...], gradient: "torch.Tensor | Factors"
+    derive: Callable[..., torch.Tensor],
+    parameters: tuple[torch.Tensor, ...],
+    gradient: "torch.Tensor | Factors",
 ) -> tuple[torch.Tensor, ...]:
     """Per-example gradients of `parameters`, from those (B, ...) of the weight `derive(*parameters)`."""
     formed = gradient.form() if isinstance(gradient, Factors) else gradient

@@ -10,6 +10,7 @@ augmentations, adjacent), R = B * K rows.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,6 +18,8 @@ from torch import nn
 
 from opacus_ext.gradient_rules import ROW_FORWARDS, Factors, rule_for, squared_norms, weighted_sum
 from opacus_ext.planner import cheapest
+
+SMALL = 2**14  # numbers per example of a gradient that is handled together with others
 
 # (network, images (B, C, H, W), labels (B,), rng) -> losses (B,); the K draws of an example are averaged inside
 PerExampleLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor, object], torch.Tensor]
@@ -41,15 +44,18 @@ def clipped_sum(
         zeros = {name: torch.zeros_like(p) for name, p in trainable.items()}
         return zeros, torch.zeros(0, device=labels.device)
     record = _record(network, trainable, per_example_loss, images, labels, rng, whole=False)
-    norms = record.squares().sqrt()
+    small = record.take_small()
+    norms = record.squares(small).sqrt()
     coefficients = _clip_coefficients(norms, max_grad_norm)
-    sums = {
-        name: weighted_sum(record.gradients.pop(name), coefficients).to(p.dtype)
-        if name in record.gradients
-        else torch.zeros_like(p)
-        for name, p in trainable.items()
-    }
-    return sums, norms
+    # Asked once, and not of a GPU: the host would wait for the answer.
+    may_drop = coefficients.is_cuda or not bool((coefficients > 0).all())
+    sums = {name: torch.zeros_like(p) for name, p in trainable.items() if name not in record.uses}
+    for name in list(record.gradients):
+        sums[name] = weighted_sum(record.gradients.pop(name), coefficients, may_drop)
+    if small:
+        flat = weighted_sum(small.rows, coefficients, may_drop).split(small.sizes)
+        sums.update(zip(small.names, flat, strict=True))
+    return {name: sums[name].view_as(p).to(p.dtype) for name, p in trainable.items()}, norms
 
 
 def per_example_gradients(
@@ -83,6 +89,15 @@ def _trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
+@dataclass(frozen=True)
+class _Small:
+    """The gradients of many small parameters side by side, so that they cost one operation instead of many."""
+
+    names: list[str]
+    sizes: list[int]
+    rows: torch.Tensor  # (B, sum of sizes)
+
+
 class _Record:
     """What one backward pass leaves: name -> per-example gradients, formed or as factors, and their squared norms.
 
@@ -101,14 +116,28 @@ class _Record:
             gradient = gradient.form() if isinstance(gradient, Factors) else gradient
             seen = self.gradients.get(name)
             self.gradients[name] = gradient if seen is None else seen + gradient
-        else:
+        elif isinstance(gradient, Factors):
             # The norm right away, while the gradient is in the processor's cache.
             self.gradients[name], self._squares[name] = _kept(gradient)
+        else:
+            self.gradients[name] = gradient
 
-    def squares(self) -> torch.Tensor:
-        """(B,) float64 joint squared norms."""
-        late = [squared_norms(g) for name, g in self.gradients.items() if name not in self._squares]
-        return torch.stack([*self._squares.values(), *late]).sum(0)
+    def take_small(self) -> _Small | None:
+        """Remove the small formed gradients from this record, joined."""
+        names = [
+            name for name, g in self.gradients.items() if name not in self._squares and g[0].numel() <= SMALL
+        ]
+        if not names:
+            return None
+        rows = [self.gradients.pop(name).flatten(1) for name in names]
+        return _Small(names, [part.shape[1] for part in rows], torch.cat(rows, dim=1))
+
+    def squares(self, small: _Small | None) -> torch.Tensor:
+        """(B,) float64 joint squared norms of this record and of what was taken from it."""
+        late = [g for name, g in self.gradients.items() if name not in self._squares]
+        if small:
+            late.append(small.rows)
+        return torch.stack([*self._squares.values(), *map(squared_norms, late)]).sum(0)
 
 
 def _kept(gradient: torch.Tensor | Factors) -> tuple[torch.Tensor | Factors, torch.Tensor]:
@@ -120,16 +149,20 @@ def _kept(gradient: torch.Tensor | Factors) -> tuple[torch.Tensor | Factors, tor
         whole = gradient.form()
         squares = squared_norms(whole)
         if rehearse:
-            weighted_sum(whole, torch.ones_like(squares))
+            weighted_sum(whole, torch.ones_like(squares), may_drop=False)
         return whole, squares
 
     def factored(rehearse: bool = False) -> tuple[Factors, torch.Tensor]:
         squares = gradient.squared_norms()
         if rehearse:
-            gradient.weighted_sum(torch.ones_like(squares))
+            gradient.weighted_sum(torch.ones_like(squares), may_drop=False)
         return gradient, squares
 
-    choices = {"formed": formed} if gradient.factored_work > gradient.work else {"factored": factored, "formed": formed}
+    choices = (
+        {"formed": formed}
+        if gradient.factored_work > gradient.work
+        else {"factored": factored, "formed": formed}
+    )
     return cheapest(("keep", *gradient.key), gradient.work, choices, gradient.device)
 
 
@@ -155,9 +188,7 @@ def _watching(network: nn.Module, trainable: dict[str, nn.Parameter], record: _R
     undo: list[Callable[[], None]] = []
     try:
         for path, module in network.named_modules():
-            own = {
-                local: names[id(p)] for local, p in module.named_parameters(recurse=False) if id(p) in names
-            }
+            own = {local: names[id(p)] for local, p in module._parameters.items() if id(p) in names}
             if not own:
                 continue
             if type(module) in ROW_FORWARDS:
@@ -202,8 +233,10 @@ def _attach(rule, own: dict[str, str], path: str, record: _Record, module, args,
         record.uses[name] += 1
 
     def receive(output_gradient: torch.Tensor) -> None:
-        if features_changed(held[0], version):
-            raise RuntimeError(f"the input of '{path}' was changed in place after it; use an out-of-place operation")
+        if held[0]._version != version:
+            raise RuntimeError(
+                f"the input of '{path}' was changed in place after it; use an out-of-place operation"
+            )
         for local, gradient in rule(module, held.pop(), output_gradient, record.batch).items():
             if local in own:  # else a frozen parameter of a partly trained layer
                 record.add(own[local], gradient)
@@ -211,11 +244,9 @@ def _attach(rule, own: dict[str, str], path: str, record: _Record, module, args,
     output.register_hook(receive)
 
 
-def features_changed(features: torch.Tensor, version: int) -> bool:
-    return features._version != version
-
-
 def _rows_per_example(x: torch.Tensor, batch: int, path: str) -> int:
     if len(x) % batch:
-        raise ValueError(f"'{path}' got {len(x)} rows for {batch} examples; each example must have its own rows")
+        raise ValueError(
+            f"'{path}' got {len(x)} rows for {batch} examples; each example must have its own rows"
+        )
     return len(x) // batch

@@ -12,9 +12,9 @@ from opacus_ext import dpsgd, per_example
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps
 from opacus_ext.errors import BudgetExceeded, UnplannedRelease
+from opacus_ext.gradient_rules import refuse_mixing
 from opacus_ext.private_data import PrivateData
 from opacus_ext.sampling import chunks
-from opacus_ext.validate import validate_per_example
 from utils.errors import UserError
 
 ALPHA = 1e-6
@@ -36,7 +36,7 @@ def no_gradient(model, images, labels, rng):
 
 
 def config(n_split=None, max_physical_batch_size=64, max_grad_norm=BOUND) -> DPSGDConfig:
-    return DPSGDConfig(max_grad_norm, n_split, max_physical_batch_size)
+    return DPSGDConfig(max_grad_norm, "poisson", None, n_split, max_physical_batch_size)
 
 
 def steps(private, model, dp=None, per_example_loss=loss, optimizer=None):
@@ -320,8 +320,8 @@ def test_networks_that_mix_examples_are_refused_before_anything_is_read(make_pri
 
 
 def test_networks_that_mix_nothing_pass():
-    validate_per_example(network())
-    validate_per_example(nn.Sequential(nn.BatchNorm2d(4).eval(), nn.InstanceNorm2d(4), nn.LayerNorm(3)))
+    refuse_mixing(network())
+    refuse_mixing(nn.Sequential(nn.InstanceNorm2d(4), nn.LayerNorm(3)))
 
 
 def test_unplanned_training_is_refused(make_private):
@@ -338,6 +338,31 @@ def test_the_plan_of_epochs_and_batches():
     for wrong in ((60, 0, 1), (60, 10, -1)):
         with pytest.raises(UserError):
             dpsgd_release(NAME, *wrong)
+
+
+def test_a_truncated_plan_knows_its_bound_and_the_number_of_records():
+    planned = dpsgd_release(NAME, 60, 20, 3, max_batch_size=25)
+    assert planned == Release(NAME, None, 1 / 3, 9, max_batch_size=25, num_records=60)
+    assert Release(NAME, None, 1 / 3, 9) == dpsgd_release(NAME, 60, 20, 3, None)
+
+
+@pytest.mark.parametrize(("rate", "bound"), [(0.5, 22), (1.0, 10)])
+def test_no_step_reads_more_than_the_bound(make_private, rate, bound):
+    plan = Release(NAME, None, rate, 60, max_batch_size=bound, num_records=60)
+    private = make_private([plan], noise_seed=1)
+    read = sampled(private)
+    update(private, None, no_gradient, nn.Sequential(nn.Flatten(), nn.Linear(64, 1)))
+    sizes = [len(indices) for indices in read]
+    assert len(sizes) == 60 and max(sizes) == bound
+
+
+@pytest.mark.parametrize(
+    ("sampling", "bound"),
+    [("shuffle", None), ("poisson", 5), ("truncated_poisson", None), ("truncated_poisson", 0)],
+)
+def test_ways_of_sampling_without_an_account_are_refused(sampling, bound):
+    with pytest.raises(UserError, match=r"train\.dp\.(sampling|max_batch_size)"):
+        DPSGDConfig(BOUND, sampling, bound, None, 64)
 
 
 @pytest.mark.parametrize("options", [{"max_grad_norm": 0.0}, {"n_split": 0}, {"max_physical_batch_size": 0}])
@@ -379,17 +404,17 @@ def test_noise_of_another_size_is_caught(make_private, monkeypatch, factor):
     monkeypatch.setattr(
         PrivateData,
         "_gradient_noise",
-        lambda self, name, shape, std, step: stated(self, name, shape, std * factor, step),
+        lambda self, name, size, std, step: stated(self, name, size, std * factor, step),
     )
     assert not in_bounds(noise_ratio(make_private))
 
 
 def test_noise_per_chunk_is_caught(make_private, monkeypatch):
-    per_chunk = dpsgd.clipped_gradient_sum
+    per_chunk = dpsgd.clipped_sum
 
     def noisy(network, per_example_loss, images, labels, bound, rng):
-        total = per_chunk(network, per_example_loss, images, labels, bound, rng)
-        return {name: value + torch.randn_like(value) * 3.0 * bound for name, value in total.items()}
+        total, norms = per_chunk(network, per_example_loss, images, labels, bound, rng)
+        return {name: value + torch.randn_like(value) * 3.0 * bound for name, value in total.items()}, norms
 
-    monkeypatch.setattr(dpsgd, "clipped_gradient_sum", noisy)
+    monkeypatch.setattr(dpsgd, "clipped_sum", noisy)
     assert not in_bounds(noise_ratio(make_private))
