@@ -30,7 +30,9 @@ class Release:
 
     noise_multiplier: noise standard deviation (Gaussian) or scale (Laplace) over the sensitivity; None = let the
     ledger solve for it. sample_rate: Poisson inclusion probability per step. mechanism: "gaussian", or
-    "report_noisy_max" (pure epsilon of 1 / noise_multiplier per step).
+    "report_noisy_max" (pure epsilon of 1 / noise_multiplier per step). max_batch_size: of a larger sample a uniformly
+    random subset of this size is taken (truncated Poisson sampling); its cost depends on num_records, the public size
+    of the data set.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Release:
     sample_rate: float = 1.0
     num_steps: int = 1
     mechanism: str = "gaussian"
+    max_batch_size: int | None = None
+    num_records: int | None = None
 
     def __post_init__(self) -> None:
         assert self.mechanism in ("gaussian", "report_noisy_max"), self.mechanism
@@ -49,6 +53,17 @@ class Release:
             raise UserError(
                 f"release '{self.name}': noise_multiplier {self.noise_multiplier} is not 0 or more"
             )
+        if self.max_batch_size is not None:
+            assert self.mechanism == "gaussian" and self.num_records, self
+            if self.max_batch_size < 1:
+                raise UserError(
+                    f"release '{self.name}': max_batch_size {self.max_batch_size} is not 1 or more"
+                )
+
+    @property
+    def takes_all(self) -> bool:
+        """Every record takes part in every step."""
+        return self.sample_rate == 1.0 and self.max_batch_size is None
 
 
 def epsilon_of(
@@ -79,7 +94,7 @@ def available_epsilons(releases: Sequence[Release], delta: float, relation: str)
     for name in ("rdp", "prv"):
         try:
             values[name] = epsilon_of(releases, delta, name, relation)
-        except UserError:  # this accountant does not know the relation
+        except UserError:  # this accountant does not know the relation, or the way of sampling
             values[name] = None
     pld, rdp = values["pld"], values["rdp"]
     if rdp is not None and pld > rdp * (1 + 1e-3) + 1e-3:
@@ -150,9 +165,12 @@ def _bracket(excess: Callable[[float], float], with_noise, budget_epsilon: float
 def _clt_mu_squared(release: Release) -> float:
     """mu^2 of the Gaussian that a composed, subsampled Gaussian tends to (Bu et al. 2020, corollary 5.4)."""
     exponent = min(release.noise_multiplier**-2, 50.0)
-    if release.sample_rate == 1.0:
+    if release.takes_all:
         return release.num_steps * release.noise_multiplier**-2
-    return release.sample_rate**2 * release.num_steps * math.expm1(exponent)
+    rate = release.sample_rate
+    if release.max_batch_size is not None:
+        rate = min(rate, release.max_batch_size / release.num_records)
+    return rate**2 * release.num_steps * math.expm1(exponent)
 
 
 def _epsilon(releases, delta, accountant, relation, grid) -> float:
@@ -202,8 +220,8 @@ def _merge_full_batch(releases: Sequence[Release], relation: str) -> tuple[float
 
     Under replace_one a sum moves by twice the bound, hence the factor 2 for the folded one.
     """
-    full = [r for r in releases if r.sample_rate == 1.0]
-    sampled = [r for r in releases if r.sample_rate < 1.0]
+    full = [r for r in releases if r.takes_all]
+    sampled = [r for r in releases if not r.takes_all]
     if not full:
         return None, sampled
     merged = 1.0 / math.sqrt(sum(r.num_steps / r.noise_multiplier**2 for r in full))
@@ -224,9 +242,29 @@ def _pld_epsilon(releases: Sequence[Release], delta: float, relation: str, grid:
         already = 2.0 if relation == REPLACE_ONE else 1.0
         accountant.compose(dp_accounting.GaussianDpEvent(full * already))
     for r in sampled:
-        gaussian = dp_accounting.GaussianDpEvent(r.noise_multiplier)
-        accountant.compose(dp_accounting.PoissonSampledDpEvent(r.sample_rate, gaussian), r.num_steps)
+        accountant.compose(_sampled_event(r), r.num_steps)
     return float(accountant.get_epsilon(delta))
+
+
+def _sampled_event(release: Release):
+    """dp-accounting's name for one step of a sampled Gaussian. Truncated: Ganesh et al. 2025, arXiv 2508.15089."""
+    import dp_accounting
+
+    if release.max_batch_size is not None:
+        return dp_accounting.TruncatedSubsampledGaussianDpEvent(
+            release.num_records, release.sample_rate, release.max_batch_size, release.noise_multiplier
+        )
+    gaussian = dp_accounting.GaussianDpEvent(release.noise_multiplier)
+    return dp_accounting.PoissonSampledDpEvent(release.sample_rate, gaussian)
+
+
+def _require_plain_poisson(accountant: str, releases: Sequence[Release]) -> None:
+    for release in releases:
+        if release.max_batch_size is not None:
+            raise UserError(
+                f"privacy.accountant={accountant} does not know truncated Poisson sampling ('{release.name}'); "
+                f"use pld or train.dp.sampling=poisson"
+            )
 
 
 def _rdp_epsilon(releases: Sequence[Release], delta: float, relation: str) -> float:
@@ -236,6 +274,7 @@ def _rdp_epsilon(releases: Sequence[Release], delta: float, relation: str) -> fl
     full, sampled = _merge_full_batch(releases, relation)
     if sampled and relation == REPLACE_ONE:
         raise UserError("privacy.accountant=rdp bounds no Poisson-sampled release under replace_one; use pld")
+    _require_plain_poisson("rdp", sampled)
     # One-shot queries with much noise are best bounded at very large orders (PrivImage's histogram).
     accountant = RdpAccountant(
         [1 + x / 10 for x in range(1, 100)] + [*range(12, 64), 128, 256, 512, 1024, 4096]
@@ -243,8 +282,7 @@ def _rdp_epsilon(releases: Sequence[Release], delta: float, relation: str) -> fl
     if full is not None:
         accountant.compose(dp_accounting.GaussianDpEvent(full))
     for r in sampled:
-        gaussian = dp_accounting.GaussianDpEvent(r.noise_multiplier)
-        accountant.compose(dp_accounting.PoissonSampledDpEvent(r.sample_rate, gaussian), r.num_steps)
+        accountant.compose(_sampled_event(r), r.num_steps)
     return float(accountant.get_epsilon(delta))
 
 
@@ -256,6 +294,7 @@ def _prv_epsilon(releases: Sequence[Release], delta: float, relation: str) -> fl
         return 0.0 if full is None else gaussian_epsilon(full, delta)
     if relation == REPLACE_ONE:
         raise UserError("privacy.accountant=prv bounds no Poisson-sampled release under replace_one; use pld")
+    _require_plain_poisson("prv", sampled)
     accountant = PRVAccountant()
     accountant.history = [(r.noise_multiplier, r.sample_rate, r.num_steps) for r in sampled]
     if full is not None:

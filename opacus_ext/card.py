@@ -50,9 +50,14 @@ def _second_opinions(report: dict) -> str:
 def _row(release: dict) -> str:
     return (
         f"| {release['name']} | {release['mechanism'].replace('_', ' ')} | {release['noise_multiplier']:.4g} | "
-        f"{release['sample_rate']:.4g} | {release['executed']} of {release['planned']} | "
+        f"{_sampling(release)} | {release['executed']} of {release['planned']} | "
         f"{release['epsilon_alone']:.4g} |"
     )
+
+
+def _sampling(release: dict) -> str:
+    bound = release["max_batch_size"]
+    return f"{release['sample_rate']:.4g}" + ("" if bound is None else f", at most {bound} images")
 
 
 def _selection_lines(selections: list[dict]) -> list[str]:

@@ -19,17 +19,30 @@ from opacus_ext.validate import validate_independence
 from utils import distributed
 from utils.sections import check
 
+SAMPLINGS = ("poisson", "truncated_poisson")
+
 
 @dataclass(frozen=True)
 class DPSGDConfig:
-    """What DP-SGD needs beyond the calibrated release. Only `max_grad_norm` bears on privacy, and noise scales with
-    it; the other two trade memory for speed."""
+    """What DP-SGD needs beyond the calibrated release. Noise scales with `max_grad_norm`; how a batch is sampled is
+    part of the plan; `n_split` and `max_physical_batch_size` trade memory for speed and bear on nothing else."""
 
     max_grad_norm: float
+    sampling: str  # poisson; truncated_poisson: at most max_batch_size, for steps compiled for one size
+    max_batch_size: int | None  # None with poisson
     n_split: int | None  # chunks per logical batch; None: as many as max_physical_batch_size demands
     max_physical_batch_size: int
 
     def __post_init__(self) -> None:
+        check(
+            self.sampling in SAMPLINGS, "train.dp.sampling", self.sampling, f"one of {', '.join(SAMPLINGS)}"
+        )
+        size, plain = self.max_batch_size, self.sampling == "poisson"
+        allowed = (
+            "null where train.dp.sampling=poisson" if plain else "at least 1 where it is truncated_poisson"
+        )
+        fits = size is None if plain else size is not None and size > 0
+        check(fits, "train.dp.max_batch_size", size, allowed)
         check(self.max_grad_norm > 0, "train.dp.max_grad_norm", self.max_grad_norm, "greater than 0")
         check(
             self.n_split is None or self.n_split > 0, "train.dp.n_split", self.n_split, "null or at least 1"
@@ -46,15 +59,25 @@ class Step:
     total: int
 
 
-def dpsgd_release(name: str, num_train: int, batch_size: int, n_epochs: int) -> Release:
+def dpsgd_release(
+    name: str, num_train: int, batch_size: int, n_epochs: int, max_batch_size: int | None = None
+) -> Release:
     """The plan of E epochs of nominal batch B over N records: q = 1/L and T = E L with L = ceil(N / B).
 
-    So the expected batch is N / L, not B; the published sigma tables rest on this rule.
+    So the expected batch is N / L, not B; the published sigma tables rest on this rule. `max_batch_size`: of larger
+    samples a random subset of this size is taken.
     """
     check(batch_size > 0, "train.batch_size", batch_size, "a positive number of records")
     check(n_epochs >= 0, "train.n_epochs", n_epochs, "0 or more")
     steps_per_epoch = math.ceil(num_train / batch_size)
-    return Release(name, None, sample_rate=1.0 / steps_per_epoch, num_steps=n_epochs * steps_per_epoch)
+    return Release(
+        name,
+        None,
+        sample_rate=1.0 / steps_per_epoch,
+        num_steps=n_epochs * steps_per_epoch,
+        max_batch_size=max_batch_size,
+        num_records=num_train if max_batch_size else None,
+    )
 
 
 def dpsgd_steps(
@@ -110,7 +133,7 @@ def _probe(private: PrivateData, network: nn.Module, per_example_loss: PerExampl
 
 def _clipped_sum_of_share(name, private, network, per_example_loss, dp, index) -> dict[str, torch.Tensor]:
     """Over this process's share of the one Poisson sample that all processes draw; the share may be empty."""
-    indices = private._poisson_indices(name, private.ledger.planned(name).sample_rate, index)
+    indices = private._sampled_indices(private.ledger.planned(name), index)
     own = distributed.share(len(indices))
     draws = private._loss_draws(name, index, len(indices))[own]
     n_split = dp.n_split and math.ceil(dp.n_split / distributed.world_size())

@@ -163,6 +163,7 @@ class Ledger:
                     "mechanism": r.mechanism,
                     "noise_multiplier": r.noise_multiplier,
                     "sample_rate": r.sample_rate,
+                    "max_batch_size": r.max_batch_size,
                     "planned": r.num_steps,
                     "executed": self._executed[r.name],
                     "epsilon_alone": self._cost([r]),
@@ -212,5 +213,7 @@ def _same_plan(one: list[Release], other: list[Release]) -> bool:
 
 def _describe(plan: list[Release]) -> str:
     return "; ".join(
-        f"'{r.name}' z={r.noise_multiplier:.4g} q={r.sample_rate:.4g} x{r.num_steps}" for r in plan
+        f"'{r.name}' z={r.noise_multiplier:.4g} q={r.sample_rate:.4g}"
+        f"{'' if r.max_batch_size is None else f' max {r.max_batch_size}'} x{r.num_steps}"
+        for r in plan
     )

@@ -46,7 +46,8 @@ class GridNoise:
         if self.grid == 0:
             return total.float()
         noise = self.multiples.to(total.device).view_as(total)
-        return ((total.double() / self.grid).round_().add_(noise) * self.grid).float()
+        steps = total.to(torch.float64, copy=True).div_(self.grid).round_()
+        return steps.add_(noise).mul_(self.grid).float()
 
 
 def on_grid(deviates: np.ndarray, scale: float) -> GridNoise:
@@ -91,15 +92,22 @@ class NoiseSource:
         generator = self._noise_generator(f"laplace/{release}/{step}")
         return on_grid(generator.laplace(size=size), scale)
 
-    def inclusion_mask(self, num_records: int, rate: float, release: str, step: int) -> torch.Tensor:
-        """(num_records,) bool, each True with probability `rate`, independently; the same at every call.
+    def sample(
+        self, num_records: int, rate: float, release: str, step: int, max_size: int | None = None
+    ) -> torch.Tensor:
+        """Sorted indices of the records of one step, each with probability `rate`, independently (Poisson sampling); of
+        more than `max_size` a uniformly random subset of that size. The same at every call.
 
         Exact: 64 random bits are below floor(rate * 2^64) with that probability, at most 2^-64 less than `rate`.
         """
-        if rate == 1.0:
-            return torch.ones(num_records, dtype=torch.bool)
-        bits = philox(self._shared_key(f"poisson/{release}/{step}")).bit_generator.random_raw(num_records)
-        return torch.from_numpy(bits < np.uint64(math.floor(math.ldexp(rate, 64))))
+        generator = philox(self._shared_key(f"poisson/{release}/{step}"))
+        indices = np.arange(num_records)
+        if rate < 1.0:
+            bits = generator.bit_generator.random_raw(num_records)
+            indices = indices[bits < np.uint64(math.floor(math.ldexp(rate, 64)))]
+        if max_size is not None and len(indices) > max_size:
+            indices = np.sort(generator.choice(indices, max_size, replace=False, shuffle=False))
+        return torch.from_numpy(indices)
 
     def loss_draws(self, release: str, step: int, num_examples: int, device="cpu") -> Draws:
         """Secret randomness for one step's loss. It must not be repeatable: draws are dealt by position in the batch,

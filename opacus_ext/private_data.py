@@ -11,6 +11,7 @@ from opacus_ext.errors import UnplannedRelease
 from opacus_ext.ledger import Ledger
 from opacus_ext.mechanisms import clipped_sum, vote_rows
 from opacus_ext.noise import GridNoise, NoiseSource
+from utils import distributed
 from utils.draws import Draws
 from utils.images import to_float
 from utils.progress import progress
@@ -50,18 +51,19 @@ class PrivateData:
 
         Returns (D,) float32, D the size of one flattened value; with `by_class` (num_classes, D), one row per label
         (a record touches one row, so the sensitivity is the same). Noise std is noise_multiplier * l2_bound on every
-        coordinate. The release must be planned with sample_rate 1.
+        coordinate. The release must be planned without sampling.
         """
         release = self.ledger.book(name)
         _require_mechanism(release, "gaussian")
-        if release.sample_rate != 1.0:
+        if not release.takes_all:
             raise UnplannedRelease(
-                f"'{name}' is planned with sample_rate {release.sample_rate}, but sums all records"
+                f"'{name}' is planned with sample_rate {release.sample_rate}, max_batch_size "
+                f"{release.max_batch_size}, but sums all records"
             )
         num_groups = self.spec.num_classes if by_class else 1
         total = None
-        num_batches = -(-self.spec.num_train // self._batch_size)
-        batches = self._batches()
+        num_batches = -(-self.spec.num_train // (self._batch_size * distributed.world_size()))
+        batches = self._batches(distributed.share(len(self._labels)))
         for images, labels in (
             progress(batches, name, num_batches, unit="batch") if num_batches > 10 else batches
         ):
@@ -69,8 +71,12 @@ class PrivateData:
             part = clipped_sum(fn(images, labels), l2_bound, groups, num_groups)
             total = part if total is None else total + part
         step = self.ledger.executed(name) - 1
-        noise = self._noise.gaussian(total.numel(), release.noise_multiplier * l2_bound, name, step)
-        answer = noise.add_to(total)
+        std = release.noise_multiplier * l2_bound
+
+        def add_noise(total: torch.Tensor) -> torch.Tensor:
+            return self._noise.gaussian(total.numel(), std, name, step).add_to(total)
+
+        answer = distributed.sum_on_main(total, add_noise).float()
         return answer if by_class else answer[0]
 
     def noisy_histogram(
@@ -97,11 +103,14 @@ class PrivateData:
         """
         release = self.ledger.book(name)
         _require_mechanism(release, "report_noisy_max")
-        parts = [_ballots(fn, *batch).sum(0).cpu() for batch in self._batches()]
-        totals = torch.stack(parts).sum(0)
+        own = distributed.share(len(self._labels))
+        parts = [_ballots(fn, *batch).sum(0).cpu() for batch in self._batches(own)]
         step = self.ledger.executed(name) - 1
-        noise = self._noise.laplace(len(totals), release.noise_multiplier, name, step)
-        return int(noise.add_to(totals).argmax())
+
+        def add_noise(totals: torch.Tensor) -> torch.Tensor:
+            return self._noise.laplace(len(totals), release.noise_multiplier, name, step).add_to(totals)
+
+        return int(distributed.sum_on_main(torch.stack(parts).sum(0), add_noise).argmax())
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "PrivateData":
         """The same records with every image replaced by fn(image), e.g. its latent; same ledger, same noise.
@@ -110,7 +119,10 @@ class PrivateData:
         """
         mapped = object.__new__(PrivateData)
         mapped.__dict__.update(self.__dict__)
-        mapped._images = torch.cat([fn(images).cpu() for images, _ in self._batches()])
+        own = distributed.share(len(self._labels))
+        mapped._images = distributed.concatenate(
+            torch.cat([fn(images).cpu() for images, _ in self._batches(own)])
+        )
         return mapped
 
     def reveal(self, reason: str) -> Samples:
@@ -133,9 +145,10 @@ class PrivateData:
             "revealed": list(self._revealed),
         }
 
-    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for start in range(0, max(1, len(self._labels)), self._batch_size):
-            yield self._take(slice(start, start + self._batch_size))
+    def _batches(self, records: slice) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The records of a range, in order; an empty range is one empty batch, for its sum has a shape too."""
+        for start in range(records.start, max(records.start + 1, records.stop), self._batch_size):
+            yield self._take(slice(start, min(start + self._batch_size, records.stop)))
 
     def _take(self, which: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         labels = self._labels[which].to(self.device)
@@ -147,8 +160,9 @@ class PrivateData:
     def _image_shape(self) -> tuple[int, ...]:
         return tuple(self._images.shape[1:])
 
-    def _poisson_indices(self, name: str, rate: float, step: int) -> torch.Tensor:
-        return self._noise.inclusion_mask(len(self._labels), rate, name, step).nonzero()[:, 0]
+    def _sampled_indices(self, release: Release, step: int) -> torch.Tensor:
+        rate, max_size = release.sample_rate, release.max_batch_size
+        return self._noise.sample(len(self._labels), rate, release.name, step, max_size)
 
     def _loss_draws(self, name: str, step: int, num_examples: int) -> Draws:
         return self._noise.loss_draws(name, step, num_examples, self.device)

@@ -253,6 +253,56 @@ def test_accountants_say_so_where_they_cannot_bound(accountant):
         epsilon_of([Release("r", 2.0, 0.1, 20)], DELTA, accountant, "replace_one")
 
 
+# ------------------------------------------------------------------------------------------ truncated Poisson
+
+
+def truncated(bound, noise_multiplier=6.0, rate=0.1, steps=20, records=1000) -> Release:
+    return Release("r", noise_multiplier, rate, steps, max_batch_size=bound, num_records=records)
+
+
+@pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
+@pytest.mark.parametrize(("bound", "rate"), [(90, 0.1), (120, 0.1), (300, 1.0)])
+def test_truncated_sampling_agrees_with_dp_accounting(bound, rate, relation):
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation[relation.upper()])
+    accountant.compose(dp_accounting.TruncatedSubsampledGaussianDpEvent(1000, rate, bound, 6.0), 20)
+    found = epsilon_of([truncated(bound, rate=rate)], DELTA, relation=relation)
+    assert found == pytest.approx(accountant.get_epsilon(DELTA), rel=1e-9)
+
+
+def test_a_tighter_bound_costs_more_and_a_loose_one_nothing():
+    """Around the expected size of 100: dropping a record because another came makes two records differ."""
+    poisson = epsilon_of([Release("r", 6.0, 0.1, 20)], DELTA)
+    costs = [epsilon_of([truncated(bound)], DELTA) for bound in (100, 110, 120, 130, 1000)]
+    assert all(tight > loose for tight, loose in itertools.pairwise(costs))
+    assert costs[0] > poisson * 1.2
+    assert costs[-1] == pytest.approx(poisson, rel=1e-9)
+
+
+def test_truncation_at_full_rate_is_no_full_batch():
+    """100 of 1000 records without replacement: amplified by sampling, and not folded with sums over all."""
+    query, few, everyone = Release("query", 20.0), truncated(100, rate=1.0), Release("r", 6.0, 1.0, 20)
+    assert epsilon_of([few], DELTA) < 0.5 * epsilon_of([everyone], DELTA)
+    assert epsilon_of([few], DELTA) < epsilon_of([query, few], DELTA) < epsilon_of([query, everyone], DELTA)
+
+
+def test_calibration_of_a_truncated_plan_meets_the_budget():
+    def plan(noise_multiplier):
+        return [Release("query", 12.0), truncated(110, noise_multiplier)]
+
+    reached = epsilon_of(plan(calibrate(plan, 1.0, DELTA, "pld")), DELTA)
+    assert 1.0 - 1e-3 < reached <= 1.0
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+def test_accountants_that_do_not_know_truncation_say_so(accountant):
+    with pytest.raises(UserError, match=f"privacy.accountant={accountant} does not know truncated Poisson"):
+        epsilon_of([Release("query", 5.0), truncated(110)], DELTA, accountant)
+    assert available_epsilons([truncated(110)], DELTA, "add_or_remove_one")[accountant] is None
+
+
 # ------------------------------------------------------------------------------------------ noisy max
 
 
@@ -296,6 +346,7 @@ def test_a_pld_above_rdp_is_an_error(monkeypatch):
         ({"num_steps": -1}, "num_steps"),
         ({"noise_multiplier": -1.0}, "noise_multiplier"),
         ({"noise_multiplier": math.nan}, "noise_multiplier"),
+        ({"max_batch_size": 0, "num_records": 10}, "max_batch_size"),
     ],
 )
 def test_releases_refuse_nonsense(fields, named):

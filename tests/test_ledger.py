@@ -148,6 +148,7 @@ def test_the_report_states_the_account():
         "mechanism": "gaussian",
         "noise_multiplier": 5.0,
         "sample_rate": 1.0,
+        "max_batch_size": None,
         "planned": 1,
         "executed": 1,
         "epsilon_alone": epsilon_of([QUERY], DELTA),

@@ -282,7 +282,14 @@ def test_wrong_votes_end_the_question_without_an_answer():
 
 def test_a_sampled_release_answers_no_sum_over_all():
     private, read = private_of(torch.zeros(3, 1), [Release("sum", 1.0, sample_rate=0.5)])
-    with pytest.raises(UnplannedRelease, match=r"sample_rate 0.5, but sums all records"):
+    with pytest.raises(UnplannedRelease, match=r"sample_rate 0.5, .* but sums all records"):
+        private.noisy_sum("sum", read, 1.0)
+
+
+def test_a_truncated_release_answers_no_sum_over_all():
+    """Also at sample_rate 1, where it is charged for some of the records alone."""
+    private, read = private_of(torch.zeros(3, 1), [Release("sum", 1.0, max_batch_size=2, num_records=3)])
+    with pytest.raises(UnplannedRelease, match=r"max_batch_size 2, but sums all records"):
         private.noisy_sum("sum", read, 1.0)
 
 

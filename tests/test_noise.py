@@ -51,17 +51,17 @@ def draws(source: NoiseSource, release: str = "release", step: int = 0) -> list[
     return [
         gaussian(source, 100, 1.0, release, step),
         source.laplace(100, 1.0, release, step).add_to(torch.zeros(100)),
-        source.inclusion_mask(100, 0.5, release, step),
+        source.sample(100, 0.5, release, step),
     ]
 
 
 def test_unseeded_noise_is_fresh_at_every_call_and_in_every_source():
     """As a resumed run asks for the same release and step again. Who is sampled is the same within one run alone."""
     first = NoiseSource()
-    *noise, mask = draws(first)
-    *again, same_mask = draws(first)
+    *noise, sample = draws(first)
+    *again, same_sample = draws(first)
     assert not any(torch.equal(one, other) for one, other in zip(noise, again, strict=True))
-    assert torch.equal(mask, same_mask)
+    assert torch.equal(sample, same_sample)
     for one, other in zip(draws(NoiseSource()), draws(NoiseSource()), strict=True):
         assert not torch.equal(one, other)
 
@@ -94,18 +94,24 @@ def test_processes_that_share_a_key_agree_on_the_sample_and_share_no_noise():
     leader = NoiseSource()
     follower = NoiseSource(key=leader.key)
     assert not follower.seeded
-    masks = [source.inclusion_mask(1000, 0.5, "r", 3) for source in (leader, follower)]
-    assert torch.equal(*masks)
+    for bound in (None, 400):
+        assert torch.equal(*(source.sample(1000, 0.5, "r", 3, bound) for source in (leader, follower)))
     assert not torch.equal(gaussian(leader, 100), gaussian(follower, 100))
 
 
 # ------------------------------------------------------------------------------------------ sampling
 
 
+def membership(samples: list[torch.Tensor], records: int) -> torch.Tensor:
+    """(steps, records) of 0/1, from sorted indices without repetition."""
+    assert all((sample.diff() > 0).all() for sample in samples)
+    return torch.stack([torch.zeros(records, dtype=torch.float64).index_fill(0, s, 1.0) for s in samples])
+
+
 def test_poisson_inclusion_frequencies():
     """Every record with probability q, independently of the others and of other steps."""
     source, rate, records, steps = NoiseSource(11), 0.3, 50, 4000
-    masks = torch.stack([source.inclusion_mask(records, rate, "r", step) for step in range(steps)]).double()
+    masks = membership([source.sample(records, rate, "r", step) for step in range(steps)], records)
     counts = masks.sum(0)
     statistic = ((counts - steps * rate) ** 2 / (steps * rate * (1 - rate))).sum().item()
     assert stats.chi2.ppf(ALPHA, records) < statistic < stats.chi2.ppf(1 - ALPHA, records)
@@ -117,12 +123,39 @@ def test_poisson_inclusion_frequencies():
 
 
 def test_poisson_at_full_rate_takes_everyone():
-    assert NoiseSource().inclusion_mask(1000, 1.0, "r", 0).all()
+    assert torch.equal(NoiseSource().sample(1000, 1.0, "r", 0), torch.arange(1000))
 
 
 def test_poisson_batches_may_be_empty():
-    sizes = {int(NoiseSource(5).inclusion_mask(3, 0.1, "r", step).sum()) for step in range(50)}
+    sizes = {len(NoiseSource(5).sample(3, 0.1, "r", step)) for step in range(50)}
     assert 0 in sizes and len(sizes) > 1
+
+
+@pytest.mark.parametrize(("rate", "bound"), [(0.3, 15), (1.0, 20)])
+def test_truncation_keeps_a_uniform_subset(rate, bound):
+    """No sample above the bound, smaller ones untouched, and every record and pair of records equally often."""
+    source, records, steps = NoiseSource(11), 50, 4000
+    samples = [source.sample(records, rate, "r", step, bound) for step in range(steps)]
+    whole = [source.sample(records, rate, "r", step) for step in range(steps)]
+    cut = 0
+    for kept, drawn in zip(samples, whole, strict=True):
+        assert len(kept) == min(len(drawn), bound) and set(kept.tolist()) <= set(drawn.tolist())
+        cut += len(kept) < len(drawn)
+    assert cut > steps / 3
+    masks = membership(samples, records)
+    mean = masks.mean().item()
+    counts = masks.sum(0)
+    # Indicators of one sample are negatively correlated, which can only narrow the spread of the counts.
+    statistic = ((counts - steps * mean) ** 2 / (steps * mean * (1 - mean))).sum().item()
+    assert statistic < stats.chi2.ppf(1 - ALPHA, records)
+    pairs = torch.corrcoef(masks.T)[~torch.eye(records, dtype=bool)]
+    assert (pairs - pairs.mean()).abs().max() < stats.norm.ppf(1 - ALPHA / 2 / len(pairs)) / math.sqrt(steps)
+
+
+def test_a_large_bound_changes_nothing():
+    source = NoiseSource(11)
+    for step in range(20):
+        assert torch.equal(source.sample(50, 0.5, "r", step), source.sample(50, 0.5, "r", step, 50))
 
 
 # ------------------------------------------------------------------------------------------ floating point

@@ -51,6 +51,12 @@ def test_every_stage_has_a_row_with_its_share(two_stages):
         assert share < two_stages["spent"]
 
 
+def test_a_truncated_stage_names_its_bound():
+    plan = [Release("training", 10.0, 0.5, 3, max_batch_size=30, num_records=NUM_RECORDS)]
+    card = privacy_card(report_of(plan, epsilon=50.0))
+    assert "| 0.5, at most 30 images | 3 of 3 |" in card
+
+
 def test_unit_delta_assumptions_and_caveats_are_named(two_stages):
     card = privacy_card(two_stages)
     assert "one record more or less" in card

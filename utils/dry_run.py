@@ -22,10 +22,15 @@ def plan_lines(ledger) -> list[str]:
     for release in ledger.report()["releases"]:
         lines.append(
             f"release '{release['name']}': noise_multiplier {release['noise_multiplier']:.5g}, "
-            f"sample_rate {release['sample_rate']:.5g}, {release['planned']} steps, "
+            f"sample_rate {release['sample_rate']:.5g}, {_bound(release)}{release['planned']} steps, "
             f"epsilon alone {release['epsilon_alone']:.4g}"
         )
     return [*lines, f"all releases together: epsilon {ledger.planned_epsilon():.4g}"]
+
+
+def _bound(release: dict) -> str:
+    size = release["max_batch_size"]
+    return "" if size is None else f"at most {size} images per step, "
 
 
 def _duration(seconds: float) -> str:

@@ -171,7 +171,9 @@ class DiffusionSynthesizer(Synthesizer):
         return [
             *self.inherited,
             *queries,
-            dpsgd_release(DP_SGD, self.spec.num_train, train.batch_size, train.n_epochs),
+            dpsgd_release(
+                DP_SGD, self.spec.num_train, train.batch_size, train.n_epochs, train.dp.max_batch_size
+            ),
         ]
 
     # Stages
