@@ -9,7 +9,8 @@ from torch import nn
 
 from opacus_ext.planner import bucket, cheapest
 
-COLUMN_BYTES = {"cpu": 2**21, "cuda": 2**29}  # of one im2col buffer: what stays in a core's cache, what a GPU has
+# Of one im2col buffer: what stays in a core's cache, what a GPU has to spare.
+COLUMN_BYTES = {"cpu": 2**21, "cuda": 2**29}
 
 
 class Geometry(NamedTuple):
@@ -59,9 +60,18 @@ def per_example(x: torch.Tensor, g: torch.Tensor, geometry: Geometry, batch: int
         if geometry.stride == (1, 1) and geometry.dilation == (1, 1):
             kernels["shifts"] = _by_shifts
     choices = {
-        name: lambda rehearse=False, kernel=kernel: kernel(x, g, geometry, batch) for name, kernel in kernels.items()
+        name: lambda rehearse=False, kernel=kernel: kernel(x, g, geometry, batch)
+        for name, kernel in kernels.items()
     }
-    key = ("conv gradient", bucket(batch), len(x) // batch, tuple(x.shape[1:]), geometry, g.dtype, x.is_contiguous())
+    key = (
+        "conv gradient",
+        bucket(batch),
+        len(x) // batch,
+        tuple(x.shape[1:]),
+        geometry,
+        g.dtype,
+        x.is_contiguous(),
+    )
     work = g.numel() * geometry.weight_shape[1:].numel()
     return cheapest(key, work, choices, x.device)
 

@@ -46,7 +46,7 @@ def clipped_sum(
     record = _record(network, trainable, per_example_loss, images, labels, rng, whole=False)
     small = record.take_small()
     norms = record.squares(small).sqrt()
-    coefficients = _clip_coefficients(norms, max_grad_norm)
+    coefficients = clip_coefficients(norms, max_grad_norm)
     # Asked once, and not of a GPU: the host would wait for the answer.
     may_drop = coefficients.is_cuda or not bool((coefficients > 0).all())
     sums = {name: torch.zeros_like(p) for name, p in trainable.items() if name not in record.uses}
@@ -73,14 +73,8 @@ def per_example_gradients(
     }
 
 
-def clip_coefficients(gradients: dict[str, torch.Tensor], max_grad_norm: float) -> torch.Tensor:
-    """(B,) factors min(1, C / norm) of the joint norms of (B, ...) gradients; 0 where a norm is not finite or zero."""
-    return _clip_coefficients(
-        torch.stack([squared_norms(g) for g in gradients.values()]).sum(0).sqrt(), max_grad_norm
-    )
-
-
-def _clip_coefficients(norms: torch.Tensor, max_grad_norm: float) -> torch.Tensor:
+def clip_coefficients(norms: torch.Tensor, max_grad_norm: float) -> torch.Tensor:
+    """(B,) factors min(1, C / norm); 0 where a norm is not finite or zero."""
     usable = torch.isfinite(norms) & (norms > 0)
     return torch.where(usable, (max_grad_norm / norms).clamp(max=1.0), 0.0)
 

@@ -375,21 +375,15 @@ def test_settings_refuse_nonsense(options):
 
 
 def test_missing_clipping_is_caught(make_private, samples, monkeypatch):
-    monkeypatch.setattr(
-        per_example,
-        "clip_coefficients",
-        lambda gradients, bound: torch.ones(len(next(iter(gradients.values())))),
-    )
+    monkeypatch.setattr(per_example, "clip_coefficients", lambda norms, bound: torch.ones_like(norms))
     assert record_moves_the_sum_by(make_private, samples) > 1.1
 
 
 def test_clipping_by_chunk_instead_of_by_example_is_caught(make_private, samples, monkeypatch):
     per_record = per_example.clip_coefficients
 
-    def by_chunk(gradients, bound):
-        return per_record({name: g.sum(0, keepdim=True) for name, g in gradients.items()}, bound).expand(
-            len(next(iter(gradients.values())))
-        )
+    def by_chunk(norms, bound):
+        return per_record(norms.square().sum(0, keepdim=True).sqrt(), bound).expand(len(norms))
 
     whole = update(make_private([Release(NAME, None)]), config(n_split=5))
     monkeypatch.setattr(per_example, "clip_coefficients", by_chunk)
