@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.nn.discriminator import Discriminator, ProjectionHead, WideResNetCritic, WSConv2d
+from opacus_ext.per_example import per_example_gradients
 
 
 def count(network: nn.Module) -> int:
@@ -74,6 +75,25 @@ def test_every_parameter_is_used(critic):
     network(images, labels).sum().backward()
     silent = [name for name, p in network.named_parameters() if not p.grad.abs().any()]
     assert not silent
+
+
+def test_the_engine_gives_the_gradient_of_every_example(critic):
+    network, images, labels = critic
+    network, images = (
+        network.double(),
+        images.double(),
+    )  # a bias before a norm has gradient zero up to rounding
+
+    def squares(network, images, labels, rng):
+        return network(images, labels).square()
+
+    found = per_example_gradients(network, squares, images, labels, None)
+    for i in range(5):
+        loss = squares(network, images[i : i + 1], labels[i : i + 1], None).sum()
+        expected = torch.autograd.grad(loss, list(network.parameters()))
+        tolerance = 1e-9 * max(gradient.abs().max().item() for gradient in expected)
+        for (name, _), gradient in zip(network.named_parameters(), expected, strict=True):
+            torch.testing.assert_close(found[name][i], gradient, rtol=1e-7, atol=tolerance)
 
 
 @pytest.mark.parametrize(("size", "side"), [(28, 7), (32, 8), (64, 4), (128, 8)])

@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from opacus_ext.gradient_rules import conv2d, pull_back, register_rule
+
 MAX_GROUPS = 32  # GroupNorm: 32 groups, or one per channel where there are fewer
+MIN_VARIANCE = 1e-4  # floor of fan-in * variance: a constant filter stays finite
 
 
 class Discriminator(nn.Module):
@@ -85,21 +88,33 @@ class WSConv2d(nn.Conv2d):
     unstandardised, gain (O,) starts as one.
     """
 
-    EPS = 1e-4  # floor of fan-in * variance: an untrained constant filter stays finite
-
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.gain = nn.Parameter(torch.ones_like(self.weight[:, 0, 0, 0]))
 
     def standardised_weight(self) -> torch.Tensor:
         """(O, I / groups, h, w), differentiable in `weight` and `gain`."""
-        fan_in = self.weight[0].numel()
-        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        scale = (variance * fan_in).clamp(min=self.EPS).rsqrt() * self.gain[:, None, None, None]
-        return (self.weight - mean) * scale
+        return _standardise(self.weight, self.gain)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._conv_forward(x, self.standardised_weight(), self.bias)
+
+
+def _standardise(weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    fan_in = weight[0].numel()
+    variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
+    scale = (variance * fan_in).clamp(min=MIN_VARIANCE).rsqrt() * gain[:, None, None, None]
+    return (weight - mean) * scale
+
+
+def _ws_conv_gradients(module: WSConv2d, x: torch.Tensor, g: torch.Tensor, batch: int) -> dict:
+    """Per-example gradients: those of the standardised weight, pulled back to `weight` and `gain`."""
+    gradients = conv2d(module, x, g, batch)
+    weight, gain = pull_back(_standardise, (module.weight, module.gain), gradients["weight"])
+    return {**gradients, "weight": weight, "gain": gain}
+
+
+register_rule(WSConv2d, _ws_conv_gradients)
 
 
 class WideResNetCritic(nn.Module):
