@@ -323,6 +323,8 @@ class DiffusionSynthesizer(Synthesizer):
         config, spec = self.config, self.spec
         release = dpsgd_release(DP_SGD, spec.num_train, config.train.batch_size, config.train.n_epochs)
         expected = spec.num_train * release.sample_rate
+        if config.train.dp.max_batch_size is not None:
+            expected = min(expected, config.train.dp.max_batch_size)
         draws = config.train.loss.n_noise_samples
         forward, backward = self._seconds_per_row()
         calls = config.model.sampler_acc.num_steps * (2 if config.model.sampler_acc.type == "edm" else 1)
