@@ -4,7 +4,7 @@ VENV := .venv
 export OMP_WAIT_POLICY ?= PASSIVE
 RUN := $(VENV)/bin/python
 
-.PHONY: setup quickstart test test-slow lint
+.PHONY: setup quickstart test test-slow bench lint
 
 setup: $(VENV)/.installed
 
@@ -23,6 +23,9 @@ test: setup
 
 test-slow: setup
 	$(RUN) -m pytest -m slow
+
+bench: setup
+	$(RUN) scripts/bench_dpsgd.py
 
 lint: setup
 	$(RUN) -m ruff check .

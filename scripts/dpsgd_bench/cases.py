@@ -146,6 +146,7 @@ def unet(size: int, channels: int, ch_mult: list[int], attention: list[int], nf:
     return build
 
 
+DIGITS = unet(8, 1, [1, 2], [], nf=8)  # the quickstart's
 UNET_28 = unet(28, 1, [2, 2], [14])
 UNET_32 = unet(32, 3, [2, 4], [16])
 LATENT_4M = unet(8, 4, [1, 2], [8, 4], nf=64)
@@ -202,6 +203,7 @@ def _paired_hinge(network, images, labels, rng) -> torch.Tensor:
 SHAPES = ((16, 1), (32, 1), (8, 4), (2, 32))
 
 CASES: dict[str, Case] = {
+    "digits8-32x4": Case(DIGITS, 32, 4, None),
     **{f"unet28-{b}x{k}": Case(UNET_28, b, k, 1.10) for b, k in SHAPES},
     **{f"unet32-{b}x{k}": Case(UNET_32, b, k, 1.15) for b, k in SHAPES},
     **{f"wrn16-4-{b}x16": Case(wrn_critic, b, 16, 1.25) for b in (2, 4)},

@@ -75,7 +75,10 @@ def ratio(facts: dict | None, base: float | None, tolerance: float) -> str:
         return ""
     if facts.get("seconds") is None:
         return "-" if "error" in facts else ""
-    text = f"{facts['seconds']:.4f} s" if base is None else f"{facts['seconds'] / base:.2f}"
+    if base is None:
+        text = f"{facts['seconds']:.4f} s"
+    else:
+        text = f"{facts['seconds'] / base:.{2 if facts['seconds'] > 0.1 * base else 4}f}"
     error = facts.get("relative_error")
     return text if error is None or error <= tolerance else f"{text} (differs: {error:.0e})"
 

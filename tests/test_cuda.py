@@ -1,0 +1,65 @@
+"""The gradient engine on a GPU: the sums of plain autograd, in every memory layout, without waiting for the device."""
+
+import pytest
+import torch
+
+from opacus_ext.noise import NoiseSource
+from scripts.dpsgd_bench.cases import Case, Problem, dpgan, load, lora, unet, wrn_critic
+from scripts.dpsgd_bench.competitors import loop, ours
+from scripts.dpsgd_bench.measure import relative_error
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+CASES = {
+    "unet": Case(unet(8, 1, [1, 2], [4], nf=16), 6, 3, None),
+    "one row each": Case(unet(14, 1, [1, 2], [], nf=16), 9, 1, None),
+    "lora": Case(lora, 2, 3, None),
+    "dpgan": Case(dpgan(28, 1), 3, 2, None),
+    "wrn": Case(wrn_critic, 2, 3, None),
+}
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """No TF32, so that a difference is an error and not rounding."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+def problem(name: str, autocast: torch.dtype | None = None) -> Problem:
+    return load(CASES[name], torch.device("cuda"), autocast)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("name", CASES)
+def test_the_sum_is_that_of_plain_autograd(name, layout):
+    case = problem(name)
+    case.network.to(memory_format=layout)
+    assert relative_error(ours(case)(), loop(case)()) < 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mixed_precision_sums_in_float32(name):
+    case = problem(name, torch.bfloat16)
+    found = ours(case)()
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    assert relative_error(found, loop(problem(name))()) < 0.1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_host_never_waits_once_kernels_are_chosen(name):
+    case = problem(name, torch.bfloat16)
+    step = ours(case)
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_noise_has_the_same_bits_on_a_gpu():
+    total = torch.linspace(-1, 1, 1000)
+    noise = NoiseSource(seed=0).gaussian(1000, 0.5, "test", 0)
+    on_gpu = noise.add_to(total.cuda())
+    assert on_gpu.is_cuda and torch.equal(on_gpu.cpu(), noise.add_to(total))
