@@ -111,9 +111,7 @@ def dpsgd_steps(
             # Drawn by a CPU thread while the gradients are computed; once, by the process that adds it.
             draw = partial(private._gradient_noise, name, _size(trainable), std, index)
             noise = ahead.submit(draw) if distributed.is_main() else None
-            part = _flat(
-                trainable, _clipped_sum_of_share(name, private, network, per_example_loss, dp, index)
-            )
+            part = _clipped_sum_of_share(release, private, network, trainable, per_example_loss, dp, index)
             released = distributed.sum_on_main(part, lambda total, noise=noise: noise.result().add_to(total))
             expected_batch = private.spec.num_train * release.sample_rate
             _set_gradients(trainable, released / expected_batch)
@@ -131,28 +129,32 @@ def _probe(private: PrivateData, network: nn.Module, per_example_loss: PerExampl
     validate_independence(network, per_example_loss, images, labels)
 
 
-def _clipped_sum_of_share(name, private, network, per_example_loss, dp, index) -> dict[str, torch.Tensor]:
-    """Over this process's share of the one Poisson sample that all processes draw; the share may be empty."""
-    indices = private._sampled_indices(private.ledger.planned(name), index)
+def _clipped_sum_of_share(release, private, network, trainable, per_example_loss, dp, index) -> torch.Tensor:
+    """Over this process's share of the one Poisson sample that all processes draw; the share may be empty.
+
+    (P,) in float64: one record more moves the rounding of all later chunks, and in float32 that would add up to a
+    part of the bound that is no longer negligible.
+    """
+    indices = private._sampled_indices(release, index)
     own = distributed.share(len(indices))
-    draws = private._loss_draws(name, index, len(indices))[own]
+    draws = private._loss_draws(release.name, index, len(indices))[own]
     n_split = dp.n_split and math.ceil(dp.n_split / distributed.world_size())
-    totals = None
+    total = torch.zeros(_size(trainable), dtype=torch.float64, device=private.device)
     for chunk in chunks(indices[own], dp.max_physical_batch_size, n_split):
         images, labels = private._take(chunk.indices)
         rng = draws[chunk.positions]
         part, _ = clipped_sum(network, per_example_loss, images, labels, dp.max_grad_norm, rng)
-        totals = part if totals is None else {key: totals[key] + part[key] for key in totals}
-    return totals
+        total += _flat(trainable, part)
+    return total
 
 
 def _size(trainable: dict[str, nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in trainable.values())
 
 
-def _flat(trainable: dict[str, nn.Parameter], totals: dict[str, torch.Tensor]) -> torch.Tensor:
-    """All sums as one vector, so that one draw serves all parameters."""
-    return torch.cat([totals[name].flatten() for name in trainable])
+def _flat(trainable: dict[str, nn.Parameter], sums: dict[str, torch.Tensor]) -> torch.Tensor:
+    """All sums as one vector, so that one draw of noise serves all parameters."""
+    return torch.cat([sums[name].flatten() for name in trainable])
 
 
 def _set_gradients(trainable: dict[str, nn.Parameter], flat: torch.Tensor) -> None:

@@ -126,6 +126,23 @@ def test_a_record_moves_the_released_sum_by_at_most_the_bound(make_private, samp
         assert 0.5 < record_moves_the_sum_by(make_private, samples, dp) <= 1 + 1e-3
 
 
+def test_chunks_are_added_up_without_rounding(make_private, monkeypatch):
+    """A float32 total would stay at 1, whatever the later records say."""
+    seen = []
+
+    def tiny(network, per_example_loss, images, labels, bound, rng):
+        seen.append(len(labels))
+        part = 1.0 if len(seen) == 1 else 2.0**-25
+        return {key: torch.full_like(p, part) for key, p in network.named_parameters()}, None
+
+    monkeypatch.setattr(dpsgd, "clipped_sum", tiny)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    moved = update(make_private([Release(NAME, None)]), config(n_split=60), no_gradient, model).double() * 60
+    torch.testing.assert_close(moved, torch.full_like(moved, 1 + 59 * 2.0**-25), rtol=3e-7, atol=0)
+
+
 def test_the_expected_batch_is_the_public_number_times_the_rate(make_private, samples):
     """With one record left, the same divisor: 60 * 0.5."""
     private = make_private([Release(NAME, None, 0.5, 1)], records=samples.take([0]), noise_seed=1)
