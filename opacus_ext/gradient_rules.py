@@ -53,7 +53,8 @@ def squared_norms(gradient: torch.Tensor) -> torch.Tensor:
     Accumulated in float32 at least, whatever the dtype.
     """
     dtype = torch.promote_types(gradient.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(_in_memory_order(gradient).flatten(1), dim=1, dtype=dtype)
+    rows = _in_memory_order(gradient).reshape(len(gradient), -1)
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
     return norms.double() ** 2
 
 
@@ -64,7 +65,7 @@ def weighted_sum(
     if isinstance(gradient, Factors):
         return gradient.weighted_sum(coefficients, may_drop)
     rows = _in_memory_order(gradient)
-    flat = _without_dropped(rows, coefficients, may_drop).flatten(1)
+    flat = _without_dropped(rows, coefficients, may_drop).reshape(len(rows), -1)
     # In float32 at least: coefficients rounded to bfloat16 would let a clipped gradient exceed its bound.
     dtype = torch.promote_types(flat.dtype, torch.float32)
     total = (coefficients.to(dtype) @ flat.to(dtype)).view(rows.shape[1:])

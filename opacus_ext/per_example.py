@@ -16,7 +16,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from opacus_ext.gradient_rules import ROW_FORWARDS, Factors, rule_for, squared_norms, weighted_sum
+from opacus_ext.gradient_rules import (
+    ROW_FORWARDS,
+    Factors,
+    refuse_mixing,
+    rule_for,
+    squared_norms,
+    weighted_sum,
+)
 from opacus_ext.planner import cheapest
 
 SMALL = 2**14  # numbers per example of a gradient that is handled together with others
@@ -123,7 +130,7 @@ class _Record:
         ]
         if not names:
             return None
-        rows = [self.gradients.pop(name).flatten(1) for name in names]
+        rows = [self.gradients.pop(name).reshape(self.batch, -1) for name in names]
         return _Small(names, [part.shape[1] for part in rows], torch.cat(rows, dim=1))
 
     def squares(self, small: _Small | None) -> torch.Tensor:
@@ -177,6 +184,7 @@ def _watching(network: nn.Module, trainable: dict[str, nn.Parameter], record: _R
 
     Yields name -> leaf tensor (B, *shape), the per-example copies whose `.grad` the caller collects.
     """
+    refuse_mixing(network)
     names = {id(p): name for name, p in trainable.items()}
     copies: dict[str, torch.Tensor] = {}
     undo: list[Callable[[], None]] = []

@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models.diffusion.denoiser import denoise
-from models.nn.unet import UNet
+from models.nn.discriminator import Discriminator, WideResNetCritic, WSConv2d
+from models.nn.lora import LoRALinear
+from models.nn.unet import Attention, UNet
+from opacus_ext import conv_gradients, gradient_rules, per_example, planner
+from opacus_ext.conv_gradients import Geometry
+from opacus_ext.gradient_rules import ConvFactors, EmbeddingFactors, LinearFactors, register_row_forward
 from opacus_ext.per_example import clip_coefficients, clipped_sum, per_example_gradients
 from opacus_ext.validate import validate_independence
 from utils.errors import UserError
@@ -41,6 +46,20 @@ class Labelled(nn.Module):
     def forward(self, x, labels):
         index = torch.stack([labels] + [torch.zeros_like(labels)] * 2 + [labels] * (self.times - 1), 1)
         return x + self.embedding(index).sum(1)
+
+
+class Scale(nn.Module):
+    """One learned number."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+register_row_forward(Scale, lambda module, x, own: x * own["scale"].view(-1, *[1] * (x.dim() - 1)))
 
 
 def squared_loss(draws: int = 1):
@@ -74,7 +93,7 @@ def loop_gradients(network, loss, images, labels):
 
 
 def loop_clipped_sum(gradients, bound):
-    flat = torch.cat([g.flatten(1) for g in gradients.values()], 1)
+    flat = torch.cat([g.reshape(len(g), -1) for g in gradients.values()], 1)
     weights = (bound / flat.norm(dim=1)).clamp(max=1)
     return {name: torch.einsum("b,b...->...", weights, g) for name, g in gradients.items()}
 
@@ -96,8 +115,22 @@ NETWORKS = {
         (4, 6, 6),
         lambda: Flow(nn.Conv2d(4, 6, 3, groups=2, padding=1), F.silu, nn.Conv2d(6, 6, 3, groups=6)),
     ),
+    "convolution, padding same": ((2, 6, 6), lambda: Flow(nn.Conv2d(2, 3, (2, 4), padding="same"), F.silu, nn.Conv2d(3, 2, 3))),
+    "convolution, circular padding": (
+        (2, 6, 6),
+        lambda: Flow(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), F.silu, nn.Conv2d(3, 2, 3)),
+    ),
+    "convolution, weight standardised": (
+        (3, 6, 6),
+        lambda: Flow(WSConv2d(3, 4, 3, padding=1), F.silu, WSConv2d(4, 4, 3, stride=2, groups=2, bias=False)),
+    ),
+    "low-rank adapters": ((6, 5), lambda: Flow(LoRALinear(nn.Linear(5, 7), 2), F.silu, LoRALinear(nn.Linear(7, 4), 3))),
+    "attention": ((8, 3, 3), lambda: Flow(Attention(8), Attention(8))),
+    "learned scalar": ((4,), lambda: Flow(nn.Linear(4, 4), Scale(), torch.tanh, Scale())),
+    "a layer of Opacus": ((2, 9), lambda: Flow(nn.Conv1d(2, 3, 3), torch.tanh, nn.Conv1d(3, 2, 2))),
     "convolution 1x1": ((3, 4, 4), lambda: Flow(nn.Conv2d(3, 4, 1), F.silu, nn.Conv2d(4, 2, 1))),
     "group norm": ((4, 5, 5), lambda: Flow(nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), F.silu)),
+    "group norm, partly without affine": ((4, 5, 5), lambda: Flow(nn.GroupNorm(2, 4, affine=False), nn.Conv2d(4, 4, 3), nn.GroupNorm(4, 4))),
     "group norm of vectors": ((6,), lambda: Flow(nn.GroupNorm(2, 6), nn.Linear(6, 4), nn.GroupNorm(1, 4))),
     "layer norm": ((4, 6), lambda: Flow(nn.LayerNorm(6), nn.Linear(6, 5), nn.LayerNorm((4, 5)), torch.tanh)),
     "layer norm without bias": ((6,), lambda: Flow(nn.LayerNorm(6, bias=False), nn.Linear(6, 2))),
@@ -117,6 +150,35 @@ def build(name: str, dtype=torch.float64, batch: int = 5):
     return network, torch.randn(batch, *shape, dtype=dtype), torch.arange(batch) % 3
 
 
+def relative_error(found, expected) -> float:
+    """Of the whole gradient, in the L2 norm."""
+    assert found.keys() == expected.keys()
+    off = sum((found[name].double() - expected[name].double()).square().sum() for name in expected)
+    return (off / sum(g.double().square().sum() for g in expected.values())).sqrt().item()
+
+
+def take(monkeypatch, *preferred: str) -> None:
+    """Have the planner take the first of these choices that it is offered, measured or not."""
+
+    def chosen(key, work, choices, device):
+        taken = next((name for name in preferred if name in choices), next(iter(choices)))
+        return choices[taken]()
+
+    monkeypatch.setattr(per_example, "cheapest", chosen)
+    monkeypatch.setattr(conv_gradients, "cheapest", chosen)
+    if "factored" in preferred:  # offered only where it can pay
+        for kind in (LinearFactors, ConvFactors, EmbeddingFactors):
+            monkeypatch.setattr(kind, "factored_work", property(always_less, ignore), raising=False)
+
+
+def always_less(self) -> float:
+    return math.inf if isinstance(self, ConvFactors) and self.geometry.groups > 1 else 0.0
+
+
+def ignore(self, value) -> None:
+    pass
+
+
 def assert_same(found, expected, rtol):
     assert found.keys() == expected.keys()
     scale = max(
@@ -128,15 +190,60 @@ def assert_same(found, expected, rtol):
         )
 
 
-@pytest.mark.parametrize("draws", [1, 4])
+CHOICES = [
+    ("formed", "folded"),
+    ("formed", "one_by_one"),
+    ("formed", "columns"),
+    ("formed", "shifts"),
+    ("factored",),
+]
+
+
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_rule_equals_the_slow_loop(name, draws):
-    for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
-        network, images, labels = build(name, dtype)
+def test_every_rule_equals_the_slow_loop(name, monkeypatch):
+    for draws in (1, 4, 32):
         loss = squared_loss(draws)
-        expected = loop_gradients(network, loss, images, labels)
-        assert all(g.abs().max() > 0 for g in expected.values())
-        assert_same(per_example_gradients(network, loss, images, labels, None), expected, rtol)
+        network, images, labels = build(name, batch=3 if draws == 32 else 5)
+        exact = loop_gradients(network, loss, images, labels)
+        assert all(g.abs().max() > 0 for g in exact.values())
+        assert relative_error(per_example_gradients(network, loss, images, labels, None), exact) < 1e-12
+        single = network.float()
+        found = per_example_gradients(single, loss, images.float(), labels, None)
+        assert relative_error(found, exact) < 1e-5
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids="-".join)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_way_to_compute_the_clipped_sum_is_exact(name, choice, monkeypatch):
+    take(monkeypatch, *choice)
+    for draws in (1, 4):
+        loss = squared_loss(draws)
+        network, images, labels = build(name)
+        exact = loop_gradients(network, loss, images, labels)
+        norms = norms_of(exact)
+        bound = norms.median().item()  # clips some, leaves others
+        expected = loop_clipped_sum(exact, bound)
+        found, found_norms = clipped_sum(network, loss, images, labels, bound, None)
+        assert relative_error(found, expected) < 1e-12
+        torch.testing.assert_close(found_norms, norms, rtol=1e-12, atol=0)
+        found, found_norms = clipped_sum(network.float(), loss, images.float(), labels, bound, None)
+        assert relative_error(found, expected) < 1e-5
+        torch.testing.assert_close(found_norms, norms, rtol=1e-5, atol=0)
+
+
+def norms_of(gradients) -> torch.Tensor:
+    return torch.cat([g.reshape(len(g), -1) for g in gradients.values()], 1).norm(dim=1)
+
+
+@pytest.mark.parametrize("sizes", [[7], [1] * 7, [3, 0, 4], [0, 7], [2, 2, 2, 1]])
+def test_chunks_add_up(sizes):
+    network, images, labels = build("convolution", torch.float32, batch=7)
+    expected, _ = clipped_sum(network, squared_loss(4), images, labels, 0.1, None)
+    parts = [
+        clipped_sum(network, squared_loss(4), *chunk, 0.1, None)[0]
+        for chunk in zip(images.split(sizes), labels.split(sizes), strict=True)
+    ]
+    assert relative_error({name: sum(part[name] for part in parts) for name in expected}, expected) < 1e-6
 
 
 @pytest.mark.parametrize("bound", [1e-3, 0.7, 1e3])
@@ -144,9 +251,7 @@ def test_the_clipped_sum_equals_the_slow_loop(bound):
     for name in ("convolution", "embedding, repeated indices"):
         network, images, labels = build(name, torch.float32)
         expected = loop_clipped_sum(loop_gradients(network, squared_loss(4), images, labels), bound)
-        assert_same(
-            clipped_sum(network, squared_loss(4), images, labels, bound, None)[0], expected, 1e-4
-        )
+        assert_same(clipped_sum(network, squared_loss(4), images, labels, bound, None)[0], expected, 1e-4)
 
 
 class Twice(nn.Module):
@@ -172,6 +277,52 @@ def test_shared_and_unused_parameters():
     total = clipped_sum(network, squared_loss(), images[:1], labels[:1], bound, None)[0]
     norm = torch.cat([g.flatten() for g in total.values()]).norm().item()
     assert norm == pytest.approx(bound, rel=1e-5)
+
+
+def test_a_layer_used_twice_is_never_left_in_factors(monkeypatch):
+    """The norm of a sum is not the sum of norms."""
+    take(monkeypatch, "factored")
+    torch.manual_seed(0)
+    for network, shape in ((Twice(), (4,)), (Flow(*[nn.Conv2d(2, 2, 3, padding=1)] * 3), (2, 5, 5))):
+        images, labels = torch.randn(3, *shape), torch.zeros(3, dtype=torch.int64)
+        exact = loop_gradients(network, squared_loss(), images, labels)
+        found, norms = clipped_sum(network, squared_loss(), images, labels, 0.01, None)
+        torch.testing.assert_close(norms.float(), norms_of(exact), rtol=1e-5, atol=0)
+        assert relative_error(found, loop_clipped_sum(exact, 0.01)) < 1e-5
+
+
+def test_ghost_norms_survive_cancellation():
+    """Inputs with a large common part and output gradients that sum to nothing: what a normalisation leaves behind."""
+    torch.manual_seed(0)
+    x, g = 100 + torch.randn(4, 64, 32), torch.randn(4, 64, 16)
+    g -= g.mean(1, keepdim=True)
+    exact = (g.double().transpose(1, 2) @ x.double()).flatten(1).square().sum(1)
+    torch.testing.assert_close(LinearFactors(x, g).squared_norms(), exact, rtol=1e-6, atol=0)
+    rows = [t.transpose(1, 2).reshape(4, -1, 8, 8) for t in (x, g)]
+    geometry = Geometry(torch.Size((16, 32, 1, 1)), (1, 1), (0, 0), (1, 1), 1)
+    torch.testing.assert_close(ConvFactors(*rows, geometry, 4).squared_norms(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_paired_rows_of_a_discriminator_are_one_record(joined):
+    """The fake that goes with a record shares its gradient and its clip, in one call of the network or in two."""
+    torch.manual_seed(0)
+    network = Discriminator(28, 1, 3, d_conv_dim=8)
+    real, fake, labels = torch.randn(3, 1, 28, 28), torch.randn(3, 1, 28, 28), torch.tensor([0, 1, 2])
+
+    def hinge(network, images, labels, rng):
+        fakes = fake[: len(images)] if len(images) == 3 else fake[labels]
+        if joined:
+            pairs = torch.stack([images, fakes], 1).flatten(0, 1)
+            on_real, on_fake = network(pairs, labels.repeat_interleave(2)).view(-1, 2).unbind(1)
+        else:
+            on_real, on_fake = network(images, labels), network(fakes, labels)
+        return F.relu(1 - on_real) + F.relu(1 + on_fake)
+
+    exact = loop_gradients(network, hinge, real, labels)
+    found, norms = clipped_sum(network, hinge, real, labels, 0.5, None)
+    torch.testing.assert_close(norms.float(), norms_of(exact), rtol=1e-4, atol=0)
+    assert relative_error(found, loop_clipped_sum(exact, 0.5)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -209,7 +360,9 @@ def test_the_network_is_left_as_it_was():
     assert all(g.abs().max() > 0 for g in ordinary.values())
 
 
-def test_an_example_that_is_not_finite_contributes_nothing():
+@pytest.mark.parametrize("choice", CHOICES, ids="-".join)
+def test_an_example_that_is_not_finite_contributes_nothing(choice, monkeypatch):
+    take(monkeypatch, *choice)
     network, images, labels = build("convolution", torch.float32)
     expected = clipped_sum(network, squared_loss(), images[2:], labels[2:], 1.0, None)[0]
     for bad in (math.nan, math.inf, 1e38):
@@ -245,6 +398,43 @@ def test_a_layer_without_a_rule_is_refused_by_name():
         per_example_gradients(network, squared_loss(), torch.zeros(2, 4), torch.zeros(2).long(), None)
     network.layers[1].scale.requires_grad_(False)
     per_example_gradients(network, squared_loss(), torch.zeros(2, 4), torch.zeros(2).long(), None)
+
+
+@pytest.mark.parametrize(
+    "kind", [nn.BatchNorm2d(2), nn.BatchNorm2d(2, affine=False), nn.BatchNorm2d(2).eval()]
+)
+def test_batch_norm_is_always_refused(kind):
+    network = Flow(nn.Conv2d(2, 2, 3), kind)
+    with pytest.raises(UserError, match="BatchNorm2d at 'layers.1' mixes the examples"):
+        clipped_sum(network, squared_loss(), torch.zeros(2, 2, 5, 5), torch.zeros(2).long(), 1.0, None)
+    assert not network.layers[0]._forward_hooks
+
+
+def test_rules_registered_with_opacus_are_taken():
+    from opacus.grad_sample import GradSampleModule, register_grad_sampler
+
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return x + self.shift
+
+    register_grad_sampler(Shift)(lambda layer, activations, backprops: {layer.shift: backprops})
+    try:
+        network, images, labels = (
+            Flow(nn.Linear(4, 4), Shift(), torch.tanh),
+            torch.randn(3, 4),
+            torch.zeros(3).long(),
+        )
+        exact = loop_gradients(network, squared_loss(4), images, labels)
+        assert (
+            relative_error(per_example_gradients(network, squared_loss(4), images, labels, None), exact)
+            < 1e-5
+        )
+    finally:
+        del GradSampleModule.GRAD_SAMPLERS[Shift]
 
 
 def test_subclasses_of_known_layers_are_refused():
