@@ -56,7 +56,7 @@ def clipped_sum(
     coefficients = clip_coefficients(norms, max_grad_norm)
     # Asked once, and not of a GPU: the host would wait for the answer.
     may_drop = coefficients.is_cuda or not bool((coefficients > 0).all())
-    sums = {name: torch.zeros_like(p) for name, p in trainable.items() if name not in record.uses}
+    sums = {name: torch.zeros_like(p) for name, p in trainable.items()}  # the loss may not reach all of them
     for name in list(record.gradients):
         sums[name] = weighted_sum(record.gradients.pop(name), coefficients, may_drop)
     if small:
@@ -221,12 +221,14 @@ def _forward_by_row(module: nn.Module, own: dict[str, str], copies: dict, batch:
     return ROW_FORWARDS[type(module)](module, x, parameters)
 
 
-def _attach(rule, own: dict[str, str], path: str, record: _Record, module, args, kwargs, output) -> None:
+def _attach(
+    rule, own: dict[str, str], path: str, record: _Record, module, args, kwargs, output
+) -> torch.Tensor:
     """Forward hook: have `rule` applied when the gradient of this output arrives."""
     if not torch.is_grad_enabled():
-        return
-    if not output.requires_grad:
-        output.requires_grad_()  # the first trained layer: nothing before it needs a gradient
+        return output
+    if not output.requires_grad:  # the first trained layer: nothing before it needs a gradient
+        output = _Start.apply(output, torch.zeros((), requires_grad=True))
     features = (args[0] if args else next(iter(kwargs.values()))).detach()
     _rows_per_example(features, record.batch, path)
     version = features._version
@@ -244,6 +246,20 @@ def _attach(rule, own: dict[str, str], path: str, record: _Record, module, args,
                 record.add(own[local], gradient)
 
     output.register_hook(receive)
+    return output
+
+
+class _Start(torch.autograd.Function):
+    """Makes a tensor part of the graph, at no cost, as `requires_grad_` would; but what follows may overwrite it."""
+
+    @staticmethod
+    def forward(ctx, output: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def _rows_per_example(x: torch.Tensor, batch: int, path: str) -> int:
