@@ -75,8 +75,8 @@ def _selection_lines(selections: list[dict]) -> list[str]:
 def _caveats(report: dict) -> list[str]:
     lines = [
         "several images of one person count as several records: protect a person by dividing epsilon by their number",
-        "the noise is floating-point Gaussian from a generator seeded by the operating system; attacks on "
-        "floating-point rounding are not excluded",
+        "the noise comes from a generator keyed by the operating system and is rounded to a grid together with the "
+        "sums, against attacks on floating-point rounding; duration and memory of the run are not protected",
         "the metrics in results.json compare with real images without noise; publish them only if that is acceptable",
     ]
     if report["noise_seeded"] or any(selection["noise_seeded"] for selection in report.get("selection", [])):
