@@ -54,7 +54,7 @@ class Problem:
     labels: torch.Tensor  # (B,)
     randomness: tuple[torch.Tensor, ...]  # what the loss draws, in its order; each (B, ...)
     rows: int
-    max_grad_norm: float  # about half of the examples are clipped
+    max_grad_norm: float  # some examples are clipped, and some are not
     autocast: torch.dtype | None
 
     @property
@@ -112,17 +112,17 @@ def load(case: Case, device: torch.device, autocast: torch.dtype | None) -> Prob
         loss(network, images, labels, recorder)
     randomness = tuple(recorder.tensors)
     problem = Problem(network, loss, images, labels, randomness, case.rows, 1.0, autocast)
-    return replace(problem, max_grad_norm=_median_norm(problem))
+    return replace(problem, max_grad_norm=_mean_norm(problem))
 
 
-def _median_norm(problem: Problem) -> float:
+def _mean_norm(problem: Problem) -> float:
     trained = [p for p in problem.network.parameters() if p.requires_grad]
     norms = []
     for i in range(min(NORM_PROBES, len(problem.labels))):
         loss = problem.losses(problem.network, *(part[i : i + 1] for part in problem.batch))
         gradients = torch.autograd.grad(loss.sum(), trained)
         norms.append(torch.stack([g.float().norm() for g in gradients]).norm())
-    return torch.stack(norms).median().item()
+    return torch.stack(norms).mean().item()
 
 
 # ------------------------------------------------------------------------------------------ networks and losses
