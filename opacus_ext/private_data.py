@@ -76,7 +76,7 @@ class PrivateData:
         def add_noise(total: torch.Tensor) -> torch.Tensor:
             return self._noise.gaussian(total.numel(), std, name, step).add_to(total)
 
-        answer = distributed.sum_on_main(total, add_noise).float()
+        answer = distributed.sum_on_main(total, add_noise)
         return answer if by_class else answer[0]
 
     def noisy_histogram(

@@ -345,19 +345,20 @@ def copy_from_main(tensors) -> None:
 def sum_on_main(part, release: Callable):
     """release(sum of all parts), computed by the main process alone and handed to every process.
 
-    part: one tensor of the same shape and dtype in every process; release keeps the shape, and the dtype of what all
-    get is that of `part`. This is how a private sum becomes public: noise is drawn once, all get the same bits, and
-    only the main process sees the sum itself; the others see their own part and what is released.
+    part: one tensor of the same shape and dtype in every process; release gives float32 of that shape. This is how a
+    private sum becomes public: noise is drawn once, all get the same bits, and only the main process sees the sum
+    itself; the others see their own part and what is released.
     """
     if _group is None:
-        return release(part).to(part.dtype)
+        return release(part)
+    import torch
     import torch.distributed as dist
 
     with _noticing_loss():
+        # Elsewhere the reduction may leave partial sums of several processes in it, which nobody reads.
         total = part.clone()
         dist.reduce(total, 0, group=_group)
-    # Elsewhere the buffer of the reduction may hold partial sums of others; it is overwritten, not read.
-    released = release(total).to(part.dtype) if is_main() else total
+    released = release(total) if is_main() else torch.empty_like(part, dtype=torch.float32)
     with _noticing_loss():
         dist.broadcast(released, 0, _group)
     return released

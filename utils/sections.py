@@ -111,9 +111,9 @@ class EvalConfig:
 @dataclass(frozen=True)
 class SetupConfig:
     device: str  # auto, cpu or cuda
-    n_gpus_per_node: int
+    n_gpus_per_node: int  # processes per machine
     n_nodes: int
     node_rank: int
     master_address: str
     master_port: int
-    omp_n_threads: int | None  # CPU threads; None: all cores
+    omp_n_threads: int | None  # CPU threads per process; None: the cores, shared by the machine's processes
