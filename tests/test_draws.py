@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from opacus_ext.noise import NoiseSource
-from utils.draws import Draws
+from utils.draws import Draws, philox
 from utils.runtime import Runtime
 
 KEY = bytes(range(32))
@@ -64,8 +64,17 @@ def test_positions_calls_and_keys_share_nothing():
 @pytest.mark.parametrize("byte", [0, 15, 31])
 def test_every_byte_of_the_key_counts(byte):
     """Torch's own generator for the CPU would look at 32 bits."""
-    other = bytes(value ^ (index == byte) for index, value in enumerate(KEY))
-    assert not torch.equal(Draws(KEY, 0, 4).normal(), Draws(other, 0, 4).normal())
+    assert not torch.equal(Draws(KEY, 0, 4).normal(), Draws(another(KEY, byte), 0, 4).normal())
+
+
+@pytest.mark.parametrize("byte", range(16))
+def test_every_byte_counts_in_the_generator_of_noise(byte):
+    assert philox(KEY[:16]).random() != philox(another(KEY[:16], byte)).random()
+
+
+def another(key: bytes, byte: int) -> bytes:
+    """The same key but for one bit."""
+    return bytes(value ^ (index == byte) for index, value in enumerate(key))
 
 
 def test_normal_draws_are_standard_normal_and_uniform_ones_uniform():
