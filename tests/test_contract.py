@@ -14,6 +14,7 @@ from models.diffusion.loss import EDMLoss
 from opacus_ext.accounting import Release
 from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from opacus_ext.ledger import Ledger
+from opacus_ext.noise import GridNoise
 from opacus_ext.private_data import PrivateData
 from utils.checkpoints import Checkpoints
 from utils.runtime import Runtime
@@ -27,7 +28,7 @@ PRIVATE = [name for name in NAMES if name != "Noise"]
 def reads(monkeypatch):
     """Watches every read of private records: `reads.forbidden` counts those while no release was open.
 
-    A release is open from its booking until the noise of its answer has been drawn.
+    A release is open from its booking until its sum has met its noise.
     """
 
     @dataclasses.dataclass
@@ -69,8 +70,7 @@ def reads(monkeypatch):
 
     before(Ledger, "book", book)
     before(PrivateData, "_take", read)
-    for mechanism in ("noisy_sum", "report_noisy_max", "_gradient_noise"):
-        after(PrivateData, mechanism, close)
+    after(GridNoise, "add_to", close)
     return watch
 
 
