@@ -14,7 +14,7 @@ from opacus_ext.errors import UnplannedRelease
 from opacus_ext.gradient_rules import refuse_mixing
 from opacus_ext.per_example import PerExampleLoss, clipped_sum
 from opacus_ext.private_data import PrivateData
-from opacus_ext.sampling import chunks
+from opacus_ext.sampling import PhysicalBatches
 from opacus_ext.validate import validate_independence
 from utils import distributed
 from utils.sections import check
@@ -30,8 +30,8 @@ class DPSGDConfig:
     max_grad_norm: float
     sampling: str  # poisson; truncated_poisson: at most max_batch_size, for steps compiled for one size
     max_batch_size: int | None  # None with poisson
-    n_split: int | None  # chunks per logical batch; None: as many as max_physical_batch_size demands
-    max_physical_batch_size: int
+    n_split: int | None  # parts per logical batch; None: as many as max_physical_batch_size demands
+    max_physical_batch_size: int | None  # records at a time; None: chosen for the device
 
     def __post_init__(self) -> None:
         check(
@@ -48,7 +48,7 @@ class DPSGDConfig:
             self.n_split is None or self.n_split > 0, "train.dp.n_split", self.n_split, "null or at least 1"
         )
         size = self.max_physical_batch_size
-        check(size > 0, "train.dp.max_physical_batch_size", size, "at least 1")
+        check(size is None or size > 0, "train.dp.max_physical_batch_size", size, "null or at least 1")
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ def dpsgd_steps(
     planned = private.ledger.planned(name)
     if planned.mechanism != "gaussian":
         raise UnplannedRelease(f"'{name}' is planned as {planned.mechanism}, not as gaussian")
+    n_split = dp.n_split and math.ceil(dp.n_split / distributed.world_size())
+    parts = PhysicalBatches(dp.max_physical_batch_size, n_split, private.device)
     with ThreadPoolExecutor(1) as ahead:
         for index in range(private.ledger.executed(name), planned.num_steps):
             release = private.ledger.book(name)
@@ -111,8 +113,10 @@ def dpsgd_steps(
             # Drawn by a CPU thread while the gradients are computed; once, by the process that adds it.
             draw = partial(private._gradient_noise, name, _size(trainable), std, index)
             noise = ahead.submit(draw) if distributed.is_main() else None
-            part = _clipped_sum_of_share(release, private, network, trainable, per_example_loss, dp, index)
-            released = distributed.sum_on_main(part, lambda total, noise=noise: noise.result().add_to(total))
+            share = _clipped_sum_of_share(
+                release, private, network, trainable, per_example_loss, dp.max_grad_norm, parts, index
+            )
+            released = distributed.sum_on_main(share, lambda total, noise=noise: noise.result().add_to(total))
             expected_batch = private.spec.num_train * release.sample_rate
             _set_gradients(trainable, released / expected_batch)
             optimizer.step()
@@ -129,23 +133,27 @@ def _probe(private: PrivateData, network: nn.Module, per_example_loss: PerExampl
     validate_independence(network, per_example_loss, images, labels)
 
 
-def _clipped_sum_of_share(release, private, network, trainable, per_example_loss, dp, index) -> torch.Tensor:
+def _clipped_sum_of_share(
+    release, private, network, trainable, per_example_loss, max_grad_norm, parts: PhysicalBatches, index
+) -> torch.Tensor:
     """Over this process's share of the one Poisson sample that all processes draw; the share may be empty.
 
-    (P,) in float64: one record more moves the rounding of all later chunks, and in float32 that would add up to a
+    (P,) in float64: one record more moves the rounding of all later parts, and in float32 that would add up to a
     part of the bound that is no longer negligible.
     """
     indices = private._sampled_indices(release, index)
     own = distributed.share(len(indices))
     draws = private._loss_draws(release.name, index, len(indices))[own]
-    n_split = dp.n_split and math.ceil(dp.n_split / distributed.world_size())
+    indices = indices[own]
+
+    def clipped(positions: slice) -> torch.Tensor:
+        images, labels = private._take(indices[positions])
+        rng = draws[positions]
+        sums, _ = clipped_sum(network, per_example_loss, images, labels, max_grad_norm, rng)
+        return _flat(trainable, sums)
+
     total = torch.zeros(_size(trainable), dtype=torch.float64, device=private.device)
-    for chunk in chunks(indices[own], dp.max_physical_batch_size, n_split):
-        images, labels = private._take(chunk.indices)
-        rng = draws[chunk.positions]
-        part, _ = clipped_sum(network, per_example_loss, images, labels, dp.max_grad_norm, rng)
-        total += _flat(trainable, part)
-    return total
+    return parts.add_up(len(indices), clipped, total)
 
 
 def _size(trainable: dict[str, nn.Parameter]) -> int:

@@ -1,5 +1,6 @@
 """Chooses between exact ways of computing the same thing by their measured cost, once per shape."""
 
+import math
 import time
 from collections.abc import Callable, Hashable
 
@@ -35,7 +36,10 @@ def _seconds(choice: Callable, device: torch.device) -> float:
         _wait(device)
         return time.perf_counter() - start
 
-    return min(once() for _ in range(1 + REPETITIONS))  # the first call also sets up
+    try:
+        return min(once() for _ in range(1 + REPETITIONS))  # the first call also sets up
+    except torch.OutOfMemoryError:  # another choice may do with less
+        return math.inf
 
 
 def _wait(device: torch.device) -> None:

@@ -1,34 +1,45 @@
-"""Poisson batches and the chunks they are processed in."""
+"""How a logical batch is cut to what fits in memory."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 
+from utils.errors import UserError
+from utils.runtime import log
 
-@dataclass(frozen=True)
-class Chunk:
-    """Part of one logical batch, from position `start` on. `is_last` travels with the chunk, so that no queue can get
-    out of step."""
-
-    indices: torch.Tensor
-    start: int
-    is_last: bool
-
-    @property
-    def positions(self) -> slice:
-        """Where in the logical batch the indices stand."""
-        return slice(self.start, self.start + len(self.indices))
+# Examples at a time to begin with, where the user leaves it open: a GPU says when its memory is full, a CPU does not.
+AUTOMATIC = {"cuda": 2**16, "cpu": 8}
 
 
-def chunks(indices: torch.Tensor, max_size: int, n_split: int | None = None) -> Iterator[Chunk]:
-    """Cut one logical batch into physical chunks of at most `max_size`, or into exactly `n_split` of nearly equal size.
+class PhysicalBatches:
+    """Sums over a logical batch, as many examples at a time as memory takes.
 
-    An empty batch still yields a chunk: its zero sum gets noise like any other. Order is kept, every index occurs
-    exactly once.
+    max_size: examples at most; None: chosen for the device. n_split: the number of parts, whatever their size. When a
+    part does not fit, the size is halved, for good, and the part is taken again; what its examples contribute depends
+    on their place in the logical batch alone, so the sum stays the same up to rounding.
     """
-    count = n_split or max(1, -(-len(indices) // max_size))
-    start = 0
-    for position, part in enumerate(torch.tensor_split(indices, count)):
-        yield Chunk(part, start, position == count - 1)
-        start += len(part)
+
+    def __init__(self, max_size: int | None, n_split: int | None, device: torch.device) -> None:
+        self._max_size = max_size or AUTOMATIC.get(device.type, AUTOMATIC["cpu"])
+        self._n_split = n_split
+        self._fits: int | None = None  # known once memory has run out
+
+    def add_up(self, count: int, part: Callable[[slice], torch.Tensor], total: torch.Tensor) -> torch.Tensor:
+        """`total` plus part(slice of positions) over all `count` positions, each of them once. UserError where not
+        even one example fits."""
+        wanted = -(-count // self._n_split) if self._n_split else self._max_size
+        start = 0
+        while start < count:
+            size = min(wanted, self._fits or wanted, count - start)
+            try:
+                total += part(slice(start, start + size))
+                start += size
+                continue
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    raise UserError(f"out of memory for a single training image: {error}") from error
+            # Outside of the handler, which keeps the failed part's tensors alive.
+            self._fits = size // 2
+            torch.cuda.empty_cache()
+            log.info("out of memory for %d images at a time; going on with %d", size, self._fits)
+        return total

@@ -36,7 +36,6 @@ DIFFUSION = [
     "train.n_epochs=4",
     "train.snapshot_freq=2",
     "train.loss.n_noise_samples=2",
-    "train.dp.n_split=null",
     "train.dp.max_physical_batch_size=32",
     "gen.batch_size=8",
 ]

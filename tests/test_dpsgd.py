@@ -14,7 +14,7 @@ from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps
 from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from opacus_ext.gradient_rules import refuse_mixing
 from opacus_ext.private_data import PrivateData
-from opacus_ext.sampling import chunks
+from opacus_ext.sampling import PhysicalBatches
 from utils.errors import UserError
 
 ALPHA = 1e-6
@@ -98,15 +98,57 @@ def test_chunks_do_not_change_what_the_loss_draws(make_private, dp):
     torch.testing.assert_close(moved(dp), moved(config()), rtol=1e-3, atol=1e-6)
 
 
-def test_chunks_hold_every_index_once_and_know_the_last():
-    indices = torch.arange(10)
-    for options, sizes in [((4, None), [4, 3, 3]), ((100, None), [10]), ((4, 12), [1] * 10 + [0, 0])]:
-        parts = list(chunks(indices, *options))
-        assert torch.equal(torch.cat([part.indices for part in parts]), indices)
-        assert [len(part.indices) for part in parts] == sizes
-        assert torch.equal(torch.cat([indices[part.positions] for part in parts]), indices)
-        assert [part.is_last for part in parts] == [False] * (len(parts) - 1) + [True]
-    assert [(len(part.indices), part.is_last) for part in chunks(indices[:0], 4)] == [(0, True)]
+@pytest.mark.parametrize(
+    ("count", "max_size", "n_split", "sizes"),
+    [
+        (10, 4, None, [4, 4, 2]),
+        (10, 100, None, [10]),
+        (10, 1, 2, [5, 5]),
+        (10, 4, 12, [1] * 10),
+        (0, 4, None, []),
+        (20, None, None, [8, 8, 4]),
+    ],
+)
+def test_every_position_is_taken_once(count, max_size, n_split, sizes):
+    taken = []
+
+    def part(positions):
+        taken.append(list(range(count))[positions])
+        return torch.ones(1) * len(taken[-1])
+
+    parts = PhysicalBatches(max_size, n_split, torch.device("cpu"))
+    assert parts.add_up(count, part, torch.zeros(1)) == count
+    assert [position for positions in taken for position in positions] == list(range(count))
+    assert [len(positions) for positions in taken] == sizes
+
+
+@pytest.mark.parametrize("dp", [config(n_split=2), config(max_physical_batch_size=64)])
+def test_out_of_memory_halves_the_parts_and_changes_nothing(make_private, dp):
+    sizes = []
+
+    def hungry(model, images, labels, rng):
+        sizes.append(len(images))
+        if len(images) > 5:
+            raise torch.OutOfMemoryError("full")
+        return loss(model, images, labels, rng) * rng.normal(2)[:, 1]
+
+    def roomy(model, images, labels, rng):
+        return loss(model, images, labels, rng) * rng.normal(2)[:, 1]
+
+    def moved(per_example_loss, dp):
+        return update(make_private([Release(NAME, None, 0.5, 3)], noise_seed=1), dp, per_example_loss)
+
+    torch.testing.assert_close(moved(hungry, dp), moved(roomy, config()), rtol=1e-3, atol=1e-6)
+    first_fit = next(i for i, size in enumerate(sizes) if 3 < size <= 5)
+    assert max(sizes[first_fit:]) <= 5  # the size stays small in later steps
+
+
+def test_a_single_image_that_does_not_fit_is_said():
+    def full(positions):
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(UserError, match="out of memory for a single training image"):
+        PhysicalBatches(4, None, torch.device("cpu")).add_up(4, full, torch.zeros(1))
 
 
 def record_moves_the_sum_by(make_private, samples, dp=None) -> float:
@@ -207,7 +249,7 @@ def test_an_empty_batch_still_takes_a_noisy_step(make_private):
     private = make_private([Release(NAME, 3.0, 1e-9, 3)], epsilon=1000.0)
     read = sampled(private)
     moved = update(private)
-    assert [len(indices) for indices in read] == [0, 0, 0]
+    assert read == []
     assert (moved != 0).all()
     assert private.ledger.complete
 

@@ -35,7 +35,6 @@ _DIFFUSION = [
     "train.n_epochs=2",
     "train.batch_size=1437",  # every record in every step: the accounting is then a closed form
     "train.loss.n_noise_samples=1",
-    "train.dp.n_split=null",
     "train.dp.max_physical_batch_size=512",
 ]
 _QUERY = [
