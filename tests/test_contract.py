@@ -11,11 +11,13 @@ from torch import nn
 
 from models import METHODS
 from models.diffusion.loss import EDMLoss
+from opacus_ext import dpsgd
 from opacus_ext.accounting import Release
 from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from opacus_ext.ledger import Ledger
 from opacus_ext.noise import GridNoise
 from opacus_ext.private_data import PrivateData
+from opacus_ext.validate import record_influence
 from utils.checkpoints import Checkpoints
 from utils.runtime import Runtime
 
@@ -236,6 +238,28 @@ def test_networks_trained_with_dpsgd_mix_no_examples(name, make_method):
         before, after = network(*rows), network(*changed)
     assert not torch.allclose(before[0], after[0])
     torch.testing.assert_close(before[1:], after[1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_record_moves_the_clipped_sum_by_at_most_the_bound(name, make_trial, monkeypatch):
+    """On the network and the loss as the method trains them, in the middle of its private training."""
+    original, found = dpsgd.clipped_sum, []
+
+    def checked(network, per_example_loss, images, labels, max_grad_norm, rng):
+        if len(labels) > 1 and len(found) < 3:
+            part = slice(0, 4)
+            batch = (images[part], labels[part], max_grad_norm, rng[part])
+            found.append(record_influence(network, per_example_loss, *batch))
+        return original(network, per_example_loss, images, labels, max_grad_norm, rng)
+
+    monkeypatch.setattr(dpsgd, "clipped_sum", checked)
+    trial = make_trial(name)
+    trial.synthesizer.pretrain(trial.public, trial.private)
+    trial.synthesizer.train(trial.private)
+    if name in DIFFUSION:
+        assert len(found) == 3
+        assert max(found) > 0.5  # the records are there, and gradients are clipped
+    assert all(moved <= 1 + 1e-4 for moved in found)
 
 
 @pytest.mark.parametrize("name", DIFFUSION)
