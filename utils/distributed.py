@@ -182,8 +182,9 @@ def _meet(device: str) -> None:
         torch.cuda.set_device(_place.local_rank)
     if _place.world_size == _place.local_size:
         # Gloo would listen on the machine's address in the network; what it carries is private.
-        loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", *loopback)
+        for _, name in socket.if_nameindex():
+            if name in ("lo", "lo0"):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -193,6 +194,8 @@ def _meet(device: str) -> None:
             timeout=MEETING,
         )
         _group = dist.new_group(timeout=PATIENCE)
+        # NCCL connects at its first use, and then waits MEETING for a process that is still computing alone.
+        dist.all_reduce(torch.zeros(1, device=device), group=_group)
     except RuntimeError as error:
         raise UserError(
             f"setup.master_address, setup.master_port: the {_place.world_size} processes did not meet at "
