@@ -59,7 +59,9 @@ def evaluate(config: Config) -> int:
     if config.dry_run:
         log.info(f"{len(samples):,} samples of {folder} would be judged by {', '.join(config.eval.metrics)}")
         return 0
-    runtime = Runtime(prepare_device(config.setup), config.seed, folder, config.data_root / ".cache")
+    runtime = Runtime(
+        prepare_device(config.setup), config.seed, config.setup.precision, folder, config.data_root / ".cache"
+    )
     also_to(folder / "stdout.txt")
     sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
     # Nothing is asked of the training images here, so their ledger has an empty plan.

@@ -108,7 +108,12 @@ def compose(config: Config, plan: list | None = None) -> Parts:
         raise UserError(
             f"gen.data_num: {config.gen.data_num}; it must be at least {spec.num_classes}, one per class"
         )
-    runtime = Runtime(prepare_device(config.setup), config.seed, cache_dir=config.data_root / ".cache")
+    runtime = Runtime(
+        prepare_device(config.setup),
+        config.seed,
+        config.setup.precision,
+        cache_dir=config.data_root / ".cache",
+    )
     Evaluator(config.eval, spec, config.weights_root, runtime.device, config.seed)  # unknown names fail now
     method_config = config.method_config
     if hasattr(method_config, "public_data"):

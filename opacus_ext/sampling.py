@@ -41,5 +41,5 @@ class PhysicalBatches:
             # Outside of the handler, which keeps the failed part's tensors alive.
             self._fits = size // 2
             torch.cuda.empty_cache()
-            log.info("out of memory for %d images at a time; going on with %d", size, self._fits)
+            log.info("out of memory: going on with fewer images at a time")  # their number is private
         return total

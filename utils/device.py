@@ -7,21 +7,26 @@ from utils.errors import UserError, unknown
 from utils.sections import SetupConfig
 
 DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("float32", "tf32", "bf16")
 
 
 def prepare_device(setup: SetupConfig) -> str:
-    """Resolve setup.device, set the number of CPU threads, and return the device's name for torch: one GPU per process
-    where several run on this machine."""
+    """Resolve setup.device, set the number of CPU threads and the precision of GPU products, and return the device's
+    name for torch: one GPU per process where several run on this machine."""
     import torch
 
     if setup.device not in DEVICES:
         raise unknown("setup.device", setup.device, DEVICES)
+    if setup.precision not in PRECISIONS:
+        raise unknown("setup.precision", setup.precision, PRECISIONS)
     _set_threads(setup)
     available = torch.cuda.is_available()
     if setup.device == "cuda" and not available:
         raise UserError("setup.device: cuda, but torch sees no GPU; use setup.device=cpu or auto")
     if setup.device == "cpu" or not available:
         return "cpu"
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        backend.allow_tf32 = setup.precision != "float32"
     place = distributed.place()
     return "cuda" if place.local_size == 1 else f"cuda:{place.local_rank}"
 

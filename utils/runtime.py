@@ -21,6 +21,7 @@ class Runtime:
 
     device: str = "cpu"
     seed: int = 0
+    precision: str = "float32"  # of networks in training and sampling: float32, tf32 or bf16
     folder: Path | None = None  # the run's folder
     cache_dir: Path | None = None  # for what depends on public data alone
     snapshot: Callable[[str], None] = field(default=_keep_nothing)  # stage -> save state and ledger together
@@ -43,6 +44,21 @@ class Runtime:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, name) % 2**63)
             yield
+
+    def place(self, network):
+        """`network` on the run's device, in the memory layout that is fastest there."""
+        import torch
+
+        on_gpu = torch.device(self.device).type == "cuda"
+        return network.to(self.device, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
+
+    def autocast(self):
+        """Context in which networks compute in the run's precision; losses, norms and sums stay float32."""
+        import torch
+
+        return torch.autocast(
+            torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"
+        )
 
     def preview(self, stage: str, step: int, images, labels) -> None:
         """Write a grid of samples to <run>/<stage>/samples/iter_<step>/sample.png."""

@@ -116,4 +116,5 @@ class SetupConfig:
     node_rank: int
     master_address: str
     master_port: int
+    precision: str  # of training and sampling: float32, tf32 (GPU) or bf16
     omp_n_threads: int | None  # CPU threads per process; None: the cores, shared by the machine's processes

@@ -1,5 +1,6 @@
 """The EDM training loss, one value per example."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +29,9 @@ class EDMLoss:
     multiplicity, Dockhorn et al. 2023). Label dropout is drawn once per example.
     """
 
-    def __init__(self, config: LossConfig, unconditional: bool = False) -> None:
+    def __init__(self, config: LossConfig, unconditional: bool = False, autocast=nullcontext) -> None:
         self.config = config
+        self.autocast = autocast  # context of the network's forward pass
         self.label_dropout = 1.0 if unconditional else config.label_dropout
 
     def __call__(self, network, images: torch.Tensor, labels: torch.Tensor, rng: Draws) -> torch.Tensor:
@@ -40,6 +42,7 @@ class EDMLoss:
         sigma = (rng.normal(draws) * self.config.p_std + self.config.p_mean).exp().flatten()
         noise = rng.normal(draws, *images.shape[1:]).flatten(0, 1)
         noisy = clean + noise * sigma[:, None, None, None]
-        error = denoise(network, noisy, sigma, labels.repeat_interleave(draws)) - clean
+        with self.autocast():
+            error = denoise(network, noisy, sigma, labels.repeat_interleave(draws)) - clean
         weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
         return (weight * error.square().flatten(1).mean(1)).reshape(len(images), draws).mean(1)

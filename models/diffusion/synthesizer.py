@@ -136,17 +136,18 @@ class DiffusionSynthesizer(Synthesizer):
         if config.model.ckpt is not None:
             checkpoint, self.inherited = _read_checkpoint(config.model.ckpt)
         self.query = self._semantic_query()
-        network = config.model.network
+        shape = config.model.network
         with runtime.seeded("network"):
-            self.network = UNet(
-                image_size=network.image_size,
-                channels=network.num_in_channels,
+            network = UNet(
+                image_size=shape.image_size,
+                channels=shape.num_in_channels,
                 label_dim=self._label_dim() if checkpoint is None else checkpoint["label_dim"],
-                nf=network.nf,
-                ch_mult=network.ch_mult,
-                attn_resolutions=network.attn_resolutions,
-                num_res_blocks=network.num_res_blocks,
-            ).to(runtime.device)
+                nf=shape.nf,
+                ch_mult=shape.ch_mult,
+                attn_resolutions=shape.attn_resolutions,
+                num_res_blocks=shape.num_res_blocks,
+            )
+        self.network = runtime.place(network)
         if checkpoint is not None:
             _load_weights(self.network, checkpoint, config.model)
         self._begin("start", None)
@@ -190,7 +191,7 @@ class DiffusionSynthesizer(Synthesizer):
                 f"public_data: {public.num_classes} classes do not fit the checkpoint's table of "
                 f"{self.network.null_label} labels; use pretrain.cond=false"
             )
-        self._fit_public(public.samples, EDMLoss(config.loss, unconditional=not config.cond))
+        self._fit_public(public.samples, EDMLoss(config.loss, not config.cond, self.runtime.autocast))
 
     def _book_inherited(self, private: PrivateData | None) -> None:
         """What the checkpoint's own run asked the private images is part of what this run's samples reveal."""
@@ -241,7 +242,7 @@ class DiffusionSynthesizer(Synthesizer):
             private,
             self.network,
             self.optimizer,
-            EDMLoss(config.loss),
+            EDMLoss(config.loss, autocast=self.runtime.autocast),
             config.dp,
         )
         planned = private.ledger.planned(DP_SGD).num_steps
@@ -268,7 +269,9 @@ class DiffusionSynthesizer(Synthesizer):
             )
             rng = self.runtime.rng(f"{stream} {start}")
             denoiser = guided(network, config.guid_scale)
-            parts.append(to_uint8(sample(denoiser, config, self.spec.image_shape, batch, rng)))
+            with self.runtime.autocast():
+                images = sample(denoiser, config, self.spec.image_shape, batch, rng)
+            parts.append(to_uint8(images))
         return distributed.concatenate(torch.from_numpy(np.concatenate(parts))).numpy()
 
     # State
