@@ -363,7 +363,7 @@ def test_processes_of_one_machine_share_its_cores(monkeypatch):
     monkeypatch.setattr(distributed, "_place", Place(0, 4, 0, 4))
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    setup = SetupConfig("cpu", 4, 1, 0, "127.0.0.1", 6025, None)
+    setup = SetupConfig("cpu", 4, 1, 0, "127.0.0.1", 6025, "float32", None)
     assert prepare_device(setup) == "cpu"
     prepare_device(dataclasses.replace(setup, omp_n_threads=5))
     assert chosen == [2, 5]
