@@ -28,6 +28,9 @@ from opacus_ext.planner import cheapest
 
 SMALL = 2**14  # numbers per example of a gradient that is handled together with others
 
+# Times the multiply-adds of forming a gradient, above which its factors cannot be cheaper, memory traffic included.
+HOPELESS = 2.0
+
 # (network, images (B, C, H, W), labels (B,), rng) -> losses (B,); the K draws of an example are averaged inside
 PerExampleLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor, object], torch.Tensor]
 
@@ -159,11 +162,9 @@ def _kept(gradient: torch.Tensor | Factors) -> tuple[torch.Tensor | Factors, tor
             gradient.weighted_sum(torch.ones_like(squares), may_drop=False)
         return gradient, squares
 
-    choices = (
-        {"formed": formed}
-        if gradient.factored_work > gradient.work
-        else {"factored": factored, "formed": formed}
-    )
+    choices = {"factored": factored, "formed": formed}
+    if gradient.factored_work > HOPELESS * gradient.work:
+        del choices["factored"]
     return cheapest(("keep", *gradient.key), gradient.work, choices, gradient.device)
 
 
