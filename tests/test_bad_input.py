@@ -53,6 +53,7 @@ def refused(tmp_path: Path, *more: str, method: str = "Noise") -> str:
         (["--resume_exp", "nowhere"], ["--resume_exp", "nowhere"]),
         (["eval.mode=val", "sensitive_data.num_val=2000"], ["sensitive_data.num_val", "2000", "1436"]),
         (["setup.device=tpu"], ["setup.device", "tpu", "cpu"]),
+        (["setup.precision=fp8"], ["setup.precision", "fp8", "bf16"]),
     ],
 )
 def test_command_line(tmp_path, more, words):

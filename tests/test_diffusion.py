@@ -8,8 +8,10 @@ import torch
 from models.diffusion.denoiser import SIGMA_DATA, denoise, guided
 from models.diffusion.loss import EDMLoss, LossConfig
 from models.diffusion.samplers import SamplerConfig, noise_levels, sample
+from models.nn.unet import UNet
 from utils.draws import Draws
 from utils.errors import UserError
+from utils.runtime import Runtime
 
 
 class Spy:
@@ -146,6 +148,22 @@ def test_one_example_does_not_enter_the_loss_of_another():
 def test_loss_refuses_nonsense(wrong):
     with pytest.raises(UserError):
         loss_of(**wrong)
+
+
+def test_half_precision_moves_the_loss_a_little():
+    """The network computes in bfloat16; weights, targets and losses stay float32."""
+    torch.manual_seed(0)
+    network = UNet(image_size=8, channels=1, label_dim=3, nf=8, ch_mult=[1], attn_resolutions=[])
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    images, labels = torch.rand(4, 1, 8, 8) * 2 - 1, torch.tensor([0, 1, 2, 0])
+    exact = loss_of(draws=2)(network, images, labels, dealt(4))
+    found = loss_of(draws=2, autocast=Runtime(precision="bf16").autocast)(network, images, labels, dealt(4))
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, exact)
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0)
+    same = loss_of(draws=2, autocast=Runtime().autocast)(network, images, labels, dealt(4))
+    assert torch.equal(same, exact)
 
 
 # ------------------------------------------------------------------------------------------ samplers
