@@ -1,6 +1,6 @@
 """PrivateData: holds the images and lends them to mechanisms. There is no loader, no index, no length."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -53,28 +53,53 @@ class PrivateData:
         (a record touches one row, so the sensitivity is the same). Noise std is noise_multiplier * l2_bound on every
         coordinate. The release must be planned without sampling.
         """
-        release = self.ledger.book(name)
-        _require_mechanism(release, "gaussian")
+        release = self._booked(name)
         if not release.takes_all:
             raise UnplannedRelease(
                 f"'{name}' is planned with sample_rate {release.sample_rate}, max_batch_size "
                 f"{release.max_batch_size}, but sums all records"
             )
-        num_groups = self.spec.num_classes if by_class else 1
-        total = None
         num_batches = -(-self.spec.num_train // (self._batch_size * distributed.world_size()))
         batches = self._batches(distributed.share(len(self._labels)))
-        for images, labels in (
-            progress(batches, name, num_batches, unit="batch") if num_batches > 10 else batches
-        ):
+        shown = progress(batches, name, num_batches, unit="batch") if num_batches > 10 else batches
+        return self._noisy_sum_over(shown, release, fn, l2_bound, by_class)
+
+    def sampled_noisy_sum(
+        self, name: str, fn: PerExample, l2_bound: float, by_class: bool = False
+    ) -> torch.Tensor:
+        """`noisy_sum` over a fresh, secret Poisson sample of the records, at the planned rate; one planned step.
+
+        The expected size of the sample, spec.num_train * sample_rate, is public; its actual size is not.
+        """
+        release = self._booked(name)
+        if release.max_batch_size is not None:
+            raise UnplannedRelease(
+                f"'{name}' is planned with max_batch_size {release.max_batch_size}, but sums all of its sample"
+            )
+        chosen = self._sampled_indices(release, self.ledger.executed(name) - 1)
+        batches = self._batches(distributed.share(len(chosen)), chosen)
+        return self._noisy_sum_over(batches, release, fn, l2_bound, by_class)
+
+    def _booked(self, name: str) -> Release:
+        release = self.ledger.book(name)
+        _require_mechanism(release, "gaussian")
+        return release
+
+    def _noisy_sum_over(
+        self, batches: Iterable, release: Release, fn: PerExample, l2_bound: float, by_class: bool
+    ) -> torch.Tensor:
+        """What both kinds of noisy sum do with this process's batches of (images, labels)."""
+        num_groups = self.spec.num_classes if by_class else 1
+        total = None
+        for images, labels in batches:
             groups = labels if by_class else torch.zeros_like(labels)
             part = clipped_sum(fn(images, labels), l2_bound, groups, num_groups)
             total = part if total is None else total + part
-        step = self.ledger.executed(name) - 1
+        step = self.ledger.executed(release.name) - 1
         std = release.noise_multiplier * l2_bound
 
         def add_noise(total: torch.Tensor) -> torch.Tensor:
-            return self._noise.gaussian(total.numel(), std, name, step).add_to(total)
+            return self._noise.gaussian(total.numel(), std, release.name, step).add_to(total)
 
         answer = distributed.sum_on_main(total, add_noise)
         return answer if by_class else answer[0]
@@ -145,10 +170,14 @@ class PrivateData:
             "revealed": list(self._revealed),
         }
 
-    def _batches(self, records: slice) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The records of a range, in order; an empty range is one empty batch, for its sum has a shape too."""
-        for start in range(records.start, max(records.start + 1, records.stop), self._batch_size):
-            yield self._take(slice(start, min(start + self._batch_size, records.stop)))
+    def _batches(
+        self, positions: slice, chosen: torch.Tensor | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A range of all records, or of the `chosen` ones, in order; an empty range is one empty batch, for its sum
+        has a shape too."""
+        for start in range(positions.start, max(positions.start + 1, positions.stop), self._batch_size):
+            part = slice(start, min(start + self._batch_size, positions.stop))
+            yield self._take(part if chosen is None else chosen[part])
 
     def _take(self, which: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         labels = self._labels[which].to(self.device)

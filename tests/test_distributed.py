@@ -154,6 +154,12 @@ def noise_of_a_sum() -> torch.Tensor:
     return private.noisy_sum(NAME, lambda x, _: torch.zeros(len(x), 5000), l2_bound=0.5) / 1.5
 
 
+def noise_of_a_sampled_sum() -> torch.Tensor:
+    noise = distributed.from_main(NoiseSource)
+    private = private_data(Release(NAME, 3.0, 1e-9), epsilon=1e4, noise=noise)
+    return private.sampled_noisy_sum(NAME, lambda x, _: torch.ones(len(x), 5000), l2_bound=0.5) / 1.5
+
+
 def one_sample_for_all() -> list[list[int]]:
     """Records read in 10 steps under a key that the system drew."""
     noise = distributed.from_main(NoiseSource)
@@ -168,6 +174,7 @@ def answers() -> dict:
         Release("histogram", 1.0),
         Release("choice", 1.0, mechanism="report_noisy_max"),
         Release("latents", 1.0),
+        Release("sampled sum", 1.0, 0.5),
     )
     halved = private.map(lambda images: images[..., ::2] / 2)
     return {
@@ -177,6 +184,9 @@ def answers() -> dict:
         ),
         "choice": torch.tensor(private.report_noisy_max("choice", lambda x, y: F.one_hot(y % 2, 4) * 1.0)),
         "latents": halved.noisy_sum("latents", lambda x, _: x.flatten(1), 100.0),
+        "sampled sum": private.sampled_noisy_sum(
+            "sampled sum", lambda x, _: x.flatten(1), 1.0, by_class=True
+        ),
     }
 
 
@@ -217,6 +227,7 @@ SCENARIOS = (
     dpsgd_seeded_noise,
     noise_of_dpsgd,
     noise_of_a_sum,
+    noise_of_a_sampled_sum,
     one_sample_for_all,
     answers,
     pretraining,
@@ -282,7 +293,7 @@ def test_the_processes_read_one_poisson_sample(together):
         assert max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("scenario", [noise_of_dpsgd, noise_of_a_sum])
+@pytest.mark.parametrize("scenario", [noise_of_dpsgd, noise_of_a_sum, noise_of_a_sampled_sum])
 def test_noise_is_added_once_and_all_receive_the_same(together, scenario):
     seen = [process[scenario.__name__].double() for process in together]
     assert all(torch.equal(noise, seen[0]) for noise in seen)

@@ -219,7 +219,8 @@ def test_there_is_no_way_to_hold_the_records():
             access()
     shown = {name for name in dir(private) if not name.startswith("_")}
     assert shown == {
-        "spec", "ledger", "device", "noisy_sum", "noisy_histogram", "report_noisy_max", "map", "reveal", "report",
+        "spec", "ledger", "device", "noisy_sum", "sampled_noisy_sum", "noisy_histogram", "report_noisy_max", "map",
+        "reveal", "report",
     }  # fmt: skip
 
 
@@ -243,6 +244,8 @@ def test_unplanned_and_surplus_questions_are_refused_before_a_record_is_read():
 
     with pytest.raises(UnplannedRelease):
         private.noisy_sum("other", never, 1.0)
+    with pytest.raises(UnplannedRelease):
+        private.sampled_noisy_sum("other", never, 1.0)
     with pytest.raises(BudgetExceeded):
         private.noisy_sum("sum", never, 1.0)
     with pytest.raises(BudgetExceeded):
@@ -251,7 +254,9 @@ def test_unplanned_and_surplus_questions_are_refused_before_a_record_is_read():
         private.report_noisy_max("max", never)
 
 
-@pytest.mark.parametrize("mechanism", ["noisy_sum", "noisy_histogram", "report_noisy_max"])
+@pytest.mark.parametrize(
+    "mechanism", ["noisy_sum", "sampled_noisy_sum", "noisy_histogram", "report_noisy_max"]
+)
 def test_a_failure_is_paid_for_and_cannot_be_tried_again(mechanism):
     """Retrying until it works would turn one planned answer into many."""
     private, _ = private_of(torch.zeros(3, 1), [SUM, noisy_max_release("max", 1.0, "add_or_remove_one")])
@@ -262,6 +267,8 @@ def test_a_failure_is_paid_for_and_cannot_be_tried_again(mechanism):
     def ask():
         if mechanism == "noisy_sum":
             return private.noisy_sum("sum", fail, 1.0)
+        if mechanism == "sampled_noisy_sum":
+            return private.sampled_noisy_sum("sum", fail, 1.0)
         if mechanism == "noisy_histogram":
             return private.noisy_histogram("sum", fail, 3, 1)
         return private.report_noisy_max("max", fail)
@@ -293,13 +300,14 @@ def test_a_truncated_release_answers_no_sum_over_all():
         private.noisy_sum("sum", read, 1.0)
 
 
-def test_a_noisy_max_release_pays_for_no_sum():
+@pytest.mark.parametrize("mechanism", ["noisy_sum", "sampled_noisy_sum"])
+def test_a_noisy_max_release_pays_for_no_sum(mechanism):
     """It is charged 1 / multiplier in pure epsilon, which Gaussian noise of that size does not give."""
     private, read = private_of(
         torch.zeros(3, 1), [noisy_max_release("max", 0.1, "add_or_remove_one")], epsilon=1.0
     )
     with pytest.raises((UnplannedRelease, AssertionError)):
-        private.noisy_sum("max", read, 1.0)
+        getattr(private, mechanism)("max", read, 1.0)
 
 
 def test_a_gaussian_release_pays_for_no_noisy_max():
@@ -319,6 +327,87 @@ def test_map_changes_the_images_and_keeps_ledger_noise_and_reveals():
         private.noisy_sum("sum", lambda x, y: x, 1.0)
     private.reveal("a look")
     assert halved.report()["revealed"] == ["a look"]
+
+
+# ------------------------------------------------------------------------------------------ sampled sums
+
+
+def sampled(values, rate, steps=1, labels=None, num_classes=1, **options):
+    plan = [Release("sum", 1.0, sample_rate=rate, num_steps=steps)]
+    private, read = private_of(values, plan, labels, num_classes, **options)
+    return private, lambda bound=1.0, **by: private.sampled_noisy_sum("sum", read, bound, **by)
+
+
+def test_a_sampled_sum_is_that_of_the_records_that_the_noise_source_draws():
+    """The same secret masks as in DP-SGD: a fresh one at every step, over several batches."""
+    private, ask = sampled(torch.eye(11), 0.5, steps=3)
+    read, samples = [], []
+    take = private._take
+    private._take = lambda which: (read.extend(which.tolist()), take(which))[1]
+    for step in range(3):
+        read.clear()
+        drawn = NoiseSource(0).sample(11, 0.5, "sum", step)
+        torch.testing.assert_close(ask(), torch.eye(11)[drawn].sum(0))
+        assert read == drawn.tolist()  # those left out are not even looked at
+        samples.append(tuple(read))
+    assert len(set(samples)) == 3
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.7])
+def test_records_enter_sampled_sums_at_the_planned_rate_one_by_one(rate):
+    _, ask = sampled(torch.eye(40), rate, steps=200)
+    inclusion = torch.stack([ask() for _ in range(200)])
+    low, high = stats.binom.ppf([ALPHA / 2, 1 - ALPHA / 2], inclusion.numel(), rate)
+    assert low <= inclusion.sum().item() <= high
+    sizes = inclusion.sum(1)  # of a Poisson sample they are binomial, not fixed
+    assert sizes.var().item() == pytest.approx(40 * rate * (1 - rate), rel=0.5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(matrices(min_rows=2, max_rows=9), st.data(), st.booleans())
+def test_a_record_moves_a_sampled_sum_by_at_most_the_bound(rows, data, by_class):
+    """The last record, so that all others are sampled as before: neighbours are coupled record by record."""
+    values = torch.tensor(rows)
+    labels = data.draw(st.lists(st.integers(0, 2), min_size=len(rows), max_size=len(rows)))
+    _, ask = sampled(values, 0.6, labels=labels, num_classes=3)
+    _, ask_without = sampled(values[:-1], 0.6, labels=labels[:-1], num_classes=3)
+    moved = ask(0.5, by_class=by_class).double() - ask_without(0.5, by_class=by_class).double()
+    assert torch.isfinite(moved).all()
+    assert moved.norm() <= 0.5 * ROUNDING
+
+
+def test_a_sampled_sum_has_the_planned_noise_also_where_nobody_is_sampled():
+    """One class is empty, and so are most samples."""
+    values = torch.full((5, 2000), 0.001)
+    private, ask = sampled(values, 1e-6, labels=[0, 0, 2, 2, 2], num_classes=3, epsilon=10.0, steps=10)
+    answers = torch.stack([ask(7.0, by_class=True) for _ in range(10)]).double()
+    assert answers.shape == (10, 3, 2000)
+    residual = answers / 7.0
+    low, high = stats.chi2.ppf([ALPHA / 2, 1 - ALPHA / 2], residual.numel()) / residual.numel()
+    assert low < residual.square().mean().item() < high
+    assert torch.corrcoef(residual.flatten(1))[~torch.eye(10, dtype=bool)].abs().max() < 0.1
+    assert private.ledger.complete
+
+
+def test_a_sampled_sum_at_rate_one_is_the_sum():
+    _, ask = sampled(torch.full((9, 2), 0.25), 1.0)
+    assert ask().tolist() == [2.25, 2.25]
+
+
+def test_a_sampled_sum_takes_one_planned_step_and_no_more():
+    private, ask = sampled(torch.zeros(3, 1), 0.5, steps=2)
+    ask()
+    ask()
+    private._take = lambda which: pytest.fail("a record was read")
+    with pytest.raises(BudgetExceeded):
+        ask()
+
+
+def test_a_truncated_release_answers_no_sampled_sum():
+    plan = [Release("sum", 1.0, sample_rate=0.5, max_batch_size=2, num_records=3)]
+    private, read = private_of(torch.zeros(3, 1), plan)
+    with pytest.raises(UnplannedRelease, match="max_batch_size 2, but sums all of its sample"):
+        private.sampled_noisy_sum("sum", read, 1.0)
 
 
 # ------------------------------------------------------------------------------------------ noisy max
@@ -380,6 +469,8 @@ def test_missing_clipping_is_caught(monkeypatch):
         test_a_record_moves_a_sum_by_at_most_the_bound()
     with pytest.raises(AssertionError):
         test_a_record_moves_a_histogram_by_at_most_the_bound()
+    with pytest.raises(AssertionError):
+        test_a_record_moves_a_sampled_sum_by_at_most_the_bound()
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.97])
@@ -392,6 +483,31 @@ def test_too_little_noise_is_caught(monkeypatch, factor):
     monkeypatch.setattr(NoiseSource, "gaussian", weak)
     with pytest.raises(AssertionError):
         test_noise_of_a_sum_is_the_multiplier_times_the_bound(0.5)
+    with pytest.raises(AssertionError):
+        test_a_sampled_sum_has_the_planned_noise_also_where_nobody_is_sampled()
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.2])
+def test_another_sampling_rate_is_caught(monkeypatch, factor):
+    stated = NoiseSource.sample
+
+    def off(self, num_records, rate, *where):
+        return stated(self, num_records, rate * factor, *where)
+
+    monkeypatch.setattr(NoiseSource, "sample", off)
+    with pytest.raises(AssertionError):
+        test_records_enter_sampled_sums_at_the_planned_rate_one_by_one(0.7)
+
+
+def test_a_sample_used_twice_is_caught(monkeypatch):
+    stated = NoiseSource.sample
+    monkeypatch.setattr(
+        NoiseSource,
+        "sample",
+        lambda self, num, rate, name, step, *size: stated(self, num, rate, name, 0, *size),
+    )
+    with pytest.raises(AssertionError):
+        test_a_sampled_sum_is_that_of_the_records_that_the_noise_source_draws()
 
 
 def test_an_answer_before_its_booking_is_caught(monkeypatch):
