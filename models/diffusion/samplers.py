@@ -35,6 +35,12 @@ def noise_levels(config: SamplerConfig) -> list[float]:
     return [(high + i / last * (low - high)) ** config.rho for i in range(config.num_steps)]
 
 
+def network_calls(config: SamplerConfig) -> int:
+    """Evaluations of the network for one image."""
+    calls = 2 * config.num_steps - 1 if config.type == "edm" else config.num_steps
+    return calls * (1 if config.guid_scale == 0 else 2)
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,

@@ -1,27 +1,30 @@
-"""The family of pixel-space diffusion methods: a shared network and loops; a method is a choice of stages.
+"""The family of diffusion methods: a shared network and loops; a method is a choice of stages.
 
 Stages: public pretraining (on all public classes, or on those that a noisy semantic query selects), DP-SGD on the
 private images, sampling. Every stage starts from the EMA weights of the one before, with a fresh EMA and optimiser.
+What a method may change is below "Seams".
 """
 
 import copy
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from data.spec import DataSpec, PublicData, Samples
+from models.diffusion.checkpoint import chosen_weights, load_weights, read_checkpoint
+from models.diffusion.config import ModelConfig, PretrainConfig, TrainConfig
+from models.diffusion.cost import generation_cost, seconds_per_image, training_cost
 from models.diffusion.denoiser import guided
 from models.diffusion.loss import EDMLoss, LossConfig
 from models.diffusion.samplers import SamplerConfig, sample
 from models.nn.ema import EMA
 from models.nn.unet import UNet
-from models.semantic_query import QueryConfig, SemanticQuery, words_per_class
+from models.semantic_query import SemanticQuery, words_per_class
 from models.synthesizer import Cost, Synthesizer, balanced_labels
 from opacus_ext.accounting import Release
-from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps
+from opacus_ext.dpsgd import dpsgd_release, dpsgd_steps
 from opacus_ext.private_data import PrivateData
 from utils import distributed
 from utils.draws import Draws
@@ -29,98 +32,14 @@ from utils.errors import UserError
 from utils.images import to_float, to_uint8
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import GenConfig, PublicDataConfig, check
+from utils.sections import GenConfig, PublicDataConfig
 from utils.seeding import numpy_rng
 
 DP_SGD = "dp-sgd"
 
 
-@dataclass(frozen=True)
-class NetworkConfig:
-    image_size: int
-    num_in_channels: int
-    nf: int  # base width
-    ch_mult: list[int]  # width factor per level, each level at half the resolution
-    attn_resolutions: list[int]  # pixels of the levels that attend
-    num_res_blocks: int
-
-    def __post_init__(self) -> None:
-        levels = len(self.ch_mult) - 1
-        check(
-            levels >= 0 and 2**levels <= self.image_size,
-            "model.network.ch_mult",
-            self.ch_mult,
-            f"one factor per level, and {self.image_size} px cannot be halved {levels} times",
-        )
-        check(self.nf > 2 and self.nf % 4 == 0, "model.network.nf", self.nf, "a positive multiple of 4")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    network: NetworkConfig
-    ema_rate: float
-    sampler: SamplerConfig  # previews
-    sampler_acc: SamplerConfig  # the images that are delivered
-    ckpt: str | None  # checkpoint to start from
-    ckpt_weights: str  # which of its weights: ema or raw
-
-    def __post_init__(self) -> None:
-        check(0 <= self.ema_rate < 1, "model.ema_rate", self.ema_rate, "in [0, 1)")
-        check(self.ckpt_weights in ("ema", "raw"), "model.ckpt_weights", self.ckpt_weights, "ema or raw")
-
-
-@dataclass(frozen=True)
-class OptimParams:
-    lr: float
-    weight_decay: float
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    optimizer: str
-    params: OptimParams
-
-    def __post_init__(self) -> None:
-        check(
-            self.optimizer in OPTIMIZERS, "optim.optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}"
-        )
-
-    def make(self, parameters) -> torch.optim.Optimizer:
-        return OPTIMIZERS[self.optimizer](
-            parameters, lr=self.params.lr, weight_decay=self.params.weight_decay
-        )
-
-
-OPTIMIZERS: dict[str, type] = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    cond: bool  # False: every label is replaced by the null label
-    batch_size: int
-    n_epochs: int  # passes over the (selected) public images
-    snapshot_freq: int  # steps between snapshots
-    optim: OptimConfig
-    loss: LossConfig
-    query: QueryConfig  # classifier behind the semantic query; used when public_data.selective.ratio < 1
-
-    def __post_init__(self) -> None:
-        check(self.batch_size > 0, "pretrain.batch_size", self.batch_size, "a positive number of images")
-        check(self.n_epochs >= 0, "pretrain.n_epochs", self.n_epochs, "0 or more")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    batch_size: int  # nominal: the sampling rate is 1 / ceil(N / batch_size)
-    n_epochs: int
-    snapshot_freq: int
-    optim: OptimConfig
-    loss: LossConfig
-    dp: DPSGDConfig
-
-
 class DiffusionSynthesizer(Synthesizer):
-    """Base of DPDM, PDP-Diffusion and PrivImage."""
+    """Base of the diffusion methods."""
 
     @dataclass(frozen=True)
     class Config:
@@ -134,23 +53,17 @@ class DiffusionSynthesizer(Synthesizer):
         super().__init__(config, spec, runtime)
         checkpoint, self.inherited = None, []
         if config.model.ckpt is not None:
-            checkpoint, self.inherited = _read_checkpoint(config.model.ckpt)
+            checkpoint, self.inherited = read_checkpoint(config.model.ckpt)
         self.query = self._semantic_query()
-        shape = config.model.network
         with runtime.seeded("network"):
-            network = UNet(
-                image_size=shape.image_size,
-                channels=shape.num_in_channels,
-                label_dim=self._label_dim() if checkpoint is None else checkpoint["label_dim"],
-                nf=shape.nf,
-                ch_mult=shape.ch_mult,
-                attn_resolutions=shape.attn_resolutions,
-                num_res_blocks=shape.num_res_blocks,
+            network = self._build_network(
+                self._label_dim() if checkpoint is None else checkpoint["label_dim"]
             )
         self.network = runtime.place(network)
         if checkpoint is not None:
-            _load_weights(self.network, checkpoint, config.model)
-        self._begin("start", None)
+            weights = chosen_weights(checkpoint, config.model.ckpt_weights)
+            load_weights(self.network, weights, f"model.ckpt: {config.model.ckpt}")
+        self._start_stage("start")
 
     def _semantic_query(self) -> SemanticQuery | None:
         public = self.config.public_data
@@ -167,22 +80,76 @@ class DiffusionSynthesizer(Synthesizer):
         return max(self.spec.num_classes, public.n_classes or 0)
 
     def privacy_plan(self) -> list[Release]:
-        train = self.config.train
         queries = [] if self.query is None else [self.query.release()]
-        return [
-            *self.inherited,
-            *queries,
-            dpsgd_release(
-                DP_SGD, self.spec.num_train, train.batch_size, train.n_epochs, train.dp.max_batch_size
-            ),
-        ]
+        return [*self.inherited, *queries, self._training_release()]
+
+    def _training_release(self) -> Release:
+        train = self.config.train
+        return dpsgd_release(
+            DP_SGD, self.spec.num_train, train.batch_size, train.n_epochs, train.dp.max_batch_size
+        )
+
+    # Seams: what a method may change
+
+    @property
+    def network_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network sees: the images, or their latents."""
+        return self.spec.image_shape
+
+    def _build_network(self, label_dim: int) -> nn.Module:
+        """network(noisy (B, *network_shape), noise condition (B,), labels (B,)) -> (B, *network_shape), with
+        `null_label` (= label_dim) as the label of no class. Called once, with seeded global generators."""
+        shape = self.config.model.network
+        return UNet(
+            image_size=shape.image_size,
+            channels=shape.num_in_channels,
+            label_dim=label_dim,
+            nf=shape.nf,
+            ch_mult=shape.ch_mult,
+            attn_resolutions=shape.attn_resolutions,
+            num_res_blocks=shape.num_res_blocks,
+        )
+
+    def _stages(self) -> dict[str, object]:
+        """Stage -> its section (with `optim`), in order: "pretrain" first and "train" last. All but "train" are part
+        of `pretrain`, and each has batch_size, n_epochs, snapshot_freq and optim for `_fit_public`."""
+        return {"pretrain": self.config.pretrain, "train": self.config.train}
+
+    def _trained_parameters(self) -> set[str]:
+        """Names of the network's parameters that the private stage trains; it freezes all others."""
+        return {name for name, _ in self.network.named_parameters()}
+
+    def _prepare_network(self, stage: str) -> None:
+        """Change the network for a stage that is about to start, or to be restored: put adapters on it."""
+
+    def _make_loss(self, config: LossConfig, unconditional: bool = False) -> EDMLoss:
+        """(network, (B, *network_shape), labels (B,), rng) -> (B,) losses, each averaged over its noise draws."""
+        return EDMLoss(config, unconditional, self.runtime.autocast)
+
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) in [-1, 1] -> (B, *network_shape), for public images."""
+        return images
+
+    def _encode_private(self, private: PrivateData) -> PrivateData:
+        """The private records as the network sees them."""
+        return private
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, *network_shape) -> (B, C, H, W) float32, nominally in [-1, 1]."""
+        return latents
+
+    def _draw(
+        self, network: nn.Module, config: SamplerConfig, labels: torch.Tensor, rng: torch.Generator
+    ) -> torch.Tensor:
+        """Sample (B, *network_shape), one per label (B,)."""
+        return sample(guided(network, config.guid_scale), config, self.network_shape, labels, rng)
 
     # Stages
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
         config = self.config.pretrain
         self._book_inherited(private)
-        if public is None or not config.n_epochs:
+        if public is None or not config.n_epochs or self._is_past("pretrain"):
             return
         if self.query is not None:
             public = self.query.select(public, private)
@@ -191,7 +158,7 @@ class DiffusionSynthesizer(Synthesizer):
                 f"public_data: {public.num_classes} classes do not fit the checkpoint's table of "
                 f"{self.network.null_label} labels; use pretrain.cond=false"
             )
-        self._fit_public(public.samples, EDMLoss(config.loss, not config.cond, self.runtime.autocast))
+        self._fit_public("pretrain", public.samples, self._make_loss(config.loss, not config.cond))
 
     def _book_inherited(self, private: PrivateData | None) -> None:
         """What the checkpoint's own run asked the private images is part of what this run's samples reveal."""
@@ -201,16 +168,23 @@ class DiffusionSynthesizer(Synthesizer):
             left = release.num_steps - private.ledger.executed(release.name)
             private.ledger.book(release.name, left)
 
-    def _fit_public(self, samples: Samples, loss: EDMLoss) -> None:
-        config = self.config.pretrain
+    def _is_past(self, stage: str) -> bool:
+        """A later stage has begun: a resumed run has this one behind it."""
+        order = ["start", *self._stages()]
+        return order.index(self.stage) > order.index(stage)
+
+    def _fit_public(self, stage: str, samples: Samples, loss: EDMLoss) -> None:
+        """Train all weights, without noise, on images that are public or that noise has made so; or what is left of
+        it in a resumed run."""
+        config = self._stages()[stage]
         batch_size = min(config.batch_size, len(samples))
         steps_per_epoch = len(samples) // batch_size
         total = config.n_epochs * steps_per_epoch
-        start = self._begin("pretrain", config.optim)
-        for step in progress(range(start, total), "pretrain", total=total, initial=start):
+        start = self._begin(stage)
+        for step in progress(range(start, total), stage, total=total, initial=start):
             epoch, position = divmod(step, steps_per_epoch)
-            order = numpy_rng(self.runtime.seed, f"pretrain order {epoch}").permutation(len(samples))
-            rng = self.runtime.draws(f"pretrain {step}", batch_size)
+            order = numpy_rng(self.runtime.seed, f"{stage} order {epoch}").permutation(len(samples))
+            rng = self.runtime.draws(f"{stage} {step}", batch_size)
             batch = np.sort(order[position * batch_size : (position + 1) * batch_size])
             own = distributed.share(batch_size)
             self.optimizer.zero_grad(set_to_none=True)
@@ -219,11 +193,10 @@ class DiffusionSynthesizer(Synthesizer):
             distributed.sum_gradients(self.network.parameters())
             self.optimizer.step()
             self._finish_step(config.snapshot_freq)
-        self._use_ema()
 
     def _public_loss(self, loss: EDMLoss, batch: Samples, rng: Draws) -> torch.Tensor:
         """Sum of the losses of `batch`."""
-        images = self._augment(to_float(batch.images, self.runtime.device), rng)
+        images = self._encode(self._augment(to_float(batch.images, self.runtime.device), rng))
         labels = torch.from_numpy(batch.labels).to(self.runtime.device)
         return loss(self.network, images, labels, rng).sum()
 
@@ -236,19 +209,14 @@ class DiffusionSynthesizer(Synthesizer):
     def train(self, private: PrivateData) -> None:
         config = self.config.train
         self._book_inherited(private)
-        self._begin("train", config.optim)
+        self._begin("train")
+        loss = self._make_loss(config.loss)
         steps = dpsgd_steps(
-            DP_SGD,
-            private,
-            self.network,
-            self.optimizer,
-            EDMLoss(config.loss, autocast=self.runtime.autocast),
-            config.dp,
+            DP_SGD, self._encode_private(private), self.network, self.optimizer, loss, config.dp
         )
         planned = private.ledger.planned(DP_SGD).num_steps
         for _ in progress(steps, "train (DP-SGD)", total=planned, initial=private.ledger.executed(DP_SGD)):
             self._finish_step(config.snapshot_freq)
-        self._use_ema()
 
     def generate(self, num_samples: int) -> Samples:
         labels = balanced_labels(num_samples, self.spec.num_classes)
@@ -260,44 +228,56 @@ class DiffusionSynthesizer(Synthesizer):
         """One image per label, from the EMA weights: (N, C, H, W) uint8."""
         network = copy.deepcopy(self.network).requires_grad_(False)
         self.ema.copy_to(network)
-        starts = range(0, len(labels), self.config.gen.batch_size)
+        size = self.config.gen.batch_size
+        starts = range(0, len(labels), size)
         starts = starts[distributed.share(len(starts))]
         parts = [np.empty((0, *self.spec.image_shape), np.uint8)]
         for start in progress(starts, "generate", unit="batch") if show else starts:
-            batch = torch.from_numpy(labels[start : start + self.config.gen.batch_size]).to(
-                self.runtime.device
-            )
-            rng = self.runtime.rng(f"{stream} {start}")
-            denoiser = guided(network, config.guid_scale)
+            batch = torch.from_numpy(labels[start : start + size]).to(self.runtime.device)
             with self.runtime.autocast():
-                images = sample(denoiser, config, self.spec.image_shape, batch, rng)
+                drawn = self._draw(network, config, batch, self.runtime.rng(f"{stream} {start}"))
+                images = self._decode(drawn)
             parts.append(to_uint8(images))
         return distributed.concatenate(torch.from_numpy(np.concatenate(parts))).numpy()
 
     # State
 
-    def _begin(self, stage: str, optim: OptimConfig | None) -> int:
-        """Enter a stage afresh, or where `load_state_dict` left it; returns the step to start from."""
-        if getattr(self, "stage", None) != stage:
-            self.stage, self.step = stage, 0
-            self.ema = EMA(self.network, self.config.model.ema_rate)
-            self.optimizer = None if optim is None else optim.make(self.network.parameters())
+    def _begin(self, stage: str) -> int:
+        """Enter a stage from the EMA weights of the one before, or where `load_state_dict` left it; returns the step
+        to go on from."""
+        if self.stage != stage:
+            self.ema.copy_to(self.network)
+            self._prepare_network(stage)
+            self._start_stage(stage)
         return self.step
+
+    def _start_stage(self, stage: str) -> None:
+        """A fresh EMA, and an optimiser of what the stage trains.
+
+        The EMA holds the frozen parameters too, whose average is their value: so its weights are a whole network,
+        which another method or stage can start from without knowing what was trained here.
+        """
+        self.stage, self.step = stage, 0
+        trained = self._trained_parameters() if stage == "train" else None
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(trained is None or name in trained)
+        self.ema = EMA(self.network, self.config.model.ema_rate)
+        section = self._stages().get(stage)
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        self.optimizer = None if section is None else section.optim.make(parameters)
 
     def _finish_step(self, snapshot_freq: int) -> None:
         self.step += 1
         self.ema.update(self.network)
         if self.step % snapshot_freq == 0:
-            self.runtime.snapshot(self.stage)  # first: a preview must not outlive the booking of its steps
+            # First: a preview must not outlive the booking of its steps.
+            self.runtime.snapshot("train" if self.stage == "train" else "pretrain")
             labels = balanced_labels(8 * min(self.spec.num_classes, 16), self.spec.num_classes)
             images = self._sample(self.config.model.sampler, labels, f"preview {self.stage} {self.step}")
             self.runtime.preview(self.stage, self.step, images, labels)
 
-    def _use_ema(self) -> None:
-        """End a stage: its EMA weights become the weights."""
-        self.ema.copy_to(self.network)
-
     def state_dict(self) -> dict:
+        """Raw weights ("network") and their average ("ema"), by name; a later stage starts from the latter."""
         return {
             "stage": self.stage,
             "step": self.step,
@@ -308,10 +288,10 @@ class DiffusionSynthesizer(Synthesizer):
         }
 
     def load_state_dict(self, state: dict) -> None:
-        optim = {"pretrain": self.config.pretrain.optim, "train": self.config.train.optim}.get(state["stage"])
-        _load_weights(self.network, state, None)
-        self.stage = None
-        self._begin(state["stage"], optim)
+        if state["stage"] != self.stage:
+            self._prepare_network(state["stage"])
+        load_weights(self.network, state["network"], "checkpoint")
+        self._start_stage(state["stage"])
         self.step = state["step"]
         self.ema.load_state_dict(state["ema"])
         if self.optimizer is not None:
@@ -320,82 +300,15 @@ class DiffusionSynthesizer(Synthesizer):
     # --dry_run
 
     def parameter_counts(self) -> dict[str, int]:
-        return {"UNet": sum(p.numel() for p in self.network.parameters())}
+        sizes = {name: parameter.numel() for name, parameter in self.network.named_parameters()}
+        trained = sum(sizes[name] for name in self._trained_parameters())
+        counts = {"UNet": sum(sizes.values())}
+        return counts if trained == counts["UNet"] else {**counts, "UNet, trained with DP-SGD": trained}
 
     def costs(self) -> list[Cost]:
-        config, spec = self.config, self.spec
-        release = dpsgd_release(DP_SGD, spec.num_train, config.train.batch_size, config.train.n_epochs)
-        expected = spec.num_train * release.sample_rate
-        if config.train.dp.max_batch_size is not None:
-            expected = min(expected, config.train.dp.max_batch_size)
-        draws = config.train.loss.n_noise_samples
-        forward, backward = self._seconds_per_row()
-        calls = config.model.sampler_acc.num_steps * (2 if config.model.sampler_acc.type == "edm" else 1)
+        config = self.config
+        forward, backward = seconds_per_image(self.network, self.network_shape, self.runtime.device)
         return [
-            Cost(
-                "train",
-                f"{release.num_steps} steps x {expected:.0f} images x {draws} noise draws",
-                release.num_steps * expected * draws * backward,
-            ),
-            Cost(
-                "generate",
-                f"{config.gen.data_num} images x {calls} network calls",
-                config.gen.data_num * calls * forward,
-            ),
+            training_cost(self._training_release(), self.spec.num_train, config.train, backward),
+            generation_cost(config.gen, config.model.sampler_acc, forward),
         ]
-
-    def _seconds_per_row(self, rows: int = 16) -> tuple[float, float]:
-        """Seconds of one network evaluation, and of one with its gradient, per image."""
-        images = torch.zeros((rows, *self.spec.image_shape), device=self.runtime.device)
-        condition = torch.zeros(rows, device=self.runtime.device)
-        labels = torch.zeros(rows, dtype=torch.int64, device=self.runtime.device)
-
-        def timed(run: Callable[[], object]) -> float:
-            run()  # the first call also allocates and chooses kernels
-            start = time.perf_counter()
-            run()
-            return (time.perf_counter() - start) / rows
-
-        def evaluate() -> float:
-            with torch.no_grad():
-                return self.network(images, condition, labels).sum().item()
-
-        def differentiate() -> float:
-            self.network(images, condition, labels).sum().backward()
-            self.network.zero_grad(set_to_none=True)
-            return float(next(self.network.parameters()).detach().flatten()[0])
-
-        return timed(evaluate), timed(differentiate)
-
-
-def _read_checkpoint(path: str) -> tuple[dict, list[Release]]:
-    """The method's state, and the private releases that were booked up to it."""
-    from utils.checkpoints import read
-
-    content = read(path)
-    state, ledger = content["state"], content.get("ledger") or {"plan": [], "executed": {}}
-    if "network" not in state or "label_dim" not in state:
-        raise UserError(f"model.ckpt: {path} is not a checkpoint of a diffusion method")
-    taken = [(Release(**saved), ledger["executed"][saved["name"]]) for saved in ledger["plan"]]
-    return state, [
-        replace(release, name=f"checkpoint: {release.name}", num_steps=steps)
-        for release, steps in taken
-        if steps
-    ]
-
-
-def _load_weights(network: UNet, state: dict, config: ModelConfig | None) -> None:
-    """Copy raw weights, or the EMA where `config` asks for it; a different architecture is a UserError."""
-    weights = state["network"]
-    if config is not None and config.ckpt_weights == "ema":
-        weights = {**weights, **state["ema"]["weights"]}
-    own = network.state_dict()
-    for name in [*own, *weights]:
-        have, want = weights.get(name), own.get(name)
-        if have is None or want is None or have.shape != want.shape:
-            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (have, want)]
-            source = "checkpoint" if config is None else f"model.ckpt: {config.ckpt}"
-            raise UserError(
-                f"{source} has another architecture: '{name}' is {shapes[0]}, the network's {shapes[1]}"
-            )
-    network.load_state_dict(weights)

@@ -1,0 +1,43 @@
+"""Starting from a checkpoint of the diffusion family: which weights, and what its own training has spent."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from opacus_ext.accounting import Release
+from utils.errors import UserError
+
+
+def read_checkpoint(path: str) -> tuple[dict, list[Release]]:
+    """The method's state, and the private releases that were booked up to it."""
+    from utils.checkpoints import read
+
+    content = read(path)
+    state, ledger = content["state"], content.get("ledger") or {"plan": [], "executed": {}}
+    if "network" not in state or "label_dim" not in state:
+        raise UserError(f"model.ckpt: {path} is not a checkpoint of a diffusion method")
+    taken = [(Release(**saved), ledger["executed"][saved["name"]]) for saved in ledger["plan"]]
+    return state, [
+        replace(release, name=f"checkpoint: {release.name}", num_steps=steps)
+        for release, steps in taken
+        if steps
+    ]
+
+
+def chosen_weights(state: dict, kind: str) -> dict[str, torch.Tensor]:
+    """The weights of a state by name: "raw", or "ema" (which averages parameters; buffers have one value)."""
+    return {**state["network"], **state["ema"]["weights"]} if kind == "ema" else state["network"]
+
+
+def load_weights(network: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Copy weights; a different architecture is a UserError that names `source` and the first difference."""
+    own = network.state_dict()
+    for name in [*own, *weights]:
+        have, want = weights.get(name), own.get(name)
+        if have is None or want is None or have.shape != want.shape:
+            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (have, want)]
+            raise UserError(
+                f"{source} has another architecture: '{name}' is {shapes[0]}, the network's {shapes[1]}"
+            )
+    network.load_state_dict(weights)

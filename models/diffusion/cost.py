@@ -1,0 +1,55 @@
+"""What the stages of a diffusion method will take, for --dry_run: extrapolated from single network calls."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from models.diffusion.config import TrainConfig
+from models.diffusion.samplers import SamplerConfig, network_calls
+from models.synthesizer import Cost
+from opacus_ext.accounting import Release
+from utils.sections import GenConfig
+
+
+def training_cost(release: Release, num_train: int, config: TrainConfig, seconds: float) -> Cost:
+    """Of the private stage; `seconds` per image and noise draw."""
+    images = num_train * release.sample_rate
+    if release.max_batch_size is not None:
+        images = min(images, release.max_batch_size)
+    draws = config.loss.n_noise_samples
+    description = f"{release.num_steps} steps x {images:.0f} images x {draws} noise draws"
+    return Cost("train", description, release.num_steps * images * draws * seconds)
+
+
+def generation_cost(gen: GenConfig, sampler: SamplerConfig, seconds: float) -> Cost:
+    """Of the delivered images; `seconds` per image and network call."""
+    calls = network_calls(sampler)
+    return Cost("generate", f"{gen.data_num} images x {calls} network calls", gen.data_num * calls * seconds)
+
+
+def seconds_per_image(
+    network: nn.Module, shape: tuple[int, ...], device: str, rows: int = 16
+) -> tuple[float, float]:
+    """Seconds of one network call, and of one with its gradient, per image of `shape`."""
+    images = torch.zeros((rows, *shape), device=device)
+    condition = torch.zeros(rows, device=device)
+    labels = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def timed(run: Callable[[], object]) -> float:
+        run()  # the first call also allocates and chooses kernels
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) / rows
+
+    def evaluate() -> float:
+        with torch.no_grad():
+            return network(images, condition, labels).sum().item()
+
+    def differentiate() -> float:
+        network(images, condition, labels).sum().backward()
+        network.zero_grad(set_to_none=True)
+        return float(next(network.parameters()).detach().flatten()[0])
+
+    return timed(evaluate), timed(differentiate)
