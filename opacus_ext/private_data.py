@@ -40,7 +40,7 @@ class PrivateData:
         self.spec = spec
         self.ledger = ledger
         self.device = torch.device(device)
-        self._images: np.ndarray | torch.Tensor = samples.images
+        self._images: np.ndarray | torch.Tensor | None = samples.images  # None: to be mapped when first read
         self._labels = torch.from_numpy(samples.labels)
         self._noise = noise or NoiseSource()
         self._batch_size = batch_size
@@ -140,14 +140,12 @@ class PrivateData:
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "PrivateData":
         """The same records with every image replaced by fn(image), e.g. its latent; same ledger, same noise.
 
-        fn sees batches (B, C, H, W) float32 and must treat each image by itself, as every fn of this class.
+        fn sees batches (B, C, H, W) float32 and must treat each image by itself, as every fn of this class. It is
+        called when the first release reads the mapped records, and then kept: mapping alone reads nothing.
         """
         mapped = object.__new__(PrivateData)
         mapped.__dict__.update(self.__dict__)
-        own = distributed.share(len(self._labels))
-        mapped._images = distributed.concatenate(
-            torch.cat([fn(images).cpu() for images, _ in self._batches(own)])
-        )
+        mapped._images, mapped._source, mapped._fn = None, self, fn
         return mapped
 
     def reveal(self, reason: str) -> Samples:
@@ -180,14 +178,28 @@ class PrivateData:
             yield self._take(part if chosen is None else chosen[part])
 
     def _take(self, which: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._images is None:
+            self._images = self._all_mapped()
         labels = self._labels[which].to(self.device)
         if isinstance(self._images, torch.Tensor):
             return self._images[which].to(self.device), labels
         rows = self._images[which if isinstance(which, slice) else which.numpy()]
         return to_float(rows, self.device), labels
 
+    def _all_mapped(self) -> torch.Tensor:
+        """(N, ...) float32 in main memory. Every process maps all records for itself, in the same batches: whether a
+        process reads at all in a step depends on the sample, so they cannot share the work here."""
+        num_batches = -(-self.spec.num_train // self._batch_size)
+        batches = self._source._batches(slice(0, len(self._labels)))
+        return torch.cat(
+            [self._fn(images).cpu() for images, _ in progress(batches, "map", num_batches, unit="batch")]
+        )
+
     def _image_shape(self) -> tuple[int, ...]:
-        return tuple(self._images.shape[1:])
+        if self._images is not None:
+            return tuple(self._images.shape[1:])
+        blank = torch.zeros(1, *self._source._image_shape(), device=self.device)
+        return tuple(self._fn(blank).shape[1:])
 
     def _sampled_indices(self, release: Release, step: int) -> torch.Tensor:
         rate, max_size = release.sample_rate, release.max_batch_size

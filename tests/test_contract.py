@@ -433,7 +433,10 @@ def test_an_unbooked_read_is_caught(make_trial, reads, monkeypatch):
     assert reads.forbidden == 4
 
 
-def test_mapping_without_a_release_is_seen(make_private, reads):
-    """`map` reads every image; its result stays behind the boundary, but a method may not do so unbooked."""
-    make_private([Release("sum", 1.0)]).map(lambda images: images)
-    assert reads.forbidden == 1
+def test_mapping_reads_nothing_and_what_is_mapped_no_more_than_the_rest(make_private, reads):
+    """`map` waits for the first release to read; without one the mapped records are as closed as the others."""
+    mapped = make_private([Release("sum", 1.0)]).map(lambda images: images / 2)
+    assert mapped._image_shape() == (1, 8, 8)
+    assert reads.forbidden == reads.allowed == 0
+    mapped._take(slice(0, 4))
+    assert reads.forbidden == 2  # the call itself, and the one batch of all records behind it

@@ -316,6 +316,21 @@ def test_a_gaussian_release_pays_for_no_noisy_max():
         private.report_noisy_max("sum", lambda x, y: torch.ones(len(x), 2))
 
 
+def test_map_is_asked_once_and_sees_each_image_once():
+    private, _ = private_of(torch.zeros(3, 1), [Release("sum", 1.0, num_steps=2)])
+    seen = []
+
+    def kept(images):
+        seen.append(len(images))
+        return images
+
+    mapped = private.map(kept)
+    assert seen == []
+    for _ in range(2):
+        mapped.noisy_sum("sum", lambda x, y: x[:, 0, :1, 0], 1.0)
+    assert seen == [3]
+
+
 def test_map_changes_the_images_and_keeps_ledger_noise_and_reveals():
     private, _ = private_of(torch.zeros(3, 1), [Release("sum", 1.0, num_steps=2)])
     halved = private.map(lambda images: images[:, :1] / 2)

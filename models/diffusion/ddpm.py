@@ -1,4 +1,4 @@
-"""Noise-predicting diffusion on a discrete schedule (Ho et al. 2020), as latent diffusion uses it (Rombach et al. 2022).
+"""Noise-predicting diffusion on a discrete schedule (Ho et al. 2020), as in latent diffusion (Rombach et al. 2022).
 
 The noisy latent at timestep t is x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e, with a_t the product of 1 - beta up to t; the
 network sees x_t and t, and estimates e. Divided by sqrt(a_t) this is x_0 + sigma_t e with sigma_t^2 = (1 - a_t) / a_t:
