@@ -49,6 +49,12 @@ def words_per_class(public: PublicDataConfig, num_private: int) -> int:
     """k = int(public classes * ratio / private classes): votes per image, and classes each private class gets."""
     if public.n_classes is None:
         raise UserError(f"public_data.n_classes: unknown for '{public.name}'; give public_data.n_classes=<k>")
+    check(
+        public.n_classes >= num_private,
+        "public_data.name",
+        public.name,
+        f"a set of at least {num_private} classes, one for each private class; it has {public.n_classes}",
+    )
     words = int(public.n_classes * public.selective.ratio / num_private + 1e-9)
     least = num_private / public.n_classes
     check(
@@ -143,7 +149,8 @@ class SemanticQuery:
                 self.runtime.device
             )
         if distributed.is_main():
-            self._train_or_read(classifier, public)
+            with self.runtime.seeded("query classifier training"):  # its dropout
+                self._train_or_read(classifier, public)
         distributed.copy_from_main(classifier.state_dict().values())
         return classifier.eval()
 

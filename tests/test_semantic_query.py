@@ -72,6 +72,8 @@ def test_too_few_public_classes_are_refused(make_method):
     section = make_method(NAME).config.public_data
     with pytest.raises(UserError, match=r"selective.ratio: 0.5 .* at least 0.667"):
         words_per_class(section, 4)
+    with pytest.raises(UserError, match=r"public_data.name: glyphs .* at least 7 classes.* it has 6"):
+        words_per_class(section, 7)
     with pytest.raises(UserError, match=r"public_data.n_classes: unknown"):
         words_per_class(dataclasses.replace(section, n_classes=None), 3)
 
@@ -213,3 +215,13 @@ def test_the_classifier_is_cached_by_data_and_configuration(make_method, public,
     query("pretrain.query.lr=0.01")._classifier(public)
     query(seed=1)._classifier(public)
     assert len(trained) == 4
+
+
+def test_the_classifier_follows_from_the_seed(make_method, public):
+    """Dropout included: a run that is repeated asks with the same classifier."""
+
+    def trained(seed):
+        torch.manual_seed(seed)  # what a run has drawn before must not matter
+        return make_method(NAME).query._classifier(public).state_dict().values()
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(1), trained(2), strict=True))
