@@ -35,9 +35,7 @@ class Checkpoints:
         """Write a snapshot (overwritten each time), or the final checkpoint of a stage."""
         if not distributed.is_main():
             return
-        with atomic(self._path(stage, kind)) as temporary:
-            # Through memory: writing to a full disk is then an OSError, which torch.save hides in a RuntimeError.
-            temporary.write_bytes(self._serialised())
+        write(self._path(stage, kind), self._content())
 
     def finished(self, stage: str) -> bool:
         return distributed.from_main(self._path(stage, "final").exists)
@@ -56,7 +54,7 @@ class Checkpoints:
         must be the same everywhere."""
         import torch
 
-        serialised = distributed.from_main(self._serialised)
+        serialised = distributed.from_main(lambda: _serialised(self._content()))
         if not distributed.is_main():
             content = torch.load(io.BytesIO(serialised), map_location="cpu", weights_only=True)
             if self.ledger is not None and self.ledger.state_dict() != content["ledger"]:
@@ -65,17 +63,12 @@ class Checkpoints:
                 )
             self._load(content)
 
-    def _serialised(self) -> bytes:
-        import torch
-
-        content = {
+    def _content(self) -> dict:
+        return {
             "method": self.method,
             "state": self.synthesizer.state_dict(),
             "ledger": None if self.ledger is None else self.ledger.state_dict(),
         }
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        return buffer.getvalue()
 
     def _furthest(self) -> tuple[str, dict] | None:
         for stage in reversed(self.STAGES):
@@ -93,6 +86,21 @@ class Checkpoints:
 
     def _path(self, stage: str, kind: str) -> Path:
         return self.folder / stage / "checkpoints" / f"{kind}_checkpoint.pth"
+
+
+def write(path: Path, content: dict) -> None:
+    """Write tensors and plain containers as a checkpoint file, whole or not at all."""
+    with atomic(path) as temporary:
+        # Through memory: writing to a full disk is then an OSError, which torch.save hides in a RuntimeError.
+        temporary.write_bytes(_serialised(content))
+
+
+def _serialised(content: dict) -> bytes:
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def read(path: str) -> dict:

@@ -14,14 +14,18 @@ def read_checkpoint(path: str) -> tuple[dict, list[Release]]:
     from utils.checkpoints import read
 
     content = read(path)
-    state, ledger = content["state"], content.get("ledger") or {"plan": [], "executed": {}}
+    state = content["state"]
     if "network" not in state or "label_dim" not in state:
         raise UserError(f"model.ckpt: {path} is not a checkpoint of a diffusion method")
+    return state, spent_releases(content, "checkpoint")
+
+
+def spent_releases(content: dict, label: str) -> list[Release]:
+    """The private releases that were booked up to a file's state, named "<label>: <release>"."""
+    ledger = content.get("ledger") or {"plan": [], "executed": {}}
     taken = [(Release(**saved), ledger["executed"][saved["name"]]) for saved in ledger["plan"]]
-    return state, [
-        replace(release, name=f"checkpoint: {release.name}", num_steps=steps)
-        for release, steps in taken
-        if steps
+    return [
+        replace(release, name=f"{label}: {release.name}", num_steps=steps) for release, steps in taken if steps
     ]
 
 
