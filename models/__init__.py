@@ -10,5 +10,6 @@ METHODS = Registry(
         "DPDM": "models.dpdm:DPDM",
         "PDP-Diffusion": "models.pdp_diffusion:PDPDiffusion",
         "PrivImage": "models.privimage:PrivImage",
+        "DP-LDM-SD": "models.dp_ldm_sd:DPLDMSD",
     },
 )

@@ -60,14 +60,16 @@ class Step:
 
 
 def dpsgd_release(
-    name: str, num_train: int, batch_size: int, n_epochs: int, max_batch_size: int | None = None
+    name: str, num_train: int, batch_size: int | None, n_epochs: int, max_batch_size: int | None = None
 ) -> Release:
     """The plan of E epochs of nominal batch B over N records: q = 1/L and T = E L with L = ceil(N / B).
 
-    So the expected batch is N / L, not B; the published sigma tables rest on this rule. `max_batch_size`: of larger
-    samples a random subset of this size is taken.
+    So the expected batch is N / L, not B; the published sigma tables rest on this rule. batch_size None: all records
+    in every step. `max_batch_size`: of larger samples a random subset of this size is taken.
     """
-    check(batch_size > 0, "train.batch_size", batch_size, "a positive number of records")
+    batch_size = num_train if batch_size is None else batch_size
+    allowed = f"from 1 to {num_train}, the number of private images, or null for all of them"
+    check(0 < batch_size <= num_train, "train.batch_size", batch_size, allowed)
     check(n_epochs >= 0, "train.n_epochs", n_epochs, "0 or more")
     steps_per_epoch = math.ceil(num_train / batch_size)
     return Release(

@@ -62,6 +62,7 @@ SMALL: dict[str, list[str]] = {
     ],
     "DPDM": DIFFUSION,
     "PDP-Diffusion": [*DIFFUSION, *PRETRAIN],
+    "DP-LDM-SD": [*DIFFUSION, *PRETRAIN],
     "PrivImage": [
         *DIFFUSION,
         *PRETRAIN,

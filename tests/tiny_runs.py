@@ -55,6 +55,7 @@ TINY = {
     ],
     "DPDM": [*_DIFFUSION, "public_data.name=null"],
     "PDP-Diffusion": [*_DIFFUSION, *_PUBLIC, "public_data.selective.ratio=1.0"],
+    "DP-LDM-SD": [*_DIFFUSION, *_PUBLIC, "public_data.selective.ratio=1.0"],
     "PrivImage": [*_DIFFUSION, *_PUBLIC, *_QUERY],
 }
 

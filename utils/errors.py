@@ -11,6 +11,11 @@ class UserError(ValueError):
     """
 
 
+class FieldError(UserError):
+    """A mistake in a section that stands at several places of the configuration. The message starts with the field's
+    name; utils/typed.py, which knows the place, puts the section's key before it."""
+
+
 def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
     """The error for a name that is in no table: names the nearest entry and lists what exists."""
     names = sorted(known)

@@ -5,13 +5,19 @@ A field without a value in YAML is an error (OmegaConf's MISSING); `None` means 
 
 from dataclasses import dataclass
 
-from utils.errors import UserError, unknown
+from utils.errors import FieldError, UserError, unknown
 
 
 def check(condition: bool, key: str, value: object, allowed: str) -> None:
     """Raise UserError("key: value is not allowed; allowed") unless the condition holds."""
     if not condition:
         raise UserError(f"{key}: {value} is not allowed; it must be {allowed}")
+
+
+def check_field(condition: bool, field: str, value: object, allowed: str) -> None:
+    """`check` for a section whose key is known only where it is built: `field` gets it as its prefix."""
+    if not condition:
+        raise FieldError(f"{field}: {value} is not allowed; it must be {allowed}")
 
 
 @dataclass(frozen=True)

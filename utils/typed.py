@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Iterable
 
-from utils.errors import UserError
+from utils.errors import FieldError, UserError
 
 MISSING = "???"  # how YAML files written for OmegaConf mark a value that somebody else must give
 
@@ -100,6 +100,8 @@ def _build_dataclass(kind: type, value: object, key: str) -> object:
             raise _no_value(f"{key}.{field.name}")
     try:
         return kind(**arguments)
+    except FieldError as error:
+        raise UserError(f"{key}.{error}") from error
     except UserError:
         raise
     except ValueError as error:  # a check of a class outside this repository

@@ -6,9 +6,10 @@ import torch
 
 from models.diffusion.loss import LossConfig
 from models.diffusion.samplers import SamplerConfig
+from models.nn.unet import level_sizes
 from models.semantic_query import QueryConfig
 from opacus_ext.dpsgd import DPSGDConfig
-from utils.sections import check
+from utils.sections import check_field
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,22 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         levels = len(self.ch_mult) - 1
-        check(
+        check_field(
             levels >= 0 and 2**levels <= self.image_size,
-            "model.network.ch_mult",
+            "ch_mult",
             self.ch_mult,
             f"one factor per level, and {self.image_size} px cannot be halved {levels} times",
         )
-        check(self.nf > 2 and self.nf % 4 == 0, "model.network.nf", self.nf, "a positive multiple of 4")
+        check_field(min(self.ch_mult) > 0, "ch_mult", self.ch_mult, "factors of at least 1")
+        check_field(self.nf > 2 and self.nf % 4 == 0, "nf", self.nf, "a positive multiple of 4")
+        check_field(self.num_res_blocks > 0, "num_res_blocks", self.num_res_blocks, "at least 1")
+        sizes = level_sizes(self.image_size, levels + 1)
+        check_field(
+            not self.attn_resolutions or not set(self.attn_resolutions).isdisjoint(sizes),
+            "attn_resolutions",
+            self.attn_resolutions,
+            f"empty, or name one of the levels' sizes: {', '.join(map(str, sizes))}",
+        )
 
 
 @dataclass(frozen=True)
@@ -41,14 +51,18 @@ class ModelConfig:
     ckpt_weights: str  # which of its weights: ema or raw
 
     def __post_init__(self) -> None:
-        check(0 <= self.ema_rate < 1, "model.ema_rate", self.ema_rate, "in [0, 1)")
-        check(self.ckpt_weights in ("ema", "raw"), "model.ckpt_weights", self.ckpt_weights, "ema or raw")
+        check_field(0 <= self.ema_rate < 1, "ema_rate", self.ema_rate, "in [0, 1)")
+        check_field(self.ckpt_weights in ("ema", "raw"), "ckpt_weights", self.ckpt_weights, "ema or raw")
 
 
 @dataclass(frozen=True)
 class OptimParams:
     lr: float
     weight_decay: float
+
+    def __post_init__(self) -> None:
+        check_field(self.lr > 0, "lr", self.lr, "greater than 0")
+        check_field(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -57,8 +71,8 @@ class OptimConfig:
     params: OptimParams
 
     def __post_init__(self) -> None:
-        check(
-            self.optimizer in OPTIMIZERS, "optim.optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}"
+        check_field(
+            self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}"
         )
 
     def make(self, parameters) -> torch.optim.Optimizer:
@@ -81,15 +95,19 @@ class PretrainConfig:
     query: QueryConfig  # classifier behind the semantic query; used when public_data.selective.ratio < 1
 
     def __post_init__(self) -> None:
-        check(self.batch_size > 0, "pretrain.batch_size", self.batch_size, "a positive number of images")
-        check(self.n_epochs >= 0, "pretrain.n_epochs", self.n_epochs, "0 or more")
+        check_field(self.batch_size > 0, "batch_size", self.batch_size, "a positive number of images")
+        check_field(self.n_epochs >= 0, "n_epochs", self.n_epochs, "0 or more")
+        check_field(self.snapshot_freq > 0, "snapshot_freq", self.snapshot_freq, "at least 1")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    batch_size: int  # nominal: the sampling rate is 1 / ceil(N / batch_size)
+    batch_size: int | None  # nominal: the sampling rate is 1 / ceil(N / batch_size); None: all N in every step
     n_epochs: int
     snapshot_freq: int
     optim: OptimConfig
     loss: LossConfig
     dp: DPSGDConfig
+
+    def __post_init__(self) -> None:
+        check_field(self.snapshot_freq > 0, "snapshot_freq", self.snapshot_freq, "at least 1")

@@ -7,7 +7,7 @@ import torch
 
 from models.diffusion.denoiser import SIGMA_DATA, denoise
 from utils.draws import Draws
-from utils.sections import check
+from utils.sections import check_field
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,9 @@ class LossConfig:
     label_dropout: float  # probability that an example is shown without its label
 
     def __post_init__(self) -> None:
-        check(self.n_noise_samples > 0, "loss.n_noise_samples", self.n_noise_samples, "at least 1")
-        check(0 <= self.label_dropout <= 1, "loss.label_dropout", self.label_dropout, "in [0, 1]")
+        check_field(self.n_noise_samples > 0, "n_noise_samples", self.n_noise_samples, "at least 1")
+        check_field(0 <= self.label_dropout <= 1, "label_dropout", self.label_dropout, "in [0, 1]")
+        check_field(self.p_std >= 0, "p_std", self.p_std, "0 or more")
 
 
 class EDMLoss:

@@ -12,6 +12,15 @@ from torch import nn
 SKIP_SCALE = 1.0 / math.sqrt(2.0)  # keeps the variance of a sum of two branches
 NEAR_ZERO = 1e-10  # initial scale of layers that start as (almost) nothing
 
+PARAMETER_GROUPS = (
+    "label_embedding",
+    "condition",  # the two layers that mix label and noise level
+    "input_conv",
+    "attention",  # query, key, value and output projections
+    "attention_norm",
+    "blocks",  # residual blocks
+    "output",
+)
 
 RESAMPLERS = {
     None: lambda x, size: x,
@@ -48,20 +57,18 @@ class UNet(nn.Module):
         self.input_conv = _conv(channels, nf)
 
         skips = [nf]
-        width, resolution = nf, image_size
-        passed = []  # resolutions on the way down; an odd one is halved upwards: 7 -> 4
+        width = nf
+        sizes = level_sizes(image_size, len(ch_mult))
         self.down = nn.ModuleList()
         for level, factor in enumerate(ch_mult):
             for _ in range(num_res_blocks):
                 self.down.append(
-                    _Stage(width, factor * nf, condition, attention=resolution in attn_resolutions)
+                    _Stage(width, factor * nf, condition, attention=sizes[level] in attn_resolutions)
                 )
                 width = factor * nf
                 skips.append(width)
             if level < len(ch_mult) - 1:
                 self.down.append(_Stage(width, width, condition, resample="down"))
-                passed.append(resolution)
-                resolution = math.ceil(resolution / 2)
                 skips.append(width)
 
         self.middle = nn.ModuleList(
@@ -72,14 +79,13 @@ class UNet(nn.Module):
         for level, factor in reversed(list(enumerate(ch_mult))):
             for block in range(num_res_blocks + 1):
                 last = block == num_res_blocks
-                attention = last and resolution in attn_resolutions
+                attention = last and sizes[level] in attn_resolutions
                 self.up.append(
                     _Stage(width + skips.pop(), factor * nf, condition, attention=attention, takes_skip=True)
                 )
                 width = factor * nf
             if level > 0:
                 self.up.append(_Stage(width, width, condition, resample="up"))
-                resolution = passed.pop()
         assert not skips
 
         self.output_norm = _norm(width)
@@ -101,6 +107,13 @@ class UNet(nn.Module):
             size = skips[-1].shape[-2:] if skips else None
             h = stage(torch.cat([h, skips.pop()], dim=1) if stage.takes_skip else h, condition, size)
         return self.output_conv(F.silu(self.output_norm(h)))
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """Group -> names of its parameters; each parameter is in one group. An attention group may be empty."""
+        groups = {group: [] for group in PARAMETER_GROUPS}
+        for name, _ in self.named_parameters():
+            groups[_group_of(name)].append(name)
+        return groups
 
 
 class _Stage(nn.Module):
@@ -163,6 +176,23 @@ class Attention(nn.Module):
         weights = torch.softmax(query @ key.transpose(1, 2) * channels**-0.5, dim=-1)
         h = self.output(weights @ value).transpose(1, 2).reshape(batch, channels, height, width)
         return (x + h) * SKIP_SCALE
+
+
+def level_sizes(image_size: int, num_levels: int) -> list[int]:
+    """Pixels of each level, the highest first; an odd size is halved upwards: 7 -> 4."""
+    sizes = [image_size]
+    while len(sizes) < num_levels:
+        sizes.append(math.ceil(sizes[-1] / 2))
+    return sizes
+
+
+def _group_of(name: str) -> str:
+    top = name.split(".")[0]
+    if top in ("down", "middle", "up"):
+        if ".block." in name:
+            return "blocks"
+        return "attention_norm" if ".attention.norm." in name else "attention"
+    return top if top in PARAMETER_GROUPS else top.split("_")[0]  # condition_in -> condition
 
 
 def sinusoidal_embedding(values: torch.Tensor, dim: int) -> torch.Tensor:
