@@ -33,7 +33,7 @@ _DIFFUSION = [
     "model.sampler_acc.type=ddim",
     "model.sampler_acc.num_steps=3",
     "train.n_epochs=2",
-    "train.batch_size=1437",  # every record in every step: the accounting is then a closed form
+    "train.batch_size=null",  # every record in every step: the accounting is then a closed form
     "train.loss.n_noise_samples=1",
     "train.dp.max_physical_batch_size=512",
 ]

@@ -20,7 +20,7 @@ from models.diffusion.denoiser import guided
 from models.diffusion.loss import EDMLoss, LossConfig
 from models.diffusion.samplers import SamplerConfig, sample
 from models.nn.ema import EMA
-from models.nn.unet import UNet
+from models.nn.unet import UNet, level_sizes
 from models.semantic_query import SemanticQuery, words_per_class
 from models.synthesizer import Cost, Synthesizer, balanced_labels
 from opacus_ext.accounting import Release
@@ -31,7 +31,7 @@ from utils.draws import Draws
 from utils.errors import UserError
 from utils.images import to_float, to_uint8
 from utils.progress import progress
-from utils.runtime import Runtime
+from utils.runtime import Runtime, log
 from utils.sections import GenConfig, PublicDataConfig
 from utils.seeding import numpy_rng
 
@@ -61,6 +61,7 @@ class DiffusionSynthesizer(Synthesizer):
             )
         self.network = runtime.place(network)
         if checkpoint is not None:
+            self._require_fit(checkpoint)
             weights = chosen_weights(checkpoint, config.model.ckpt_weights)
             load_weights(self.network, weights, f"model.ckpt: {config.model.ckpt}")
         self._start_stage("start")
@@ -71,6 +72,25 @@ class DiffusionSynthesizer(Synthesizer):
             return None
         words = words_per_class(public, self.spec.num_classes)
         return SemanticQuery(self.config.pretrain.query, public.selective, words, self.spec, self.runtime)
+
+    def _require_fit(self, checkpoint: dict) -> None:
+        """Raise UserError where a checkpoint was made for other images or labels than this run's."""
+        source, labels = f"model.ckpt: {self.config.model.ckpt}", checkpoint["label_dim"]
+        if tuple(checkpoint["shape"]) != self.network_shape:
+            raise UserError(
+                f"{source} was made for inputs of shape {tuple(checkpoint['shape'])}; these have {self.network_shape}"
+            )
+        if labels < self.spec.num_classes:
+            raise UserError(
+                f"{source} knows {labels} labels; the private images have {self.spec.num_classes} classes"
+            )
+        public, pretrain = self.config.public_data, self.config.pretrain
+        by_label = self.query is None and pretrain.n_epochs and pretrain.cond
+        if by_label and (public.n_classes or 0) > labels:
+            raise UserError(
+                f"{source} knows {labels} labels; {public.name} has {public.n_classes} classes; use "
+                f"pretrain.cond=false"
+            )
 
     def _label_dim(self) -> int:
         """Rows of the label table without the null row: private classes, or public ones where those are trained."""
@@ -100,6 +120,9 @@ class DiffusionSynthesizer(Synthesizer):
         """network(noisy (B, *network_shape), noise condition (B,), labels (B,)) -> (B, *network_shape), with
         `null_label` (= label_dim) as the label of no class. Called once, with seeded global generators."""
         shape = self.config.model.network
+        sizes = level_sizes(shape.image_size, len(shape.ch_mult))
+        if missing := [size for size in shape.attn_resolutions if size not in sizes]:
+            log.info(f"model.network.attn_resolutions: no level has {missing} pixels; there are {sizes}")
         return UNet(
             image_size=shape.image_size,
             channels=shape.num_in_channels,
@@ -153,11 +176,6 @@ class DiffusionSynthesizer(Synthesizer):
             return
         if self.query is not None:
             public = self.query.select(public, private)
-        elif config.cond and public.num_classes > self.network.null_label:
-            raise UserError(
-                f"public_data: {public.num_classes} classes do not fit the checkpoint's table of "
-                f"{self.network.null_label} labels; use pretrain.cond=false"
-            )
         self._fit_public("pretrain", public.samples, self._make_loss(config.loss, not config.cond))
 
     def _book_inherited(self, private: PrivateData | None) -> None:
@@ -178,6 +196,8 @@ class DiffusionSynthesizer(Synthesizer):
         it in a resumed run."""
         config = self._stages()[stage]
         batch_size = min(config.batch_size, len(samples))
+        if batch_size < config.batch_size:
+            log.info(f"{stage}: there are {batch_size} images, fewer than batch_size={config.batch_size}")
         steps_per_epoch = len(samples) // batch_size
         total = config.n_epochs * steps_per_epoch
         start = self._begin(stage)
@@ -282,6 +302,7 @@ class DiffusionSynthesizer(Synthesizer):
             "stage": self.stage,
             "step": self.step,
             "label_dim": self.network.null_label,
+            "shape": list(self.network_shape),
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
