@@ -146,10 +146,6 @@ def run(parts: Parts) -> int:
 
     config = parts.config
     with_private = parts.ledger is not None
-    if (config.public_data.name or "").startswith("central_"):
-        raise UserError(
-            f"public_data.name: {config.public_data.name} warms up no method yet; use a public set or null"
-        )
     sensitive = private = None
     with distributed.main_goes_first():  # public images are rendered or converted once
         if with_private:

@@ -11,5 +11,9 @@ METHODS = Registry(
         "PDP-Diffusion": "models.pdp_diffusion:PDPDiffusion",
         "PrivImage": "models.privimage:PrivImage",
         "DP-LDM-SD": "models.dp_ldm_sd:DPLDMSD",
+        "DP-FETA": "models.dp_feta:DPFETA",
+        "DP-FETA-Pro": "models.dp_feta_pro:DPFETAPro",
+        "DP-LDM": "models.dp_ldm:DPLDM",
+        "DP-LoRA": "models.dp_lora:DPLoRA",
     },
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from data.public import has_public_images
 from data.spec import DataSpec, PublicData, Samples
 from models import METHODS
 from opacus_ext.ledger import Budget, Ledger
@@ -49,6 +50,42 @@ PRETRAIN = [
     "pretrain.query.n_epochs=1",
     "pretrain.query.batch_size=16",
 ]
+CENTRAL = [
+    "public_data.central.sample_num=2",
+    "public_data.central.sigma=50.0",
+    "public_data.central.batch_size=60",  # every record in every query: the accounting is then a closed form
+    "pretrain.warm_up.batch_size=4",
+    "pretrain.warm_up.n_epochs=3",
+    "pretrain.snapshot_freq=2",
+]
+FREQUENCY = [
+    "freq.sigma=50.0",
+    "freq.image_size=8",
+    "freq.Generator.z_dim=6",
+    "freq.Generator.g_shared_dim=4",
+    "freq.Generator.g_conv_dim=4",
+    "freq.d_rff=20",
+    "freq.fit.epochs=1",
+    "freq.fit.batch_size=10",
+    "freq.data_num=24",
+    "freq.batch_size=8",
+    "freq.n_epochs=1",
+]
+LATENT = [
+    "model.network.nf=8",
+    "model.network.ch_mult=[1,2]",
+    "model.network.attn_resolutions=[2]",
+    "model.network.num_res_blocks=1",
+    "model.network.head_width=4",
+    "model.network.context_dim=6",
+    "model.sampler.num_steps=2",
+    "model.sampler_acc.num_steps=3",
+    "pretrain.autoencoder.ch=4",
+    "pretrain.autoencoder.n_epochs=1",
+    "pretrain.autoencoder.batch_size=16",
+    "pretrain.autoencoder.snapshot_freq=2",
+    *[setting for setting in DIFFUSION if not setting.startswith("model.")],
+]
 SMALL: dict[str, list[str]] = {
     "Noise": [],
     "DP-MERF": [
@@ -69,6 +106,10 @@ SMALL: dict[str, list[str]] = {
         "public_data.selective.ratio=0.5",
         "public_data.selective.sigma=100.0",
     ],
+    "DP-FETA": [*DIFFUSION, *CENTRAL],
+    "DP-FETA-Pro": [*DIFFUSION, *CENTRAL, *FREQUENCY],
+    "DP-LDM": [*LATENT, *PRETRAIN],
+    "DP-LoRA": [*LATENT, *PRETRAIN, "train.rank=2"],
 }
 
 
@@ -137,7 +178,7 @@ def make_method(spec) -> Callable[..., object]:
 
     def make(name: str, *settings: str, epsilon=10, runtime: Runtime | None = None):
         config = small_config(name, settings, str(epsilon))
-        if hasattr(config, "public_data") and config.public_data.name is not None:
+        if hasattr(config, "public_data") and has_public_images(config.public_data):
             section = dataclasses.replace(config.public_data, n_classes=PUBLIC_CLASSES)
             config = dataclasses.replace(config, public_data=section)
         return METHODS.resolve(name)(config, spec, runtime or Runtime())
@@ -153,7 +194,7 @@ def make_trial(make_method, make_private, public) -> Callable[..., Trial]:
         synthesizer = make_method(name, *settings, epsilon=epsilon, runtime=runtime)
         private = make_private(synthesizer.privacy_plan(), float(epsilon), noise_seed, records)
         section = getattr(synthesizer.config, "public_data", None)
-        without = section is None or section.name is None
+        without = section is None or not has_public_images(section)
         return Trial(name, synthesizer, private, None if without else public)
 
     return make

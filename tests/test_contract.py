@@ -22,7 +22,7 @@ from utils.checkpoints import Checkpoints
 from utils.runtime import Runtime
 
 NAMES = sorted(METHODS)
-DIFFUSION = ["DPDM", "PDP-Diffusion", "PrivImage"]
+DIFFUSION = ["DPDM", "PDP-Diffusion", "PrivImage", "DP-FETA", "DP-FETA-Pro"]
 PRIVATE = [name for name in NAMES if name != "Noise"]
 
 
@@ -375,7 +375,7 @@ def kill_in(monkeypatch, owner, method: str, call: int):
     monkeypatch.setattr(owner, method, dying)
 
 
-@pytest.mark.parametrize("name", ["PDP-Diffusion", "PrivImage"])
+@pytest.mark.parametrize("name", ["PDP-Diffusion", "PrivImage", "DP-FETA", "DP-FETA-Pro"])
 def test_a_run_killed_in_pretraining_continues_as_if_nothing_happened(
     name, make_trial, tmp_path, monkeypatch
 ):
@@ -391,12 +391,12 @@ def test_a_run_killed_in_pretraining_continues_as_if_nothing_happened(
 
 
 def test_dpmerf_killed_after_its_release_asks_no_second_time(make_trial, tmp_path, monkeypatch):
-    from models.dp_merf import DPMERF
+    from models.mean_embedding import EmbeddingGenerator
 
     whole = make_trial("DP-MERF", epsilon=10, noise_seed=5)
     whole.run()
     with monkeypatch.context() as patch:
-        kill_in(patch, DPMERF, "_fit", 1)
+        kill_in(patch, EmbeddingGenerator, "fit", 1)
         with pytest.raises(Killed):
             resumed_run(make_trial, tmp_path, "DP-MERF")
     with monkeypatch.context() as patch:

@@ -45,6 +45,29 @@ _QUERY = [
     "pretrain.query.n_epochs=1",
     "pretrain.query.batch_size=128",
 ]
+_CENTRAL = [
+    "public_data.central.sample_num=2",
+    "public_data.central.sigma=8.0",
+    "public_data.central.batch_size=1437",
+    "pretrain.warm_up.n_epochs=2",
+]
+_FREQUENCY = [
+    "freq.sigma=8.0",
+    "freq.Generator.g_conv_dim=4",
+    "freq.d_rff=100",
+    "freq.fit.epochs=1",
+    "freq.data_num=200",
+    "freq.n_epochs=1",
+]
+_LATENT = [
+    "model.network.nf=8",
+    "model.network.attn_resolutions=[]",
+    "model.sampler.num_steps=2",
+    "model.sampler_acc.num_steps=3",
+    "pretrain.autoencoder.ch=4",
+    "pretrain.autoencoder.n_epochs=1",
+    *[setting for setting in _DIFFUSION if not setting.startswith("model.")],
+]
 TINY = {
     "Noise": [],
     "DP-MERF": [
@@ -57,6 +80,10 @@ TINY = {
     "PDP-Diffusion": [*_DIFFUSION, *_PUBLIC, "public_data.selective.ratio=1.0"],
     "DP-LDM-SD": [*_DIFFUSION, *_PUBLIC, "public_data.selective.ratio=1.0"],
     "PrivImage": [*_DIFFUSION, *_PUBLIC, *_QUERY],
+    "DP-FETA": [*_DIFFUSION, *_CENTRAL],
+    "DP-FETA-Pro": [*_DIFFUSION, *_CENTRAL, *_FREQUENCY],
+    "DP-LDM": [*_LATENT, *_PUBLIC],
+    "DP-LoRA": [*_LATENT, *_PUBLIC],
 }
 
 

@@ -85,6 +85,16 @@ OPTIMIZERS: dict[str, type] = {"Adam": torch.optim.Adam, "AdamW": torch.optim.Ad
 
 
 @dataclass(frozen=True)
+class WarmUpConfig:
+    batch_size: int
+    n_epochs: int  # passes over the central images; 0: they are not asked for
+
+    def __post_init__(self) -> None:
+        check_field(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
+        check_field(self.n_epochs >= 0, "n_epochs", self.n_epochs, "0 or more")
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     cond: bool  # False: every label is replaced by the null label
     batch_size: int
@@ -93,6 +103,7 @@ class PretrainConfig:
     optim: OptimConfig
     loss: LossConfig
     query: QueryConfig  # classifier behind the semantic query; used when public_data.selective.ratio < 1
+    warm_up: WarmUpConfig  # on central images of the private set; the rest is as for public images
 
     def __post_init__(self) -> None:
         check_field(self.batch_size > 0, "batch_size", self.batch_size, "a positive number of images")

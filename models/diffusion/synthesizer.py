@@ -1,18 +1,22 @@
 """The family of diffusion methods: a shared network and loops; a method is a choice of stages.
 
-Stages: public pretraining (on all public classes, or on those that a noisy semantic query selects), DP-SGD on the
-private images, sampling. Every stage starts from the EMA weights of the one before, with a fresh EMA and optimiser.
+Stages: public pretraining (on all public classes, or on those that a noisy semantic query selects), a warm-up on
+noisy central images of the private set, DP-SGD on the private images, sampling. Every stage starts from the EMA
+weights of the one before, with a fresh EMA and optimiser.
 What a method may change is below "Seams".
 """
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
+from data.public import has_public_images
 from data.spec import DataSpec, PublicData, Samples
+from models.central_images import MEAN, MODE, CentralImages
 from models.diffusion.checkpoint import chosen_weights, load_weights, read_checkpoint
 from models.diffusion.config import ModelConfig, PretrainConfig, TrainConfig
 from models.diffusion.cost import generation_cost, seconds_per_image, training_cost
@@ -36,6 +40,9 @@ from utils.sections import GenConfig, PublicDataConfig
 from utils.seeding import numpy_rng
 
 DP_SGD = "dp-sgd"
+WARM_UP = "warm-up"
+
+Augmentation = Callable[[np.ndarray, Draws], np.ndarray]  # (B, C, H, W) uint8 -> the same
 
 
 class DiffusionSynthesizer(Synthesizer):
@@ -55,6 +62,11 @@ class DiffusionSynthesizer(Synthesizer):
         if config.model.ckpt is not None:
             checkpoint, self.inherited = read_checkpoint(config.model.ckpt)
         self.query = self._semantic_query()
+        pretrains = config.pretrain.n_epochs and config.pretrain.warm_up.n_epochs
+        kind = self._central_kind() if pretrains else None
+        self.central = (
+            None if kind is None else CentralImages(kind, config.public_data.central, spec, runtime)
+        )
         with runtime.seeded("network"):
             network = self._build_network(
                 self._label_dim() if checkpoint is None else checkpoint["label_dim"]
@@ -68,7 +80,8 @@ class DiffusionSynthesizer(Synthesizer):
 
     def _semantic_query(self) -> SemanticQuery | None:
         public = self.config.public_data
-        if public.name is None or public.selective.ratio == 1.0 or not self.config.pretrain.n_epochs:
+        asked = has_public_images(public) and public.selective.ratio < 1 and self.config.pretrain.n_epochs
+        if not asked:
             return None
         words = words_per_class(public, self.spec.num_classes)
         return SemanticQuery(self.config.pretrain.query, public.selective, words, self.spec, self.runtime)
@@ -100,7 +113,7 @@ class DiffusionSynthesizer(Synthesizer):
         return max(self.spec.num_classes, public.n_classes or 0)
 
     def privacy_plan(self) -> list[Release]:
-        queries = [] if self.query is None else [self.query.release()]
+        queries = [query.release() for query in (self.query, self.central) if query is not None]
         return [*self.inherited, *queries, self._training_release()]
 
     def _training_release(self) -> Release:
@@ -136,7 +149,13 @@ class DiffusionSynthesizer(Synthesizer):
     def _stages(self) -> dict[str, object]:
         """Stage -> its section (with `optim`), in order: "pretrain" first and "train" last. All but "train" are part
         of `pretrain`, and each has batch_size, n_epochs, snapshot_freq and optim for `_fit_public`."""
-        return {"pretrain": self.config.pretrain, "train": self.config.train}
+        pretrain, train = self.config.pretrain, self.config.train
+        return {"pretrain": pretrain, **self._warm_up_stage(), "train": train}
+
+    def _central_kind(self) -> str | None:
+        """Which central images of the private set the network is warmed up on, if any."""
+        name = self.config.public_data.name
+        return name if name in (MEAN, MODE) else None
 
     def _trained_parameters(self) -> set[str]:
         """Names of the network's parameters that the private stage trains; it freezes all others."""
@@ -170,13 +189,33 @@ class DiffusionSynthesizer(Synthesizer):
     # Stages
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
-        config = self.config.pretrain
         self._book_inherited(private)
-        if public is None or not config.n_epochs or self._is_past("pretrain"):
-            return
+        if public is not None and self.config.pretrain.n_epochs and not self._is_past("pretrain"):
+            self._pretrain_publicly(public, private)
+        if self.central is not None and not self._is_past(WARM_UP):
+            self._warm_up(private)
+
+    def _pretrain_publicly(self, public: PublicData, private: PrivateData | None) -> None:
         if self.query is not None:
             public = self.query.select(public, private)
-        self._fit_public("pretrain", public.samples, self._make_loss(config.loss, not config.cond))
+        self._fit_public("pretrain", public.samples, self._pretraining_loss())
+
+    def _pretraining_loss(self) -> EDMLoss:
+        return self._make_loss(self.config.pretrain.loss, not self.config.pretrain.cond)
+
+    def _warm_up(self, private: PrivateData | None) -> None:
+        if self.central.answer is None:
+            images = self.central.ask(private)
+            self.runtime.snapshot("pretrain")  # first: the images must not outlive their booking
+            self.runtime.preview(WARM_UP, 0, images.images, images.labels)
+        self._fit_public(WARM_UP, self.central.answer, self._pretraining_loss(), self.central.augment)
+
+    def _warm_up_stage(self) -> dict[str, PretrainConfig]:
+        pretrain = self.config.pretrain
+        section = replace(
+            pretrain, batch_size=pretrain.warm_up.batch_size, n_epochs=pretrain.warm_up.n_epochs
+        )
+        return {} if self.central is None else {WARM_UP: section}
 
     def _book_inherited(self, private: PrivateData | None) -> None:
         """What the checkpoint's own run asked the private images is part of what this run's samples reveal."""
@@ -191,7 +230,9 @@ class DiffusionSynthesizer(Synthesizer):
         order = ["start", *self._stages()]
         return order.index(self.stage) > order.index(stage)
 
-    def _fit_public(self, stage: str, samples: Samples, loss: EDMLoss) -> None:
+    def _fit_public(
+        self, stage: str, samples: Samples, loss: EDMLoss, augment: Augmentation | None = None
+    ) -> None:
         """Train all weights, without noise, on images that are public or that noise has made so; or what is left of
         it in a resumed run."""
         config = self._stages()[stage]
@@ -209,7 +250,10 @@ class DiffusionSynthesizer(Synthesizer):
             own = distributed.share(batch_size)
             self.optimizer.zero_grad(set_to_none=True)
             if own.start < own.stop:
-                self._public_loss(loss, samples.take(batch[own]), rng[own]).div(batch_size).backward()
+                part, draws = samples.take(batch[own]), rng[own]
+                if augment is not None:
+                    part = replace(part, images=augment(part.images, draws))
+                self._public_loss(loss, part, draws).div(batch_size).backward()
             distributed.sum_gradients(self.network.parameters())
             self.optimizer.step()
             self._finish_step(config.snapshot_freq)
@@ -306,6 +350,7 @@ class DiffusionSynthesizer(Synthesizer):
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "central": {} if self.central is None else self.central.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -317,6 +362,8 @@ class DiffusionSynthesizer(Synthesizer):
         self.ema.load_state_dict(state["ema"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
+        if self.central is not None:
+            self.central.load_state_dict(state["central"])
 
     # --dry_run
 

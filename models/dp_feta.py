@@ -1,0 +1,12 @@
+"""DP-FETA: warm up on noisy central images of the private set, then DP-SGD (Gong et al., IEEE S&P 2025)."""
+
+from models.central_images import MEAN
+from models.diffusion.synthesizer import DiffusionSynthesizer
+
+
+class DPFETA(DiffusionSynthesizer):
+    """The family with the warm-up as a stage of its own: means, or modes with public_data.name=central_mode. A public
+    set, where one is named, comes before it. The central images are a sampled Gaussian release beside DP-SGD."""
+
+    def _central_kind(self) -> str:
+        return super()._central_kind() or MEAN

@@ -1,0 +1,106 @@
+"""DP-FETA-Pro: warm-ups on central images and on a noisy spectrum, then DP-SGD (successor of Gong et al. 2025)."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data.spec import DataSpec, PublicData, Samples
+from models.central_images import MEAN
+from models.diffusion.synthesizer import DiffusionSynthesizer
+from models.mean_embedding import MEAN_EMBEDDING, EmbeddingConfig, EmbeddingGenerator, FitConfig
+from models.synthesizer import balanced_labels
+from opacus_ext.accounting import Release
+from opacus_ext.private_data import PrivateData
+from utils.draws import Draws
+from utils.images import to_float, to_uint8
+from utils.runtime import Runtime
+from utils.sections import check_field
+
+FREQUENCY = "frequency"
+
+
+@dataclass(frozen=True)
+class FrequencyConfig(EmbeddingConfig):
+    """The frequency stage. Its diffusion model has the optimiser and the loss of pretraining."""
+
+    sigma: float  # noise multiplier of the mean embedding
+    image_size: int  # pixels that the features and the generator see
+    fit: FitConfig  # of the generator to the noisy embedding
+    data_num: int  # images that the generator draws for the diffusion model
+    batch_size: int  # of these images, in training the diffusion model
+    n_epochs: int  # passes over them; 0: the embedding is not asked for
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self.sigma > 0, "sigma", self.sigma, "greater than 0")
+        for field in ("image_size", "data_num", "batch_size"):
+            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
+        check_field(self.n_epochs >= 0, "n_epochs", self.n_epochs, "0 or more")
+
+
+class DPFETAPro(DiffusionSynthesizer):
+    """DP-FETA with a second warm-up, on images of a generator that DP-MERF's noisy mean embedding has trained: first
+    the spatial means, then the frequencies, then DP-SGD. The three are releases of one plan."""
+
+    @dataclass(frozen=True)
+    class Config(DiffusionSynthesizer.Config):
+        freq: FrequencyConfig
+
+    def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
+        self.has_frequency_stage = bool(config.pretrain.n_epochs and config.freq.n_epochs)
+        super().__init__(config, spec, runtime)
+        size = config.freq.image_size
+        self.merf = EmbeddingGenerator(config.freq, size, spec.channels, spec.num_classes, runtime)
+        self.noisy_embedding: torch.Tensor | None = None  # (num_classes, d_rff)
+
+    def _central_kind(self) -> str:
+        return super()._central_kind() or MEAN
+
+    def privacy_plan(self) -> list[Release]:
+        *queries, training = super().privacy_plan()
+        embedding = [Release(MEAN_EMBEDDING, self.config.freq.sigma)] if self.has_frequency_stage else []
+        return [*queries, *embedding, training]
+
+    def _stages(self) -> dict[str, object]:
+        stages = super()._stages()
+        train = stages.pop("train")
+        freq = self.config.freq
+        section = replace(self.config.pretrain, batch_size=freq.batch_size, n_epochs=freq.n_epochs)
+        return {**stages, FREQUENCY: section, "train": train}
+
+    def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
+        super().pretrain(public, private)
+        if not self.has_frequency_stage or self._is_past(FREQUENCY):
+            return
+        if self.noisy_embedding is None:  # else a resumed run, whose release is in the checkpoint
+            self.noisy_embedding = self.merf.noisy_mean(private)
+            self.runtime.snapshot("pretrain")
+        self._fit_public(FREQUENCY, self._generated(), self._pretraining_loss(), self._enlarged)
+
+    def _generated(self) -> Samples:
+        """What the generator draws after it was fitted to the noisy embedding: post-processing, and the same again in
+        a resumed run."""
+        freq = self.config.freq
+        self.merf.fit("frequency generator", self.noisy_embedding, freq.fit, self.spec.num_train)
+        labels = balanced_labels(freq.data_num, self.spec.num_classes)
+        return Samples(self.merf.draw(labels, self.config.gen.batch_size, "frequency images"), labels)
+
+    def _enlarged(self, images: np.ndarray, _: Draws) -> np.ndarray:
+        """The generator's images at the resolution of the private ones; uint8. Per batch, for memory's sake."""
+        size = self.spec.resolution
+        if images.shape[-1] == size:
+            return images
+        return to_uint8(F.interpolate(to_float(images), size=(size, size), mode="bilinear", antialias=True))
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "noisy_embedding": self.noisy_embedding}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        embedding = state["noisy_embedding"]
+        self.noisy_embedding = None if embedding is None else embedding.to(self.runtime.device)
+
+    def parameter_counts(self) -> dict[str, int]:
+        return {**super().parameter_counts(), "generator of the frequency stage": self.merf.num_parameters()}
