@@ -11,7 +11,9 @@ from utils.sections import check
 
 @dataclass(frozen=True)
 class TrainConfig(LatentTrainConfig):
-    first_transformer: int  # transformers from this one on are trained, counted from 0 in the order of passing
+    first_transformer: (
+        int  # transformers from this one on are trained, counted from 0 in the order of passing
+    )
 
 
 class DPLDM(LatentDiffusion):

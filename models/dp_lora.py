@@ -2,9 +2,8 @@
 class embedder (Tsai et al. 2024, arXiv:2406.01355; adapters of Hu et al. 2021, arXiv:2106.09685)."""
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from data.spec import DataSpec
@@ -16,7 +15,7 @@ from utils import distributed
 from utils.checkpoints import read, write
 from utils.errors import UserError
 from utils.runtime import Runtime, log
-from utils.sections import check
+from utils.sections import check_field
 
 MERGED = "merged"  # the stage after training: adapters are part of the weights again
 
@@ -27,7 +26,9 @@ ATTENTION_LAYERS = ("query", "key", "value", "output", "to_q", "to_k", "to_v", "
 @dataclass(frozen=True)
 class ModelConfig(LatentModelConfig):
     backbone: str | None  # diffusers:<name or folder>: a pretrained UNet2DConditionModel; None: model.network
-    adapters: str | None  # adapters.pt of an earlier run, merged into the weights of model.ckpt or model.backbone
+    adapters: (
+        str | None
+    )  # adapters.pt of an earlier run, merged into the weights of model.ckpt or model.backbone
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,15 @@ class TrainConfig(LatentTrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.rank > 0, "train.rank", self.rank, "at least 1")
+        check_field(self.rank > 0, "rank", self.rank, "at least 1")
 
 
 class DPLoRA(LatentDiffusion):
     """The family with the private stage on adapters of q, k, v and o of every self- and cross-attention.
 
-    The published code clips the K noise draws of a record one by one, which lets a record move the sum by K bounds; here
-    they are averaged first. Its adapters miss the output layers by a misspelt name, and its class embedder starts anew.
+    The published code clips the K noise draws of a record one by one, which lets a record move the sum by K bounds;
+    here they are averaged first. Its adapters miss the output layers by a misspelt name, and its class embedder starts
+    anew.
     The private stage writes adapters.pt beside its checkpoint and then merges the adapters: the checkpoint holds a
     network without any, from which every method of the family can go on.
     """

@@ -191,9 +191,8 @@ class PrivateData:
         process reads at all in a step depends on the sample, so they cannot share the work here."""
         num_batches = -(-self.spec.num_train // self._batch_size)
         batches = self._source._batches(slice(0, len(self._labels)))
-        return torch.cat(
-            [self._fn(images).cpu() for images, _ in progress(batches, "map", num_batches, unit="batch")]
-        )
+        shown = progress(batches, "map", num_batches, unit="batch") if num_batches > 10 else batches
+        return torch.cat([self._fn(images).cpu() for images, _ in shown])
 
     def _image_shape(self) -> tuple[int, ...]:
         if self._images is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from utils.draws import Draws
-from utils.sections import check
+from utils.sections import check_field
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class ScheduleConfig:
     beta_end: float  # beta of the last one; between them sqrt(beta) is linear
 
     def __post_init__(self) -> None:
-        check(self.num_timesteps > 1, "model.schedule.num_timesteps", self.num_timesteps, "at least 2")
+        check_field(self.num_timesteps > 1, "num_timesteps", self.num_timesteps, "at least 2")
         allowed = f"above 0 and at most beta_end = {self.beta_end}"
-        check(0 < self.beta_start <= self.beta_end, "model.schedule.beta_start", self.beta_start, allowed)
-        check(self.beta_end < 1, "model.schedule.beta_end", self.beta_end, "below 1")
+        check_field(0 < self.beta_start <= self.beta_end, "beta_start", self.beta_start, allowed)
+        check_field(self.beta_end < 1, "beta_end", self.beta_end, "below 1")
 
     def sigmas(self) -> torch.Tensor:
         """(num_timesteps,) float32, increasing: the noise level of each timestep."""
@@ -41,8 +41,8 @@ class NoiseLossConfig:
     label_dropout: float  # probability that an example is shown without its label
 
     def __post_init__(self) -> None:
-        check(self.n_noise_samples > 0, "loss.n_noise_samples", self.n_noise_samples, "at least 1")
-        check(0 <= self.label_dropout <= 1, "loss.label_dropout", self.label_dropout, "in [0, 1]")
+        check_field(self.n_noise_samples > 0, "n_noise_samples", self.n_noise_samples, "at least 1")
+        check_field(0 <= self.label_dropout <= 1, "label_dropout", self.label_dropout, "in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class DDIMConfig:
     guid_scale: float  # guidance weight w; 0 = none
 
     def __post_init__(self) -> None:
-        check(self.type == "ddim", "sampler.type", self.type, "ddim for a network that predicts noise")
-        check(self.num_steps > 0, "sampler.num_steps", self.num_steps, "at least 1")
-        check(0 <= self.eta <= 1, "sampler.eta", self.eta, "in [0, 1]")
+        check_field(self.type == "ddim", "type", self.type, "ddim for a network that predicts noise")
+        check_field(self.num_steps > 0, "num_steps", self.num_steps, "at least 1")
+        check_field(0 <= self.eta <= 1, "eta", self.eta, "in [0, 1]")
 
 
 def predict_noise(

@@ -19,7 +19,7 @@ from models.nn.latent_unet import LatentUNet
 from opacus_ext.private_data import PrivateData
 from utils.errors import UserError
 from utils.runtime import Runtime
-from utils.sections import GenConfig, PublicDataConfig, check
+from utils.sections import GenConfig, PublicDataConfig, check, check_field
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,21 @@ class LatentNetworkConfig:
     context_dim: int  # width of the class token
 
     def __post_init__(self) -> None:
-        check(
+        check_field(
             self.nf > 3 and self.nf % self.head_width == 0 and self.nf % 4 == 0,
-            "model.network.nf",
+            "nf",
             self.nf,
             f"a multiple of 4 and of head_width = {self.head_width}",
         )
-        check(len(self.ch_mult) > 0, "model.network.ch_mult", self.ch_mult, "one factor per level")
+        check_field(len(self.ch_mult) > 0, "ch_mult", self.ch_mult, "one factor per level")
 
 
 @dataclass(frozen=True)
 class LatentModelConfig:
     network: LatentNetworkConfig
-    autoencoder: str | None  # diffusers:<name or folder>: a published AutoencoderKL; None: trained on public_data
+    autoencoder: (
+        str | None
+    )  # diffusers:<name or folder>: a published AutoencoderKL; None: trained on public_data
     schedule: ScheduleConfig
     ema_rate: float
     sampler: DDIMConfig  # previews
@@ -53,11 +55,11 @@ class LatentModelConfig:
     ckpt_weights: str  # which of its weights: ema or raw
 
     def __post_init__(self) -> None:
-        check(0 <= self.ema_rate < 1, "model.ema_rate", self.ema_rate, "in [0, 1)")
-        check(self.ckpt_weights in ("ema", "raw"), "model.ckpt_weights", self.ckpt_weights, "ema or raw")
+        check_field(0 <= self.ema_rate < 1, "ema_rate", self.ema_rate, "in [0, 1)")
+        check_field(self.ckpt_weights in ("ema", "raw"), "ckpt_weights", self.ckpt_weights, "ema or raw")
         for key in ("sampler", "sampler_acc"):
             steps, most = getattr(self, key).num_steps, self.schedule.num_timesteps
-            check(steps <= most, f"model.{key}.num_steps", steps, f"at most schedule.num_timesteps = {most}")
+            check_field(steps <= most, f"{key}.num_steps", steps, f"at most schedule.num_timesteps = {most}")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class LatentTrainConfig(TrainConfig):
     lr_warmup_steps: int  # optimiser steps over which the learning rate rises linearly to its value
 
     def __post_init__(self) -> None:
-        check(self.lr_warmup_steps >= 0, "train.lr_warmup_steps", self.lr_warmup_steps, "0 or more")
+        super().__post_init__()
+        check_field(self.lr_warmup_steps >= 0, "lr_warmup_steps", self.lr_warmup_steps, "0 or more")
 
 
 class LatentDiffusion(DiffusionSynthesizer):

@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.images import to_float
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import check
+from utils.sections import check_field
 from utils.seeding import numpy_rng
 
 PIXELS_AT_ONCE = 2**20  # bounds the memory that encoding and decoding take
@@ -40,10 +40,12 @@ class AutoencoderConfig:
     kl_weight: float  # of the KL divergence, against the sum of absolute errors
 
     def __post_init__(self) -> None:
-        for key in ("ch", "latent_channels", "batch_size", "snapshot_freq"):
-            check(getattr(self, key) > 0, f"pretrain.autoencoder.{key}", getattr(self, key), "at least 1")
-        check(self.n_epochs >= 0, "pretrain.autoencoder.n_epochs", self.n_epochs, "0 or more")
-        check(len(self.ch_mult) > 0, "pretrain.autoencoder.ch_mult", self.ch_mult, "one factor per level")
+        for field in ("ch", "latent_channels", "batch_size", "snapshot_freq"):
+            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
+        check_field(self.lr > 0, "lr", self.lr, "greater than 0")
+        check_field(self.kl_weight >= 0, "kl_weight", self.kl_weight, "0 or more")
+        check_field(self.n_epochs >= 0, "n_epochs", self.n_epochs, "0 or more")
+        check_field(len(self.ch_mult) > 0, "ch_mult", self.ch_mult, "one factor per level")
 
 
 class LatentSpace:
@@ -93,7 +95,9 @@ class LatentSpace:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, Z, h, w) -> (B, C, H, W) float32, nominally in [-1, 1]."""
         with self.runtime.autocast():
-            parts = [self.autoencoder.decode(part).float() for part in (latents / self.scale).split(self.rows)]
+            parts = [
+                self.autoencoder.decode(part).float() for part in (latents / self.scale).split(self.rows)
+            ]
         return torch.cat(parts)
 
     def fit(self, samples: Samples, augment: Callable[[torch.Tensor, Draws], torch.Tensor]) -> None:

@@ -1,0 +1,99 @@
+"""Published networks, loaded through the diffusers library, which is an optional extra: pip install diffusers.
+
+A network is named "diffusers:<name on the Hugging Face hub, or folder>". A folder may hold the network itself or a
+pipeline with the network in its usual place ("vae", "unet"). Legend: B batch, Z latent channels, h w latent pixels.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data.spec import DataSpec
+from models.nn.autoencoder import Posterior
+from utils.errors import UserError
+
+PREFIX = "diffusers:"
+
+
+class PretrainedAutoencoder(nn.Module):
+    """A published AutoencoderKL with the interface of `Autoencoder`. Grey images are shown to it as grey colour images,
+    and decoded to the mean of the colours where it works in colour. `scale` brings its latents to deviation 1."""
+
+    def __init__(self, model: nn.Module, spec: DataSpec) -> None:
+        super().__init__()
+        self.model = model
+        self.channels = spec.channels
+        self.scale = model.config.scaling_factor
+        factor = 2 ** (len(model.config.block_out_channels) - 1)
+        if spec.resolution % factor:
+            raise UserError(
+                f"model.autoencoder: it divides the resolution by {factor}, and {spec.resolution} px is no "
+                f"multiple of that"
+            )
+        self.latent_shape = (model.config.latent_channels, *[spec.resolution // factor] * 2)
+
+    def encode(self, images: torch.Tensor) -> Posterior:
+        shown = images.expand(-1, self.model.config.in_channels, -1, -1)
+        posterior = self.model.encode(shown).latent_dist
+        return Posterior(posterior.mean, posterior.logvar)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        images = self.model.decode(latents).sample
+        return images if images.shape[1] == self.channels else images.mean(1, keepdim=True)
+
+
+class PretrainedUNet(nn.Module):
+    """A published UNet2DConditionModel as (latents (B, Z, h, w), timesteps (B,), labels (B,)) -> (B, Z, h, w).
+
+    In place of a text it reads two tokens, the class and the null label, as `LatentUNet` does.
+    """
+
+    def __init__(self, model: nn.Module, label_dim: int) -> None:
+        super().__init__()
+        self.model = model
+        self.null_label = label_dim
+        self.label_embedding = nn.Embedding(label_dim + 1, model.config.cross_attention_dim)
+
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        tokens = torch.stack([labels, torch.full_like(labels, self.null_label)], dim=1)
+        return self.model(latents, timesteps, self.label_embedding(tokens)).sample
+
+
+def load_autoencoder(source: str, spec: DataSpec) -> PretrainedAutoencoder:
+    """Of model.autoencoder; UserError if there is none, or if it does not fit the images."""
+    model = _load("model.autoencoder", source, "AutoencoderKL", "vae")
+    if model.config.in_channels not in (spec.channels, 3):
+        raise UserError(
+            f"model.autoencoder: {source} takes {model.config.in_channels} channels, the images have {spec.channels}"
+        )
+    return PretrainedAutoencoder(model, spec)
+
+
+def load_unet(source: str, latent_shape: tuple[int, int, int], label_dim: int) -> PretrainedUNet:
+    """Of model.backbone; UserError if there is none, or if it does not fit the latents (Z, h, w)."""
+    model = _load("model.backbone", source, "UNet2DConditionModel", "unet")
+    if model.config.in_channels != latent_shape[0]:
+        raise UserError(
+            f"model.backbone: {source} takes {model.config.in_channels} latent channels, the autoencoder gives "
+            f"{latent_shape[0]}"
+        )
+    return PretrainedUNet(model, label_dim)
+
+
+def _load(key: str, source: str, kind: str, subfolder: str) -> nn.Module:
+    """The network of class `kind` of the diffusers library, in float32 and eval mode."""
+    name = source.removeprefix(PREFIX)
+    if name == source or not name:
+        raise UserError(f"{key}: {source} is not allowed; it must be null or {PREFIX}<name or folder>")
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UserError(f"{key}: {source} needs the diffusers library; pip install diffusers") from error
+    inside = (Path(name) / subfolder).is_dir()
+    try:
+        model = getattr(diffusers, kind).from_pretrained(name, subfolder=subfolder if inside else None)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{key}: {source} is not readable as {kind} ({reason[:150]})") from error
+    return model.float().eval()
