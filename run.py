@@ -67,11 +67,31 @@ def start(argv: list[str]) -> int:
         if distributed.is_main():
             print(format_config(config) if config.print_config else dry_run(config))
         return 0
+    config = as_started(config, argv)
     parts = compose(config) if distributed.is_main() else None
     with distributed.processes(prepare_device(config.setup), main, argv):
         require_same_settings(config)
         plan = distributed.from_main(lambda: parts.ledger and parts.ledger.releases())
         return run(parts or compose(config, plan))
+
+
+def as_started(config: Config, argv: list[str]) -> Config:
+    """The settings with which the run of --resume_exp was started, where the command says that it only samples: in the
+    published benchmark's words model.ckpt=<its final checkpoint> pretrain.n_epochs=0 train.n_epochs=0."""
+    from utils.environment import values_of
+    from utils.run_dir import find
+
+    keys = ("model.ckpt", "pretrain.n_epochs", "train.n_epochs")
+    checkpoint, *epochs = map(flatten(config.snapshot).get, keys)
+    if config.resume is None or checkpoint is None or epochs != [0, 0]:
+        return config
+    folder = find(config.exp_root, config.method, config.resume)
+    if Path(checkpoint).resolve() != (folder / "train/checkpoints/final_checkpoint.pth").resolve():
+        return config
+    started = values_of(folder)
+    others = [word for word in argv if not word.startswith(tuple(f"{key}=" for key in keys))]
+    own = ["null" if started[key] is None else started[key] for key in keys]
+    return load_config([*others, *(f"{key}={value}" for key, value in zip(keys, own, strict=True))], METHODS)
 
 
 def dry_run(config: Config) -> str:
@@ -122,6 +142,7 @@ def compose(config: Config, plan: list | None = None) -> Parts:
         method_config = dataclasses.replace(method_config, public_data=public)
     synthesizer = METHODS.resolve(config.method)(method_config, spec, runtime)
     if config.sensitive_data.name is None:
+        require_public_alone(config.method, synthesizer)
         return Parts(config, spec, runtime, None, synthesizer)
     delta = config.privacy.delta or default_delta(spec.num_train)
     if delta > 1 / spec.num_train:
@@ -131,6 +152,15 @@ def compose(config: Config, plan: list | None = None) -> Parts:
     ledger = Ledger(Budget(config.privacy.epsilon, delta), config.privacy.accountant, config.privacy.relation)
     ledger.adopt(synthesizer.privacy_plan() if plan is None else plan)
     return Parts(config, spec, runtime, ledger, synthesizer)
+
+
+def require_public_alone(method: str, synthesizer) -> None:
+    """Raise UserError if the pretraining of a run without private images would ask them."""
+    asked = [f"'{release.name}'" for release in synthesizer.pretraining_plan()]
+    if asked:
+        raise UserError(
+            f"sensitive_data.name: null, but pretraining {method} asks the private images: {', '.join(asked)}"
+        )
 
 
 def run(parts: Parts) -> int:

@@ -58,10 +58,9 @@ class DPFETAPro(DiffusionSynthesizer):
     def _central_kind(self) -> str:
         return super()._central_kind() or MEAN
 
-    def privacy_plan(self) -> list[Release]:
-        *queries, training = super().privacy_plan()
+    def pretraining_plan(self) -> list[Release]:
         embedding = [Release(MEAN_EMBEDDING, self.config.freq.sigma)] if self.has_frequency_stage else []
-        return [*queries, *embedding, training]
+        return [*super().pretraining_plan(), *embedding]
 
     def _stages(self) -> dict[str, object]:
         stages = super()._stages()

@@ -46,8 +46,10 @@ class DPMERF(Synthesizer):
         self.noisy_embedding: torch.Tensor | None = None  # (num_classes, d_rff)
 
     def privacy_plan(self) -> list[Release]:
-        queries = [] if self.central is None else [self.central.release()]
-        return [*queries, Release(MEAN_EMBEDDING, None)]
+        return [*self.pretraining_plan(), Release(MEAN_EMBEDDING, None)]
+
+    def pretraining_plan(self) -> list[Release]:
+        return [] if self.central is None else [self.central.release()]
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
         config = self.config.pretrain

@@ -39,6 +39,10 @@ class Synthesizer(abc.ABC):
     def privacy_plan(self) -> list[Release]:
         """Every private query of this run; at most one leaves its noise multiplier open."""
 
+    def pretraining_plan(self) -> list[Release]:
+        """The part of the plan that `pretrain` takes; a run without private data must have none of it."""
+        return []
+
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
         """Learn from public data. `private` may be queried through its mechanisms; None in a run without private
         data (sensitive_data.name=null)."""

@@ -7,7 +7,7 @@ import torch
 
 from models.diffusion.denoiser import SIGMA_DATA, denoise, guided
 from models.diffusion.loss import EDMLoss, LossConfig
-from models.diffusion.samplers import SamplerConfig, noise_levels, sample
+from models.diffusion.samplers import SamplerConfig, network_calls, noise_levels, sample
 from models.nn.unet import UNet
 from utils.draws import Draws
 from utils.errors import UserError
@@ -132,6 +132,21 @@ def test_unconditional_training_shows_the_null_label_alone():
     assert (network.calls[0][2] == network.null_label).all()
 
 
+def test_training_and_guidance_share_one_null_label():
+    """The row after the last label, of the real network's table; no label is ever shown as another one."""
+    network = UNet(
+        image_size=8, channels=1, label_dim=3, nf=8, ch_mult=[1], attn_resolutions=[], num_res_blocks=1
+    )
+    shown = []
+    network.label_embedding.register_forward_hook(lambda _, given, __: shown.append(given[0].clone()))
+    images, labels = torch.zeros(64, 1, 8, 8), torch.arange(64) % 3
+    loss_of(dropout=0.5)(network, images, labels, dealt(64))
+    guided(network, 1.0)(images, torch.ones(64), labels)
+    in_training, with_label, without_label = shown
+    assert ((in_training == labels) | (in_training == 3)).all() and (in_training == 3).any()
+    assert torch.equal(with_label, labels) and (without_label == 3).all()
+
+
 def test_one_example_does_not_enter_the_loss_of_another():
     class Copy(Spy):
         def __call__(self, images, condition, labels):
@@ -176,7 +191,7 @@ def test_noise_levels_follow_equation_5():
     assert levels == sorted(levels, reverse=True)
 
 
-@pytest.mark.parametrize(("kind", "calls"), [("ddim", 7), ("edm", 13)])
+@pytest.mark.parametrize(("kind", "calls"), [("ddim", 7), ("edm", 13), ("dpmpp", 7)])
 def test_number_of_network_calls(kind, calls):
     counted = []
 
@@ -185,7 +200,7 @@ def test_number_of_network_calls(kind, calls):
         return torch.zeros_like(x)
 
     sample(denoiser, sampler(type=kind, num_steps=7), (1, 2, 2), torch.zeros(3).long(), rng())
-    assert len(counted) == calls
+    assert len(counted) == calls == network_calls(sampler(type=kind, num_steps=7))
     assert counted[0] == pytest.approx(80.0) and min(counted) == pytest.approx(0.002)
 
 
@@ -205,8 +220,9 @@ def gaussian_denoiser(mean: float, std: float):
         sampler(num_steps=200),
         sampler(type="edm", num_steps=40),
         sampler(type="edm", num_steps=100, s_churn=10.0, s_min=0.025),
+        sampler(type="dpmpp", num_steps=40),
     ],
-    ids=["ddim", "edm", "edm with churn"],
+    ids=["ddim", "edm", "edm with churn", "dpmpp"],
 )
 def test_samplers_recover_a_gaussian(config):
     images = sample(gaussian_denoiser(0.3, 0.2), config, (1, 20, 20), torch.zeros(50).long(), rng())
@@ -214,6 +230,51 @@ def test_samplers_recover_a_gaussian(config):
     assert images.mean().item() == pytest.approx(0.3, abs=0.01)
     # DDIM ends with one denoising at tmin, which shrinks nothing that shows.
     assert images.std().item() == pytest.approx(0.2, rel=0.03)
+
+
+def error(kind: str, num_steps: int) -> float:
+    """The largest distance from where the equation dx/dt = (x - D) / t leads, for the Gaussian's exact D."""
+    mean, std, config = 0.3, 0.2, sampler(type=kind, num_steps=num_steps)
+    found = sample(gaussian_denoiser(mean, std), config, (1, 8, 8), torch.zeros(20).long(), rng())
+    start = torch.randn((20, 1, 8, 8), generator=rng()) * config.tmax
+    shrunk = math.sqrt((std**2 + config.tmin**2) / (std**2 + config.tmax**2))
+    moved = mean + (start - mean) * shrunk
+    exact = gaussian_denoiser(mean, std)(moved, torch.full((20,), config.tmin), None)
+    return (found - exact).abs().max().item()
+
+
+def test_orders_of_the_samplers():
+    """Twice the steps: half the error of a first-order method, a quarter of a second-order one's."""
+    ratios = {kind: error(kind, 40) / error(kind, 80) for kind in ("ddim", "edm", "dpmpp")}
+    assert ratios["ddim"] == pytest.approx(2, rel=0.1)
+    assert ratios["edm"] > 3.5 and ratios["dpmpp"] > 3.5
+
+
+def test_dpmpp_needs_fewer_network_calls():
+    """40 calls do what 79 do for Heun's method, and more than 160 do for Euler's."""
+    assert error("dpmpp", 40) < 1.2 * error("edm", 40)
+    assert error("dpmpp", 40) < error("ddim", 160)
+
+
+def test_guidance_costs_a_second_call():
+    assert network_calls(sampler(guid_scale=1.5)) == 40
+
+
+def test_churn_adds_what_algorithm_2_says():
+    """The first step from t_0 = 80 goes up by gamma = S_churn / n, at most 1, with matching noise."""
+    seen = []
+
+    def denoiser(x, sigma, labels):
+        seen.append((sigma[0].item(), x.std().item()))
+        return torch.zeros_like(x)
+
+    labels, shape = torch.zeros(4).long(), (1, 50, 50)
+    for churn, gamma in ((5.0, 0.5), (100.0, 1.0)):
+        seen.clear()
+        config = sampler(type="edm", num_steps=10, s_churn=churn, s_max=100.0)
+        sample(denoiser, config, shape, labels, rng())
+        level, std = seen[0]
+        assert level == pytest.approx(80 * (1 + gamma)) and std == pytest.approx(level, rel=0.03)
 
 
 def test_labels_reach_the_denoiser():
@@ -235,7 +296,18 @@ def test_sampling_repeats_with_its_generator_and_churn_adds_randomness():
     assert torch.equal(run(1), run(1, s_churn=5.0, s_min=90.0, s_max=100.0))  # churn only between its bounds
 
 
-@pytest.mark.parametrize("wrong", [{"type": "euler"}, {"num_steps": 1}, {"tmin": 0.0}, {"tmin": 90.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"type": "euler"},
+        {"num_steps": 1},
+        {"tmin": 0.0},
+        {"tmin": 90.0},
+        {"rho": 0.0},
+        {"guid_scale": -1.0},
+        {"s_churn": -1.0},
+    ],
+)
 def test_sampler_refuses_nonsense(wrong):
     with pytest.raises(UserError):
         sampler(**wrong)

@@ -6,9 +6,10 @@ import torch
 
 from models.diffusion.loss import LossConfig
 from models.diffusion.samplers import SamplerConfig
-from models.nn.unet import level_sizes
+from models.nn.unet import UNet, level_sizes
 from models.semantic_query import QueryConfig
 from opacus_ext.dpsgd import DPSGDConfig
+from utils.runtime import log
 from utils.sections import check_field
 
 
@@ -38,6 +39,20 @@ class NetworkConfig:
             "attn_resolutions",
             self.attn_resolutions,
             f"empty, or name one of the levels' sizes: {', '.join(map(str, sizes))}",
+        )
+
+    def make(self, label_dim: int) -> UNet:
+        sizes = level_sizes(self.image_size, len(self.ch_mult))
+        if missing := [size for size in self.attn_resolutions if size not in sizes]:
+            log.info(f"model.network.attn_resolutions: no level has {missing} pixels; there are {sizes}")
+        return UNet(
+            image_size=self.image_size,
+            channels=self.num_in_channels,
+            label_dim=label_dim,
+            nf=self.nf,
+            ch_mult=self.ch_mult,
+            attn_resolutions=self.attn_resolutions,
+            num_res_blocks=self.num_res_blocks,
         )
 
 

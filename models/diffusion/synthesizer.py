@@ -24,7 +24,6 @@ from models.diffusion.denoiser import guided
 from models.diffusion.loss import EDMLoss, LossConfig
 from models.diffusion.samplers import SamplerConfig, sample
 from models.nn.ema import EMA
-from models.nn.unet import UNet, level_sizes
 from models.semantic_query import SemanticQuery, words_per_class
 from models.synthesizer import Cost, Synthesizer, balanced_labels
 from opacus_ext.accounting import Release
@@ -77,6 +76,10 @@ class DiffusionSynthesizer(Synthesizer):
             weights = chosen_weights(checkpoint, config.model.ckpt_weights)
             load_weights(self.network, weights, f"model.ckpt: {config.model.ckpt}")
         self._start_stage("start")
+        self._steps_before = 0  # of the pretraining that this run goes on with
+        if checkpoint is not None and self._goes_on(checkpoint):
+            self._steps_before = checkpoint["step"]
+            self._restore(checkpoint)
 
     def _semantic_query(self) -> SemanticQuery | None:
         public = self.config.public_data
@@ -105,6 +108,12 @@ class DiffusionSynthesizer(Synthesizer):
                 f"pretrain.cond=false"
             )
 
+    def _goes_on(self, checkpoint: dict) -> bool:
+        """Pretraining again from a checkpoint of pretraining is one long pretraining: with the raw weights, their
+        average and the optimiser as they were left, for n_epochs more."""
+        again = has_public_images(self.config.public_data) and self.config.pretrain.n_epochs
+        return checkpoint["stage"] == "pretrain" and bool(again)
+
     def _label_dim(self) -> int:
         """Rows of the label table without the null row: private classes, or public ones where those are trained."""
         public = self.config.public_data
@@ -113,8 +122,11 @@ class DiffusionSynthesizer(Synthesizer):
         return max(self.spec.num_classes, public.n_classes or 0)
 
     def privacy_plan(self) -> list[Release]:
+        return [*self.pretraining_plan(), self._training_release()]
+
+    def pretraining_plan(self) -> list[Release]:
         queries = [query.release() for query in (self.query, self.central) if query is not None]
-        return [*self.inherited, *queries, self._training_release()]
+        return [*self.inherited, *queries]
 
     def _training_release(self) -> Release:
         train = self.config.train
@@ -132,19 +144,7 @@ class DiffusionSynthesizer(Synthesizer):
     def _build_network(self, label_dim: int) -> nn.Module:
         """network(noisy (B, *network_shape), noise condition (B,), labels (B,)) -> (B, *network_shape), with
         `null_label` (= label_dim) as the label of no class. Called once, with seeded global generators."""
-        shape = self.config.model.network
-        sizes = level_sizes(shape.image_size, len(shape.ch_mult))
-        if missing := [size for size in shape.attn_resolutions if size not in sizes]:
-            log.info(f"model.network.attn_resolutions: no level has {missing} pixels; there are {sizes}")
-        return UNet(
-            image_size=shape.image_size,
-            channels=shape.num_in_channels,
-            label_dim=label_dim,
-            nf=shape.nf,
-            ch_mult=shape.ch_mult,
-            attn_resolutions=shape.attn_resolutions,
-            num_res_blocks=shape.num_res_blocks,
-        )
+        return self.config.model.network.make(label_dim)
 
     def _stages(self) -> dict[str, object]:
         """Stage -> its section (with `optim`), in order: "pretrain" first and "train" last. All but "train" are part
@@ -219,8 +219,6 @@ class DiffusionSynthesizer(Synthesizer):
 
     def _book_inherited(self, private: PrivateData | None) -> None:
         """What the checkpoint's own run asked the private images is part of what this run's samples reveal."""
-        if self.inherited and private is None:
-            raise UserError("model.ckpt: its training asked private images, but sensitive_data.name is null")
         for release in self.inherited:
             left = release.num_steps - private.ledger.executed(release.name)
             private.ledger.book(release.name, left)
@@ -240,7 +238,8 @@ class DiffusionSynthesizer(Synthesizer):
         if batch_size < config.batch_size:
             log.info(f"{stage}: there are {batch_size} images, fewer than batch_size={config.batch_size}")
         steps_per_epoch = len(samples) // batch_size
-        total = config.n_epochs * steps_per_epoch
+        before = self._steps_before if stage == "pretrain" else 0
+        total = before + config.n_epochs * steps_per_epoch
         start = self._begin(stage)
         for step in progress(range(start, total), stage, total=total, initial=start):
             epoch, position = divmod(step, steps_per_epoch)
@@ -356,14 +355,19 @@ class DiffusionSynthesizer(Synthesizer):
     def load_state_dict(self, state: dict) -> None:
         if state["stage"] != self.stage:
             self._prepare_network(state["stage"])
+        self._restore(state)
+        if self.central is not None:
+            self.central.load_state_dict(state["central"])
+
+    def _restore(self, state: dict) -> None:
+        """Weights, average and optimiser of a state, in its stage; learning rate and decay are the configuration's."""
         load_weights(self.network, state["network"], "checkpoint")
         self._start_stage(state["stage"])
         self.step = state["step"]
         self.ema.load_state_dict(state["ema"])
         if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-        if self.central is not None:
-            self.central.load_state_dict(state["central"])
+            moments = state["optimizer"]["state"]
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
     # --dry_run
 
