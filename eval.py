@@ -1,35 +1,125 @@
-"""Judge the samples of a finished run again.
+"""Judge labelled images, whoever made them, or the samples of a finished run again.
 
+    python eval.py --images my_samples.zip --data_name cifar10_32 --out judged
     python eval.py --method PrivImage --data_name digits_8 --epsilon 10 --exp_path exp/privimage/<run>
+    python eval.py --list
 
-In eval.mode=val the choice of classifiers asks the private validation images once more; privacy.json adds it up.
+In eval.mode=val judging a run asks the private validation images once more; privacy.json adds it up.
 """
 
+import dataclasses
 import sys
+import time
 from pathlib import Path
 
 from models import METHODS
-from run import REVEALED, RealData, judge, validation_data
-from utils.config import Config, format_config, load_config
+from run import INCOMPLETE, REVEALED, RealData, judge, oracle_data, validation_data
+from utils.command_line import read_command_line
+from utils.config import COMMAND_LINE, Config, format_config, load_config
 from utils.environment import values_of
 from utils.errors import UserError
 from utils.log import also_to, to_terminal
 from utils.results import PRIVACY
-from utils.run_dir import RESULTS, read_json
+from utils.run_dir import CONFIG, RESULTS, new_folder, read_json
 from utils.runtime import Runtime, log
 
 
 def main(argv: list[str]) -> int:
     to_terminal()
     try:
-        config = load_config(argv, METHODS, program="eval")
+        config = load_config(without_method(argv), METHODS, program="eval")
         if config.print_config:
             print(format_config(config))
             return 0
-        return evaluate(config)
+        if config.list_parts:
+            return show_parts(config)
+        return evaluate(config) if config.images is None else evaluate_images(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def without_method(argv: list[str]) -> list[str]:
+    """The command line with the smallest method in it where images are judged, which no method matters for."""
+    _, _, given = read_command_line(argv, "eval")
+    if "out" in given and "images" not in given:
+        raise UserError("--out: needs --images; a run's results go into its own folder")
+    if not {"images", "list"} & given:
+        return argv
+    for flag in ("method", "epsilon", "exp_path"):
+        if flag in given:
+            raise UserError(
+                f"--{flag}: is not used with --{'images' if 'images' in given else 'list'}; leave it out"
+            )
+    return ["--method", "Noise", *argv]
+
+
+def show_parts(config: Config) -> int:
+    from evaluation.listing import listing
+
+    print(listing(config.weights_root))
+    return 0
+
+
+def evaluate_images(config: Config) -> int:
+    """Judge the images of --images against all training and test images; returns the exit code."""
+    from data.sensitive import load_sensitive, spec_of
+    from evaluation.evaluator import Evaluator
+    from evaluation.images import read_images
+    from evaluation.page import write_page
+    from utils.device import prepare_device
+    from utils.results import write_results
+
+    config = as_images(config)
+    spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
+    evaluator = Evaluator(
+        config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed,
+        config.data_root / ".cache", config.sensitive_data.prompt,
+    )  # fmt: skip
+    samples, notes = read_images(config.images, spec)
+    for line in (*lines, *notes):
+        log.info(line)
+    if config.dry_run:
+        log.info(
+            f"{len(samples):,} images of {config.images} would be judged by {', '.join(config.eval.metrics)}"
+        )
+        return 0
+    sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
+    name = "-".join(filter(None, (spec.name, config.description)))
+    folder = config.out or new_folder(config.exp_root, config.method, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    also_to(folder / "stdout.txt")
+    start = time.perf_counter()
+    report = evaluator.evaluate(samples, train=sensitive.train, test=sensitive.test, select=None)
+    unknown = {
+        "budget": {"delta": None},
+        "private": None,
+        "spent": None,
+        "selection": [],
+        "noise_seeded": False,
+    }
+    write_page(folder, report, samples, sensitive.train, spec, f"{config.images.name} on {spec.name}", None)
+    write_results(folder, config, unknown, report, {"evaluate": time.perf_counter() - start})
+    log.info(f"{report.table()}\n\nresults: {folder}")
+    return INCOMPLETE if report.missing else 0
+
+
+def as_images(config: Config) -> Config:
+    """The configuration without what only a run has: a method, a budget and held-out validation images."""
+    if config.out is not None and (config.out / CONFIG).exists():
+        raise UserError(f"--out: {config.out} is the folder of a run; give another folder")
+    if config.out is not None and config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out: {config.out} is a file; give a folder")
+    judged = config.eval
+    if judged.mode == "val":
+        if config.provenance["eval.mode"] == COMMAND_LINE:
+            raise UserError(
+                "eval.mode: val needs the validation images that a run holds out; use eval.mode=syn or sen"
+            )
+        judged = dataclasses.replace(judged, mode="syn")
+    return dataclasses.replace(
+        config, method="images", epsilon=None, preset_tier=None, borrowed=False, eval=judged
+    )
 
 
 def evaluate(config: Config) -> int:
@@ -43,7 +133,9 @@ def evaluate(config: Config) -> int:
 
     folder = config.exp_path
     if folder is None:
-        raise UserError("--exp_path: missing; give the folder of the run to judge")
+        raise UserError(
+            "--exp_path: missing; give the folder of the run to judge, or --images <npz, folder or zip>"
+        )
     report = folder / PRIVACY
     if not report.exists():
         raise UserError(f"--exp_path: {folder} is not the folder of a trained run (it has no {PRIVACY})")
@@ -73,6 +165,7 @@ def evaluate(config: Config) -> int:
         train.reveal(REVEALED),
         sensitive.test,
         validation_data(config, spec, sensitive.validation, noise, runtime.device),
+        oracle_data(config, spec, sensitive.validation),
     )
     return judge(config, spec, runtime, folder, samples, real, read_json(report), timing={})
 

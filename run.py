@@ -19,6 +19,7 @@ from utils.run_dir import DISK_FULL, discard_unstarted, write_text
 from utils.runtime import Runtime, log
 
 REVEALED = "fidelity metrics compare with the private training images"
+ORACLE = "eval.oracles=true: epochs of classifiers are chosen on the private validation images without noise"
 INCOMPLETE = 3  # exit code: the run is done, but metrics are missing
 FAILED = 1  # exit code: another process of the run has died
 STOPPED = 130  # exit code: interrupted from the keyboard
@@ -241,7 +242,12 @@ def deliver(parts: Parts, folder: Path, samples, sensitive, private, noise, timi
     if not grid.exists():
         save_grid(samples.images, samples.labels, grid)
     held_out = validation_data(parts.config, parts.spec, sensitive.validation, noise, parts.runtime.device)
-    real = RealData(private.reveal(REVEALED), sensitive.test, held_out)
+    real = RealData(
+        private.reveal(REVEALED),
+        sensitive.test,
+        held_out,
+        oracle_data(parts.config, parts.spec, sensitive.validation),
+    )
     return judge(parts.config, parts.spec, parts.runtime, folder, samples, real, private.report(), timing)
 
 
@@ -333,19 +339,29 @@ def judge(
     own ledger; `training` is the report of the training ledger.
     """
     from evaluation.evaluator import Evaluator
+    from evaluation.page import write_page
     from opacus_ext.card import privacy_card
     from utils.results import write_privacy, write_results
 
     evaluator = Evaluator(
-        config.eval, spec, config.weights_root, runtime.device, config.seed, runtime.cache_dir
-    )
+        config.eval, spec, config.weights_root, runtime.device, config.seed, runtime.cache_dir,
+        config.sensitive_data.prompt,
+    )  # fmt: skip
     start = time.perf_counter()
     selection = None if real.validation is None else NoisyChoice(real.validation)
-    report = evaluator.evaluate(samples, train=real.train, test=real.test, select=selection)
+    oracle = None
+    if real.oracle is not None:
+        oracle = real.oracle.reveal(ORACLE)
+        training = {**training, "revealed": [*training["revealed"], ORACLE]}
+    report = evaluator.evaluate(
+        samples, train=real.train, test=real.test, select=selection, validation=oracle
+    )
     timing = {**timing, "evaluate": time.perf_counter() - start}
     privacy = write_privacy(folder, training, None if selection is None else real.validation.report())
     card = privacy_card(privacy)
     write_text(folder / "privacy_card.md", card)
+    title = f"{config.method} on {spec.name}, epsilon {config.epsilon:g}"
+    write_page(folder, report, samples, real.train, spec, title, card)
     write_results(folder, config, privacy, report, timing)
     log.info("\n%s\n\n%s", report.table(), card)
     log.info("run folder: %s", folder)
@@ -361,6 +377,7 @@ class RealData:
     validation: (
         object  # PrivateData with a plan of one noisy choice per classifier; None in modes syn and sen
     )
+    oracle: object = None  # PrivateData of the same images without a plan, where eval.oracles asks for them
 
 
 class NoisyChoice:
@@ -390,6 +407,18 @@ def validation_data(config: Config, spec, images, noise, device: str):
         ]
     )
     return PrivateData(images, dataclasses.replace(spec, num_train=len(images)), ledger, noise, device)
+
+
+def oracle_data(config: Config, spec, images):
+    """The validation images behind a ledger with nothing planned, for eval.oracles; or None."""
+    from opacus_ext.ledger import Budget, Ledger
+    from opacus_ext.private_data import PrivateData
+
+    if images is None or not config.eval.oracles:
+        return None
+    ledger = Ledger(Budget(config.eval.selection_epsilon, 0.0))
+    ledger.adopt([])
+    return PrivateData(images, dataclasses.replace(spec, num_train=len(images)), ledger)
 
 
 if __name__ == "__main__":

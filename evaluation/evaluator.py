@@ -1,9 +1,12 @@
 """Judge samples: run the metrics of the config on inputs that are computed once, and report."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 from data.spec import DataSpec, Samples
 from evaluation.errors import Unavailable
+from evaluation.floor import real_floor
+from evaluation.gallery import nearest_training
 from evaluation.inputs import Inputs
 from evaluation.registry import METRICS, Metric, Value, check_classifiers, check_extractor, check_metrics
 from evaluation.report import Report
@@ -18,63 +21,85 @@ class Evaluator:
     """The metrics of `config` for one dataset.
 
     `weights_root` holds the weights of feature extractors. `cache_dir`, when given, keeps features on disk; those of
-    private images are private.
+    private images are private. `prompt` describes an image for text-based metrics; {} stands for the class name.
     """
 
     def __init__(
         self, config: EvalConfig, spec: DataSpec, weights_root: Path, device: str, seed: int,
-        cache_dir: Path | None = None,
+        cache_dir: Path | None = None, prompt: str = "an image of a {}",
     ) -> None:  # fmt: skip
         self.values = check_metrics(config.metrics)
         check_extractor(config.extractor)
         if "accuracy" in self.values and not check_classifiers(config.classifiers):
             raise UserError("eval.classifiers is empty; the metric accuracy needs at least one")
-        self.config, self.spec = config, spec
-        self.weights_root, self.device, self.seed, self.cache_dir = (
-            Path(weights_root),
-            device,
-            seed,
-            cache_dir,
-        )
+        self.config, self.spec, self.prompt = config, spec, prompt
+        self.weights_root, self.device, self.seed = Path(weights_root), device, seed
+        self.cache_dir = cache_dir
 
     def evaluate(
-        self, samples: Samples, *, train: Samples, test: Samples, select: NoisySelection | None
-    ) -> Report:
+        self, samples: Samples, *, train: Samples, test: Samples, select: NoisySelection | None,
+        validation: Samples | None = None,
+    ) -> Report:  # fmt: skip
         """Judge `samples` against the real `train` images (fidelity) and the real `test` images (accuracy).
 
-        `select` answers for the private validation records; only eval.mode=val asks it, once per classifier. A metric
-        that cannot be computed is listed as missing and never hides the others. Raises UserError when images do not
-        have the dataset's size and channels or labels lie outside its classes.
+        `select` answers for the private validation records; only eval.mode=val asks it, once per classifier.
+        `validation` holds these records themselves, for the oracle that eval.oracles adds. A metric that cannot be
+        computed is listed as missing and never hides the others. Raises UserError when images do not have the
+        dataset's size and channels or labels lie outside its classes.
         """
         for what, images in (("samples", samples), ("training images", train), ("test images", test)):
             check_samples(what, images, self.spec)
         inputs = Inputs(
-            self.config, self.spec, samples=samples, train=train, test=test, select=select,
-            weights_root=self.weights_root, device=self.device, seed=self.seed, cache_dir=self.cache_dir,
+            self.config, self.spec, samples=samples, train=train, test=test, select=select, validation=validation,
+            prompt=self.prompt, weights_root=self.weights_root, device=self.device, seed=self.seed,
+            cache_dir=self.cache_dir,
         )  # fmt: skip
-        report = Report({}, {}, {})
+        report = Report()
         for metric in dict.fromkeys(METRICS.resolve(value) for value in self.values):
-            for name, outcome in self._outcomes(metric, inputs).items():
-                if name.split("/")[0] not in self.values:
-                    continue
-                if isinstance(outcome, Unavailable):
-                    report.missing[name] = str(outcome)
-                    continue
-                outcome = outcome if isinstance(outcome, Value) else Value(outcome)
-                report.metrics[name] = float(outcome.value)
-                report.metric_info[name] = _info(metric, name, inputs) | outcome.info
+            self._add(metric, inputs, report)
+        if self.config.gallery:
+            self._add_gallery(inputs, report)
         return report
 
-    def _outcomes(self, metric: Metric, inputs: Inputs) -> dict[str, float | Value | Unavailable]:
-        """Full names and what became of them."""
+    def _add(self, metric: Metric, inputs: Inputs, report: Report) -> None:
+        """Compute one metric, and what real images would score."""
+        extractor = metric.extractor or check_extractor(self.config.extractor)
+        suffix = f"/{extractor}" if metric.uses_extractor else ""
+        outcomes, floor = _outcomes(metric, inputs, extractor)
+        for name, outcome in outcomes.items():
+            value_name = name.split("/")[0]
+            if value_name not in self.values:
+                continue
+            if isinstance(outcome, Unavailable):
+                report.missing[name + suffix] = str(outcome)
+                continue
+            outcome = outcome if isinstance(outcome, Value) else Value(outcome)
+            report.metrics[name + suffix] = float(outcome.value)
+            info = _info(metric, value_name, inputs, extractor) | outcome.info
+            info |= {"real_floor": floor[name]} if name in floor else {}
+            report.metric_info[name + suffix] = info
+            if outcome.details:
+                report.details[name + suffix] = outcome.details
+
+    def _add_gallery(self, inputs: Inputs, report: Report) -> None:
+        passes = inputs.passes(check_extractor(self.config.extractor))
         try:
-            _check_floor(metric, inputs)
-            found = metric.compute(*(getattr(inputs, need) for need in metric.needs))
+            report.nearest.update(nearest_training(passes, inputs.samples.labels, self.device))
         except Unavailable as reason:
-            found = dict.fromkeys(metric.better, reason)
-        found = found if isinstance(found, dict) else {metric.name: found}
-        suffix = f"/{check_extractor(self.config.extractor)}" if metric.uses_extractor else ""
-        return {name + suffix: outcome for name, outcome in found.items()}
+            report.missing["gallery"] = str(reason)
+
+
+def _outcomes(
+    metric: Metric, inputs: Inputs, extractor: str
+) -> tuple[dict[str, float | Value | Unavailable], dict[str, float]]:
+    """Names without extractor and what became of them, and what real images score."""
+    try:
+        _check_floor(metric, inputs)
+        found = metric.compute(*(inputs.given(need, extractor) for need in metric.needs))
+        floor = real_floor(metric, inputs, extractor) if metric.uses_extractor else {}
+    except Unavailable as reason:
+        return dict.fromkeys(metric.better, reason), {}
+    return found if isinstance(found, dict) else {metric.name: found}, floor
 
 
 def check_samples(what: str, samples: Samples, spec: DataSpec) -> None:
@@ -97,19 +122,21 @@ def _check_floor(metric: Metric, inputs: Inputs) -> None:
     """Refuse image sets that are too small for the metric to mean anything."""
     counts = [("samples", inputs.samples)]
     counts += [("real images", inputs.train)] if "train_features" in metric.needs else []
+    counts += [("test images", inputs.test)] if "test_features" in metric.needs else []
     for what, images in counts:
         if len(images) < metric.min_images:
             raise Unavailable(f"needs at least {metric.min_images} {what}, there are {len(images)}")
 
 
-def _info(metric: Metric, name: str, inputs: Inputs) -> dict:
+def _info(metric: Metric, value_name: str, inputs: Inputs, extractor: str) -> dict:
     """What is known about a value that was computed, besides what its metric says."""
-    info = {"better": metric.better[name.split("/")[0]], "n_real": 0, "n_fake": len(inputs.samples)}
+    info = {"better": metric.better[value_name], "n_real": 0, "n_fake": len(inputs.samples)}
+    info["versions"] = {package: version(package) for package in ("numpy", "torch")}
     if {"test", "test_features"} & set(metric.needs):
         info["n_real"] = len(inputs.test)
     if {"train", "train_features"} & set(metric.needs):
         info["n_real"] = len(inputs.train)
         info["private"] = "compares with the private training images without noise"
     if metric.uses_extractor:
-        info |= {"extractor": inputs.extractor.name, **inputs.extractor.info}
+        info |= {"extractor": extractor, **inputs.passes(extractor).extractor.info}
     return info

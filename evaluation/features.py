@@ -4,6 +4,7 @@ import hashlib
 import os
 import shlex
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -37,6 +38,11 @@ class Extractor(Protocol):
     info: dict[str, str]
     device: str
 
+    @classmethod
+    def check(cls, weights_root: Path) -> Path | None:
+        """Where its weights are; raises Unavailable with what to install or fetch."""
+        ...
+
     def __call__(self, images: "torch.Tensor") -> tuple:
         """uint8 (B, C, H, W) on `device` -> features (B, D), logits (B, 1008) or None."""
         ...
@@ -51,15 +57,20 @@ class InceptionExtractor:
     name = "inception"
 
     def __init__(self, spec: DataSpec, weights_root: Path, device: str) -> None:
-        network = _inception_network()
-        path = find_weights(self.name, INCEPTION_WEIGHTS, weights_root)
+        network, path = _inception_network(), self.check(weights_root)
         self.identity = sha256_of(path)
-        self.info = {"weights_sha256": self.identity}
+        self.info = {"weights_sha256": self.identity, "torch-fidelity": version("torch-fidelity")}
         self.device = device
         # A path keeps torch-fidelity from downloading.
         self._network = network(
             self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
         ).to(device)
+
+    @classmethod
+    def check(cls, weights_root: Path) -> Path:
+        """The weights file; raises Unavailable with the fix where it, or a package, is missing."""
+        _inception_network()
+        return find_weights(cls.name, INCEPTION_WEIGHTS, weights_root)
 
     def __call__(self, images: "torch.Tensor") -> tuple:
         return self._network(images.expand(-1, 3, -1, -1))
@@ -103,6 +114,10 @@ class RandomConvExtractor:
             weight = rng.standard_normal((width, width_in, 3, 3)) * np.sqrt(2 / (9 * width_in))
             bias = rng.standard_normal(width) * 0.1
             self._layers.append([torch.tensor(x, dtype=torch.float32, device=device) for x in (weight, bias)])
+
+    @classmethod
+    def check(cls, weights_root: Path) -> None:
+        """Nothing can be missing."""
 
     def __call__(self, images: "torch.Tensor") -> tuple:
         import torch

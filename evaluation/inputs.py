@@ -8,8 +8,16 @@ import numpy as np
 from data.spec import DataSpec, Samples
 from evaluation.errors import Unavailable
 from evaluation.features import Extractor, Features, extract
-from evaluation.registry import CLASSIFIERS, EXTRACTORS
-from evaluation.selection import JudgedClassifier, NoisySelection, judge, selections, split_samples
+from evaluation.neighbours import NUM_NEIGHBOURS, centre_of, centred, nearest_others
+from evaluation.registry import CLASSIFIERS, EXTRACTOR_NEEDS, EXTRACTORS
+from evaluation.selection import (
+    JudgedClassifier,
+    NoisySelection,
+    References,
+    judge,
+    selections,
+    split_samples,
+)
 from utils.sections import EvalConfig
 
 
@@ -18,36 +26,22 @@ class Inputs:
 
     def __init__(
         self, config: EvalConfig, spec: DataSpec, *, samples: Samples, train: Samples, test: Samples,
-        select: NoisySelection | None, weights_root: Path, device: str, seed: int, cache_dir: Path | None,
+        select: NoisySelection | None, validation: Samples | None, prompt: str, weights_root: Path, device: str,
+        seed: int, cache_dir: Path | None,
     ) -> None:  # fmt: skip
-        self.config, self.spec = config, spec
-        self.samples, self.train, self.test, self.select = samples, train, test, select
+        self.config, self.spec, self.prompt = config, spec, prompt
+        self.samples, self.train, self.test = samples, train, test
+        self.select, self.validation = select, validation
         self.weights_root, self.device, self.seed, self.cache_dir = weights_root, device, seed, cache_dir
+        self._passes: dict[str, Passes] = {}
 
-    @cached_property
-    def extractor(self) -> Extractor:
-        """Raises MissingWeights."""
-        return EXTRACTORS.resolve(self.config.extractor)(self.spec, self.weights_root, self.device)
+    def passes(self, extractor: str) -> "Passes":
+        """What the extractor of this name makes of the images."""
+        return self._passes.setdefault(extractor, Passes(self, extractor))
 
-    @property
-    def train_features(self) -> np.ndarray:
-        return self._train_pass.features
-
-    @property
-    def test_features(self) -> np.ndarray:
-        return self._test_pass.features
-
-    @property
-    def sample_features(self) -> np.ndarray:
-        return self._sample_pass.features
-
-    @property
-    def sample_logits(self) -> np.ndarray:
-        if self._sample_pass.logits is None:
-            raise Unavailable(
-                f"extractor {self.extractor.name} has no class probabilities; use eval.extractor=inception"
-            )
-        return self._sample_pass.logits
+    def given(self, need: str, extractor: str) -> object:
+        """What a metric that uses `extractor` gets for `need`. Raises Unavailable."""
+        return getattr(self.passes(extractor) if need in EXTRACTOR_NEEDS else self, need)
 
     @cached_property
     def classifiers(self) -> list[JudgedClassifier]:
@@ -60,32 +54,81 @@ class Inputs:
 
         chosen, held_out = split_samples(len(self.samples), self.config.num_val)
         recipe = recipe_for(self.config.recipe, self.spec, len(chosen))
+        wanted = selections(self.config.mode, self.config.oracles)
         try:
             trained = train_classifier(
                 name, self.samples, chosen, spec=self.spec, recipe=recipe, device=self.device, seed=self.seed,
                 batch_size=self.config.batch_size,
             )  # fmt: skip
         except Unavailable as reason:
-            choices = dict.fromkeys(selections(self.config.mode), reason)
-            return JudgedClassifier(name, len(chosen), recipe.num_epochs, choices)
-        held_out = self.samples.take(held_out)
-        return judge(trained, self.config.mode, test=self.test, held_out=held_out, noisy=self.select)
+            return JudgedClassifier(name, len(chosen), recipe.num_epochs, dict.fromkeys(wanted, reason))
+        references = References(self.samples.take(held_out), self.test, self.select, self.validation)
+        return judge(trained, wanted, references)
+
+
+class Passes:
+    """The features of one extractor: each set of images passes through it once, and only when it is asked for."""
+
+    def __init__(self, inputs: Inputs, name: str) -> None:
+        self._inputs, self._name = inputs, name
 
     @cached_property
-    def _train_pass(self) -> Features:
-        return self._pass(self.train, "real images")
+    def extractor(self) -> Extractor:
+        """Raises Unavailable."""
+        kind = EXTRACTORS.resolve(self._name)
+        return kind(self._inputs.spec, self._inputs.weights_root, self._inputs.device)
+
+    @property
+    def train_features(self) -> np.ndarray:
+        return self._train.features
+
+    @property
+    def test_features(self) -> np.ndarray:
+        return self._test.features
+
+    @property
+    def sample_features(self) -> np.ndarray:
+        return self._samples.features
+
+    @property
+    def sample_logits(self) -> np.ndarray:
+        return self._with_logits(self._samples)
+
+    @property
+    def test_logits(self) -> np.ndarray:
+        return self._with_logits(self._test)
 
     @cached_property
-    def _test_pass(self) -> Features:
-        return self._pass(self.test, "test images")
+    def train_neighbours(self):
+        """Squared distances of the training images to their nearest others: tensor (N, NUM_NEIGHBOURS).
+
+        Smaller sets have as many columns as others exist.
+        """
+        features = self.train_features
+        points = centred(features, centre_of(features), self._inputs.device)
+        return nearest_others(points, min(NUM_NEIGHBOURS, len(points) - 1), "neighbours of real images")
+
+    def _with_logits(self, found: Features) -> np.ndarray:
+        if found.logits is None:
+            raise Unavailable(
+                f"extractor {self.extractor.name} has no class probabilities; use eval.extractor=inception"
+            )
+        return found.logits
 
     @cached_property
-    def _sample_pass(self) -> Features:
-        return self._pass(self.samples, "samples")
+    def _train(self) -> Features:
+        return self._pass(self._inputs.train, "real images")
+
+    @cached_property
+    def _test(self) -> Features:
+        return self._pass(self._inputs.test, "test images")
+
+    @cached_property
+    def _samples(self) -> Features:
+        return self._pass(self._inputs.samples, "samples")
 
     def _pass(self, samples: Samples, what: str) -> Features:
-        description = f"{self.extractor.name} features of {what}"
         return extract(
-            self.extractor, samples.images, batch_size=self.config.batch_size, description=description,
-            cache_dir=self.cache_dir,
+            self.extractor, samples.images, batch_size=self._inputs.config.batch_size,
+            description=f"{self.extractor.name} features of {what}", cache_dir=self._inputs.cache_dir,
         )  # fmt: skip

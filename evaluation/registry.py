@@ -18,6 +18,7 @@ from utils.registry import Registry
 CLASSIFIERS = Registry(
     "classifier",
     {
+        "logistic_regression": "evaluation.classifiers.logistic_regression:build",
         "small_cnn": "evaluation.classifiers.small_cnn:build",
         "resnet": "evaluation.classifiers.resnet:build",
         "wrn": "evaluation.classifiers.wrn:build",
@@ -30,21 +31,27 @@ EXTRACTORS = Registry(
     {
         "inception": "evaluation.features:InceptionExtractor",
         "random_conv": "evaluation.features:RandomConvExtractor",
+        "dinov2": "evaluation.transformers_features:Dinov2Extractor",
+        "clip": "evaluation.transformers_features:ClipExtractor",
     },
 )
 
 METRICS = Registry("metric", {})
 
-EXTRACTOR_NEEDS = ("train_features", "test_features", "sample_features", "sample_logits")
-NEEDS = (*EXTRACTOR_NEEDS, "classifiers", "samples", "train", "test", "spec", "device", "seed")
+EXTRACTOR_NEEDS = ("train_features", "test_features", "sample_features", "sample_logits", "train_neighbours")
+NEEDS = (
+    *EXTRACTOR_NEEDS, "classifiers", "samples", "train", "test", "spec", "prompt", "device", "seed", "weights_root"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Value:
-    """A metric's value with facts about this one number that go into the report's `metric_info`."""
+    """A metric's value with facts about this one number that go into the report's `metric_info`, and tables that are
+    too large for it, which go into its `details`."""
 
     value: float
     info: dict = field(default_factory=dict)
+    details: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +62,8 @@ class Metric:
     better: dict[str, str]
     needs: tuple[str, ...]
     min_images: int
+    extractor: str | None
+    check: Callable | None
     compute: Callable
 
     @property
@@ -62,13 +71,18 @@ class Metric:
         return any(need in EXTRACTOR_NEEDS for need in self.needs)
 
 
-def metric(name: str, *, better: str | dict[str, str], needs: tuple[str, ...], min_images: int = 1):
+def metric(
+    name: str, *, better: str | dict[str, str], needs: tuple[str, ...], min_images: int = 1,
+    extractor: str | None = None, check: Callable | None = None,
+):  # fmt: skip
     """Register a function as the metric `name`.
 
     `needs` names the attributes of evaluation.inputs.Inputs that the function receives, in this order. It returns
     a float or a Value, or a dict of several named ones, in which an Unavailable stands for a value that is missing;
     `better` is then a dict too ("higher" or "lower" for every first part of the names). Values of metrics that need
-    an extractor get "/<extractor>" appended to their names. Image sets smaller than `min_images` are refused.
+    an extractor get "/<extractor>" appended to their names; `extractor` fixes which one, else eval.extractor does.
+    Image sets smaller than `min_images` are refused. `check(weights_root)` raises Unavailable where something that
+    this metric alone needs is not installed.
     """
     unknown_needs = set(needs) - set(NEEDS)
     assert not unknown_needs, f"metric '{name}' needs {unknown_needs}; known: {NEEDS}"
@@ -76,7 +90,7 @@ def metric(name: str, *, better: str | dict[str, str], needs: tuple[str, ...], m
     assert set(better.values()) <= {"higher", "lower"}, better
 
     def register(compute: Callable) -> Callable:
-        entry = Metric(name, better, needs, min_images, compute)
+        entry = Metric(name, better, needs, min_images, extractor, check, compute)
         for known_as in {name, *better}:
             METRICS.register(known_as, entry)
         return compute

@@ -1,6 +1,6 @@
 """What an evaluation found: values, what each value means, and what could not be computed and why."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -8,12 +8,15 @@ class Report:
     """metrics: name -> value; accuracies in percent.
 
     metric_info: name -> {"better", "n_real", "n_fake", ...}; "private" is there when the number comes from private
-    data without noise, and says how. missing: name -> reason, with the command that helps.
+    data without noise, and says how. missing: name -> reason, with the command that helps. details: name -> tables
+    that are too large for metric_info. nearest: sample -> nearest training images (rows), for the gallery.
     """
 
-    metrics: dict[str, float]
-    metric_info: dict[str, dict]
-    missing: dict[str, str]
+    metrics: dict[str, float] = field(default_factory=dict)
+    metric_info: dict[str, dict] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    details: dict[str, dict] = field(default_factory=dict)
+    nearest: dict[int, list[int]] = field(default_factory=dict)
 
     def table(self) -> str:
         """An aligned table for the terminal, missing values last. A star marks non-private numbers."""
@@ -28,11 +31,8 @@ class Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, state: dict) -> "Report":
-        return cls(**{key: dict(state[key]) for key in ("metrics", "metric_info", "missing")})
+        """What results.json holds."""
+        return {"metrics": self.metrics, "metric_info": self.metric_info, "missing": self.missing}
 
     def _row(self, name: str) -> tuple[str, ...]:
         info = self.metric_info[name]

@@ -15,8 +15,17 @@ if TYPE_CHECKING:
 
     from evaluation.classifiers.training import TrainedClassifier
 
-LAST_EPOCH, NOISY_VAL, SYN_VAL, BEST_TEST = "last_epoch", "noisy_val", "syn_val", "best_test"
-SELECTION_OF_MODE = {"val": NOISY_VAL, "syn": SYN_VAL, "sen": BEST_TEST}
+LAST_EPOCH, NOISY_VAL, SYN_VAL = "last_epoch", "noisy_val", "syn_val"
+BEST_VAL, BEST_TEST = "best_val", "best_test"  # oracles
+SELECTIONS_OF_MODE = {
+    "val": (NOISY_VAL, SYN_VAL, LAST_EPOCH),
+    "syn": (SYN_VAL, LAST_EPOCH),
+    "sen": (BEST_TEST, SYN_VAL, LAST_EPOCH),
+}
+NOT_PRIVATE = {
+    BEST_VAL: "the epoch is chosen on private validation images without noise; not a private result",
+    BEST_TEST: "the epoch is chosen on the test images without noise; not a private result",
+}
 
 
 class NoisySelection(Protocol):
@@ -49,9 +58,20 @@ class JudgedClassifier:
     choices: dict[str, Choice | Unavailable]
 
 
-def selections(mode: str) -> tuple[str, str]:
-    """The selections reported in a mode: its own, and the last epoch, which is free."""
-    return SELECTION_OF_MODE[mode], LAST_EPOCH
+@dataclass(frozen=True)
+class References:
+    """What epochs are chosen by. `validation`: the private validation images, for the oracle; None: not given."""
+
+    held_out: Samples
+    test: Samples
+    noisy: NoisySelection | None
+    validation: Samples | None
+
+
+def selections(mode: str, oracles: bool = False) -> tuple[str, ...]:
+    """The selections reported in a mode: its own, and the free ones; with `oracles` the non-private ones too."""
+    extra = ((BEST_VAL,) if mode == "val" else ()) + (BEST_TEST,) if oracles else ()
+    return tuple(dict.fromkeys(SELECTIONS_OF_MODE[mode] + extra))
 
 
 def split_samples(num_samples: int, num_val: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,37 +84,33 @@ def split_samples(num_samples: int, num_val: int) -> tuple[np.ndarray, np.ndarra
     return order[:num_train], order[num_train:]
 
 
-def judge(
-    trained: "TrainedClassifier", mode: str, *, test: Samples, held_out: Samples, noisy: NoisySelection | None
-) -> JudgedClassifier:
-    """Select epochs of `trained` and compute their logits on `test`.
+def judge(trained: "TrainedClassifier", wanted: tuple[str, ...], references: References) -> JudgedClassifier:
+    """Make the `wanted` selections of epochs of `trained` and compute the chosen one's logits on the test images.
 
-    Modes val and syn touch `test` only after the choice; sen chooses on it, and its number is marked non-private.
+    Only the selection BEST_TEST looks at the test images before the choice, and its number is marked non-private.
     """
     choices: dict[str, Choice | Unavailable] = {}
-    for selection in selections(mode):
+    for selection in wanted:
         try:
-            chosen = _choose(selection, trained, test=test, held_out=held_out, noisy=noisy)
+            chosen = _choose(selection, trained, references)
         except Unavailable as reason:
             choices[selection] = reason
             continue
-        choices[selection] = Choice(trained.epochs[chosen], trained.logits(chosen, test.images))
+        choices[selection] = Choice(trained.epochs[chosen], trained.logits(chosen, references.test.images))
     return JudgedClassifier(trained.name, trained.num_train, trained.num_epochs, choices)
 
 
-def _choose(
-    selection: str,
-    trained: "TrainedClassifier",
-    *,
-    test: Samples,
-    held_out: Samples,
-    noisy: NoisySelection | None,
-) -> int:
+def _choose(selection: str, trained: "TrainedClassifier", references: References) -> int:
     """The index of the selected candidate."""
+    held_out, noisy = references.held_out, references.noisy
     if selection == LAST_EPOCH:
         return len(trained.states) - 1
     if selection == BEST_TEST:
-        return _best(trained, test)
+        return _best(trained, references.test)
+    if selection == BEST_VAL:
+        if references.validation is None:
+            raise Unavailable("the private validation images of a run are not given")
+        return _best(trained, references.validation)
     if selection == SYN_VAL:
         if len(held_out) == 0:
             raise Unavailable(

@@ -38,7 +38,27 @@ FLAGS = (
     (
         ("--exp_path", "-ep"),
         "eval",
-        {"metavar": "PATH", "help": "what to evaluate: a run's folder, a folder of images, or an .npz file"},
+        {"metavar": "RUN", "help": "judge the samples of this finished run (its folder) again"},
+    ),
+    (
+        ("--images",),
+        "eval",
+        {
+            "metavar": "PATH",
+            "help": "judge these labelled images, whoever made them: an npz, a folder or zip of class folders, or of "
+            "files <class>_<rest>.png; no --method and no --epsilon is needed",
+        },
+    ),
+    (
+        ("--out",),
+        "eval",
+        {"metavar": "FOLDER", "help": "with --images: where results go (default: below --exp_root)"},
+    ),
+    (("--metrics",), "eval", {"metavar": "A,B", "help": "short for eval.metrics=[A,B]"}),
+    (
+        ("--list",),
+        "eval",
+        {"action": "store_true", "help": "show metrics, extractors and classifiers, and what is missing"},
     ),
     (
         ("--config_dir",),
@@ -88,7 +108,7 @@ FLAGS = (
 REPEATABLE = ("plugin",)
 PURPOSE = {
     "run": "Train one synthesizer on one dataset at one privacy budget, generate, and evaluate.",
-    "eval": "Evaluate a finished run, or any folder or npz of images, against a dataset.",
+    "eval": "Judge a finished run, or any labelled images, against a dataset.",
 }
 SETTINGS_HELP = (
     "Settings are given as key=value, for example: privacy.delta=1e-5 seed=1 preset=paper eval.metrics=[accuracy]. "
@@ -122,7 +142,12 @@ def read_command_line(argv: list[str], program: str) -> tuple[argparse.Namespace
     """The flags, the settings (key -> text, aliases replaced), and the names of the flags that were given."""
     given = _given_flags(argv, program)
     flags, rest = parser(program).parse_known_args(argv)
-    return flags, _split_settings(rest), given
+    settings = _split_settings(rest)
+    if "metrics" in given:
+        if "eval.metrics" in settings:
+            raise UserError("--metrics and eval.metrics are both given; they mean the same")
+        settings["eval.metrics"] = f"[{flags.metrics}]"
+    return flags, settings, given
 
 
 def _given_flags(argv: list[str], program: str) -> set[str]:

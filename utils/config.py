@@ -64,7 +64,10 @@ class Config:
     borrowed: bool  # True: preset_tier is not the requested epsilon
     description: str
     resume: str | None  # name of the run to continue
-    exp_path: Path | None  # eval.py only: what to evaluate
+    exp_path: Path | None  # eval.py only: the run to judge
+    images: Path | None  # eval.py only: the images to judge
+    out: Path | None  # eval.py only: where the results of `images` go
+    list_parts: bool  # eval.py only: show what there is
     dry_run: bool
     print_config: bool
     data_root: Path
@@ -194,11 +197,15 @@ def _run_options(flags: argparse.Namespace) -> dict[str, object]:
             f"--exp_description: '{description}' is not allowed; it must be usable in a folder's name"
         )
     weights = flags.weights_root or os.environ.get("DPIB_WEIGHTS_ROOT") or "~/.cache/dp-image-bench"
-    exp_path = getattr(flags, "exp_path", None)  # a flag of eval.py
+    places = {  # flags of eval.py
+        name: Path(given).expanduser() if (given := getattr(flags, name, None)) else None
+        for name in ("exp_path", "images", "out")
+    }
     return {
         "description": description,
         "resume": getattr(flags, "resume_exp", None),  # a flag of run.py
-        "exp_path": Path(exp_path).expanduser() if exp_path else None,
+        **places,
+        "list_parts": getattr(flags, "list", False),
         "dry_run": flags.dry_run,
         "print_config": flags.print_config,
         "data_root": data_root(flags),

@@ -33,6 +33,7 @@ def write_results(folder: Path, config, privacy: dict, report, timing: dict[str,
         "schema": SCHEMA,
         "method": config.method,
         "data": config.data_name,
+        "images": None if config.images is None else str(config.images),  # judged without a run
         "epsilon": config.epsilon,
         "delta": privacy["budget"]["delta"],
         "private": privacy["private"],

@@ -120,7 +120,9 @@ class EvalConfig:
     recipe: str  # paper: the published training recipes; quick: a few epochs
     num_val: int  # synthetic images held out for selection
     batch_size: int  # images per forward pass of feature extractors and of testing
-    extractor: str  # feature extractor of the fidelity metrics: inception or random_conv
+    extractor: str  # feature extractor of the fidelity metrics: inception, random_conv, dinov2 or clip
+    oracles: bool  # also report the epochs that are best on validation and test images, which is not private
+    gallery: bool  # write private/nearest.html: samples beside their nearest training images
 
     def __post_init__(self) -> None:
         for key, value, known in (

@@ -4,31 +4,65 @@ import numpy as np
 
 from evaluation.errors import Unavailable
 from evaluation.registry import Value, metric
-from evaluation.selection import BEST_TEST
+from evaluation.selection import NOT_PRIVATE
+
+CONFIDENCE = 0.95  # of the bootstrap interval
 
 
-@metric("accuracy", better="higher", needs=("classifiers", "test"))
-def accuracy(classifiers: list, test) -> dict[str, Value | Unavailable]:
+@metric("accuracy", better="higher", needs=("classifiers", "test", "spec"))
+def accuracy(classifiers: list, test, spec) -> dict[str, Value | Unavailable]:
     """Percent of `test` that is right, per classifier and selection, and the mean over the classifiers.
 
     The mean is missing when one of its classifiers is.
     """
     values = {}
     for selection in classifiers[0].choices:
-        each = {judged.name: _percent(judged, selection, test.labels) for judged in classifiers}
+        each = {
+            judged.name: _percent(judged, selection, test.labels, spec.num_classes) for judged in classifiers
+        }
         values |= {f"accuracy/{name}/{selection}": value for name, value in each.items()}
         values[f"accuracy/mean/{selection}"] = _mean(each)
     return values
 
 
-def _percent(judged, selection: str, labels: np.ndarray) -> Value | Unavailable:
+def facts(judged, selection: str) -> dict:
+    """What a number about this choice of this classifier carries."""
+    info = {
+        "n_fake": judged.num_train, "epoch": judged.choices[selection].epoch, "num_epochs": judged.num_epochs
+    }  # fmt: skip
+    return info | ({"private": NOT_PRIVATE[selection]} if selection in NOT_PRIVATE else {})
+
+
+def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """(N,), (N,) -> counts (K, K): row = true class, column = predicted class."""
+    return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(
+        num_classes, num_classes
+    )
+
+
+def bootstrap_interval(num_right: int, num_images: int) -> list[float]:
+    """The percentile bootstrap interval of an accuracy, in percent.
+
+    Resampling 0s and 1s with replacement gives binomial counts, so its quantiles are known without resampling.
+    """
+    from scipy.stats import binom
+
+    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    return (100 * binom.ppf(tails, num_images, num_right / num_images) / num_images).tolist()
+
+
+def _percent(judged, selection: str, labels: np.ndarray, num_classes: int) -> Value | Unavailable:
     choice = judged.choices[selection]
     if isinstance(choice, Unavailable):
         return choice
-    info = {"n_fake": judged.num_train, "epoch": choice.epoch, "num_epochs": judged.num_epochs}
-    if selection == BEST_TEST:
-        info["private"] = "the epoch is chosen on the test images without noise; not a private result"
-    return Value(100.0 * float((choice.logits.argmax(axis=1) == labels).mean()), info)
+    confusion = confusion_matrix(choice.logits.argmax(axis=1), labels, num_classes)
+    right, of_class = confusion.trace(), confusion.sum(axis=1)
+    per_class = [
+        100.0 * row[k] / n if n else None for k, (row, n) in enumerate(zip(confusion, of_class, strict=True))
+    ]
+    info = facts(judged, selection) | {"interval_95": bootstrap_interval(right, len(labels))}
+    details = {"per_class": per_class, "confusion": confusion.tolist()}
+    return Value(100.0 * float(right / len(labels)), info, details)
 
 
 def _mean(each: dict[str, Value | Unavailable]) -> Value | Unavailable:

@@ -2,66 +2,46 @@
 
 import numpy as np
 
+from evaluation.neighbours import blocks, centre_of, centred, nearest_others, squared_distances
 from evaluation.registry import metric
-from utils.progress import progress
-
-MAX_DISTANCES = 2**24  # distances held at a time: 64 MiB each copy
-# Squared float32 distances below this share of the squared norms are rounding: the two points count as equal.
-ROUNDING = 1e-6
 
 
 @metric(
     "precision_recall",
-    better={"precision": "higher", "recall": "higher"},
-    needs=("train_features", "sample_features", "device"),
+    better={name: "higher" for name in ("precision", "recall", "precision_k4", "recall_k4")},
+    needs=("train_features", "sample_features", "device", "train_neighbours"),
     min_images=5,
 )
 def precision_recall(
-    real: np.ndarray, fake: np.ndarray, device: str = "cpu", *, k: int = 3
+    real: np.ndarray, fake: np.ndarray, device: str = "cpu", real_neighbours=None, *, k: int = 3
 ) -> dict[str, float]:
     """Shares in [0, 1] of features real (N, D) and fake (M, D); N, M > k.
 
     Precision: fake points inside the ball of some real point; recall: real points inside the ball of some fake one.
     The radius of a ball is the distance to the k-th nearest other point of the same set; the border belongs to it.
+    The variants "_k4" are those of the published benchmark, whose 4 neighbours count the point itself: the same
+    radius, without the border. `real_neighbours` (N, >= k) holds `nearest_others` of the real points, if known.
     """
     import torch
 
-    centre = real.mean(axis=0, dtype=np.float64)  # distances do not change, cancellation shrinks
-    real, fake = (torch.as_tensor((x - centre).astype(np.float32), device=device) for x in (real, fake))
-    real_radii, fake_radii = _radii(real, k, "real radii"), _radii(fake, k, "fake radii")
-    inside_real, inside_fake = [], torch.zeros(len(real), dtype=torch.bool, device=device)
-    for rows in _chunks(len(fake), len(real), "precision, recall"):
-        squared = _squared_distances(fake[rows], real)
-        inside_real.append((squared <= real_radii).any(dim=1))
-        inside_fake |= (squared <= fake_radii[rows, None]).any(dim=0)
-    return {"precision": _share(torch.cat(inside_real)), "recall": _share(inside_fake)}
-
-
-def _radii(points, k: int, description: str):
-    """Squared distance of every point (N, D) to its k-th nearest other point: (N,)."""
-    import torch
-
-    radii = []
-    for rows in _chunks(len(points), len(points), description):
-        squared = _squared_distances(points[rows], points)
-        own = torch.arange(rows.start, rows.stop, device=points.device)
-        squared[own - rows.start, own] = torch.inf
-        radii.append(squared.topk(k, dim=1, largest=False).values[:, -1])
-    return torch.cat(radii)
-
-
-def _squared_distances(first, second):
-    """(N, D), (M, D) -> (N, M)."""
-    norms = first.square().sum(dim=1, keepdim=True) + second.square().sum(dim=1)
-    squared = norms.addmm(first, second.T, alpha=-2)
-    return squared.masked_fill_(squared < ROUNDING * norms, 0.0)
-
-
-def _chunks(num_rows: int, num_columns: int, description: str):
-    """Slices of rows so that one block of distances fits into MAX_DISTANCES."""
-    step = max(1, MAX_DISTANCES // num_columns)
-    starts = progress(range(0, num_rows, step), description, unit="block")
-    return (slice(start, min(start + step, num_rows)) for start in starts)
+    centre = centre_of(real)
+    real, fake = centred(real, centre, device), centred(fake, centre, device)
+    if real_neighbours is None:
+        real_neighbours = nearest_others(real, k, "real radii")
+    real_radii, fake_radii = real_neighbours[:, k - 1], nearest_others(fake, k, "fake radii")[:, k - 1]
+    inside = {"precision": [], "precision_k4": []}
+    reached = {
+        name: torch.zeros(len(real), dtype=torch.bool, device=device) for name in ("recall", "recall_k4")
+    }
+    for rows in blocks(len(fake), len(real), "precision, recall"):
+        squared, radii = squared_distances(fake[rows], real), fake_radii[rows, None]
+        inside["precision"].append((squared <= real_radii).any(dim=1))
+        inside["precision_k4"].append((squared < real_radii).any(dim=1))
+        reached["recall"] |= (squared <= radii).any(dim=0)
+        reached["recall_k4"] |= (squared < radii).any(dim=0)
+    return {name: _share(torch.cat(parts)) for name, parts in inside.items()} | {
+        name: _share(points) for name, points in reached.items()
+    }
 
 
 def _share(inside) -> float:

@@ -1,0 +1,36 @@
+"""What there is to judge with, and what of it is missing on this machine: eval.py --list."""
+
+from pathlib import Path
+
+from evaluation.errors import Unavailable
+from evaluation.registry import CLASSIFIERS, EXTRACTORS, METRICS, Metric, load_metrics
+
+
+def listing(weights_root: Path) -> str:
+    """Metrics, extractors and classifiers, one per line, each "ready" or with what to install or fetch."""
+    load_metrics()
+    metrics = sorted({METRICS.resolve(name) for name in METRICS}, key=lambda entry: entry.name)
+    lines = ["metrics (eval.metrics, --metrics)"]
+    lines += [line for entry in metrics for line in _metric_lines(entry, weights_root)]
+    lines += ["", "extractors (eval.extractor)"]
+    lines += [f"  {name:<22}{_state(EXTRACTORS.resolve(name).check, weights_root)}" for name in EXTRACTORS]
+    lines += ["", "classifiers (eval.classifiers)", *(f"  {name:<22}ready" for name in CLASSIFIERS)]
+    return "\n".join(lines)
+
+
+def _metric_lines(entry: Metric, weights_root: Path) -> list[str]:
+    """One line per value of the metric."""
+    check = EXTRACTORS.resolve(entry.extractor).check if entry.extractor else entry.check
+    state = _state(check, weights_root) if check else "ready"
+    if entry.uses_extractor:
+        state += f"; by extractor {entry.extractor}" if entry.extractor else "; by eval.extractor"
+    floor = f"; from {entry.min_images} images" if entry.min_images > 1 else ""
+    return [f"  {name:<22}{better} is better; {state}{floor}" for name, better in entry.better.items()]
+
+
+def _state(check, weights_root: Path) -> str:
+    try:
+        check(weights_root)
+    except Unavailable as reason:
+        return f"missing: {reason}"
+    return "ready"

@@ -1,0 +1,23 @@
+"""AuthPct: the share of samples that are no copies (Alaa et al. 2022, arXiv:2102.08921)."""
+
+import numpy as np
+
+from evaluation.neighbours import centre_of, centred, nearest, nearest_others
+from evaluation.registry import metric
+
+
+@metric(
+    "authpct",
+    better="higher",
+    needs=("train_features", "sample_features", "device", "train_neighbours"),
+    min_images=2,
+)
+def authpct(real: np.ndarray, fake: np.ndarray, device: str = "cpu", real_neighbours=None) -> float:
+    """Percent of fake points (M, D) that are farther from their nearest training point than that one is from its
+    nearest other training point; real (N, D), N > 1. About 50 for fresh draws of the same distribution."""
+    centre = centre_of(real)
+    real, fake = centred(real, centre, device), centred(fake, centre, device)
+    if real_neighbours is None:
+        real_neighbours = nearest_others(real, 1, "real radii")
+    squared, indices = nearest(fake, real, "nearest training images")
+    return 100.0 * (squared > real_neighbours[indices, 0]).double().mean().item()

@@ -1,0 +1,76 @@
+"""ImageReward (Xu et al. 2023, arXiv:2304.05977): how well images fit a text that names their class."""
+
+from pathlib import Path
+
+import numpy as np
+
+from evaluation.errors import MissingWeights, Unavailable
+from evaluation.registry import Value, metric
+from utils.progress import progress
+
+BATCH_SIZE = 64
+MAX_TOKENS = 35  # of a prompt, as the authors' model was trained
+
+
+def check_weights(weights_root: Path) -> Path:
+    """The folder of the weights. Raises Unavailable with what to install or fetch; nothing is downloaded here."""
+    try:
+        import ImageReward  # noqa: F401
+    except ImportError as error:
+        raise Unavailable(
+            f"the package image-reward cannot be imported ({error}); install it: pip install image-reward"
+        ) from error
+    folder = weights_root / "image-reward"
+    for name in ("ImageReward.pt", "med_config.json"):
+        if not (folder / name).is_file():
+            raise MissingWeights(
+                f"no file {folder / name}; fetch it: hf download THUDM/ImageReward --local-dir {folder}"
+            )
+    return folder
+
+
+@metric(
+    "image_reward",
+    better="higher",
+    needs=("samples", "spec", "prompt", "device", "weights_root"),
+    check=check_weights,
+)
+def image_reward(samples, spec, prompt: str, device: str, weights_root: Path) -> Value:
+    """Mean reward of the images for `prompt` with their class's name in the place of {}; no real image is read."""
+    model = load_model(device, weights_root)
+    total = 0.0
+    for label in progress(np.unique(samples.labels), "ImageReward", unit="class"):
+        text, images = prompt.format(spec.class_names[label]), samples.images[samples.labels == label]
+        total += _rewards(model, text, images, device)
+    return Value(total / len(samples), {"prompt": prompt})
+
+
+def load_model(device: str, weights_root: Path):
+    """The authors' model from <weights_root>/image-reward. Raises Unavailable with what to install or fetch."""
+    folder = check_weights(weights_root)
+    import ImageReward
+
+    return ImageReward.load(
+        str(folder / "ImageReward.pt"), device=device, med_config=str(folder / "med_config.json")
+    )
+
+
+def _rewards(model, prompt: str, images: np.ndarray, device: str) -> float:
+    """Sum of the rewards of images (N, C, H, W) uint8 for one prompt, BATCH_SIZE at a time."""
+    import torch
+    from PIL import Image
+
+    tokens = model.blip.tokenizer(
+        prompt, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+    ).to(device)
+    total = 0.0
+    for start in range(0, len(images), BATCH_SIZE):
+        batch = np.broadcast_to(
+            images[start : start + BATCH_SIZE],
+            (len(images[start : start + BATCH_SIZE]), 3, *images.shape[2:]),
+        )
+        pictures = [model.preprocess(Image.fromarray(image.transpose(1, 2, 0))) for image in batch]
+        ids, mask = (tensor.expand(len(pictures), -1) for tensor in (tokens.input_ids, tokens.attention_mask))
+        with torch.no_grad():
+            total += model.score_gard(ids, mask, torch.stack(pictures).to(device)).double().sum().item()
+    return total

@@ -1,0 +1,64 @@
+"""Distances between feature sets, in blocks of bounded memory, for the metrics that look at nearest neighbours.
+
+Legend: N, M points, D features. Points are float32 tensors that `centred` has shifted.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from utils.progress import progress
+
+NUM_NEIGHBOURS = 5  # the most that a metric asks for
+MAX_DISTANCES = 2**24  # distances held at a time: 64 MiB each copy
+# Squared float32 distances below this share of the squared norms are rounding: the two points count as equal.
+ROUNDING = 1e-6
+
+
+def centred(points: np.ndarray, centre: np.ndarray, device: str):
+    """(N, D), (D,) -> float32 tensor (N, D). Distances do not change, and less of them is lost to cancellation."""
+    import torch
+
+    return torch.as_tensor(points.astype(np.float32) - centre.astype(np.float32), device=device)
+
+
+def centre_of(points: np.ndarray) -> np.ndarray:
+    return points.mean(axis=0, dtype=np.float64)
+
+
+def nearest_others(points, k: int, description: str):
+    """Squared distances of every point to its k nearest other points of the set, the nearest first: (N, k)."""
+    import torch
+
+    found = []
+    for rows in blocks(len(points), len(points), description):
+        squared = squared_distances(points[rows], points)
+        own = torch.arange(rows.start, rows.stop, device=points.device)
+        squared[own - rows.start, own] = torch.inf
+        found.append(squared.topk(k, dim=1, largest=False).values)
+    return torch.cat(found)
+
+
+def nearest(first, second, description: str):
+    """Of every point in `first` the nearest in `second`: squared distances (N,) and indices (N,)."""
+    import torch
+
+    found = [squared_distances(first[rows], second).min(dim=1)
+             for rows in blocks(len(first), len(second), description)]  # fmt: skip
+    return torch.cat([block.values for block in found]), torch.cat([block.indices for block in found])
+
+
+def squared_distances(first, second):
+    """(N, D), (M, D) -> (N, M)."""
+    norms = first.square().sum(dim=1, keepdim=True) + second.square().sum(dim=1)
+    squared = norms.addmm(first, second.T, alpha=-2)
+    return squared.masked_fill_(squared < ROUNDING * norms, 0.0)
+
+
+def blocks(num_rows: int, num_columns: int, description: str) -> Iterator[slice]:
+    """Slices of rows so that one block of distances fits into MAX_DISTANCES."""
+    step = max(1, MAX_DISTANCES // num_columns)
+    starts = range(0, num_rows, step)
+    if len(starts) > 1:
+        starts = progress(starts, description, unit="block")
+    return (slice(start, min(start + step, num_rows)) for start in starts)

@@ -1,0 +1,92 @@
+"""DINOv2 and CLIP as feature extractors, through the optional package transformers and weights in a local folder."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.prepared import sha256_of
+from data.spec import DataSpec
+from evaluation.errors import MissingWeights, Unavailable
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+class TransformersExtractor:
+    """A vision model of transformers. Grey images are replicated to three channels; all are resized (bicubic)."""
+
+    name: str
+    MODEL: str  # class of transformers
+    SOURCE: str  # where its weights are published
+    RESOLUTION: int
+    MEAN: tuple[float, float, float]
+    STD: tuple[float, float, float]
+
+    def __init__(self, spec: DataSpec, weights_root: Path, device: str) -> None:
+        import torch
+
+        folder = self.check(weights_root)
+        import transformers
+
+        self.identity = sha256_of(folder / WEIGHTS_FILE)
+        self.info = {"weights_sha256": self.identity, "transformers": transformers.__version__}
+        self.device = device
+        self._network = getattr(transformers, self.MODEL).from_pretrained(folder, local_files_only=True)
+        self._network.eval().to(device)
+        self._mean, self._std = (
+            torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (self.MEAN, self.STD)
+        )
+
+    @classmethod
+    def check(cls, weights_root: Path) -> Path:
+        """The folder of the weights. Raises Unavailable with what to install or fetch; nothing is downloaded here."""
+        try:
+            import transformers  # noqa: F401
+        except ImportError as error:
+            raise Unavailable(
+                f"the package transformers cannot be imported ({error}); install it: pip install transformers"
+            ) from error
+        folder = weights_root / cls.SOURCE.rpartition("/")[2]
+        if not (folder / WEIGHTS_FILE).is_file():
+            raise MissingWeights(
+                f"no weights file {folder / WEIGHTS_FILE}; fetch it: hf download {cls.SOURCE} --local-dir {folder}"
+            )
+        return folder
+
+    def __call__(self, images: "torch.Tensor") -> tuple:
+        import torch
+
+        pixels = images.expand(-1, 3, -1, -1).float() / 255
+        size = (self.RESOLUTION, self.RESOLUTION)
+        pixels = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+        return self._features(self._network((pixels - self._mean) / self._std)), None
+
+    def _features(self, output) -> "torch.Tensor":
+        """The (B, D) embedding in what the network returns."""
+        raise NotImplementedError
+
+
+class Dinov2Extractor(TransformersExtractor):
+    """ViT-L/14 at 224 pixels, its class token: 1024 features (Oquab et al. 2023, arXiv:2304.07193)."""
+
+    name, MODEL, SOURCE, RESOLUTION = "dinov2", "Dinov2Model", "facebook/dinov2-large", 224
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def _features(self, output) -> "torch.Tensor":
+        return output.pooler_output
+
+
+class ClipExtractor(TransformersExtractor):
+    """ViT-L/14 at 336 pixels, its projected embedding: 768 features (Radford et al. 2021, arXiv:2103.00020)."""
+
+    name, MODEL, SOURCE, RESOLUTION = (
+        "clip",
+        "CLIPVisionModelWithProjection",
+        "openai/clip-vit-large-patch14-336",
+        336,
+    )
+    MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+    def _features(self, output) -> "torch.Tensor":
+        return output.image_embeds
