@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from data.public import has_public_images
 from data.spec import DataSpec, PublicData
 from models.diffusion.checkpoint import read_checkpoint
 from models.diffusion.config import PretrainConfig, TrainConfig
@@ -16,6 +17,7 @@ from models.diffusion.ddpm import DDIMConfig, NoiseLoss, NoiseLossConfig, Schedu
 from models.diffusion.latent_space import AutoencoderConfig, LatentSpace
 from models.diffusion.synthesizer import DiffusionSynthesizer
 from models.nn.latent_unet import LatentUNet
+from models.nn.unet import level_sizes
 from opacus_ext.private_data import PrivateData
 from utils.errors import UserError
 from utils.runtime import Runtime
@@ -107,13 +109,12 @@ class LatentDiffusion(DiffusionSynthesizer):
     @staticmethod
     def _require_autoencoder(config: Config) -> None:
         """Raise UserError where an autoencoder would have to be trained, but there are no public images."""
-        name, model = config.public_data.name, config.model
-        public = name is not None and not name.startswith("central_")
+        public, model = config.public_data, config.model
         trained_elsewhere = model.ckpt is not None or model.autoencoder is not None
         check(
-            public or trained_elsewhere,
+            has_public_images(public) or trained_elsewhere,
             "public_data.name",
-            name,
+            public.name,
             "a public set, on which the autoencoder is trained, unless model.autoencoder or model.ckpt is given",
         )
 
@@ -131,6 +132,13 @@ class LatentDiffusion(DiffusionSynthesizer):
             "model.network.ch_mult",
             shape.ch_mult,
             f"one factor per level, and latents of {size} px cannot be halved {halvings} times",
+        )
+        sizes = level_sizes(size, len(shape.ch_mult))
+        check(
+            not shape.attn_resolutions or not set(shape.attn_resolutions).isdisjoint(sizes),
+            "model.network.attn_resolutions",
+            shape.attn_resolutions,
+            f"empty, or name one of the levels' sizes in latent pixels: {', '.join(map(str, sizes))}",
         )
         return LatentUNet(
             latent_size=size,

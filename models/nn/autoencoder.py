@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.nn.unet import level_sizes
+
 RES_BLOCKS = 2  # per level of the encoder; the decoder has one more
 
 
@@ -48,9 +50,7 @@ class Autoencoder(nn.Module):
         attn_resolutions: list[int],
     ) -> None:
         super().__init__()
-        sizes = [image_size]  # pixels per level; odd ones are rounded up, and met again on the way back
-        for _ in ch_mult[1:]:
-            sizes.append(-(-sizes[-1] // 2))
+        sizes = level_sizes(image_size, len(ch_mult))  # those on the way up are the same, odd ones included
         attends = [size in attn_resolutions for size in sizes]
         self.latent_shape = (latent_channels, sizes[-1], sizes[-1])
         self.encoder = _Encoder(channels, 2 * latent_channels, ch, ch_mult, attends)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.nn.unet import sinusoidal_embedding
+from models.nn.unet import level_sizes, sinusoidal_embedding
 
 
 class LatentUNet(nn.Module):
@@ -50,17 +50,16 @@ class LatentUNet(nn.Module):
             transformer = SpatialTransformer(out_channels, head_width, context_dim) if attends else None
             return _Stage(ResidualBlock(in_channels, out_channels, condition), transformer)
 
-        skips, width, size = [nf], nf, latent_size
-        sizes = []  # on the way down; an odd one is rounded up: 7 -> 4
+        sizes = level_sizes(latent_size, len(ch_mult))
+        attends = [size in attn_resolutions for size in sizes]
+        skips, width = [nf], nf
         self.down = nn.ModuleList()
         for level, factor in enumerate(ch_mult):
             if level > 0:
                 self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
-                sizes.append(size)
-                size = -(-size // 2)
                 skips.append(width)
             for _ in range(num_res_blocks):
-                self.down.append(stage(width, factor * nf, size in attn_resolutions))
+                self.down.append(stage(width, factor * nf, attends[level]))
                 width = factor * nf
                 skips.append(width)
 
@@ -69,12 +68,11 @@ class LatentUNet(nn.Module):
         self.up = nn.ModuleList()
         for level, factor in reversed(list(enumerate(ch_mult))):
             for _ in range(num_res_blocks + 1):
-                self.up.append(stage(width + skips.pop(), factor * nf, size in attn_resolutions))
+                self.up.append(stage(width + skips.pop(), factor * nf, attends[level]))
                 width = factor * nf
             if level > 0:
-                size = sizes.pop()
-                self.up.append(_Upsample(width, size))
-        assert not skips and not sizes
+                self.up.append(_Upsample(width, sizes[level - 1]))
+        assert not skips
 
         self.output_norm = _norm(width)
         self.output_conv = _zero(_conv(width, channels))
