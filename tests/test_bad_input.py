@@ -86,8 +86,19 @@ def test_a_mistake_is_one_line_of_the_process_too(tmp_path):
         ("PrivImage", ["sensitive_data.name=null", "eval.mode=syn"], ["sensitive_data.name"]),
         ("DPDM", ["model.network.nf=7"], ["model.network.nf", "7", "multiple of 4"]),
         ("DPDM", ["train.batch_size=0"], ["train.batch_size", "0"]),
-        ("DPDM", ["train.optim.optimizer=Sgdd"], ["Sgdd", "Adam"]),
-        ("DPDM", ["model.sampler_acc.type=dim"], ["dim", "ddim"]),
+        ("DPDM", ["train.batch_size=1438"], ["train.batch_size: 1438", "1 to 1437", "null"]),
+        ("DPDM", ["train.optim.optimizer=Sgdd"], ["train.optim.optimizer: Sgdd", "Adam"]),
+        ("DPDM", ["pretrain.optim.params.lr=0"], ["pretrain.optim.params.lr: 0"]),
+        ("DPDM", ["model.sampler_acc.type=dim"], ["model.sampler_acc.type: dim", "ddim", "dpmpp"]),
+        ("DPDM", ["model.sampler.num_steps=1"], ["model.sampler.num_steps: 1", "at least 2"]),
+        ("DPDM", ["train.loss.n_noise_samples=0"], ["train.loss.n_noise_samples: 0", "at least 1"]),
+        ("DPDM", ["pretrain.loss.label_dropout=2"], ["pretrain.loss.label_dropout: 2", "[0, 1]"]),
+        ("DPDM", ["train.snapshot_freq=0"], ["train.snapshot_freq: 0"]),
+        ("DPDM", ["train.dp.n_split=0"], ["train.dp.n_split: 0"]),
+        ("DPDM", ["model.network.attn_resolutions=[16]"], ["attn_resolutions: [16]", "8, 4"]),
+        ("PrivImage", ["--data_name", "cifar100_32"], ["public_data.name: glyphs", "100 classes", "62"]),
+        ("PrivImage", ["sensitive_data.name=null", "public_data.name=places365"], ["sensitive_data.name: null"]),
+        ("DP-LDM-SD", ["train.trained_groups=[heads]"], ["train.trained_groups: ['heads']", "attention"]),
         ("DP-MERF", ["model.d_rff=7"], ["model.d_rff", "7", "even"]),
         ("PDP-Diffusion", ["public_data.per_class=0"], ["0", "at least 1"]),
     ],
@@ -115,6 +126,14 @@ def test_a_checkpoint_of_another_architecture(tmp_path):
     checkpoint = made.folder / "train/checkpoints/final_checkpoint.pth"
     refusal = refused(tmp_path, f"model.ckpt={checkpoint}", "model.network.nf=12", method="DPDM")
     assert "architecture" in refusal and str(checkpoint) in refusal
+
+
+def test_a_checkpoint_of_images_of_another_size(tmp_path):
+    """The network itself would take them."""
+    made = call(run_program.main, arguments("DPDM", tmp_path / "made", "train.n_epochs=0", "eval=none"))
+    checkpoint = made.folder / "train/checkpoints/final_checkpoint.pth"
+    refusal = refused(tmp_path, f"model.ckpt={checkpoint}", "--data_name", "mnist_28", method="DPDM")
+    assert "(1, 8, 8)" in refusal and "(1, 28, 28)" in refusal and str(checkpoint) in refusal
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a checkpoint", b"just words\n"])

@@ -22,7 +22,7 @@ from utils.checkpoints import Checkpoints
 from utils.runtime import Runtime
 
 NAMES = sorted(METHODS)
-DIFFUSION = ["DPDM", "PDP-Diffusion", "PrivImage", "DP-FETA", "DP-FETA-Pro"]
+DIFFUSION = ["DPDM", "PDP-Diffusion", "DP-LDM-SD", "PrivImage", "DP-FETA", "DP-FETA-Pro"]
 PRIVATE = [name for name in NAMES if name != "Noise"]
 
 
