@@ -1,0 +1,214 @@
+"""The pixel-space diffusion methods as published: sizes of the networks, noise multipliers, command lines."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from test_config import PUBLISHED
+from tiny_runs import call
+
+import run as run_program
+from models import METHODS
+from opacus_ext.ledger import Ledger
+from utils.checkpoints import Checkpoints
+from utils.config import load_config
+
+PRIVATE_LABELS = ["DPDM", "PrivImage"]  # the label table has the private classes
+PUBLIC_LABELS = ["PDP-Diffusion", "DP-LDM-SD"]  # it has the 1000 of ImageNet
+
+
+def composed(*argv: str):
+    """The parts of a run that command lines lead to: the network built, the noise calibrated."""
+    return run_program.compose(load_config(list(argv), METHODS))
+
+
+def network_of(*argv: str, label_dim: int) -> torch.nn.Module:
+    """The network of a command line, without memory for its weights."""
+    with torch.device("meta"):
+        return load_config(list(argv), METHODS).method_config.model.network.make(label_dim)
+
+
+# ------------------------------------------------------------------------------------------ sizes
+
+SIZES = {  # data -> parameters by number of labels
+    "mnist_28": {10: 1_485_217, 1000: 1_516_897},
+    "fmnist_28": {10: 1_485_217, 1000: 1_516_897},
+    "cifar10_32": {10: 3_835_619, 1000: 3_867_299},
+    "cifar100_32": {100: 3_838_499, 1000: 3_867_299},
+    "eurosat_32": {10: 3_835_619, 1000: 3_867_299},
+    "camelyon_32": {2: 3_835_363, 1000: 3_867_299},
+    "celeba_male_32": {2: 3_835_363, 1000: 3_867_299},
+    "celeba_male_64": {2: 4_153_219, 1000: 4_185_155},
+    "celeba_male_128": {2: 4_153_219, 1000: 4_185_155},
+}
+
+
+@pytest.mark.parametrize("method", [*PRIVATE_LABELS, *PUBLIC_LABELS])
+@pytest.mark.parametrize("data", SIZES)
+def test_published_settings_reach_the_published_sizes(data, method):
+    for label_dim, published in SIZES[data].items():
+        network = network_of("--method", method, "--data_name", data, label_dim=label_dim)
+        assert sum(p.numel() for p in network.parameters()) == published
+
+
+@pytest.mark.parametrize(
+    ("nf", "ch_mult", "attention", "millions"),
+    [
+        (64, [1, 2, 3], [16, 8], 11.1),
+        (64, [1, 2, 2, 4], [16, 8, 4], 19.6),
+        (96, [1, 2, 2, 4], [16, 8, 4], 44.2),
+        (128, [1, 2, 2, 4], [16, 8, 4], 78.5),
+    ],
+)
+def test_the_command_line_reaches_the_sizes_of_the_size_study(nf, ch_mult, attention, millions):
+    settings = [
+        f"model.network.{key}={value}".replace(" ", "")
+        for key, value in (("nf", nf), ("ch_mult", ch_mult), ("attn_resolutions", attention))
+    ]
+    network = network_of("--method", "DPDM", "--data_name", "cifar10_32", *settings, label_dim=10)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.08)
+
+
+@pytest.mark.parametrize("method", PRIVATE_LABELS)
+def test_methods_without_public_labels_have_a_row_per_private_class(method):
+    counts = composed(
+        "--method", method, "--data_name", "mnist_28", "--epsilon", "inf"
+    ).synthesizer.parameter_counts()
+    assert counts == {"UNet": 1_485_217}
+
+
+TRAINED = {  # data -> trained parameters by number of labels; 335,840 is the count for two labels
+    "mnist_28": {1000: 119_648, 10: 87_968},
+    "cifar10_32": {1000: 317_856, 10: 286_176},
+    "camelyon_32": {1000: 317_856},
+    "celeba_male_64": {1000: 367_776, 2: 335_840},
+    "celeba_male_128": {1000: 367_776, 2: 335_840},
+}
+
+
+@pytest.mark.parametrize("data", TRAINED)
+def test_dp_ldm_sd_trains_the_published_number_of_parameters(data):
+    argv = ["--method", "DP-LDM-SD", "--data_name", data]
+    chosen = load_config(argv, METHODS).method_config.train.trained_groups
+    for label_dim, published in TRAINED[data].items():
+        network = network_of(*argv, label_dim=label_dim)
+        groups = network.parameter_groups()
+        names = [name for group in chosen for name in groups[group]]
+        assert sum(network.get_parameter(name).numel() for name in names) == published
+
+
+def test_a_dry_run_tells_what_is_trained():
+    outcome = call(
+        run_program.main, ["--method", "DP-LDM-SD", "--data_name", "mnist_28", "--dry_run", "-e", "inf"]
+    )
+    assert outcome.code == 0, outcome.err
+    assert "UNet 1,516,897" in outcome.out and "UNet, trained with DP-SGD 119,648" in outcome.out
+
+
+# ------------------------------------------------------------------------------------------ noise multipliers
+
+# (data, epochs, epsilon) -> noise multiplier by the published accountant (RDP), DP-SGD being the only release
+NOISE = [
+    ("DPDM", "mnist_28", 1, 14.688),
+    ("DPDM", "mnist_28", 10, 1.995),
+    ("PDP-Diffusion", "fmnist_28", 10, 1.995),
+    ("DPDM", "cifar10_32", 1, 16.250),
+    ("DP-LDM-SD", "cifar10_32", 10, 2.206),
+    ("PDP-Diffusion", "cifar100_32", 10, 2.206),
+    ("DPDM", "eurosat_32", 1, 21.250),
+    ("DP-LDM-SD", "eurosat_32", 10, 2.152),
+    ("DPDM", "celeba_male_32", 1, 9.531),
+    ("DPDM", "celeba_male_32", 10, 1.384),
+    ("PDP-Diffusion", "celeba_male_32", 1, 7.813),
+    ("DP-LDM-SD", "celeba_male_32", 10, 1.200),
+    ("DPDM", "camelyon_32", 1, 4.258),
+    ("PDP-Diffusion", "camelyon_32", 10, 0.839),
+    ("PrivImage", "mnist_28", 1, 14.688),
+    ("PrivImage", "mnist_28", 10, 1.995),
+    ("PrivImage", "cifar10_32", 1, 16.406),
+    ("PrivImage", "cifar10_32", 10, 2.206),
+    ("PrivImage", "cifar100_32", 1, 16.406),
+    ("PrivImage", "cifar100_32", 10, 2.206),
+    ("PrivImage", "eurosat_32", 1, 21.250),
+    ("PrivImage", "eurosat_32", 10, 2.839),
+    ("PrivImage", "celeba_male_32", 1, 7.812),
+    ("PrivImage", "celeba_male_32", 10, 1.200),
+    ("PrivImage", "camelyon_32", 1, 4.258),
+    ("PrivImage", "camelyon_32", 10, 0.839),
+]
+FAST = {("DPDM", "mnist_28", 10), ("PrivImage", "cifar10_32", 1)}
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "epsilon", "published"),
+    [pytest.param(*cell, marks=() if cell[:3] in FAST else pytest.mark.slow) for cell in NOISE],
+)
+def test_noise_multipliers_are_the_published_ones(method, data, epsilon, published):
+    argv = [
+        "--method",
+        method,
+        "--data_name",
+        data,
+        "-e",
+        str(epsilon),
+        "eval.mode=val",
+        "train.accountant=rdp",
+    ]
+    ledger = composed(*argv).ledger
+    assert ledger.planned("dp-sgd").noise_multiplier == pytest.approx(published, rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------ command lines
+
+
+def is_covered(command: str) -> bool:
+    return command.startswith("run.py") and any(
+        f"--method {name} " in f"{command} " for name in [*PRIVATE_LABELS, *PUBLIC_LABELS]
+    )
+
+
+COMMANDS = [command for command in PUBLISHED if is_covered(command)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A folder with the checkpoints of a run of PDP-Diffusion on fmnist_28 that has taken all its steps, untrained."""
+    folder = tmp_path_factory.mktemp("run")
+    parts = composed("--method", "PDP-Diffusion", "--data_name", "fmnist_28", "-e", "10", "eval.mode=val")
+    kept = Checkpoints(folder, "PDP-Diffusion", parts.synthesizer, parts.ledger)
+    kept.save("pretrain", "snapshot")
+    parts.ledger.book("dp-sgd", parts.ledger.planned("dp-sgd").num_steps)
+    kept.save("train", "final")
+    return folder
+
+
+def with_checkpoint(command: str, folder: Path) -> list[str]:
+    """The command's words after the program, with the user's checkpoint replaced by one that exists."""
+    words = shlex.split(command)[1:]
+    return [re.sub(r"^model\.ckpt=.*/<run>", f"model.ckpt={folder}", word) for word in words]
+
+
+def test_published_commands_are_all_here():
+    assert len(COMMANDS) == 11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_published_commands_calibrate(command, checkpoint):
+    outcome = call(run_program.main, [*with_checkpoint(command, checkpoint), "--dry_run"])
+    assert outcome.code == 0, outcome.err
+    private = "sensitive_data.name=null" not in command
+    assert ("release 'dp-sgd': noise_multiplier" in outcome.out) == private
+    if "<run>" in command:
+        assert "UNet 1,516,897" in outcome.out
+
+
+def test_sampling_from_a_published_checkpoint_costs_what_its_training_did(checkpoint):
+    command = next(command for command in COMMANDS if "--resume_exp" in command)
+    words = with_checkpoint(command, checkpoint)
+    ledger: Ledger = composed(*words, "eval.mode=val").ledger
+    names = {release.name: release.num_steps for release in ledger.releases()}
+    assert names == {"checkpoint: dp-sgd": 2100, "dp-sgd": 0}
+    assert 9.9 < ledger.planned_epsilon() <= 10
