@@ -28,6 +28,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bot
 table { border-collapse: collapse; margin: .6rem 0; } th, td { padding: .2rem .7rem; text-align: left; }
 th { border-bottom: 2px solid #999; font-weight: 600; } td { border-bottom: 1px solid #eee; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+td:not(.note) { white-space: nowrap; }
 .scroll { overflow-x: auto; } .note { color: #666; font-size: .9rem; } .warn { color: #9a3412; }
 img { image-rendering: pixelated; display: block; }
 .confusion td { text-align: right; padding: .15rem .4rem; border: 1px solid #fff; font-size: .85rem; }

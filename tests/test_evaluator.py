@@ -36,6 +36,7 @@ def config(**changes) -> EvalConfig:
     values = {
         "mode": "syn", "selection_epsilon": 1.0, "classifiers": ["small_cnn"], "metrics": ["accuracy"],
         "recipe": "quick", "num_val": 30, "batch_size": 64, "extractor": "random_conv",
+        "oracles": False, "gallery": False,
     }  # fmt: skip
     return EvalConfig(**values | changes)
 
@@ -46,6 +47,7 @@ def evaluate(
     *,
     test=None,
     select=None,
+    validation=None,
     root="absent",
     cache_dir=None,
     **changes,
@@ -53,8 +55,9 @@ def evaluate(
     train, own_test = digits
     evaluator = Evaluator(config(**changes), SPEC, Path(root), "cpu", 0, cache_dir=cache_dir)
     return evaluator.evaluate(
-        train if samples is None else samples, train=train, test=test or own_test, select=select
-    )
+        train if samples is None else samples, train=train, test=test or own_test, select=select,
+        validation=validation,
+    )  # fmt: skip
 
 
 class ChooseThird:
@@ -90,7 +93,8 @@ def test_mode_val_without_records_reports_the_rest(digits):
     assert set(report.missing) == {"accuracy/small_cnn/noisy_val", "accuracy/mean/noisy_val"}
     assert "eval.mode=syn" in report.missing["accuracy/small_cnn/noisy_val"]
     assert set(report.metrics) == {
-        "accuracy/small_cnn/last_epoch", "accuracy/mean/last_epoch", "fid/random_conv"
+        "accuracy/small_cnn/last_epoch", "accuracy/mean/last_epoch", "accuracy/small_cnn/syn_val",
+        "accuracy/mean/syn_val", "fid/random_conv",
     }  # fmt: skip
 
 
@@ -115,6 +119,56 @@ def test_best_test_is_the_best_and_marked(digits):
     assert "private" not in report.metric_info["accuracy/small_cnn/last_epoch"]
 
 
+def test_oracles_are_asked_for_and_marked(digits):
+    assert not [name for name in evaluate(digits, mode="syn").metrics if "best" in name]
+    records, shuffled = ChooseThird(digits[1]), np.random.default_rng(0).permutation(100)
+    validation = digits[0].take(np.arange(100, 200))
+    report = evaluate(digits, digits[0].take(np.arange(80)), mode="val", oracles=True, select=records,
+                      validation=validation)  # fmt: skip
+    scores = ChooseThird(validation)
+    evaluate(digits, digits[0].take(np.arange(80)), mode="val", select=scores)
+    of_validation = scores.scores["selection/small_cnn"]
+    best = len(of_validation) - 1 - int(np.argmax(of_validation[::-1]))
+    of_test = records.scores["selection/small_cnn"]
+    assert report.metrics["accuracy/small_cnn/best_val"] == pytest.approx(of_test[best])
+    assert report.metrics["accuracy/small_cnn/best_test"] == pytest.approx(max(of_test))
+    for selection, where in (("best_val", "private validation images"), ("best_test", "test images")):
+        for name in ("small_cnn", "mean"):
+            assert where in report.metric_info[f"accuracy/{name}/{selection}"]["private"]
+    # The labels of the test images do not reach the choice on validation images.
+    other = Samples(digits[1].images, digits[1].labels[shuffled])
+    again = evaluate(digits, digits[0].take(np.arange(80)), mode="val", oracles=True, select=ChooseThird(other),
+                     validation=validation, test=other)  # fmt: skip
+    name = "accuracy/small_cnn/best_val"
+    assert again.metric_info[name]["epoch"] == report.metric_info[name]["epoch"]
+
+
+def test_an_oracle_without_its_images_is_missing(digits):
+    report = evaluate(digits, mode="val", oracles=True, select=ChooseThird(digits[1]))
+    assert set(report.missing) == {"accuracy/small_cnn/best_val", "accuracy/mean/best_val"}
+
+
+def test_classes_calibration_and_interval_belong_to_the_accuracy(digits):
+    small = digits[0].take(np.flatnonzero(digits[0].labels != 3))
+    report = evaluate(digits, small, metrics=["accuracy", "calibration_error"])
+    name = "accuracy/small_cnn/last_epoch"
+    tables, info = report.details[name], report.metric_info[name]
+    confusion, labels = np.array(tables["confusion"]), digits[1].labels
+    assert confusion.sum(axis=1).tolist() == np.bincount(labels, minlength=10).tolist()
+    assert report.metrics[name] == pytest.approx(100 * confusion.trace() / 100)
+    assert tables["per_class"] == pytest.approx((100 * confusion.diagonal() / confusion.sum(axis=1)).tolist())
+    assert tables["per_class"][3] == 0.0  # the class that the samples lack
+    low, high = info["interval_95"]
+    assert low < report.metrics[name] < high
+    assert 0 < report.metrics["calibration_error/small_cnn/last_epoch"] < 1
+    assert {"torch", "numpy"} <= set(info["versions"])
+
+
+def test_a_class_without_test_images_has_no_accuracy(digits):
+    test = digits[1].take(np.flatnonzero(digits[1].labels != 3))
+    assert evaluate(digits, test=test).details["accuracy/small_cnn/last_epoch"]["per_class"][3] is None
+
+
 def test_mean_over_classifiers(digits, monkeypatch):
     monkeypatch.setattr("evaluation.classifiers.recipe.QUICK_EPOCHS", (1, 1))
     small = digits[0].take(np.arange(60))
@@ -137,7 +191,9 @@ def test_split_of_samples_is_fixed_disjoint_and_bounded():
 
 def test_fidelity_with_random_conv(digits):
     report = evaluate(digits, metrics=["fid", "inception_score", "precision_recall"])
-    assert set(report.metrics) == {"fid/random_conv", "precision/random_conv", "recall/random_conv"}
+    assert set(report.metrics) == {
+        f"{name}/random_conv" for name in ("fid", "precision", "recall", "precision_k4", "recall_k4")
+    }
     assert report.metrics["fid/random_conv"] == pytest.approx(0.0, abs=1e-5)
     assert report.metrics["precision/random_conv"] == report.metrics["recall/random_conv"] == 1.0
     info = report.metric_info["fid/random_conv"]
@@ -146,6 +202,37 @@ def test_fidelity_with_random_conv(digits):
     assert info["n_below_dim"] is True
     assert "training images" in info["private"]
     assert "no class probabilities" in report.missing["inception_score/random_conv"]
+
+
+def test_real_images_in_the_place_of_the_samples(digits):
+    wanted = ["fid", "precision", "authpct", "fld", "nn_ratio"]
+    as_samples = evaluate(digits, digits[1], metrics=wanted)
+    report = evaluate(digits, metrics=wanted)
+    for name in ("fid", "precision", "authpct"):
+        full = f"{name}/random_conv"
+        assert report.metric_info[full]["real_floor"] == pytest.approx(as_samples.metrics[full], rel=1e-6)
+        assert report.metric_info[full]["real_floor"] != report.metrics[full]
+    # Test images cannot be samples and unseen images at once: each half has its part.
+    assert report.metric_info["nn_ratio/random_conv"]["real_floor"] == pytest.approx(1, abs=0.15)
+    assert abs(report.metric_info["fld/random_conv"]["real_floor"]) < report.metrics["fld/random_conv"] + 100
+
+
+def test_too_few_test_images_leave_the_comparison_out(digits):
+    few = digits[1].take(np.arange(15))
+    report = evaluate(digits, test=few, metrics=["nn_ratio", "precision"])
+    assert "real_floor" not in report.metric_info["nn_ratio/random_conv"]  # 7 images in a half, 10 are needed
+    assert "real_floor" in report.metric_info["precision/random_conv"]
+    report = evaluate(digits, test=digits[1].take(np.arange(9)), metrics=["nn_ratio"])
+    assert report.missing["nn_ratio/random_conv"] == "needs at least 10 test images, there are 9"
+
+
+def test_copies_show_in_the_memorisation_metrics(digits):
+    train, fresh = digits[0], load_digits_8()[0].take(np.arange(1000, 1200))
+    wanted = {"metrics": ["authpct", "nn_ratio", "fld_gap"]}
+    copied, drawn = (evaluate(digits, samples, **wanted).metrics for samples in (train, fresh))
+    assert copied["authpct/random_conv"] == 0 < 30 < drawn["authpct/random_conv"]
+    assert copied["nn_ratio/random_conv"] < 0.75 < 0.9 < drawn["nn_ratio/random_conv"]
+    assert copied["fld_gap/random_conv"] < drawn["fld_gap/random_conv"] - 10
 
 
 def test_random_conv_tells_noise_from_digits(digits):
@@ -174,7 +261,8 @@ def test_random_conv_is_fixed():
 
 def test_only_the_values_that_are_asked_for(digits):
     assert set(evaluate(digits, metrics=["recall"]).metrics) == {"recall/random_conv"}
-    assert check_metrics(["Precision_Recall", "fid", "recall"]) == ["precision", "recall", "fid"]
+    wanted = check_metrics(["Precision_Recall", "fid", "recall"])
+    assert wanted == ["precision", "recall", "precision_k4", "recall_k4", "fid"]
 
 
 def test_missing_weights_are_reported_with_the_command_and_hide_nothing(digits, tmp_path):
@@ -238,14 +326,16 @@ def test_inception_features_serve_all_metrics_in_one_pass(digits, random_incepti
         return forward(self, images)
 
     monkeypatch.setattr(features.InceptionExtractor, "__call__", counted)
-    real, fake = digits[0].take(np.arange(12)), digits[0].take(np.arange(12, 24))
-    wanted = {"metrics": ["fid", "inception_score", "precision", "recall"], "extractor": "inception"}
-    report = evaluate((real, digits[1]), fake, root=tmp_path, **wanted)
+    real, fake = digits[0].take(np.arange(10)), digits[0].take(np.arange(10, 20))
+    wanted = {"metrics": ["fid", "kid", "inception_score", "precision", "coverage", "authpct"]}
+    test = digits[1].take(np.arange(6))
+    report = evaluate((real, test), fake, root=tmp_path, extractor="inception", **wanted)
     assert report.missing == {}
     assert set(report.metrics) == {f"{name}/inception" for name in wanted["metrics"]}
-    assert seen == [12, 12]
-    assert 1 <= report.metrics["inception_score/inception"] <= 12
+    assert sorted(seen) == [6, 10, 10]
+    assert 1 <= report.metrics["inception_score/inception"] <= 10
     assert report.metric_info["fid/inception"]["weights_sha256"] == random_inception
+    assert "torch-fidelity" in report.metric_info["fid/inception"]
     assert "private" not in report.metric_info["inception_score/inception"]
 
 
@@ -294,7 +384,7 @@ def test_labels_outside_the_classes_are_refused(digits):
     [
         ({"metrics": ["fidd"]}, "did you mean 'fid'"),
         ({"classifiers": ["vgg"]}, "unknown classifier 'vgg'"),
-        ({"extractor": "clip"}, "unknown extractor 'clip'"),
+        ({"extractor": "vgg"}, "unknown extractor 'vgg'"),
         ({"classifiers": []}, "needs at least one"),
     ],
 )
@@ -305,7 +395,7 @@ def test_unknown_names_are_refused_before_anything_runs(changes, words):
 
 def test_report_survives_json_and_prints_every_name(digits):
     report = evaluate(digits, metrics=["fid", "inception_score"])
-    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert Report(**json.loads(json.dumps(report.to_dict()))) == report
     lines = report.table().splitlines()
     assert lines[2].startswith("fid/random_conv *")
     assert len(lines[0].rstrip()) == len(lines[1])

@@ -1,4 +1,6 @@
-"""Fidelity metrics against closed forms, slow loops and torch-fidelity on the same features."""
+"""Fidelity and memorisation metrics against closed forms, slow loops and torch-fidelity on the same features."""
+
+import math
 
 import numpy as np
 import pytest
@@ -6,11 +8,22 @@ import scipy.linalg
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from evaluation.metrics.accuracy import bootstrap_interval, confusion_matrix
+from evaluation.metrics.authenticity import authpct
+from evaluation.metrics.calibration import ece
+from evaluation.metrics.cmmd import cmmd
+from evaluation.metrics.density_coverage import density_coverage
+from evaluation.metrics.fd_dinov2 import fd_dinov2
 from evaluation.metrics.fid import fid, frechet_distance
+from evaluation.metrics.fld import Mixture, fld
 from evaluation.metrics.inception_score import inception_score
+from evaluation.metrics.kid import kid
+from evaluation.metrics.neighbour_ratio import nn_ratio
 from evaluation.metrics.precision_recall import precision_recall
+from evaluation.neighbours import centre_of, centred, nearest_others
 
 
 def gaussian(num: int, mean: np.ndarray, root: np.ndarray, seed: int) -> np.ndarray:
@@ -104,11 +117,12 @@ def slow_precision(real: np.ndarray, fake: np.ndarray, k: int) -> float:
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_precision_recall_match_a_loop(k, monkeypatch):
-    monkeypatch.setattr("evaluation.metrics.precision_recall.MAX_DISTANCES", 200)  # several blocks
+    monkeypatch.setattr("evaluation.neighbours.MAX_DISTANCES", 200)  # several blocks
     real, fake = random_features(60, 6, 7), random_features(45, 6, 8, shift=1.5)
     found = precision_recall(real, fake, k=k)
     assert 0 < found["precision"] < 1
-    assert found == {"precision": slow_precision(real, fake, k), "recall": slow_precision(fake, real, k)}
+    assert found["precision"] == found["precision_k4"] == slow_precision(real, fake, k)
+    assert found["recall"] == found["recall_k4"] == slow_precision(fake, real, k)
 
 
 def test_precision_recall_match_torch_fidelity():
@@ -127,6 +141,7 @@ def test_precision_recall_symmetry_and_order():
     found, swapped = precision_recall(real, fake), precision_recall(fake, real)
     assert found["precision"] != found["recall"]
     assert (found["precision"], found["recall"]) == (swapped["recall"], swapped["precision"])
+    assert (found["precision_k4"], found["recall_k4"]) == (swapped["recall_k4"], swapped["precision_k4"])
     assert precision_recall(real[::-1], fake[::-1]) == found
 
 
@@ -143,4 +158,242 @@ def test_identical_points_count_as_equal_far_from_the_origin():
     # All balls have radius 0, so only an exact distance of 0 counts as inside.
     points = np.random.default_rng(0).normal(size=(6, 512)).astype(np.float32) * 30 + 500
     repeated = np.repeat(points, 5, axis=0)
-    assert precision_recall(repeated, repeated.copy()) == {"precision": 1.0, "recall": 1.0}
+    found = precision_recall(repeated, repeated.copy())
+    # The published variant leaves the border out, so balls of radius 0 hold nothing.
+    assert found == {"precision": 1.0, "recall": 1.0, "precision_k4": 0.0, "recall_k4": 0.0}
+
+
+def test_known_neighbours_change_nothing():
+    real, fake = random_features(80, 8, 11), random_features(70, 8, 12, shift=1.0)
+    known = nearest_others(centred(real, centre_of(real), "cpu"), 5, "neighbours")
+    for metric in (precision_recall, density_coverage, authpct):
+        assert metric(real, fake, "cpu", known) == metric(real, fake)
+
+
+# ------------------------------------------------------------------------------------------------- KID, CMMD
+
+
+def test_kid_of_whole_sets_matches_torch_fidelity():
+    real, fake = random_features(200, 32, 1), random_features(200, 32, 2, shift=0.5)
+    expected = kid_features_to_metric(
+        torch.from_numpy(fake.astype(np.float64)), torch.from_numpy(real.astype(np.float64)),
+        kid_subsets=1, kid_subset_size=200, verbose=False,
+    )["kernel_inception_distance_mean"]  # fmt: skip
+    found = kid(real, fake)
+    assert found.value == pytest.approx(expected, rel=1e-5)
+    assert found.info == {"std": pytest.approx(0, abs=1e-9), "subset_size": 200}
+
+
+def test_kid_over_subsets_matches_torch_fidelity_up_to_the_draw():
+    real, fake = random_features(500, 32, 1), random_features(400, 32, 2, shift=0.5)
+    expected = kid_features_to_metric(
+        torch.from_numpy(fake), torch.from_numpy(real), kid_subsets=400, kid_subset_size=100, verbose=False
+    )  # fmt: skip
+    found = kid(real, fake, num_subsets=400, subset_size=100)
+    mean, std = (expected[f"kernel_inception_distance_{kind}"] for kind in ("mean", "std"))
+    assert found.value == pytest.approx(mean, abs=5 * std / math.sqrt(400))
+    assert found.info["std"] == pytest.approx(std, rel=0.25)
+
+
+def test_kid_is_unbiased_and_ignores_order():
+    values = [kid(random_features(60, 8, seed), random_features(60, 8, seed + 100), num_subsets=1).value
+              for seed in range(40)]  # fmt: skip
+    assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(40)
+    assert min(values) < 0 < max(values)
+    real, fake = random_features(90, 8, 1), random_features(70, 8, 2)
+    order = np.random.default_rng(0).permutation(70)
+    assert kid(real[::-1], fake[order], subset_size=30) == kid(real, fake, subset_size=30)
+
+
+def slow_mmd(real: np.ndarray, fake: np.ndarray, kernel) -> float:
+    """The unbiased estimate, one pair at a time."""
+
+    def mean(pairs) -> float:
+        return float(np.mean([kernel(x, y) for x, y in pairs]))
+
+    within = [
+        [(a, b) for i, a in enumerate(points) for j, b in enumerate(points) if i != j]
+        for points in (real, fake)
+    ]
+    return sum(mean(pairs) for pairs in within) - 2 * mean([(x, y) for x in real for y in fake])
+
+
+def test_cmmd_matches_a_loop(monkeypatch):
+    monkeypatch.setattr("evaluation.neighbours.MAX_DISTANCES", 50)
+    real, fake = random_features(20, 6, 1), random_features(15, 6, 2, shift=1.0)
+    unit = [points / np.linalg.norm(points, axis=1, keepdims=True) for points in (real, fake)]
+    expected = 1000 * slow_mmd(*unit, lambda x, y: math.exp(-np.sum((x - y) ** 2) / 200))
+    assert cmmd(real, fake) == pytest.approx(expected, rel=1e-5)
+    assert cmmd(3 * real, 0.1 * fake) == pytest.approx(expected, rel=1e-5)  # lengths do not count
+
+
+def test_fd_dinov2_is_the_frechet_distance():
+    real, fake = random_features(50, 6, 1), random_features(40, 6, 2)
+    assert fd_dinov2(real, fake).value == frechet_distance(real, fake)
+
+
+# ------------------------------------------------------------------------------------------------- density, coverage
+
+
+def test_density_and_coverage_of_a_hand_computed_case():
+    real = np.array([[0.0], [1.0], [3.0]])  # with k = 1 the balls are [-1, 1], [0, 2] and [1, 5]
+    fake = np.array([[0.5], [1.5], [10.0], [-0.25]])  # in 2, 2, 0 and 1 of them
+    assert density_coverage(real, fake, k=1) == {"density": 5 / 4, "coverage": 1.0}
+    assert density_coverage(real, fake[2:], k=1) == {"density": 1 / 2, "coverage": pytest.approx(1 / 3)}
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_density_and_coverage_match_a_loop(k, monkeypatch):
+    monkeypatch.setattr("evaluation.neighbours.MAX_DISTANCES", 200)
+    real, fake = random_features(60, 6, 7), random_features(45, 6, 8, shift=1.5)
+    radii = [
+        sorted(np.linalg.norm(p - q) for j, q in enumerate(real) if j != i)[k - 1] for i, p in enumerate(real)
+    ]
+    inside = np.array([[np.linalg.norm(x - p) <= r for p, r in zip(real, radii, strict=True)] for x in fake])
+    found = density_coverage(real, fake, k=k)
+    assert found == {"density": pytest.approx(inside.sum() / (k * 45)), "coverage": inside.any(axis=0).mean()}
+    assert density_coverage(real[::-1], fake[::-1], k=k) == pytest.approx(found)
+
+
+def test_density_is_one_on_equal_distributions_and_one_outlier_does_not_move_it():
+    real, fake = random_features(800, 4, 1), random_features(800, 4, 2)
+    found = density_coverage(real, fake)
+    assert found["density"] == pytest.approx(1, abs=0.1)
+    assert found["coverage"] > 0.9
+    outlier = np.concatenate([real, real[:1] + 1e3])
+    assert density_coverage(outlier, fake)["density"] < 1.5 * found["density"]
+
+
+# ------------------------------------------------------------------------------------------------- FLD, memorisation
+
+
+def slow_nll(mixture: Mixture, points: np.ndarray) -> float:
+    """Per feature, from the density written out, with the background component of 0.9 times the distance."""
+    dim = points.shape[1]
+    variances = mixture.log_variances.exp().double().numpy()
+    centres = torch.cat([mixture.centres, mixture.background]).double().numpy()
+    scale = np.array([1.0] * len(mixture.centres) + [0.81])
+    total = 0.0
+    for point in points.astype(np.float64):
+        squared = scale * ((point - centres) ** 2).sum(axis=1)
+        total -= np.log(np.mean(np.exp(-squared / (2 * variances)) / (2 * math.pi * variances) ** (dim / 2)))
+    return total / len(points) / dim
+
+
+def test_likelihood_of_the_mixture_is_that_of_its_density(monkeypatch):
+    centres, points, others = (torch.from_numpy(random_features(n, 3, n)) for n in (12, 40, 25))
+    mixture = Mixture(centres, points)
+    assert mixture.nll(others) == pytest.approx(slow_nll(mixture, others.numpy()), rel=1e-5)
+    monkeypatch.setattr("evaluation.metrics.fld.MAX_DISTANCES", 30)  # rows in several parts
+    assert mixture.nll(others) == pytest.approx(slow_nll(mixture, others.numpy()), rel=1e-5)
+    assert Mixture(centres, points).nll(points) == pytest.approx(mixture.nll(points), rel=1e-4)
+
+
+def test_fitting_the_mixture_follows_the_gradient():
+    centres, points = (torch.from_numpy(random_features(n, 3, n)) for n in (12, 40))
+    mixture = Mixture(centres, points)
+    log_variances = mixture.log_variances.clone().requires_grad_()
+    distances = mixture._distances(points)
+    exponents = -0.5 * (distances * (-log_variances).exp() + 3 * (log_variances + math.log(2 * math.pi)))
+    (-exponents.logsumexp(dim=1).mean() / 3).backward()
+    mixture._step(distances, torch.optim.SGD([mixture.log_variances], lr=0.0))
+    assert torch.allclose(mixture.log_variances.grad, log_variances.grad, rtol=1e-4, atol=1e-6)
+    # The fit beats what it started from, in every direction of a common factor.
+    fitted = mixture.nll(points)
+    mixture.log_variances += 0.7
+    assert mixture.nll(points) > fitted
+
+
+@pytest.fixture(scope="module")
+def generators() -> dict[str, np.ndarray]:
+    """Features of training and test images, and of generators of four kinds."""
+    train, test, fresh = (random_features(n, 6, seed) for n, seed in ((400, 1), (200, 2), (400, 3)))
+    rng = np.random.default_rng(0)
+    copies = train + 1e-3 * rng.normal(size=train.shape).astype(np.float32)
+    collapsed = fresh[:1] + 0.1 * rng.normal(size=fresh.shape).astype(np.float32)
+    return {"train": train, "test": test, "fresh": fresh, "copies": copies, "collapsed": collapsed,
+            "lacking": fresh[fresh[:, 0] > 0]}  # fmt: skip
+
+
+def test_fld_tells_copies_collapse_and_a_missing_part_from_fresh_draws(generators):
+    train, test = generators["train"], generators["test"]
+    found = {name: {key: value.value for key, value in fld(train, test, generators[name]).items()}
+             for name in ("fresh", "copies", "collapsed", "lacking")}  # fmt: skip
+    assert all(found[name]["fld"] > found["fresh"]["fld"] + 1 for name in ("copies", "collapsed", "lacking"))
+    # Only on the training images do copies look good, which is what the published variant measures.
+    assert found["copies"]["fld_train"] < found["fresh"]["fld_train"]
+    assert found["copies"]["fld_gap"] < -10 < found["fresh"]["fld_gap"] < 10
+    for values in found.values():
+        assert values["fld_gap"] == pytest.approx(values["fld_train"] - values["fld"])
+
+
+def test_fld_ignores_order_and_scale(generators):
+    train, test, fake = (generators[name] for name in ("train", "test", "fresh"))
+    found = fld(train, test, fake)
+    shuffled = fld(train[::-1], test[::-1], fake[::-1])
+    scaled = fld(*(10 * points + 3 for points in (train, test, fake)))
+    for name, value in found.items():
+        assert shuffled[name].value == pytest.approx(value.value, rel=1e-3)
+        assert scaled[name].value == pytest.approx(value.value, rel=1e-2, abs=0.02)
+
+
+def test_authpct_of_a_hand_computed_case_and_of_copies(generators):
+    real = np.array([[0.0], [1.0], [4.0]])  # nearest others at 1, 1, 3
+    fake = np.array([[0.2], [6.5], [8.0], [-1.0]])  # nearest 0, 4, 4, 0 at 0.2, 2.5, 4, 1
+    assert authpct(real, fake) == 25.0  # 8.0 alone; at equal distance a point is no more authentic
+    assert authpct(generators["train"], generators["copies"]) == 0.0
+    assert authpct(generators["train"], generators["fresh"]) == pytest.approx(50, abs=8)
+    assert authpct(generators["train"][::-1], generators["fresh"][::-1]) == pytest.approx(
+        authpct(generators["train"], generators["fresh"])
+    )
+
+
+def test_ratio_of_distances_to_training_and_unseen_points(generators):
+    train, test = generators["train"], generators["test"]
+    fresh, copies = (nn_ratio(train, test, generators[name]) for name in ("fresh", "copies"))
+    assert fresh.value == pytest.approx(1, abs=0.08)
+    assert copies.value < 0.7
+    assert fresh.info == {"reference_size": 200, "train_blocks": 2, "n_holdout": 200}
+    assert nn_ratio(train[::-1], test[::-1], generators["copies"][::-1]).value == pytest.approx(copies.value)
+    # A line: distances to the one training block 1 and 2, to the test points 2 and 1.5.
+    real, unseen, fake = (np.array(points)[:, None] for points in ([0.0, 10.0], [3.0, 9.5], [1.0, 8.0]))
+    assert nn_ratio(real, unseen, fake).value == pytest.approx(1.5 / 1.75)
+
+
+@pytest.mark.parametrize("metric", ["fid", "kid", "recall", "coverage"])
+def test_a_lacking_class_moves_the_metric_the_wrong_way(generators, metric):
+    def value(fake: np.ndarray) -> float:
+        real = generators["train"]
+        found = {"fid": lambda: fid(real, fake).value, "kid": lambda: kid(real, fake).value,
+                 "recall": lambda: precision_recall(real, fake)["recall"],
+                 "coverage": lambda: density_coverage(real, fake)["coverage"]}  # fmt: skip
+        return found[metric]()
+
+    whole, lacking = value(generators["fresh"]), value(generators["lacking"])
+    assert lacking > 1.5 * whole if metric in ("fid", "kid") else lacking < 0.9 * whole
+
+
+# ------------------------------------------------------------------------------------------------- classifiers
+
+
+def test_calibration_error_of_hand_computed_cases():
+    even = np.zeros((4, 2))  # confidence 0.5, always class 0
+    assert ece(even, np.array([0, 0, 1, 1])) == pytest.approx(0.0)
+    assert ece(even, np.array([0, 0, 0, 0])) == pytest.approx(0.5)
+    sure = np.array([[100.0, 0.0]] * 4)
+    assert ece(sure, np.array([0, 1, 1, 1])) == pytest.approx(0.75)
+    # Gaps of different bins do not cancel: 0.5 too little in one half, 1 too much in the other.
+    assert ece(np.concatenate([even, sure]), np.array([0] * 4 + [1] * 4)) == pytest.approx((0.5 + 1) / 2)
+
+
+def test_confusion_matrix_has_true_classes_in_rows():
+    found = confusion_matrix(np.array([0, 1, 1, 0]), np.array([0, 1, 0, 2]), 3)
+    assert found.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+
+
+def test_bootstrap_interval_is_that_of_resampling():
+    right = np.arange(200) < 150
+    rng = np.random.default_rng(0)
+    means = 100 * rng.choice(right, (20_000, 200)).mean(axis=1)
+    assert bootstrap_interval(150, 200) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.51)
+    assert bootstrap_interval(200, 200) == [100.0, 100.0]

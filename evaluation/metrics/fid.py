@@ -18,13 +18,13 @@ def frechet_distance(real: np.ndarray, fake: np.ndarray) -> float:
 
     Exact for singular covariances: no matrix square root, no added diagonal.
     """
-    mean_real, covariance_real = _moments(real)
-    mean_fake, covariance_fake = _moments(fake)
-    traces = np.trace(covariance_real) + np.trace(covariance_fake)
-    distance = (
-        np.sum((mean_real - mean_fake) ** 2) + traces - 2 * _trace_sqrt(covariance_real, covariance_fake)
-    )
-    return float(max(distance, 0.0))
+    fewer, more = sorted((real, fake), key=len)
+    first_mean, first_covariance = _moments(fewer)
+    second_mean, second_covariance = _moments(more)
+    root = _root(fewer, first_mean, first_covariance)
+    traces = np.trace(first_covariance) + np.trace(second_covariance)
+    trace_of_root = _trace_sqrt(root, second_covariance)
+    return float(max(np.sum((first_mean - second_mean) ** 2) + traces - 2 * trace_of_root, 0.0))
 
 
 def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -37,14 +37,23 @@ def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, scatter / (len(features) - 1)
 
 
-def _trace_sqrt(first: np.ndarray, second: np.ndarray) -> float:
-    """tr((C1 C2)^(1/2)) of two covariances.
+def _root(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """R with R R^T = C, the covariance of features (N, D).
 
-    C1 C2 has the eigenvalues of the symmetric matrix R^T C2 R with R R^T = C1; R has one column per eigenvalue of
-    C1 that rounding cannot explain.
+    With no more points than features the centred points are such a root. Else it is the Cholesky factor, and for a
+    singular C its eigenvectors, one column per eigenvalue that rounding cannot explain.
     """
-    eigenvalues, vectors = np.linalg.eigh(first)
+    if len(features) <= len(mean):
+        return (features - mean).T / np.sqrt(len(features) - 1)
+    try:
+        return np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        eigenvalues, vectors = np.linalg.eigh(covariance)
     kept = eigenvalues > eigenvalues[-1] * np.finfo(np.float64).eps
-    root = vectors[:, kept] * np.sqrt(eigenvalues[kept])
+    return vectors[:, kept] * np.sqrt(eigenvalues[kept])
+
+
+def _trace_sqrt(root: np.ndarray, second: np.ndarray) -> float:
+    """tr((C1 C2)^(1/2)) for C1 = R R^T: C1 C2 has the eigenvalues of the symmetric matrix R^T C2 R."""
     product = root.T @ second @ root
     return float(np.sqrt(np.clip(np.linalg.eigvalsh((product + product.T) / 2), 0, None)).sum())
