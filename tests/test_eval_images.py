@@ -1,0 +1,296 @@
+"""eval.py --images: labelled images from anywhere are judged without a method; what cannot be judged is said."""
+
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import ROOT, call, data_root, strict_json
+
+import eval as eval_program
+from data.digits import load_digits_8
+from data.spec import DataSpec
+from evaluation import features
+from evaluation.images import read_images
+from utils.errors import UserError
+
+SPEC = DataSpec("digits_8", 8, 1, 10, 1437, tuple("0123456789"))
+COLOUR = DataSpec("photos", 8, 3, 2, 100, ("cat", "dog"))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits_8()[0].take(np.arange(60))
+
+
+def evaluate(*argv: str, out=None):
+    places = ["--data_root", str(data_root()), *(["--out", str(out)] if out else [])]
+    return call(eval_program.main, ["--data_name", "digits_8", *places, *argv])
+
+
+def write_folder(folder, samples, name_of) -> None:
+    for row, (image, label) in enumerate(zip(samples.images, samples.labels, strict=True)):
+        path = folder / name_of(row, label)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0]).save(path)
+
+
+def zipped(folder, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.png")):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+@pytest.fixture(scope="module")
+def layouts(digits, tmp_path_factory) -> dict:
+    """The same digits in every form that is read."""
+    root = tmp_path_factory.mktemp("layouts")
+    write_folder(root / "classes", digits, lambda row, label: f"{label}/{row:03}.png")
+    write_folder(root / "flat", digits, lambda row, label: f"{label}_{row:03}.png")
+    arrays = {
+        "nchw": digits.images,
+        "nhw": digits.images[:, 0],
+        "nhwc": digits.images.transpose(0, 2, 3, 1),
+        "floats": digits.images / np.float32(255),
+    }
+    found = {
+        "classes": root / "classes",
+        "flat": root / "flat",
+        "zip": zipped(root / "classes", root / "z.zip"),
+    }
+    for name, images in arrays.items():
+        found[name] = root / f"{name}.npz"
+        np.savez(found[name], x=images, y=digits.labels.astype(np.int32))
+    np.savez(root / "unnamed.npz", digits.images, digits.labels)
+    return found | {"unnamed": root / "unnamed.npz"}
+
+
+def content(samples) -> list:
+    return sorted(
+        (image.tobytes(), label) for image, label in zip(samples.images, samples.labels, strict=True)
+    )
+
+
+@pytest.mark.parametrize("layout", ["classes", "flat", "zip", "nchw", "nhw", "nhwc", "floats", "unnamed"])
+def test_every_layout_gives_the_same_samples(layouts, digits, layout):
+    samples, notes = read_images(layouts[layout], SPEC)
+    assert content(samples) == content(digits)
+    assert notes == ()
+
+
+def test_other_sizes_and_channels_are_converted_and_said(tmp_path, digits):
+    large = digits.images.repeat(2, axis=2).repeat(2, axis=3).repeat(3, axis=1)
+    np.savez(tmp_path / "large.npz", x=large, y=digits.labels)
+    samples, notes = read_images(tmp_path / "large.npz", SPEC)
+    assert samples.images.shape == digits.images.shape
+    assert np.abs(samples.images.astype(int) - digits.images).mean() < 16
+    assert any("16x16" in note and "8x8" in note for note in notes)
+    assert any("colour images are converted to grey" in note for note in notes)
+
+
+def test_colour_becomes_grey_with_the_weights_of_red_green_and_blue(tmp_path):
+    pixels = np.zeros((3, 3, 8, 8), np.uint8)
+    for channel in range(3):
+        pixels[channel, channel] = 255  # one pure colour per image
+    np.savez(tmp_path / "rgb.npz", x=pixels, y=[0, 1, 2])
+    grey, _ = read_images(tmp_path / "rgb.npz", SPEC)
+    assert grey.images[:, 0, 0, 0].tolist() == [round(255 * share) for share in (0.299, 0.587, 0.114)]
+
+
+def test_grey_becomes_colour(tmp_path, digits):
+    np.savez(tmp_path / "grey.npz", x=digits.images[:4], y=[0, 1, 0, 1])
+    colour, notes = read_images(tmp_path / "grey.npz", COLOUR)
+    assert (colour.images == digits.images[:4]).all() and colour.images.shape == (4, 3, 8, 8)
+    assert "grey images are converted to colour" in notes[0]
+
+
+def test_folders_are_matched_by_class_name_and_not_by_position(tmp_path, digits):
+    write_folder(
+        tmp_path / "named", digits.take(np.arange(4)), lambda row, _: f"{'dog' if row else 'cat'}/{row}.png"
+    )
+    assert sorted(read_images(tmp_path / "named", COLOUR)[0].labels) == [0, 1, 1, 1]
+    write_folder(tmp_path / "only", digits.take(np.arange(4)), lambda row, _: f"dog_{row}.png")
+    samples, notes = read_images(tmp_path / "only", COLOUR)
+    assert samples.labels.tolist() == [1] * 4
+    assert "no image of class cat" in notes[-1]
+    write_folder(tmp_path / "numbers", digits.take(np.arange(4)), lambda row, _: f"{row % 2}/{row}.png")
+    assert sorted(read_images(tmp_path / "numbers", COLOUR)[0].labels) == [0, 0, 1, 1]
+
+
+def bad_npz(path, **changes):
+    images = np.zeros((6, 1, 8, 8), np.uint8)
+    np.savez(path, **({"x": images, "y": np.arange(6)} | changes))
+    return path
+
+
+def floats(row: int, value: float) -> np.ndarray:
+    images = np.full((6, 1, 8, 8), 0.5)
+    images[row, 0, 0, 0] = value
+    return images
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"y": np.arange(5)}, "5 labels for 6 images"),
+        ({"y": np.array([0, 1, 2, 3, 10, 5])}, "image 4 has the label 10; allowed are 0 to 9"),
+        ({"y": np.array([0, -1, 2, 3, 4, 5])}, "image 1 has the label -1"),
+        ({"y": np.zeros(6)}, "labels are float64; allowed are integers"),
+        ({"x": floats(3, 1.5)}, "image 3 has values from 0.5 to 1.5; floats must be in"),
+        ({"x": floats(2, -0.5)}, "image 2 has values"),
+        ({"x": floats(5, np.nan)}, "image 5 has values from nan"),
+        ({"x": np.zeros((6, 1, 8, 8), np.int64)}, "images are int64"),
+        ({"x": np.zeros((6, 2, 8, 8), np.uint8)}, "C 1 or 3"),
+        ({"x": np.zeros((0, 1, 8, 8), np.uint8), "y": np.zeros(0, int)}, "no images in it"),
+    ],
+)
+def test_a_bad_npz_is_refused_with_the_index(tmp_path, changes, words):
+    with pytest.raises(UserError, match=words) as caught:
+        read_images(bad_npz(tmp_path / "bad.npz", **changes), SPEC)
+    assert "bad.npz" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_unusable_files_are_refused_by_name(tmp_path, digits):
+    np.savez(tmp_path / "keys.npz", pixels=digits.images)
+    whole = bad_npz(tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    write_folder(tmp_path / "text", digits.take(np.arange(3)), lambda row, label: f"{label}/{row}.png")
+    (tmp_path / "text" / "0" / "notes.txt").write_text("hello")
+    write_folder(tmp_path / "named", digits.take(np.arange(3)), lambda row, _: f"bird_{row}.png")
+    (tmp_path / "empty").mkdir()
+    for name, words in (
+        ("keys.npz", "holds pixels; needed are x and y"),
+        ("cut.npz", "truncated"),
+        ("text", "notes.txt: not an image"),
+        ("named", "'bird' is no class of digits_8; allowed are 0, 1"),
+        ("empty", "no images"),
+        ("absent.npz", "no such file"),
+        ("absent", "no such file or folder"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_images(tmp_path / name, SPEC)
+
+
+# ------------------------------------------------------------------------------------------------- the program
+
+
+def test_images_are_judged_without_a_method(layouts, tmp_path):
+    metrics = "accuracy,fid,recall,authpct"
+    outcome = evaluate("--images", str(layouts["zip"]), "--metrics", metrics, out=tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    results = strict_json(tmp_path / "out" / "results.json")
+    names = {name.split("/")[0] for name in results["metrics"]}
+    assert names == {"accuracy", "fid", "recall", "authpct"}
+    assert (results["method"], results["epsilon"], results["private"]) == ("images", None, None)
+    assert results["images"] == str(layouts["zip"])
+    assert results["metrics"]["authpct/random_conv"] == 0.0  # they are training images
+    assert results["metric_info"]["fid/random_conv"]["n_real"] == 1437
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "z.zip on digits_8" in page and "fid/random_conv" in page
+    assert strict_json(tmp_path / "out" / "details.json")["accuracy/small_cnn/last_epoch"]["confusion"]
+    assert "fid/random_conv" in outcome.out and str(tmp_path / "out") in outcome.out
+    assert not (tmp_path / "out" / "private").exists()
+
+
+def test_the_second_time_no_image_passes_an_extractor(layouts, tmp_path, monkeypatch):
+    argv = ["--images", str(layouts["nchw"]), "--metrics", "fid,precision"]
+    assert evaluate(*argv, out=tmp_path / "first").code == 0
+
+    def refuse(*_):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(features.RandomConvExtractor, "__call__", refuse)
+    assert evaluate(*argv, out=tmp_path / "second").code == 0
+    first, second = (strict_json(tmp_path / name / "results.json")["metrics"] for name in ("first", "second"))
+    assert first == second
+
+
+def test_judging_images_needs_no_training_code(layouts, tmp_path):
+    argv = ["--images", str(layouts["nchw"]), "--data_name", "digits_8", "--out", str(tmp_path / "out")]
+    argv += ["--data_root", str(data_root()), "--metrics", "fid"]
+    code = f"""
+import sys, eval
+assert eval.main({argv!r}) == 0
+loaded = {{name for name in sys.modules if name.startswith(("models.", "opacus"))}}
+assert not loaded & {{"opacus", "opacus_ext.dpsgd", "opacus_ext.per_example"}}, loaded
+assert {{name for name in loaded if name.startswith("models.")}} == {{"models.noop", "models.synthesizer"}}, loaded
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_out_the_results_go_below_exp_root(layouts, tmp_path):
+    argv = ["--images", str(layouts["flat"]), "--metrics", "fid", "--exp_root", str(tmp_path), "-ed", "mine"]
+    assert evaluate(*argv).code == 0
+    (found,) = tmp_path.glob("images/digits_8-mine-*/results.json")
+    assert strict_json(found)["metrics"].keys() == {"fid/random_conv"}
+
+
+def test_missing_parts_do_not_hide_the_others_and_the_exit_code_tells(layouts, tmp_path):
+    argv = ["--images", str(layouts["nchw"]), "--metrics", "fid,cmmd", "--weights_root", str(tmp_path)]
+    outcome = evaluate(*argv, out=tmp_path / "out")
+    assert outcome.code == 3
+    results = strict_json(tmp_path / "out" / "results.json")
+    assert "fid/random_conv" in results["metrics"] and "cmmd/clip" in results["missing"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--images", "x.npz", "--method", "DPDM"], ["--method", "--images"]),
+        (["--images", "x.npz", "--epsilon", "1"], ["--epsilon"]),
+        (["--images", "x.npz", "--exp_path", "run"], ["--exp_path"]),
+        (["--images", "x.npz", "eval.mode=val"], ["eval.mode", "syn"]),
+        (["--images", "x.npz", "--metrics", "fidd"], ["did you mean 'fid'"]),
+        (["--images", "x.npz", "--metrics", "fid", "eval.metrics=[fid]"], ["both given"]),
+        (["--images", "absent.npz"], ["absent.npz", "no such file"]),
+        (["--image", "x.npz"], ["did you mean '--images'"]),
+        (["--out", "somewhere"], ["--out", "--images"]),
+        ([], ["--exp_path", "--images"]),
+    ],
+)
+def test_mistakes_are_one_line(argv, words):
+    refusal = evaluate(*argv).refusal
+    assert all(word in refusal for word in words), refusal
+
+
+def test_a_run_is_not_overwritten(layouts, tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    assert "is the folder of a run" in evaluate("--images", str(layouts["nchw"]), out=tmp_path).refusal
+
+
+def test_a_bad_image_leaves_no_folder(tmp_path):
+    path = bad_npz(tmp_path / "bad.npz", y=np.full(6, 11))
+    outcome = evaluate("--images", str(path), "--exp_root", str(tmp_path / "exp"))
+    assert "image 0 has the label 11" in outcome.refusal
+    assert not (tmp_path / "exp").exists()
+
+
+def test_dry_run_writes_nothing(layouts, tmp_path):
+    outcome = evaluate("--images", str(layouts["nchw"]), "--dry_run", out=tmp_path / "out")
+    assert outcome.code == 0 and "60 images" in outcome.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_list_says_what_is_there_and_what_is_missing(tmp_path):
+    outcome = call(eval_program.main, ["--list", "--weights_root", str(tmp_path)])
+    assert outcome.code == 0, outcome.err
+    lines = {line.split()[0]: line for line in outcome.out.splitlines() if line.startswith("  ")}
+    for name in (
+        "accuracy",
+        "fid",
+        "kid",
+        "fld_gap",
+        "nn_ratio",
+        "authpct",
+        "small_cnn",
+        "logistic_regression",
+    ):
+        assert "ready" in lines[name], name
+    assert "from 20 images" in lines["fld"] and "lower is better" in lines["fid"]
+    assert "prepare_weights.py --name inception" in lines["inception"]
+    for name in ("dinov2", "clip", "fd_dinov2", "cmmd", "image_reward"):
+        assert "missing: " in lines[name] and ("pip install" in lines[name] or "hf download" in lines[name])
