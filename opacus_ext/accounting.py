@@ -242,17 +242,19 @@ def _pld_epsilon(releases: Sequence[Release], delta: float, relation: str, grid:
         already = 2.0 if relation == REPLACE_ONE else 1.0
         accountant.compose(dp_accounting.GaussianDpEvent(full * already))
     for r in sampled:
-        accountant.compose(_sampled_event(r), r.num_steps)
+        accountant.compose(_sampled_event(r, relation), r.num_steps)
     return float(accountant.get_epsilon(delta))
 
 
-def _sampled_event(release: Release):
+def _sampled_event(release: Release, relation: str):
     """dp-accounting's name for one step of a sampled Gaussian. Truncated: Ganesh et al. 2025, arXiv 2508.15089."""
     import dp_accounting
 
     if release.max_batch_size is not None:
+        # The event counts the record in question: one more than there are, where it may be added.
+        num_records = release.num_records + (relation == ADD_OR_REMOVE_ONE)
         return dp_accounting.TruncatedSubsampledGaussianDpEvent(
-            release.num_records, release.sample_rate, release.max_batch_size, release.noise_multiplier
+            num_records, release.sample_rate, release.max_batch_size, release.noise_multiplier
         )
     gaussian = dp_accounting.GaussianDpEvent(release.noise_multiplier)
     return dp_accounting.PoissonSampledDpEvent(release.sample_rate, gaussian)
@@ -282,7 +284,7 @@ def _rdp_epsilon(releases: Sequence[Release], delta: float, relation: str) -> fl
     if full is not None:
         accountant.compose(dp_accounting.GaussianDpEvent(full))
     for r in sampled:
-        accountant.compose(_sampled_event(r), r.num_steps)
+        accountant.compose(_sampled_event(r, relation), r.num_steps)
     return float(accountant.get_epsilon(delta))
 
 

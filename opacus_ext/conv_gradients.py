@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from opacus_ext.planner import bucket, cheapest
+from opacus_ext.planner import cheapest, is_small
 
 # Of one im2col buffer: what stays in a core's cache, what a GPU has to spare.
 COLUMN_BYTES = {"cpu": 2**21, "cuda": 2**29}
@@ -65,7 +65,7 @@ def per_example(x: torch.Tensor, g: torch.Tensor, geometry: Geometry, batch: int
     }
     key = (
         "conv gradient",
-        bucket(batch),
+        is_small(batch),
         len(x) // batch,
         tuple(x.shape[1:]),
         geometry,

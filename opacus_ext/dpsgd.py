@@ -98,7 +98,7 @@ def dpsgd_steps(
     The loss's randomness is secret, like the noise: see NoiseSource.loss_draws.
     """
     refuse_mixing(network)
-    _probe(private, network, per_example_loss)
+    layer_rows = _probe(private, network, per_example_loss)
     trainable = {parameter_name: p for parameter_name, p in network.named_parameters() if p.requires_grad}
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held != {id(p) for p in trainable.values()}:
@@ -107,17 +107,17 @@ def dpsgd_steps(
     if planned.mechanism != "gaussian":
         raise UnplannedRelease(f"'{name}' is planned as {planned.mechanism}, not as gaussian")
     n_split = dp.n_split and math.ceil(dp.n_split / distributed.world_size())
+    gradients = partial(_clipped, network, per_example_loss, dp.max_grad_norm, layer_rows)
     parts = PhysicalBatches(dp.max_physical_batch_size, n_split, private.device)
     with ThreadPoolExecutor(1) as ahead:
-        for index in range(private.ledger.executed(name), planned.num_steps):
+        while private.ledger.executed(name) < planned.num_steps:
             release = private.ledger.book(name)
+            index = private.ledger.executed(name) - 1
             std = release.noise_multiplier * dp.max_grad_norm
             # Drawn by a CPU thread while the gradients are computed; once, by the process that adds it.
             draw = partial(private._gradient_noise, name, _size(trainable), std, index)
             noise = ahead.submit(draw) if distributed.is_main() else None
-            share = _clipped_sum_of_share(
-                release, private, network, trainable, per_example_loss, dp.max_grad_norm, parts, index
-            )
+            share = _clipped_sum_of_share(release, private, trainable, gradients, parts, index)
             released = distributed.sum_on_main(share, lambda total, noise=noise: noise.result().add_to(total))
             expected_batch = private.spec.num_train * release.sample_rate
             _set_gradients(trainable, released / expected_batch)
@@ -126,17 +126,26 @@ def dpsgd_steps(
             yield Step(index, planned.num_steps)
 
 
-def _probe(private: PrivateData, network: nn.Module, per_example_loss: PerExampleLoss) -> None:
-    """Run the independence check on random images, never on private ones."""
+def _probe(private: PrivateData, network: nn.Module, per_example_loss: PerExampleLoss) -> dict[str, set[int]]:
+    """Run the independence check on random images, never on private ones; returns the rows of each layer."""
     rng = torch.Generator(device=private.device).manual_seed(0)
     shape = (3, *private._image_shape())
     images = torch.rand(shape, generator=rng, device=private.device) * 2 - 1
     labels = torch.arange(3, device=private.device) % private.spec.num_classes
-    validate_independence(network, per_example_loss, images, labels)
+    return validate_independence(network, per_example_loss, images, labels)
+
+
+def _clipped(
+    network, per_example_loss, max_grad_norm, layer_rows, images, labels, rng
+) -> dict[str, torch.Tensor]:
+    sums, _ = clipped_sum(
+        network, per_example_loss, images, labels, max_grad_norm, rng, layer_rows=layer_rows
+    )
+    return sums
 
 
 def _clipped_sum_of_share(
-    release, private, network, trainable, per_example_loss, max_grad_norm, parts: PhysicalBatches, index
+    release, private, trainable, gradients, parts: PhysicalBatches, index
 ) -> torch.Tensor:
     """Over this process's share of the one Poisson sample that all processes draw; the share may be empty.
 
@@ -150,9 +159,7 @@ def _clipped_sum_of_share(
 
     def clipped(positions: slice) -> torch.Tensor:
         images, labels = private._take(indices[positions])
-        rng = draws[positions]
-        sums, _ = clipped_sum(network, per_example_loss, images, labels, max_grad_norm, rng)
-        return _flat(trainable, sums)
+        return _flat(trainable, gradients(images, labels, draws[positions]))
 
     total = torch.zeros(_size(trainable), dtype=torch.float64, device=private.device)
     return parts.add_up(len(indices), clipped, total)

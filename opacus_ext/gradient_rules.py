@@ -7,6 +7,8 @@ space together).
 """
 
 import abc
+import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,8 +17,26 @@ from torch import nn
 
 from opacus_ext import conv_gradients
 from opacus_ext.conv_gradients import Geometry
-from opacus_ext.planner import bucket
+from opacus_ext.planner import is_small
 from utils.errors import UserError
+
+NORM_BLOCK = 2**12  # numbers whose squares are added up in float32
+
+
+def _without_tf32(method):
+    """The products of `method` in full float32 on a GPU too: the norm was taken of what they give."""
+
+    @functools.wraps(method)
+    def wrapped(*args, **options):
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = matmul.allow_tf32, cudnn.allow_tf32
+        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        try:
+            return method(*args, **options)
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = before
+
+    return wrapped
 
 
 class Factors(abc.ABC):
@@ -50,12 +70,18 @@ RowForward = Callable[[nn.Module, torch.Tensor, dict[str, torch.Tensor]], torch.
 def squared_norms(gradient: torch.Tensor) -> torch.Tensor:
     """(B, *shape) -> (B,) float64 squared norms, inf or nan where an entry is not finite.
 
-    Accumulated in float32 at least, whatever the dtype.
+    Block by block, since a float32 sum of millions of squares falls short by up to a percent.
     """
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
     rows = _in_memory_order(gradient).reshape(len(gradient), -1)
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
-    return norms.double() ** 2
+    whole = rows.shape[1] // NORM_BLOCK * NORM_BLOCK
+    parts = [rows[:, :whole].unflatten(1, (-1, NORM_BLOCK)), rows[:, None, whole:]]
+    dtype = _at_least_float32(rows)
+    norms = [torch.linalg.vector_norm(part, dim=2, dtype=dtype) for part in parts if part.numel()]
+    return torch.cat(norms, dim=1).double().square().sum(1)
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def weighted_sum(
@@ -67,7 +93,7 @@ def weighted_sum(
     rows = _in_memory_order(gradient)
     flat = _without_dropped(rows, coefficients, may_drop).reshape(len(rows), -1)
     # In float32 at least: coefficients rounded to bfloat16 would let a clipped gradient exceed its bound.
-    dtype = torch.promote_types(flat.dtype, torch.float32)
+    dtype = _at_least_float32(flat)
     total = (coefficients.to(dtype) @ flat.to(dtype)).view(rows.shape[1:])
     return total.permute(_inverse(_memory_order(gradient)))
 
@@ -92,13 +118,26 @@ def _without_dropped(rows: torch.Tensor, coefficients: torch.Tensor, may_drop: b
     return torch.where((coefficients > 0).view(-1, *[1] * (rows.dim() - 1)), rows, 0.0)
 
 
-def _gram_squares(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """(B, T, p), (B, T, d) -> (B,) squared norms of g^T x: sum over position pairs of <x, x'> <g, g'>.
+def _factored_squares(alike: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """Squared norms (B,) of g^T x: sum over position pairs of <x, x'> <g, g'>, for g (B, T, d) and the products
+    alike = <x, x'> (B, T, T) in float64.
 
-    In float64: the terms have both signs, and what float32 loses where they cancel could pass for a small norm.
+    In float64: the terms have both signs, and what float32 loses where they cancel could pass for a small norm. The
+    weighted sum is formed in the precision of g though, and keeps a residue of what cancels: its size is added, so
+    that the norm is not below that of what is summed. An example that could overflow there counts as not finite.
     """
-    x, g = x.double(), g.double()
-    return ((x @ x.transpose(1, 2)) * (g @ g.transpose(1, 2))).sum((1, 2)).clamp_min(0.0)
+    limits = torch.finfo(_at_least_float32(g))
+    g = g.double()
+    squares = (alike * (g @ g.transpose(1, 2))).sum((1, 2)).clamp_min(0.0)
+    terms = (alike.diagonal(dim1=1, dim2=2).sqrt() * g.norm(dim=2)).sum(1)
+    residue = 2 * math.sqrt(g.shape[1]) * limits.eps * terms
+    return torch.where(terms < 0.1 * limits.max, squares + residue.square(), math.inf)
+
+
+def _products(x: torch.Tensor) -> torch.Tensor:
+    """(B, T, p) -> (B, T, T) float64"""
+    x = x.double()
+    return x @ x.transpose(1, 2)
 
 
 class LinearFactors(Factors):
@@ -108,7 +147,7 @@ class LinearFactors(Factors):
         self.x, self.g = x.to(g.dtype), g
         batch, positions, d = g.shape
         p = x.shape[2]
-        self.key = ("linear", bucket(batch), positions, p, d, g.dtype)
+        self.key = ("linear", is_small(batch), positions, p, d, g.dtype)
         self.work = batch * positions * p * d
         self.factored_work = 0 if positions == 1 else 2 * batch * positions**2 * (p + d)
         self.device = g.device
@@ -117,12 +156,11 @@ class LinearFactors(Factors):
         return self.g.transpose(1, 2) @ self.x
 
     def squared_norms(self) -> torch.Tensor:
-        if self.g.shape[1] == 1:
-            return squared_norms(self.x) * squared_norms(self.g)
-        return _gram_squares(self.x, self.g)
+        return _factored_squares(_products(self.x), self.g)
 
+    @_without_tf32
     def weighted_sum(self, coefficients: torch.Tensor, may_drop: bool) -> torch.Tensor:
-        dtype = torch.promote_types(self.g.dtype, torch.float32)
+        dtype = _at_least_float32(self.g)
         g = _without_dropped(self.g, coefficients, may_drop).to(dtype) * coefficients.to(dtype)[:, None, None]
         return g.flatten(0, 1).T @ _without_dropped(self.x, coefficients, may_drop).to(dtype).flatten(0, 1)
 
@@ -134,7 +172,7 @@ class ConvFactors(Factors):
         self.x, self.g, self.geometry, self.batch = x.to(g.dtype), g, geometry, batch
         d, c, kh, kw = geometry.weight_shape
         positions = g.numel() // (batch * d)
-        self.key = ("conv", bucket(batch), len(x) // batch, tuple(x.shape[1:]), geometry, g.dtype)
+        self.key = ("conv", is_small(batch), len(x) // batch, tuple(x.shape[1:]), geometry, g.dtype)
         self.work = batch * positions * geometry.weight_shape.numel()
         grouped = geometry.groups > 1
         self.factored_work = float("inf") if grouped else 2 * batch * positions**2 * (c * kh * kw + d)
@@ -145,12 +183,12 @@ class ConvFactors(Factors):
 
     def squared_norms(self) -> torch.Tensor:
         columns = conv_gradients.columns(self.x, self.geometry, self.batch)
-        return _gram_squares(
-            columns.transpose(1, 2), conv_gradients.by_example(self.g, self.batch).transpose(1, 2)
-        )
+        g = conv_gradients.by_example(self.g, self.batch).transpose(1, 2)
+        return _factored_squares(_products(columns.transpose(1, 2)), g)
 
+    @_without_tf32
     def weighted_sum(self, coefficients: torch.Tensor, may_drop: bool) -> torch.Tensor:
-        dtype = torch.promote_types(self.g.dtype, torch.float32)
+        dtype = _at_least_float32(self.g)
         rows = coefficients.to(dtype).repeat_interleave(len(self.g) // self.batch)
         g = _without_dropped(self.g, rows, may_drop).to(dtype) * rows[:, None, None, None]
         return conv_gradients.summed(_without_dropped(self.x, rows, may_drop).to(dtype), g, self.geometry)
@@ -162,7 +200,7 @@ class EmbeddingFactors(Factors):
     def __init__(self, index: torch.Tensor, g: torch.Tensor, num_embeddings: int) -> None:
         self.index, self.g, self.num_embeddings = index, g, num_embeddings
         batch, positions, d = g.shape
-        self.key = ("embedding", bucket(batch), positions, num_embeddings, d, g.dtype)
+        self.key = ("embedding", is_small(batch), positions, num_embeddings, d, g.dtype)
         self.work = batch * num_embeddings * d
         self.factored_work = 2 * batch * positions**2 * d
         self.device = g.device
@@ -172,15 +210,10 @@ class EmbeddingFactors(Factors):
         return zeros.scatter_add_(1, self.index[:, :, None].expand_as(self.g), self.g)
 
     def squared_norms(self) -> torch.Tensor:
-        if self.g.shape[1] == 1:
-            return squared_norms(self.g)
-        same = (self.index[:, :, None] == self.index[:, None, :]).double()
-        g = self.g.double()
-        # Pairs of unlike index are left out before the product: 0 * inf would be nan anyway, and is meant to be.
-        return (same * (g @ g.transpose(1, 2))).sum((1, 2)).clamp_min(0.0)
+        return _factored_squares((self.index[:, :, None] == self.index[:, None, :]).double(), self.g)
 
     def weighted_sum(self, coefficients: torch.Tensor, may_drop: bool) -> torch.Tensor:
-        dtype = torch.promote_types(self.g.dtype, torch.float32)
+        dtype = _at_least_float32(self.g)
         g = _without_dropped(self.g, coefficients, may_drop).to(dtype) * coefficients.to(dtype)[:, None, None]
         zeros = g.new_zeros(self.num_embeddings, g.shape[2])
         return zeros.index_add_(0, self.index.flatten(), g.flatten(0, 1))
@@ -288,8 +321,13 @@ def _opacus_rule(kind: type[nn.Module]) -> Rule | None:
 
 
 def refuse_mixing(network: nn.Module) -> None:
-    """Raise UserError naming the first module that mixes examples (batch statistics) or keeps statistics of them."""
+    """Raise UserError naming the first module that mixes examples (batch statistics) or is changed by them."""
     for name, module in network.named_modules():
+        if getattr(module, "max_norm", None) is not None:
+            raise UserError(
+                f"network: {type(module).__name__} at '{name}' has a max_norm, so its weight tells which labels it was "
+                f"asked for; leave max_norm out"
+            )
         mixes = isinstance(module, nn.modules.batchnorm._BatchNorm)
         tracks = isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
         if mixes or tracks:

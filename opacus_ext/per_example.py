@@ -25,6 +25,7 @@ from opacus_ext.gradient_rules import (
     weighted_sum,
 )
 from opacus_ext.planner import cheapest
+from utils.errors import UserError
 
 SMALL = 2**14  # numbers per example of a gradient that is handled together with others
 
@@ -42,18 +43,21 @@ def clipped_sum(
     labels: torch.Tensor,
     max_grad_norm: float,
     rng: object,
+    layer_rows: dict[str, set[int]] | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Sum over examples of the gradient of each one's own loss, clipped jointly over all trainable tensors.
 
     Returns name -> summed gradient, to which one example contributes an L2 norm of at most `max_grad_norm`, and the
     (B,) norms before clipping; these are private. An example whose gradient is not finite contributes zero. No
     example: zeros. `rng` is handed to the loss as it is.
+    layer_rows: rows per example that each layer may be called with (`rows_of_layers`); None: any.
     """
     trainable = _trainable(network)
     if not len(labels):
         zeros = {name: torch.zeros_like(p) for name, p in trainable.items()}
         return zeros, torch.zeros(0, device=labels.device)
-    record = _record(network, trainable, per_example_loss, images, labels, rng, whole=False)
+    record = _Record(len(labels), whole=False, layer_rows=layer_rows)
+    _fill(record, network, trainable, per_example_loss, images, labels, rng)
     small = record.take_small()
     norms = record.squares(small).sqrt()
     coefficients = clip_coefficients(norms, max_grad_norm)
@@ -65,7 +69,8 @@ def clipped_sum(
     if small:
         flat = weighted_sum(small.rows, coefficients, may_drop).split(small.sizes)
         sums.update(zip(small.names, flat, strict=True))
-    return {name: sums[name].view_as(p).to(p.dtype) for name, p in trainable.items()}, norms
+    # In float32 at least, whatever the parameters are: rounding to less would move the sum by more than the bound.
+    return {name: sums[name].view_as(p) for name, p in trainable.items()}, norms
 
 
 def per_example_gradients(
@@ -77,15 +82,29 @@ def per_example_gradients(
 ) -> dict[str, torch.Tensor]:
     """Name -> (B, *shape): the gradient of each example's loss. A parameter the loss does not reach has zeros."""
     trainable = _trainable(network)
-    record = _record(network, trainable, per_example_loss, images, labels, rng, whole=True)
+    record = _Record(len(labels), whole=True)
+    _fill(record, network, trainable, per_example_loss, images, labels, rng)
     return {
         name: record.gradients.get(name, p.new_zeros(len(labels), *p.shape)) for name, p in trainable.items()
     }
 
 
+def rows_of_layers(
+    network: nn.Module,
+    per_example_loss: PerExampleLoss,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    rng: object,
+) -> dict[str, set[int]]:
+    """Path of every trained layer -> the rows per example that it is called with."""
+    record = _Record(len(labels), whole=True)
+    _fill(record, network, _trainable(network), per_example_loss, images, labels, rng)
+    return record.rows
+
+
 def clip_coefficients(norms: torch.Tensor, max_grad_norm: float) -> torch.Tensor:
-    """(B,) factors min(1, C / norm); 0 where a norm is not finite or zero."""
-    usable = torch.isfinite(norms) & (norms > 0)
+    """(B,) factors min(1, C / norm); 0 where a norm is zero, not finite, or so large that the factor would be."""
+    usable = (norms > 0) & (norms < 1e30 * max_grad_norm)
     return torch.where(usable, (max_grad_norm / norms).clamp(max=1.0), 0.0)
 
 
@@ -108,18 +127,32 @@ class _Record:
     whole: form every gradient. Else a layer that is used once may keep the factors, where that is cheaper.
     """
 
-    def __init__(self, batch: int, whole: bool) -> None:
+    def __init__(self, batch: int, whole: bool, layer_rows: dict[str, set[int]] | None = None) -> None:
         self.batch = batch
         self.whole = whole
+        self.rows: dict[str, set[int]] = {}
+        self._allowed_rows = layer_rows
         self.gradients: dict[str, torch.Tensor | Factors] = {}
         self.uses: Counter[str] = Counter()
         self._squares: dict[str, torch.Tensor] = {}
 
+    def rows_per_example(self, x: torch.Tensor, path: str) -> int:
+        """How many rows of a layer's input belong to one example. Rows that are picked by their content would come in
+        any number, and be taken for those of another example; in the message it would be a secret."""
+        rows, rest = divmod(len(x), self.batch)
+        if rest or (self._allowed_rows is not None and rows not in self._allowed_rows.get(path, ())):
+            raise UserError(
+                f"network: layer '{path}' is called with another number of rows than K for each example; "
+                f"it must be the same in every call"
+            )
+        self.rows.setdefault(path, set()).add(rows)
+        return rows
+
     def add(self, name: str, gradient: torch.Tensor | Factors) -> None:
-        if self.whole or self.uses[name] > 1:
-            gradient = gradient.form() if isinstance(gradient, Factors) else gradient
-            seen = self.gradients.get(name)
-            self.gradients[name] = gradient if seen is None else seen + gradient
+        seen = self.gradients.get(name)
+        if self.whole or self.uses[name] > 1 or seen is not None:
+            self.gradients[name] = _form(gradient) if seen is None else _form(seen) + _form(gradient)
+            self._squares.pop(name, None)  # of one of the uses only
         elif isinstance(gradient, Factors):
             # The norm right away, while the gradient is in the processor's cache.
             self.gradients[name], self._squares[name] = _kept(gradient)
@@ -142,6 +175,10 @@ class _Record:
         if small:
             late.append(small.rows)
         return torch.stack([*self._squares.values(), *map(squared_norms, late)]).sum(0)
+
+
+def _form(gradient: torch.Tensor | Factors) -> torch.Tensor:
+    return gradient.form() if isinstance(gradient, Factors) else gradient
 
 
 def _kept(gradient: torch.Tensor | Factors) -> tuple[torch.Tensor | Factors, torch.Tensor]:
@@ -168,15 +205,17 @@ def _kept(gradient: torch.Tensor | Factors) -> tuple[torch.Tensor | Factors, tor
     return cheapest(("keep", *gradient.key), gradient.work, choices, gradient.device)
 
 
-def _record(network, trainable, per_example_loss, images, labels, rng, whole: bool) -> _Record:
-    record = _Record(len(labels), whole)
+def _fill(record: _Record, network, trainable, per_example_loss, images, labels, rng) -> None:
+    """One forward and one backward pass."""
     with _watching(network, trainable, record) as copies, torch.enable_grad():
-        per_example_loss(network, images, labels, rng).sum().backward()
+        losses = per_example_loss(network, images, labels, rng)
+        if losses.shape != (len(images),):
+            # A mean over the batch would divide by the size of a secret sample.
+            raise UserError(f"loss: a tensor of {losses.dim()} dimensions; it must be one number per example")
+        losses.sum().backward()
     for name, copy in copies.items():
         if copy.grad is not None:
-            record.uses[name] += 1
             record.add(name, copy.grad)
-    return record
 
 
 @contextmanager
@@ -198,7 +237,8 @@ def _watching(network: nn.Module, trainable: dict[str, nn.Parameter], record: _R
                 for local, name in own.items():
                     leaf = getattr(module, local).detach().expand(record.batch, *getattr(module, local).shape)
                     copies.setdefault(name, leaf.requires_grad_())
-                module.forward = partial(_forward_by_row, module, own, copies, record.batch)
+                    record.uses[name] += 1
+                module.forward = partial(_forward_by_row, module, own, copies, path, record)
                 undo.append(partial(delattr, module, "forward"))
             else:
                 hook = partial(_attach, rule_for(module, path), own, path, record)
@@ -212,12 +252,14 @@ def _watching(network: nn.Module, trainable: dict[str, nn.Parameter], record: _R
             step()
 
 
-def _forward_by_row(module: nn.Module, own: dict[str, str], copies: dict, batch: int, x: torch.Tensor):
+def _forward_by_row(
+    module: nn.Module, own: dict[str, str], copies: dict, path: str, record: _Record, x: torch.Tensor
+) -> torch.Tensor:
     """The module's forward, each row with its example's copy of the parameters; autograd does the rest."""
-    rows = _rows_per_example(x, batch, type(module).__name__)
+    rows = record.rows_per_example(x, path)
     parameters = {}
     for local, p in module.named_parameters(recurse=False):
-        one_each = copies[own[local]] if local in own else p.detach().expand(batch, *p.shape)
+        one_each = copies[own[local]] if local in own else p.detach().expand(record.batch, *p.shape)
         parameters[local] = one_each.repeat_interleave(rows, dim=0) if rows > 1 else one_each
     return ROW_FORWARDS[type(module)](module, x, parameters)
 
@@ -231,7 +273,7 @@ def _attach(
     if not output.requires_grad:  # the first trained layer: nothing before it needs a gradient
         output = _Start.apply(output, torch.zeros((), requires_grad=True))
     features = (args[0] if args else next(iter(kwargs.values()))).detach()
-    _rows_per_example(features, record.batch, path)
+    record.rows_per_example(features, path)
     version = features._version
     held = [features]  # given up when used, so that memory falls as the backward pass goes on
     for name in own.values():
@@ -261,11 +303,3 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[None, None]:
         return None, None
-
-
-def _rows_per_example(x: torch.Tensor, batch: int, path: str) -> int:
-    if len(x) % batch:
-        raise ValueError(
-            f"'{path}' got {len(x)} rows for {batch} examples; each example must have its own rows"
-        )
-    return len(x) // batch

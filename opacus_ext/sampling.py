@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 
 from utils.errors import UserError
-from utils.runtime import log
 
 # Examples at a time to begin with, where the user leaves it open: a GPU says when its memory is full, a CPU does not.
 AUTOMATIC = {"cuda": 2**16, "cpu": 8}
@@ -41,5 +40,5 @@ class PhysicalBatches:
             # Outside of the handler, which keeps the failed part's tensors alive.
             self._fits = size // 2
             torch.cuda.empty_cache()
-            log.info("out of memory: going on with fewer images at a time")  # their number is private
+            # Without a word: that a sample was this large is private.
         return total

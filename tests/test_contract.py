@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from models import METHODS
+from models.diffusion.ddpm import NoiseLoss
+from models.diffusion.latent_space import LatentSpace
 from models.diffusion.loss import EDMLoss
 from opacus_ext import dpsgd
 from opacus_ext.accounting import Release
@@ -22,7 +24,8 @@ from utils.checkpoints import Checkpoints
 from utils.runtime import Runtime
 
 NAMES = sorted(METHODS)
-DIFFUSION = ["DPDM", "PDP-Diffusion", "DP-LDM-SD", "PrivImage", "DP-FETA", "DP-FETA-Pro"]
+LATENT = ["DP-LDM", "DP-LoRA"]
+DIFFUSION = ["DPDM", "PDP-Diffusion", "DP-LDM-SD", "PrivImage", "DP-FETA", "DP-FETA-Pro", *LATENT]
 PRIVATE = [name for name in NAMES if name != "Noise"]
 
 
@@ -226,10 +229,11 @@ def test_a_budget_below_the_fixed_query_is_refused(make_method, make_private):
 
 @pytest.mark.parametrize("name", DIFFUSION)
 def test_networks_trained_with_dpsgd_mix_no_examples(name, make_method):
-    network = make_method(name).network
+    method = make_method(name)
+    network = method.network
     mixing = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.Dropout)
     assert not [kind for kind in network.modules() if isinstance(kind, mixing)]
-    rows = [torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 0])]
+    rows = [torch.randn(4, *method.network_shape), torch.rand(4), torch.tensor([0, 1, 2, 0])]
     changed = [row.clone() for row in rows]
     changed[0][0] += 1.0
     for parameter in network.parameters():  # layers that start at nothing would hide a leak
@@ -245,12 +249,12 @@ def test_a_record_moves_the_clipped_sum_by_at_most_the_bound(name, make_trial, m
     """On the network and the loss as the method trains them, in the middle of its private training."""
     original, found = dpsgd.clipped_sum, []
 
-    def checked(network, per_example_loss, images, labels, max_grad_norm, rng):
+    def checked(network, per_example_loss, images, labels, max_grad_norm, rng, **options):
         if len(labels) > 1 and len(found) < 3:
             part = slice(0, 4)
             batch = (images[part], labels[part], max_grad_norm, rng[part])
             found.append(record_influence(network, per_example_loss, *batch))
-        return original(network, per_example_loss, images, labels, max_grad_norm, rng)
+        return original(network, per_example_loss, images, labels, max_grad_norm, rng, **options)
 
     monkeypatch.setattr(dpsgd, "clipped_sum", checked)
     trial = make_trial(name)
@@ -264,13 +268,14 @@ def test_a_record_moves_the_clipped_sum_by_at_most_the_bound(name, make_trial, m
 
 @pytest.mark.parametrize("name", DIFFUSION)
 def test_loss_randomness_in_private_training_is_secret(name, make_trial, monkeypatch):
-    draws, evaluate = [], EDMLoss.__call__
+    loss = loss_of(name)
+    draws, evaluate = [], loss.__call__
 
     def watched(self, network, images, labels, rng):
         draws.append(rng[:].normal().tolist())
         return evaluate(self, network, images, labels, rng)
 
-    monkeypatch.setattr(EDMLoss, "__call__", watched)
+    monkeypatch.setattr(loss, "__call__", watched)
     for _ in range(2):
         trial = make_trial(name, "train.n_epochs=1", epsilon=math.inf)
         trial.synthesizer.pretrain(trial.public, trial.private)
@@ -282,6 +287,10 @@ def test_loss_randomness_in_private_training_is_secret(name, make_trial, monkeyp
     )
     assert len(first) == len(second) > 0
     assert first != second
+
+
+def loss_of(name: str) -> type:
+    return NoiseLoss if name in LATENT else EDMLoss
 
 
 def positions(items: list, wanted: object) -> list[int]:
@@ -375,19 +384,37 @@ def kill_in(monkeypatch, owner, method: str, call: int):
     monkeypatch.setattr(owner, method, dying)
 
 
-@pytest.mark.parametrize("name", ["PDP-Diffusion", "PrivImage", "DP-FETA", "DP-FETA-Pro"])
+@pytest.mark.parametrize("name", ["PDP-Diffusion", "PrivImage", "DP-FETA", "DP-FETA-Pro", *LATENT])
 def test_a_run_killed_in_pretraining_continues_as_if_nothing_happened(
     name, make_trial, tmp_path, monkeypatch
 ):
     whole = make_trial(name, epsilon=10, noise_seed=5, runtime=Runtime(folder=tmp_path / "whole"))
     whole.run()
     with monkeypatch.context() as patch:
-        kill_in(patch, EDMLoss, "__call__", 3)  # the second step was followed by a snapshot
+        kill_in(patch, loss_of(name), "__call__", 3)  # the second step was followed by a snapshot
         with pytest.raises(Killed):
             resumed_run(make_trial, tmp_path / "run", name, "pretrain.batch_size=8")
     trial, restored = resumed_run(make_trial, tmp_path / "run", name, "pretrain.batch_size=8")
     assert restored == "pretrain (snapshot)"
     assert trial.private.ledger.complete
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_a_run_killed_in_autoencoder_training_continues_as_if_nothing_happened(
+    name, make_trial, tmp_path, monkeypatch
+):
+    settings = ["pretrain.autoencoder.batch_size=8"]
+    whole = make_trial(name, *settings, noise_seed=5, runtime=Runtime(folder=tmp_path / "whole"))
+    whole.run()
+    with monkeypatch.context() as patch:
+        kill_in(patch, LatentSpace, "_loss", 5)  # the fourth step was followed by a snapshot
+        with pytest.raises(Killed):
+            resumed_run(make_trial, tmp_path / "run", name, *settings)
+    trial, restored = resumed_run(make_trial, tmp_path / "run", name, *settings)
+    assert restored == "pretrain (snapshot)"
+    one, other = (tensors(run.synthesizer.state_dict()) for run in (whole, trial))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[path], other[path]) for path in one)
 
 
 def test_dpmerf_killed_after_its_release_asks_no_second_time(make_trial, tmp_path, monkeypatch):
