@@ -128,7 +128,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    batch_size: int | None  # nominal: the sampling rate is 1 / ceil(N / batch_size); None: all N in every step
+    batch_size: int | None  # nominal: q = 1 / ceil(N / batch_size); None: all N in every step
     n_epochs: int
     snapshot_freq: int
     optim: OptimConfig
