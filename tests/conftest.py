@@ -109,7 +109,7 @@ SMALL: dict[str, list[str]] = {
     "DP-FETA": [*DIFFUSION, *CENTRAL],
     "DP-FETA-Pro": [*DIFFUSION, *CENTRAL, *FREQUENCY],
     "DP-LDM": [*LATENT, *PRETRAIN],
-    "DP-LoRA": [*LATENT, *PRETRAIN, "train.rank=2"],
+    "DP-LoRA": [*LATENT, *PRETRAIN, "train.rank=2", "train.dp.max_grad_norm=1e-4"],
 }
 
 
