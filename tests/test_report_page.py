@@ -1,0 +1,257 @@
+"""report.html: complete, self-contained, without a private image, and shown by a real browser without a complaint."""
+
+import base64
+import io
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import arguments, call, strict_json
+
+import run as run_program
+from data.spec import DataSpec, Samples
+from evaluation.page import data_uri, markdown, write_page
+from evaluation.report import Report
+
+SPEC = DataSpec("toy", 8, 1, 3, 30, ("cat", "<dog>", "bird"))
+CARD = """# Privacy card
+
+The samples are **(1, 1e-05)-private** & more.
+
+- one
+- two
+
+| a | b |
+|---|---|
+| 1 | 2 |
+"""
+
+
+def samples(seed: int, count: int, channels: int = 1) -> Samples:
+    """Images of the classes 0 and 1; class 2 has none."""
+    images = np.random.default_rng(seed).integers(0, 256, (count, channels, 8, 8), dtype=np.uint8)
+    return Samples(images, np.arange(count, dtype=np.int64) % 2)
+
+
+def report(**changes) -> Report:
+    accuracy = {
+        "better": "higher",
+        "n_real": 9,
+        "n_fake": 20,
+        "interval_95": [40.0, 60.0],
+        "epoch": 3,
+        "num_epochs": 5,
+    }
+    fid = {"better": "lower", "n_real": 30, "n_fake": 20, "real_floor": 0.125, "private": "training images"}
+    values = {
+        "metrics": {"accuracy/cnn/syn_val": 50.0, "fid/x": 2.5},
+        "metric_info": {"accuracy/cnn/syn_val": accuracy, "fid/x": fid},
+        "missing": {"cmmd/clip": "install <it>"},
+        "details": {
+            "accuracy/cnn/syn_val": {
+                "per_class": [75.0, None, 0.0],
+                "confusion": [[3, 1, 0], [0, 0, 0], [2, 3, 0]],
+            }
+        },
+    }
+    return Report(**values | changes)
+
+
+class Checker(HTMLParser):
+    """Fails on tags that do not close in order, and collects images and addresses."""
+
+    VOID = ("meta", "link", "img", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.images, self.addresses = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes) -> None:
+        found = dict(attributes)
+        self.addresses += [found[name] for name in ("src", "href") if name in found]
+        self.images += [found] if tag == "img" else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+
+def page(folder, **options) -> str:
+    given = {
+        "report": report(),
+        "samples": samples(0, 20),
+        "train": samples(1, 30),
+        "spec": SPEC,
+        "card": CARD,
+    }
+    given |= options
+    write_page(
+        folder, given["report"], given["samples"], given["train"], given["spec"], "a <title>", given["card"]
+    )
+    return (folder / "report.html").read_text()
+
+
+def pixels(uri: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
+
+
+def test_the_page_holds_everything_and_needs_nothing_else(tmp_path):
+    text = page(tmp_path)
+    checker = Checker(text)
+    assert all(address.startswith("data:") for address in checker.addresses)
+    assert not re.search(r"https?://|url\(|@import|<script", text)
+    assert (
+        "a &lt;title&gt;" in text
+        and "&lt;dog&gt;" in text
+        and "install &lt;it&gt;" in text
+        and "<dog>" not in text
+    )
+    row = re.search(r"<tr><td>fid/x \*</td>.*?</tr>", text)[0]
+    assert "<b>2.5</b>" in row and "lower" in row and ">0.125<" in row
+    assert "95 % interval 40.00 to 60.00" in text and "epoch 3 of 5" in text
+    assert "75.0 %" in text and "no test image" in text
+    assert "No image of class bird." in text and "not a privacy proof" in text
+    assert strict_json(tmp_path / "details.json") == report().details
+    assert not (tmp_path / "private").exists()
+
+
+def test_the_grid_shows_the_samples_class_by_class(tmp_path):
+    shown = samples(0, 20)
+    images = Checker(page(tmp_path, samples=shown)).images
+    assert [image["alt"] for image in images] == ["samples of cat", "samples of <dog>"]
+    strip = pixels(images[1]["src"])
+    expected = shown.images[shown.labels == 1]
+    for column in range(10):
+        assert np.array_equal(strip[:, 9 * column : 9 * column + 8], expected[column, 0])
+
+
+def test_colour_samples_keep_their_channels(tmp_path):
+    shown, spec = samples(0, 4, channels=3), DataSpec("toy", 8, 3, 2, 30, ("a", "b"))
+    images = Checker(page(tmp_path, samples=shown, spec=spec, report=Report())).images
+    assert np.array_equal(pixels(images[0]["src"])[:, :8], shown.images[0].transpose(1, 2, 0))
+
+
+def test_a_matrix_of_many_classes_is_a_picture(tmp_path):
+    spec = DataSpec("toy", 8, 1, 30, 30, tuple(map(str, range(30))))
+    confusion = np.zeros((30, 30), int)
+    confusion[3, 5] = 4
+    details = {"accuracy/cnn/syn_val": {"per_class": [None] * 30, "confusion": confusion.tolist()}}
+    image = Checker(page(tmp_path, spec=spec, report=report(details=details))).images[-1]
+    found = pixels(image["src"])
+    assert found.shape == (30, 30) and found[3, 5] == 0 and (np.delete(found.ravel(), 95) == 255).all()
+
+
+def test_training_images_are_in_the_private_gallery_alone(tmp_path):
+    train, shown = samples(1, 30), samples(0, 20)
+    text = page(tmp_path, train=train, samples=shown, report=report(nearest={4: [7, 2]}))
+    gallery = (tmp_path / "private" / "nearest.html").read_text()
+    Checker(gallery)
+    assert "Not a privacy proof" in gallery and "do not share" in gallery
+    sample, neighbours = (pixels(image["src"]) for image in Checker(gallery).images)
+    assert np.array_equal(sample, shown.images[4, 0])
+    assert np.array_equal(
+        neighbours, np.hstack([train.images[7, 0], np.full((8, 1), 255), train.images[2, 0]])
+    )
+    assert data_uri(neighbours) not in text
+    strips = [pixels(image["src"]) for image in Checker(text).images]
+    parts = [strip[:, 9 * k : 9 * k + 8] for strip in strips for k in range((strip.shape[1] + 1) // 9)]
+    assert not any(np.array_equal(part, image[0]) for part in parts for image in train.images)
+
+
+def test_the_card_becomes_html():
+    found = markdown(CARD)
+    Checker(found)
+    assert "<h3>Privacy card</h3>" in found and "<b>(1, 1e-05)-private</b> &amp; more" in found
+    assert found.count("<li>") == 2 and found.count("<tr>") == 2 and "<td>---" not in found
+
+
+# ------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    more = ["eval.mode=val", "sensitive_data.num_val=137", "eval.oracles=true", "eval.gallery=true"]
+    outcome = call(run_program.main, arguments("Noise", tmp_path_factory.mktemp("run"), *more))
+    assert outcome.code == 0, outcome.err
+    return outcome.folder
+
+
+def test_a_run_has_a_page_with_its_card(run_folder):
+    text = (run_folder / "report.html").read_text()
+    Checker(text)
+    assert "Noise on digits_8, epsilon 10" in text and "Unit of protection" in text
+    assert len(Checker((run_folder / "private" / "nearest.html").read_text()).images) == 40
+
+
+def test_oracles_of_a_run_are_marked_and_listed_as_revealed(run_folder):
+    results, privacy = (strict_json(run_folder / f"{name}.json") for name in ("results", "privacy"))
+    for selection in ("noisy_val", "syn_val", "last_epoch", "best_val", "best_test"):
+        info = results["metric_info"][f"accuracy/mean/{selection}"]
+        assert ("private" in info) == selection.startswith("best")
+    assert any("eval.oracles" in reason for reason in privacy["revealed"])
+    assert results["selection_epsilon"] == pytest.approx(1.0)
+
+
+def test_without_oracles_nothing_of_the_validation_images_is_revealed(tmp_path):
+    more = ["eval.mode=val", "sensitive_data.num_val=137", "eval.metrics=[accuracy]"]
+    folder = call(run_program.main, arguments("Noise", tmp_path, *more)).folder
+    assert not [
+        reason for reason in strict_json(folder / "privacy.json")["revealed"] if "validation" in reason
+    ]
+    assert not [name for name in strict_json(folder / "results.json")["metrics"] if "best" in name]
+    assert (folder / "report.html").exists() and not (folder / "private").exists()
+
+
+# ------------------------------------------------------------------------------------------------- a browser
+
+PROBE = """<script>
+const broken = [...document.images].filter(image => !(image.complete && image.naturalWidth > 0)).length;
+document.title = `${document.images.length} images, ${broken} broken`;
+</script></body>"""
+
+
+def browse(text: str, folder) -> tuple[str, str]:
+    """What a headless browser makes of a page: its title after PROBE has run, and its log.
+
+    Every request goes to a proxy that is not there, so nothing that is not in the page can be shown.
+    """
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("there is no chromium; apt-get install chromium")
+    page_file = folder / "probed.html"
+    page_file.write_text(text.replace("</body>", PROBE))
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--proxy-server=127.0.0.1:9",
+    ]
+    done = subprocess.run(
+        [browser, *flags, f"--user-data-dir={folder / 'profile'}", "--dump-dom", page_file.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return re.search("<title>(.*?)</title>", done.stdout)[1], done.stderr
+
+
+def test_a_browser_shows_all_images_without_network_or_errors(run_folder, tmp_path):
+    text = (run_folder / "report.html").read_text()
+    title, log = browse(text, tmp_path)
+    assert title == f"{len(Checker(text).images)} images, 0 broken"
+    assert "CONSOLE" not in log
+
+
+def test_the_browser_would_see_an_image_from_elsewhere_and_an_error(tmp_path):
+    foreign = (
+        "<html><body><img src='http://example.invalid/x.png'><script>undefinedName()</script></body></html>"
+    )
+    title, log = browse(foreign, tmp_path)
+    assert title == "1 images, 1 broken" and "CONSOLE" in log
