@@ -101,5 +101,9 @@ class DPFETAPro(DiffusionSynthesizer):
         embedding = state["noisy_embedding"]
         self.noisy_embedding = None if embedding is None else embedding.to(self.runtime.device)
 
+    def _warm_ups(self) -> list[tuple[str, int]]:
+        frequency = [(FREQUENCY, self.config.freq.data_num)] if self.has_frequency_stage else []
+        return [*super()._warm_ups(), *frequency]
+
     def parameter_counts(self) -> dict[str, int]:
         return {**super().parameter_counts(), "generator of the frequency stage": self.merf.num_parameters()}

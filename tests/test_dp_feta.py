@@ -70,6 +70,13 @@ def test_a_sampled_plan_composes_and_costs_more_than_dpsgd_alone(make_trial):
     assert warmed.private.ledger.spent() <= 1
 
 
+def test_a_dry_run_tells_what_the_warm_ups_take(make_method):
+    costs = {cost.stage: cost.description for cost in make_method("DP-FETA-Pro").costs()}
+    assert costs[WARM_UP] == "3 steps x 4 images"  # 2 images of 3 classes, batches of 4, 3 epochs
+    assert costs[FREQUENCY] == "3 steps x 8 images"
+    assert list(costs) == [WARM_UP, FREQUENCY, "train", "generate"]
+
+
 # ------------------------------------------------------------------------------------------ other methods
 
 

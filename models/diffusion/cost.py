@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from models.diffusion.config import TrainConfig
+from models.diffusion.config import PretrainConfig, TrainConfig
 from models.diffusion.samplers import SamplerConfig, network_calls
 from models.synthesizer import Cost
 from opacus_ext.accounting import Release
@@ -21,6 +21,13 @@ def training_cost(release: Release, num_train: int, config: TrainConfig, seconds
     draws = config.loss.n_noise_samples
     description = f"{release.num_steps} steps x {images:.0f} images x {draws} noise draws"
     return Cost("train", description, release.num_steps * images * draws * seconds)
+
+
+def warm_up_cost(stage: str, config: PretrainConfig, num_images: int, seconds: float) -> Cost:
+    """Of a stage without noise on `num_images`; `seconds` per image."""
+    batch_size = min(config.batch_size, num_images)
+    steps = config.n_epochs * (num_images // batch_size)
+    return Cost(stage, f"{steps} steps x {batch_size} images", steps * batch_size * seconds)
 
 
 def generation_cost(gen: GenConfig, sampler: SamplerConfig, seconds: float) -> Cost:

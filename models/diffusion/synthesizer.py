@@ -19,7 +19,7 @@ from data.spec import DataSpec, PublicData, Samples
 from models.central_images import MEAN, MODE, CentralImages
 from models.diffusion.checkpoint import chosen_weights, load_weights, read_checkpoint
 from models.diffusion.config import ModelConfig, PretrainConfig, TrainConfig
-from models.diffusion.cost import generation_cost, seconds_per_image, training_cost
+from models.diffusion.cost import generation_cost, seconds_per_image, training_cost, warm_up_cost
 from models.diffusion.denoiser import guided
 from models.diffusion.loss import EDMLoss, LossConfig
 from models.diffusion.samplers import SamplerConfig, sample
@@ -377,10 +377,17 @@ class DiffusionSynthesizer(Synthesizer):
         counts = {"UNet": sum(sizes.values())}
         return counts if trained == counts["UNet"] else {**counts, "UNet, trained with DP-SGD": trained}
 
+    def _warm_ups(self) -> list[tuple[str, int]]:
+        """The stages on images that noise has made public, and the number of these images."""
+        images = self.config.public_data.central.sample_num * self.spec.num_classes
+        return [] if self.central is None else [(WARM_UP, images)]
+
     def costs(self) -> list[Cost]:
         config = self.config
         forward, backward = seconds_per_image(self.network, self.network_shape, self.runtime.device)
+        stages = self._stages()
         return [
+            *(warm_up_cost(stage, stages[stage], count, backward) for stage, count in self._warm_ups()),
             training_cost(self._training_release(), self.spec.num_train, config.train, backward),
             generation_cost(config.gen, config.model.sampler_acc, forward),
         ]
