@@ -15,10 +15,14 @@ def nearest_training(passes: Passes, labels: np.ndarray, device: str) -> dict[in
     """
     train, fake = passes.train_features, passes.sample_features
     centre = centre_of(train)
-    train, fake = centred(train, centre, device), centred(fake, centre, device)
-    closeness = nearest(fake, train, "gallery")[0].cpu().numpy()
+    train = centred(train, centre, device)
+    closeness = nearest(fake, train, centre, "gallery")[0].cpu().numpy()
     rows = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     rows = [of_class[np.argsort(closeness[of_class], kind="stable")[:PER_CLASS]] for of_class in rows]
     chosen = np.concatenate(rows)[:MAX_ROWS]
-    found = squared_distances(fake[chosen], train).topk(min(NEIGHBOURS, len(train)), largest=False).indices
+    found = (
+        squared_distances(centred(fake[chosen], centre, device), train)
+        .topk(min(NEIGHBOURS, len(train)), largest=False)
+        .indices
+    )
     return {int(row): neighbours for row, neighbours in zip(chosen, found.tolist(), strict=True)}

@@ -10,7 +10,7 @@ import numpy as np
 from utils.progress import progress
 
 NUM_NEIGHBOURS = 5  # the most that a metric asks for
-MAX_DISTANCES = 2**24  # distances held at a time: 64 MiB each copy
+MAX_DISTANCES = 2**23  # distances held at a time: 32 MiB each copy
 # Squared float32 distances below this share of the squared norms are rounding: the two points count as equal.
 ROUNDING = 1e-6
 
@@ -19,7 +19,7 @@ def centred(points: np.ndarray, centre: np.ndarray, device: str):
     """(N, D), (D,) -> float32 tensor (N, D). Distances do not change, and less of them is lost to cancellation."""
     import torch
 
-    return torch.as_tensor(points.astype(np.float32) - centre.astype(np.float32), device=device)
+    return torch.as_tensor(points.astype(np.float32, copy=False) - centre.astype(np.float32), device=device)
 
 
 def centre_of(points: np.ndarray) -> np.ndarray:
@@ -39,13 +39,20 @@ def nearest_others(points, k: int, description: str):
     return torch.cat(found)
 
 
-def nearest(first, second, description: str):
-    """Of every point in `first` the nearest in `second`: squared distances (N,) and indices (N,)."""
+def nearest(first: np.ndarray, second, centre: np.ndarray, description: str):
+    """Of every point of `first` (N, D) the nearest of `second` (M, D), which `centre` has shifted: squared distances
+    (N,) and indices (N,)."""
     import torch
 
-    found = [squared_distances(first[rows], second).min(dim=1)
-             for rows in blocks(len(first), len(second), description)]  # fmt: skip
+    found = [squared.min(dim=1) for _, squared in distance_blocks(first, second, centre, description)]
     return torch.cat([block.values for block in found]), torch.cat([block.indices for block in found])
+
+
+def distance_blocks(first: np.ndarray, second, centre: np.ndarray, description: str) -> Iterator[tuple]:
+    """Slices of rows of `first` (N, D), and their squared distances (B, M) to `second` (M, D), which `centre` has
+    shifted. The points of `first` are shifted block by block: a copy of all would be as large as they are."""
+    for rows in blocks(len(first), len(second), description):
+        yield rows, squared_distances(centred(first[rows], centre, second.device), second)
 
 
 def squared_distances(first, second):

@@ -16,8 +16,8 @@ def authpct(real: np.ndarray, fake: np.ndarray, device: str = "cpu", real_neighb
     """Percent of fake points (M, D) that are farther from their nearest training point than that one is from its
     nearest other training point; real (N, D), N > 1. About 50 for fresh draws of the same distribution."""
     centre = centre_of(real)
-    real, fake = centred(real, centre, device), centred(fake, centre, device)
+    real = centred(real, centre, device)
     if real_neighbours is None:
         real_neighbours = nearest_others(real, 1, "real radii")
-    squared, indices = nearest(fake, real, "nearest training images")
+    squared, indices = nearest(fake, real, centre, "nearest training images")
     return 100.0 * (squared > real_neighbours[indices, 0]).double().mean().item()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from evaluation.neighbours import blocks, centre_of, centred, nearest_others, squared_distances
+from evaluation.neighbours import centre_of, centred, distance_blocks, nearest_others
 from evaluation.registry import metric
 
 
@@ -24,13 +24,13 @@ def density_coverage(
     import torch
 
     centre = centre_of(real)
-    real, fake = centred(real, centre, device), centred(fake, centre, device)
+    real = centred(real, centre, device)
     if real_neighbours is None:
         real_neighbours = nearest_others(real, k, "real radii")
     radii = real_neighbours[:, k - 1]
     memberships, covered = 0, torch.zeros(len(real), dtype=torch.bool, device=device)
-    for rows in blocks(len(fake), len(real), "density, coverage"):
-        inside = squared_distances(fake[rows], real) <= radii
+    for _, squared in distance_blocks(fake, real, centre, "density, coverage"):
+        inside = squared <= radii
         memberships += inside.sum().item()
         covered |= inside.any(dim=0)
     return {"density": memberships / (k * len(fake)), "coverage": covered.double().mean().item()}

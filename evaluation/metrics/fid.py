@@ -21,9 +21,11 @@ def frechet_distance(real: np.ndarray, fake: np.ndarray) -> float:
     fewer, more = sorted((real, fake), key=len)
     first_mean, first_covariance = _moments(fewer)
     second_mean, second_covariance = _moments(more)
-    root = _root(fewer, first_mean, first_covariance)
+    # With no more points than features the centred points are a root of their covariance.
+    few = len(fewer) <= len(first_mean)
+    root = (fewer - first_mean).T / np.sqrt(len(fewer) - 1) if few else root_of(first_covariance)
     traces = np.trace(first_covariance) + np.trace(second_covariance)
-    trace_of_root = _trace_sqrt(root, second_covariance)
+    trace_of_root = trace_sqrt(root, second_covariance)
     return float(max(np.sum((first_mean - second_mean) ** 2) + traces - 2 * trace_of_root, 0.0))
 
 
@@ -37,14 +39,9 @@ def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, scatter / (len(features) - 1)
 
 
-def _root(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-    """R with R R^T = C, the covariance of features (N, D).
-
-    With no more points than features the centred points are such a root. Else it is the Cholesky factor, and for a
-    singular C its eigenvectors, one column per eigenvalue that rounding cannot explain.
-    """
-    if len(features) <= len(mean):
-        return (features - mean).T / np.sqrt(len(features) - 1)
+def root_of(covariance: np.ndarray) -> np.ndarray:
+    """R with R R^T = C (D, D): the Cholesky factor, or for a singular C its eigenvectors, one column per eigenvalue
+    that rounding cannot explain."""
     try:
         return np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError:
@@ -53,7 +50,7 @@ def _root(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.
     return vectors[:, kept] * np.sqrt(eigenvalues[kept])
 
 
-def _trace_sqrt(root: np.ndarray, second: np.ndarray) -> float:
+def trace_sqrt(root: np.ndarray, second: np.ndarray) -> float:
     """tr((C1 C2)^(1/2)) for C1 = R R^T: C1 C2 has the eigenvalues of the symmetric matrix R^T C2 R."""
     product = root.T @ second @ root
     return float(np.sqrt(np.clip(np.linalg.eigvalsh((product + product.T) / 2), 0, None)).sum())

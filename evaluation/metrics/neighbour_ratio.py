@@ -21,12 +21,14 @@ def nn_ratio(train: np.ndarray, test: np.ndarray, fake: np.ndarray, device: str 
     where the training images left no trace; copies are at distance 0 from one block, which gives 1 - 1 / blocks.
     """
     centre, size = centre_of(train), min(len(train), len(test))
-    fake = centred(fake, centre, device)
     means, num_blocks = [], []
     for name, points in (("training", train), ("test", test)):
         points = centred(in_own_order(points), centre, device)
         starts = range(0, len(points) - size + 1, size)
-        each = [nearest(fake, points[start : start + size], f"nearest {name} images")[0] for start in starts]
+        each = [
+            nearest(fake, points[start : start + size], centre, f"nearest {name} images")[0]
+            for start in starts
+        ]
         means.append(sum(squared.sqrt().double().mean().item() for squared in each) / len(each))
         num_blocks.append(len(each))
     ratio = means[0] / means[1] if means[1] > 0 else 1.0

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from evaluation.neighbours import blocks, centre_of, centred, nearest_others, squared_distances
+from evaluation.neighbours import centre_of, centred, distance_blocks, nearest_others
 from evaluation.registry import metric
 
 
@@ -25,16 +25,17 @@ def precision_recall(
     import torch
 
     centre = centre_of(real)
-    real, fake = centred(real, centre, device), centred(fake, centre, device)
+    fake_radii = nearest_others(centred(fake, centre, device), k, "fake radii")[:, k - 1]
+    real = centred(real, centre, device)
     if real_neighbours is None:
         real_neighbours = nearest_others(real, k, "real radii")
-    real_radii, fake_radii = real_neighbours[:, k - 1], nearest_others(fake, k, "fake radii")[:, k - 1]
+    real_radii = real_neighbours[:, k - 1]
     inside = {"precision": [], "precision_k4": []}
     reached = {
         name: torch.zeros(len(real), dtype=torch.bool, device=device) for name in ("recall", "recall_k4")
     }
-    for rows in blocks(len(fake), len(real), "precision, recall"):
-        squared, radii = squared_distances(fake[rows], real), fake_radii[rows, None]
+    for rows, squared in distance_blocks(fake, real, centre, "precision, recall"):
+        radii = fake_radii[rows, None]
         inside["precision"].append((squared <= real_radii).any(dim=1))
         inside["precision_k4"].append((squared < real_radii).any(dim=1))
         reached["recall"] |= (squared <= radii).any(dim=0)
