@@ -9,7 +9,7 @@ from torch import nn
 from data.spec import DataSpec
 from models.diffusion.checkpoint import spent_releases
 from models.diffusion.latent import LatentDiffusion, LatentModelConfig, LatentTrainConfig
-from models.nn.lora import adapter_state, add_adapters, load_adapter_state, merge_adapters
+from models.nn.lora import adapter_state, adapters, add_adapters, load_adapter_state, merge_adapters
 from opacus_ext.private_data import PrivateData
 from utils import distributed
 from utils.checkpoints import read, write
@@ -116,7 +116,8 @@ class DPLoRA(LatentDiffusion):
 
     def parameter_counts(self) -> dict[str, int]:
         adapted = copy.deepcopy(self.network)
-        _add_adapters(adapted, self.config.train.rank)
+        if not adapters(adapted):
+            _add_adapters(adapted, self.config.train.rank)
         trained = sum(p.numel() for name, p in adapted.named_parameters() if _is_trained(name))
         return {**super().parameter_counts(), "UNet, trained with DP-SGD": trained}
 
