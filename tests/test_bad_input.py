@@ -97,7 +97,11 @@ def test_a_mistake_is_one_line_of_the_process_too(tmp_path):
         ("DPDM", ["train.dp.n_split=0"], ["train.dp.n_split: 0"]),
         ("DPDM", ["model.network.attn_resolutions=[16]"], ["attn_resolutions: [16]", "8, 4"]),
         ("PrivImage", ["--data_name", "cifar100_32"], ["public_data.name: glyphs", "100 classes", "62"]),
-        ("PrivImage", ["sensitive_data.name=null", "public_data.name=places365"], ["sensitive_data.name: null"]),
+        (
+            "PrivImage",
+            ["sensitive_data.name=null", "public_data.name=places365"],
+            ["sensitive_data.name: null"],
+        ),
         ("DP-LDM-SD", ["train.trained_groups=[heads]"], ["train.trained_groups: ['heads']", "attention"]),
         ("DP-MERF", ["model.d_rff=7"], ["model.d_rff", "7", "even"]),
         ("PDP-Diffusion", ["public_data.per_class=0"], ["0", "at least 1"]),

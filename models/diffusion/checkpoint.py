@@ -31,6 +31,16 @@ def spent_releases(content: dict, label: str) -> list[Release]:
     ]
 
 
+def require_fit(state: dict, source: str, shape: tuple[int, ...], num_classes: int) -> None:
+    """Raise UserError where a checkpoint was made for inputs of another shape, or for fewer labels than classes."""
+    if tuple(state["shape"]) != shape:
+        raise UserError(f"{source} was made for inputs of shape {tuple(state['shape'])}; these have {shape}")
+    if state["label_dim"] < num_classes:
+        raise UserError(
+            f"{source} knows {state['label_dim']} labels; the private images have {num_classes} classes"
+        )
+
+
 def chosen_weights(state: dict, kind: str) -> dict[str, torch.Tensor]:
     """The weights of a state by name: "raw", or "ema" (which averages parameters; buffers have one value)."""
     return {**state["network"], **state["ema"]["weights"]} if kind == "ema" else state["network"]

@@ -17,7 +17,7 @@ from torch import nn
 from data.public import has_public_images
 from data.spec import DataSpec, PublicData, Samples
 from models.central_images import MEAN, MODE, CentralImages
-from models.diffusion.checkpoint import chosen_weights, load_weights, read_checkpoint
+from models.diffusion.checkpoint import chosen_weights, load_weights, read_checkpoint, require_fit
 from models.diffusion.config import ModelConfig, PretrainConfig, TrainConfig
 from models.diffusion.cost import generation_cost, seconds_per_image, training_cost, warm_up_cost
 from models.diffusion.denoiser import guided
@@ -72,9 +72,7 @@ class DiffusionSynthesizer(Synthesizer):
             )
         self.network = runtime.place(network)
         if checkpoint is not None:
-            self._require_fit(checkpoint)
-            weights = chosen_weights(checkpoint, config.model.ckpt_weights)
-            load_weights(self.network, weights, f"model.ckpt: {config.model.ckpt}")
+            self._start_from(checkpoint)
         self._start_stage("start")
         self._steps_before = 0  # of the pretraining that this run goes on with
         if checkpoint is not None and self._goes_on(checkpoint):
@@ -89,24 +87,21 @@ class DiffusionSynthesizer(Synthesizer):
         words = words_per_class(public, self.spec.num_classes)
         return SemanticQuery(self.config.pretrain.query, public.selective, words, self.spec, self.runtime)
 
-    def _require_fit(self, checkpoint: dict) -> None:
-        """Raise UserError where a checkpoint was made for other images or labels than this run's."""
-        source, labels = f"model.ckpt: {self.config.model.ckpt}", checkpoint["label_dim"]
-        if tuple(checkpoint["shape"]) != self.network_shape:
-            raise UserError(
-                f"{source} was made for inputs of shape {tuple(checkpoint['shape'])}; these have {self.network_shape}"
-            )
-        if labels < self.spec.num_classes:
-            raise UserError(
-                f"{source} knows {labels} labels; the private images have {self.spec.num_classes} classes"
-            )
-        public, pretrain = self.config.public_data, self.config.pretrain
+    def _start_from(self, checkpoint: dict) -> None:
+        """Take over the chosen weights; UserError where they were made for other inputs, labels or layers."""
+        source, public, pretrain = (
+            f"model.ckpt: {self.config.model.ckpt}",
+            self.config.public_data,
+            self.config.pretrain,
+        )
+        require_fit(checkpoint, source, self.network_shape, self.spec.num_classes)
         by_label = self.query is None and pretrain.n_epochs and pretrain.cond
-        if by_label and (public.n_classes or 0) > labels:
+        if by_label and (public.n_classes or 0) > checkpoint["label_dim"]:
             raise UserError(
-                f"{source} knows {labels} labels; {public.name} has {public.n_classes} classes; use "
+                f"{source} knows {checkpoint['label_dim']} labels; {public.name} has {public.n_classes} classes; use "
                 f"pretrain.cond=false"
             )
+        load_weights(self.network, chosen_weights(checkpoint, self.config.model.ckpt_weights), source)
 
     def _goes_on(self, checkpoint: dict) -> bool:
         """Pretraining again from a checkpoint of pretraining is one long pretraining: with the raw weights, their
