@@ -210,7 +210,7 @@ def unchanged(images, rng):
 
 
 def test_the_autoencoder_learns_and_its_latents_have_deviation_one(make_method):
-    method = make_method("DP-LDM", "pretrain.autoencoder.n_epochs=15", "pretrain.autoencoder.lr=1e-2")
+    method = make_method("DP-LDM", "pretrain.autoencoder.n_epochs=10", "pretrain.autoencoder.lr=1e-2")
     latents, samples = method.latents, ramps(64)
     images = to_float(samples.images)
 
@@ -220,7 +220,7 @@ def test_the_autoencoder_learns_and_its_latents_have_deviation_one(make_method):
     constant = (images - images.median()).abs().mean().item()
     assert error() > 0.8 * constant
     latents.fit(samples, unchanged)
-    assert error() < 0.4 * constant
+    assert error() < 0.5 * constant
     encoded = latents.encode(images)
     assert encoded.std().item() == pytest.approx(1.0, abs=0.02)
     assert torch.equal(encoded, latents.encode(images))
@@ -281,7 +281,7 @@ def test_without_public_images_there_is_no_autoencoder(name, public, make_method
 
 def test_the_autoencoder_never_meets_private_images(make_trial, monkeypatch):
     """Private training leaves it as it was, and works on its latents."""
-    trial = make_trial("DP-LDM")
+    trial = make_trial("DP-LDM", epsilon=math.inf)
     trial.synthesizer.pretrain(trial.public, trial.private)
     before = {name: w.clone() for name, w in trial.synthesizer.latents.state_dict()["weights"].items()}
     seen = []
@@ -311,7 +311,7 @@ def trained(trial) -> tuple[dict, dict]:
 
 
 def test_dpldm_trains_the_chosen_transformers_and_the_class_embedder(make_trial):
-    trial = make_trial("DP-LDM", "train.first_transformer=2")
+    trial = make_trial("DP-LDM", "train.first_transformer=2", epsilon=math.inf)
     before, after = trained(trial)
     chosen = trial.synthesizer.network.transformers()
     held = {id(p) for module in chosen[2:] for p in module.parameters()}
@@ -323,7 +323,7 @@ def test_dpldm_trains_the_chosen_transformers_and_the_class_embedder(make_trial)
 
 
 def test_dplora_trains_adapters_and_the_class_embedder(make_trial, tmp_path):
-    trial = make_trial("DP-LoRA", runtime=Runtime(folder=tmp_path))
+    trial = make_trial("DP-LoRA", epsilon=math.inf, runtime=Runtime(folder=tmp_path))
     before, after = trained(trial)
     assert before.keys() == after.keys() and not adapters(trial.synthesizer.network)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -372,7 +372,9 @@ def test_the_published_number_of_adapter_weights(make_method):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_learning_rate_rises_over_the_first_steps(name, make_trial, monkeypatch):
-    trial = make_trial(name, "train.lr_warmup_steps=3", "train.optim.params.lr=0.3", "train.n_epochs=5")
+    trial = make_trial(
+        name, "train.lr_warmup_steps=3", "train.optim.params.lr=0.3", "train.n_epochs=5", epsilon=math.inf
+    )
     rates, step = [], torch.optim.AdamW.step
 
     def watched(self, *args, **kwargs):
@@ -427,7 +429,7 @@ FROM_CHECKPOINT = ["pretrain.n_epochs=0", "public_data.name=null"]
 @pytest.mark.parametrize("first, second", [METHODS, METHODS[::-1]])
 def test_public_checkpoints_are_interchangeable(first, second, make_trial, make_method, tmp_path):
     """What the second makes of the first's public checkpoint is what it makes of its own public stage."""
-    trials = [make_trial(name) for name in (first, second)]
+    trials = [make_trial(name, epsilon=math.inf) for name in (first, second)]
     for trial in trials:
         trial.synthesizer.pretrain(trial.public, trial.private)
     path = saved(trials[0], tmp_path, "pretrain")
@@ -466,14 +468,14 @@ def test_adapters_are_merged_on_demand_and_cost_what_they_did(make_trial, make_m
 
 
 def test_a_checkpoint_is_no_adapter_file(make_trial, make_method, tmp_path):
-    trial = make_trial("DP-LoRA")
+    trial = make_trial("DP-LoRA", epsilon=math.inf)
     path = saved(trial, tmp_path, "pretrain")
     with pytest.raises(UserError, match=r"model\.adapters: .* holds no adapters"):
         make_method("DP-LoRA", *FROM_CHECKPOINT, f"model.ckpt={path}", f"model.adapters={path}")
 
 
 def test_a_pixel_checkpoint_is_refused(make_trial, make_method, tmp_path):
-    trial = make_trial("PDP-Diffusion")
+    trial = make_trial("PDP-Diffusion", epsilon=math.inf)
     path = saved(trial, tmp_path, "pretrain")
     with pytest.raises(UserError, match=r"model\.ckpt"):
         make_method("DP-LDM", *FROM_CHECKPOINT, f"model.ckpt={path}")
@@ -525,7 +527,7 @@ def test_a_published_autoencoder_is_used_as_it_is(pipeline, make_trial, make_met
     import diffusers
 
     setting = f"model.autoencoder={pipeline}"
-    trial = make_trial("DP-LDM", setting)
+    trial = make_trial("DP-LDM", setting, epsilon=math.inf)
     trial.run()
     assert trial.synthesizer.network_shape == (4, 4, 4)
     assert trial.synthesizer.generate(4).images.shape == (4, 1, 8, 8)
@@ -545,7 +547,9 @@ def test_a_published_autoencoder_is_used_as_it_is(pipeline, make_trial, make_met
 
 def test_adapters_on_a_published_backbone(pipeline, make_trial):
     """The engine differentiates its layers, and what is not adapted stays as published."""
-    trial = make_trial("DP-LoRA", f"model.autoencoder={pipeline}", f"model.backbone={pipeline}")
+    trial = make_trial(
+        "DP-LoRA", f"model.autoencoder={pipeline}", f"model.backbone={pipeline}", epsilon=math.inf
+    )
     before = {name: w.clone() for name, w in trial.synthesizer.network.state_dict().items()}
     trial.synthesizer.train(trial.private)
     after = trial.synthesizer.network.state_dict()
