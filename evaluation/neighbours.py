@@ -10,7 +10,7 @@ import numpy as np
 from utils.progress import progress
 
 NUM_NEIGHBOURS = 5  # the most that a metric asks for
-MAX_DISTANCES = 2**23  # distances held at a time: 32 MiB each copy
+MAX_DISTANCES = 2**22  # distances held at a time: 16 MiB each copy
 # Squared float32 distances below this share of the squared norms are rounding: the two points count as equal.
 ROUNDING = 1e-6
 
@@ -57,7 +57,11 @@ def distance_blocks(first: np.ndarray, second, centre: np.ndarray, description: 
 
 def squared_distances(first, second):
     """(N, D), (M, D) -> (N, M)."""
-    norms = first.square().sum(dim=1, keepdim=True) + second.square().sum(dim=1)
+    import torch
+
+    # Norms without a temporary array of squares, which would be as large as the points.
+    lengths = [torch.linalg.vector_norm(points, dim=1) for points in (first, second)]
+    norms = lengths[0][:, None] ** 2 + lengths[1] ** 2
     squared = norms.addmm(first, second.T, alpha=-2)
     return squared.masked_fill_(squared < ROUNDING * norms, 0.0)
 

@@ -70,10 +70,10 @@ def timed(function) -> tuple[float, float]:
 
 
 def trace_ours(real, fake) -> tuple[float, float]:
-    from evaluation.metrics.fid import root_of, trace_sqrt
+    from evaluation.metrics.fid import trace_sqrt
 
     first, second = _covariances(real, fake)
-    return timed(lambda: trace_sqrt(root_of(first), second))
+    return timed(lambda: trace_sqrt(first, second))
 
 
 def trace_scipy(real, fake) -> tuple[float, float]:

@@ -21,11 +21,12 @@ def frechet_distance(real: np.ndarray, fake: np.ndarray) -> float:
     fewer, more = sorted((real, fake), key=len)
     first_mean, first_covariance = _moments(fewer)
     second_mean, second_covariance = _moments(more)
-    # With no more points than features the centred points are a root of their covariance.
-    few = len(fewer) <= len(first_mean)
-    root = (fewer - first_mean).T / np.sqrt(len(fewer) - 1) if few else root_of(first_covariance)
     traces = np.trace(first_covariance) + np.trace(second_covariance)
-    trace_of_root = trace_sqrt(root, second_covariance)
+    if len(fewer) <= len(first_mean):  # the centred points are then a root of their covariance
+        root = (fewer - first_mean).T / np.sqrt(len(fewer) - 1)
+        trace_of_root = trace_sqrt_by_root(root, second_covariance)
+    else:
+        trace_of_root = trace_sqrt(first_covariance, second_covariance)
     return float(max(np.sum((first_mean - second_mean) ** 2) + traces - 2 * trace_of_root, 0.0))
 
 
@@ -39,18 +40,33 @@ def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, scatter / (len(features) - 1)
 
 
-def root_of(covariance: np.ndarray) -> np.ndarray:
-    """R with R R^T = C (D, D): the Cholesky factor, or for a singular C its eigenvectors, one column per eigenvalue
-    that rounding cannot explain."""
+def trace_sqrt(first: np.ndarray, second: np.ndarray) -> float:
+    """tr((C1 C2)^(1/2)) of two covariances (D, D), which is a sum over the eigenvalues of C1 C2.
+
+    For C1 = R R^T they are those of the symmetric matrix R^T C2 R. R is the Cholesky factor; a singular C1 has a root
+    with one column per eigenvalue that rounding cannot explain.
+    """
+    from scipy.linalg import LinAlgError, cholesky
+    from scipy.linalg.blas import dtrmm
+
     try:
-        return np.linalg.cholesky(covariance)
-    except np.linalg.LinAlgError:
-        eigenvalues, vectors = np.linalg.eigh(covariance)
-    kept = eigenvalues > eigenvalues[-1] * np.finfo(np.float64).eps
-    return vectors[:, kept] * np.sqrt(eigenvalues[kept])
+        root = cholesky(first, lower=True, check_finite=False)
+    except LinAlgError:
+        eigenvalues, vectors = np.linalg.eigh(first)
+        kept = eigenvalues > eigenvalues[-1] * np.finfo(np.float64).eps
+        return trace_sqrt_by_root(vectors[:, kept] * np.sqrt(eigenvalues[kept]), second)
+    # Products with a triangle take half the time.
+    product = dtrmm(1.0, root, second, side=1, lower=1)
+    return _sum_of_roots(dtrmm(1.0, root, product, side=0, lower=1, trans_a=1, overwrite_b=1))
 
 
-def trace_sqrt(root: np.ndarray, second: np.ndarray) -> float:
-    """tr((C1 C2)^(1/2)) for C1 = R R^T: C1 C2 has the eigenvalues of the symmetric matrix R^T C2 R."""
-    product = root.T @ second @ root
-    return float(np.sqrt(np.clip(np.linalg.eigvalsh((product + product.T) / 2), 0, None)).sum())
+def trace_sqrt_by_root(root: np.ndarray, second: np.ndarray) -> float:
+    """The same for C1 = R R^T with any root R (D, r)."""
+    return _sum_of_roots(root.T @ second @ root)
+
+
+def _sum_of_roots(product: np.ndarray) -> float:
+    """Sum of the roots of the eigenvalues of a symmetric matrix, of which those below 0 are rounding."""
+    from scipy.linalg import eigvalsh
+
+    return float(np.sqrt(np.clip(eigvalsh(product, driver="evd"), 0, None)).sum())
