@@ -1,0 +1,27 @@
+"""The benchmark of the evaluator: both ways to the Frechet distance agree, and what is measured is written."""
+
+import pytest
+from tiny_runs import call, strict_json
+
+from scripts import bench_eval
+
+
+def test_the_benchmark_writes_what_it_measures(tmp_path, monkeypatch):
+    kept = ("precision and recall", bench_eval.OURS, bench_eval.SCIPY)
+    monkeypatch.setattr(bench_eval, "CASES", {name: bench_eval.CASES[name] for name in kept})
+    out, page = tmp_path / "results" / "bench.json", tmp_path / "bench.md"
+    size = ["--num_images", "200", "--dim", "24", "--threads", "1"]
+    outcome = call(bench_eval.main, [*size, "--json", str(out), "--markdown", str(page)])
+    assert outcome.code == 0, outcome.err
+    rows = {row["name"]: row for row in strict_json(out)["rows"]}
+    assert rows[bench_eval.OURS]["value"] == pytest.approx(rows[bench_eval.SCIPY]["value"], rel=1e-9)
+    assert 0 <= rows["precision and recall"]["value"] <= 1
+    for row in rows.values():
+        assert row["seconds"] > 0 and row["peak_mib"] > row["inputs_mib"] > 0
+        assert f"| {row['name']} | {row['value']:.6g} |" in page.read_text()
+
+
+def test_the_cache_gives_the_same_features():
+    images = bench_eval.features(30, 4, 0)[0]
+    first, again = bench_eval.feature_pass(images, images), bench_eval.feature_cache(images, images)
+    assert first[0] == again[0]
