@@ -320,6 +320,7 @@ def test_fld_tells_copies_collapse_and_a_missing_part_from_fresh_draws(generator
     found = {name: {key: value.value for key, value in fld(train, test, generators[name]).items()}
              for name in ("fresh", "copies", "collapsed", "lacking")}  # fmt: skip
     assert all(found[name]["fld"] > found["fresh"]["fld"] + 1 for name in ("copies", "collapsed", "lacking"))
+    assert abs(found["fresh"]["fld"]) < 5  # as good as the baseline of training images
     # Only on the training images do copies look good, which is what the published variant measures.
     assert found["copies"]["fld_train"] < found["fresh"]["fld_train"]
     assert found["copies"]["fld_gap"] < -10 < found["fresh"]["fld_gap"] < 10
