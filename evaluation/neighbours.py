@@ -30,13 +30,15 @@ def nearest_others(points, k: int, description: str):
     """Squared distances of every point to its k nearest other points of the set, the nearest first: (N, k)."""
     import torch
 
-    found = []
+    found = torch.empty(
+        len(points), k, device=points.device
+    )  # parts in a list would keep their blocks in memory
     for rows in blocks(len(points), len(points), description):
         squared = squared_distances(points[rows], points)
         own = torch.arange(rows.start, rows.stop, device=points.device)
         squared[own - rows.start, own] = torch.inf
-        found.append(squared.topk(k, dim=1, largest=False).values)
-    return torch.cat(found)
+        found[rows] = squared.topk(k, dim=1, largest=False).values
+    return found
 
 
 def nearest(first: np.ndarray, second, centre: np.ndarray, description: str):
@@ -44,8 +46,11 @@ def nearest(first: np.ndarray, second, centre: np.ndarray, description: str):
     (N,) and indices (N,)."""
     import torch
 
-    found = [squared.min(dim=1) for _, squared in distance_blocks(first, second, centre, description)]
-    return torch.cat([block.values for block in found]), torch.cat([block.indices for block in found])
+    distances = torch.empty(len(first), device=second.device)
+    indices = torch.empty(len(first), dtype=torch.long, device=second.device)
+    for rows, squared in distance_blocks(first, second, centre, description):
+        distances[rows], indices[rows] = squared.min(dim=1)
+    return distances, indices
 
 
 def distance_blocks(first: np.ndarray, second, centre: np.ndarray, description: str) -> Iterator[tuple]:

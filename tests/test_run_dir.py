@@ -238,6 +238,7 @@ class RunConfig:
     preset: str = "quick"
     preset_tier: int = 10
     borrowed: bool = True
+    images: None = None
     eval: Evaluation = dataclasses.field(default_factory=Evaluation)
 
 

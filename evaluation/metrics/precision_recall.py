@@ -30,19 +30,18 @@ def precision_recall(
     if real_neighbours is None:
         real_neighbours = nearest_others(real, k, "real radii")
     real_radii = real_neighbours[:, k - 1]
-    inside = {"precision": [], "precision_k4": []}
-    reached = {
-        name: torch.zeros(len(real), dtype=torch.bool, device=device) for name in ("recall", "recall_k4")
+    names = ("precision", "recall", "precision_k4", "recall_k4")
+    hit = {
+        name: torch.zeros(len(fake if "precision" in name else real), dtype=torch.bool, device=device)
+        for name in names
     }
     for rows, squared in distance_blocks(fake, real, centre, "precision, recall"):
         radii = fake_radii[rows, None]
-        inside["precision"].append((squared <= real_radii).any(dim=1))
-        inside["precision_k4"].append((squared < real_radii).any(dim=1))
-        reached["recall"] |= (squared <= radii).any(dim=0)
-        reached["recall_k4"] |= (squared < radii).any(dim=0)
-    return {name: _share(torch.cat(parts)) for name, parts in inside.items()} | {
-        name: _share(points) for name, points in reached.items()
-    }
+        hit["precision"][rows] = (squared <= real_radii).any(dim=1)
+        hit["precision_k4"][rows] = (squared < real_radii).any(dim=1)
+        hit["recall"] |= (squared <= radii).any(dim=0)
+        hit["recall_k4"] |= (squared < radii).any(dim=0)
+    return {name: _share(points) for name, points in hit.items()}
 
 
 def _share(inside) -> float:
