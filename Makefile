@@ -18,8 +18,9 @@ $(VENV)/.installed: requirements.txt
 quickstart: setup
 	$(RUN) run.py --method PrivImage --data_name digits_8 --epsilon 10
 
+# One process per core; a few tests start processes of their own.
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: setup
 	$(RUN) -m pytest -m slow
