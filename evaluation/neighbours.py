@@ -10,7 +10,7 @@ import numpy as np
 from utils.progress import progress
 
 NUM_NEIGHBOURS = 5  # the most that a metric asks for
-MAX_DISTANCES = 2**22  # distances held at a time: 16 MiB each copy
+MAX_DISTANCES = 2**21  # distances held at a time: 8 MiB each copy
 # Squared float32 distances below this share of the squared norms are rounding: the two points count as equal.
 ROUNDING = 1e-6
 

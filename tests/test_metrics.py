@@ -1,6 +1,9 @@
 """Fidelity and memorisation metrics against closed forms, slow loops and torch-fidelity on the same features."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -398,3 +401,24 @@ def test_bootstrap_interval_is_that_of_resampling():
     means = 100 * rng.choice(right, (20_000, 200)).mean(axis=1)
     assert bootstrap_interval(150, 200) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.51)
     assert bootstrap_interval(200, 200) == [100.0, 100.0]
+
+
+MEMORY = """
+import resource, sys
+import numpy as np, torch
+torch.set_num_threads(1)
+from evaluation.metrics.precision_recall import precision_recall
+points = np.random.default_rng(0).normal(size=(2, 16000, 8)).astype(np.float32)
+precision_recall(points[0, :200], points[1, :200])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+precision_recall(*points)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // (2**20 if sys.platform == "darwin" else 2**10))
+"""
+
+
+def test_memory_does_not_grow_with_the_product_of_the_sizes():
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 300  # MiB; all distances would be 977, and there are three such matrices
