@@ -14,6 +14,7 @@ $(VENV)/.installed: requirements.txt
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -r requirements.txt
 	@touch $@
+	@echo "ready; now: . $(VENV)/bin/activate"
 
 quickstart: setup
 	$(RUN) run.py --method PrivImage --data_name digits_8 --epsilon 10

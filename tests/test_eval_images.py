@@ -262,6 +262,13 @@ def test_a_run_is_not_overwritten(layouts, tmp_path):
     assert "is the folder of a run" in evaluate("--images", str(layouts["nchw"]), out=tmp_path).refusal
 
 
+def test_the_folder_of_a_run_is_sent_to_exp_path(tmp_path):
+    (tmp_path / "gen").mkdir()
+    (tmp_path / "gen" / "gen.npz").touch()
+    refusal = evaluate("--images", str(tmp_path)).refusal
+    assert f"give --exp_path {tmp_path}" in refusal
+
+
 def test_a_bad_image_leaves_no_folder(tmp_path):
     path = bad_npz(tmp_path / "bad.npz", y=np.full(6, 11))
     outcome = evaluate("--images", str(path), "--exp_root", str(tmp_path / "exp"))
