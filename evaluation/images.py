@@ -25,7 +25,9 @@ def read_images(path: Path, spec: DataSpec) -> tuple[Samples, tuple[str, ...]]:
     is no class, a pixel out of range or NaN.
     """
     if (path / "gen" / "gen.npz").exists():
-        raise UserError(f"--images: {path} is the folder of a run; give --exp_path {path}, or its gen/gen.npz")
+        raise UserError(
+            f"--images: {path} is the folder of a run; give --exp_path {path}, or its gen/gen.npz"
+        )
     part = _read_npz(path) if path.suffix == ".npz" else open_source(path).train
     labels = _as_labels(part.labels, spec, path)
     images, notes = _converted(part, spec, path)
