@@ -143,6 +143,19 @@ def test_out_of_memory_halves_the_parts_and_changes_nothing(make_private, dp):
     assert max(sizes[first_fit:]) <= 5  # the size stays small in later steps
 
 
+def test_running_out_of_memory_is_not_told(caplog, capfd):
+    """That a sample was large is private, and what is printed stays in the run's folder."""
+
+    def hungry(positions):
+        if positions.stop - positions.start > 2:
+            raise torch.OutOfMemoryError("full")
+        return torch.ones(1)
+
+    with caplog.at_level("DEBUG"):
+        PhysicalBatches(8, None, torch.device("cpu")).add_up(8, hungry, torch.zeros(1))
+    assert not caplog.records and not any(capfd.readouterr())
+
+
 def test_two_trainings_of_one_release_share_no_step(make_private):
     """Each step takes the sample of its own booking."""
     private = make_private([Release(NAME, None, 0.5, 3)])
