@@ -4,14 +4,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from data.spec import DataSpec, Samples
-from evaluation.errors import Unavailable
 from evaluation.floor import real_floor
 from evaluation.gallery import nearest_training
 from evaluation.inputs import Inputs
 from evaluation.registry import METRICS, Metric, Value, check_classifiers, check_extractor, check_metrics
 from evaluation.report import Report
 from evaluation.selection import NoisySelection
-from utils.errors import UserError
+from utils.errors import Unavailable, UserError
 from utils.sections import EvalConfig
 
 __all__ = ["Evaluator", "NoisySelection"]

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from evaluation.errors import Unavailable
 from evaluation.inputs import Inputs
 from evaluation.registry import Metric, Value
+from utils.errors import Unavailable
 from utils.seeding import numpy_rng
 
 

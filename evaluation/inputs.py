@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from data.spec import DataSpec, Samples
-from evaluation.errors import Unavailable
-from evaluation.features import Extractor, Features, extract
+from evaluation.features import Features, extract
 from evaluation.neighbours import NUM_NEIGHBOURS, centre_of, centred, nearest_others
-from evaluation.registry import CLASSIFIERS, EXTRACTOR_NEEDS, EXTRACTORS
+from evaluation.registry import CLASSIFIERS, EXTRACTOR_NEEDS
 from evaluation.selection import (
     JudgedClassifier,
     NoisySelection,
@@ -18,6 +17,9 @@ from evaluation.selection import (
     selections,
     split_samples,
 )
+from extractors import EXTRACTORS
+from extractors.extractor import Extractor
+from utils.errors import Unavailable
 from utils.sections import EvalConfig
 
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from evaluation.errors import Unavailable
-from evaluation.registry import CLASSIFIERS, EXTRACTORS, METRICS, Metric, load_metrics
+from evaluation.registry import CLASSIFIERS, METRICS, Metric, load_metrics
+from extractors import EXTRACTORS
+from utils.errors import Unavailable
 
 
 def listing(weights_root: Path) -> str:

@@ -1,4 +1,4 @@
-"""Tables of metrics, classifiers and feature extractors. Nothing here imports torch, so names can be checked early.
+"""Tables of metrics and classifiers. Nothing here imports torch, so names can be checked early.
 
 A new metric is a new file in evaluation/metrics with one decorated function:
 
@@ -12,6 +12,7 @@ import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from extractors import EXTRACTORS
 from utils.errors import UserError
 from utils.registry import Registry
 
@@ -23,16 +24,6 @@ CLASSIFIERS = Registry(
         "resnet": "evaluation.classifiers.resnet:build",
         "wrn": "evaluation.classifiers.wrn:build",
         "resnext": "evaluation.classifiers.resnext:build",
-    },
-)
-
-EXTRACTORS = Registry(
-    "extractor",
-    {
-        "inception": "evaluation.features:InceptionExtractor",
-        "random_conv": "evaluation.features:RandomConvExtractor",
-        "dinov2": "evaluation.transformers_features:Dinov2Extractor",
-        "clip": "evaluation.transformers_features:ClipExtractor",
     },
 )
 

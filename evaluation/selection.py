@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from data.spec import Samples
-from evaluation.errors import Unavailable
+from utils.errors import Unavailable
 from utils.seeding import numpy_rng
 
 if TYPE_CHECKING:

@@ -116,7 +116,8 @@ def _features(num_images: int, passes: int) -> tuple[float, float]:
     import numpy as np
 
     from data.spec import DataSpec
-    from evaluation.features import RandomConvExtractor, extract
+    from evaluation.features import extract
+    from extractors.random_conv import RandomConvExtractor
 
     images = np.random.default_rng(0).integers(0, 256, (num_images, 3, 32, 32), dtype=np.uint8)
     extractor = RandomConvExtractor(DataSpec("bench", 32, 3, 2, 2, ("a", "b")), Path(), "cpu")

@@ -12,9 +12,8 @@ from data.digits import load_digits_8
 from data.spec import DataSpec, Samples
 from evaluation.classifiers.recipe import Recipe, recipe_for
 from evaluation.classifiers.training import _average, _scheduler, candidate_epochs, train_classifier
-from evaluation.errors import Unavailable
 from evaluation.registry import CLASSIFIERS, check_classifiers
-from utils.errors import UserError
+from utils.errors import Unavailable, UserError
 from utils.images import to_float
 
 ONE_EPOCH = Recipe("adam", 1e-3, 0.0, decay_every=None, num_epochs=1, batch_size=4)

@@ -12,8 +12,8 @@ from tiny_runs import ROOT, call, data_root, strict_json
 import eval as eval_program
 from data.digits import load_digits_8
 from data.spec import DataSpec
-from evaluation import features
 from evaluation.images import read_images
+from extractors import random_conv
 from utils.errors import UserError
 
 SPEC = DataSpec("digits_8", 8, 1, 10, 1437, tuple("0123456789"))
@@ -202,7 +202,7 @@ def test_the_second_time_no_image_passes_an_extractor(layouts, tmp_path, monkeyp
     def refuse(*_):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(features.RandomConvExtractor, "__call__", refuse)
+    monkeypatch.setattr(random_conv.RandomConvExtractor, "__call__", refuse)
     assert evaluate(*argv, out=tmp_path / "second").code == 0
     first, second = (strict_json(tmp_path / name / "results.json")["metrics"] for name in ("first", "second"))
     assert first == second

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from data.spec import DataSpec, Samples
-from evaluation.errors import MissingWeights, Unavailable
 from evaluation.features import extract
 from evaluation.metrics.image_reward import image_reward
-from evaluation.transformers_features import ClipExtractor, Dinov2Extractor
+from extractors.vision_transformer import ClipExtractor, Dinov2Extractor
+from utils.errors import MissingWeights, Unavailable
 
 SPEC = DataSpec("toy", 8, 1, 3, 30, ("cat", "dog", "bird"))
 

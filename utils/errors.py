@@ -16,6 +16,17 @@ class FieldError(UserError):
     name; utils/typed.py, which knows the place, puts the section's key before it."""
 
 
+class Unavailable(UserError):
+    """Something that cannot be had here and now: a package, weights, enough images. The text says what would help.
+
+    The report lists a metric that raises it as missing, with this text.
+    """
+
+
+class MissingWeights(Unavailable):
+    """Weights of a network are absent or damaged; the text holds the command that fetches them."""
+
+
 def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
     """The error for a name that is in no table: names the nearest entry and lists what exists."""
     names = sorted(known)

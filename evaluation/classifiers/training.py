@@ -15,8 +15,8 @@ from torch import nn
 
 from data.spec import DataSpec, Samples
 from evaluation.classifiers.recipe import Recipe
-from evaluation.errors import Unavailable
 from evaluation.registry import CLASSIFIERS
+from utils.errors import Unavailable
 from utils.images import to_float
 from utils.progress import progress
 from utils.seeding import derive_seed, numpy_rng

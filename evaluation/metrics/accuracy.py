@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from evaluation.errors import Unavailable
 from evaluation.registry import Value, metric
 from evaluation.selection import NOT_PRIVATE
+from utils.errors import Unavailable
 
 CONFIDENCE = 0.95  # of the bootstrap interval
 

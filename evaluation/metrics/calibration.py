@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from evaluation.errors import Unavailable
 from evaluation.metrics.accuracy import facts
 from evaluation.registry import Value, metric
+from utils.errors import Unavailable
 
 NUM_BINS = 15
 

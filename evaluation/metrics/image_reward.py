@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.errors import MissingWeights, Unavailable
 from evaluation.registry import Value, metric
+from utils.errors import MissingWeights, Unavailable
 from utils.progress import progress
 
 BATCH_SIZE = 64

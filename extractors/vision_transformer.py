@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from data.prepared import sha256_of
 from data.spec import DataSpec
-from evaluation.errors import MissingWeights, Unavailable
+from utils.errors import MissingWeights, Unavailable
 
 if TYPE_CHECKING:
     import torch
