@@ -1,0 +1,190 @@
+"""Do the ideas of the methods pay? python scripts/compare_ideas.py --markdown docs/comparison.md
+
+Runs each variant with several seeds and budgets, and compares pairs that differ in one idea, seed by seed. Runs that
+are done are kept, so the script can be stopped and started again; --table_only writes the table of what is there.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.run_dir import RESULTS, read_json, write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+ACCURACY = "accuracy/mean/syn_val"  # of classifiers whose epoch is chosen on samples: costs nothing, sees no test image
+
+
+@dataclass(frozen=True)
+class Variant:
+    method: str
+    settings: tuple[str, ...] = ()
+
+
+# A query with this much noise knows nothing of the private images: the selection is random, of the same size.
+RANDOM = "public_data.selective.sigma=1e6"
+
+VARIANTS = {
+    "DPDM": Variant("DPDM"),
+    "PDP-Diffusion": Variant("PDP-Diffusion"),
+    "PrivImage": Variant("PrivImage"),
+    "random classes": Variant("PrivImage", (RANDOM,)),
+    "DP-FETA": Variant("DP-FETA"),
+    "DP-FETA-Pro": Variant("DP-FETA-Pro"),
+    "DP-LDM-SD": Variant("DP-LDM-SD"),
+    "DP-LoRA": Variant("DP-LoRA"),
+    "DP-LDM": Variant("DP-LDM"),
+}
+
+# (variant, baseline, what the pair differs in)
+CLAIMS = (
+    ("DP-FETA", "DPDM", "a warm-up on noisy central images"),
+    ("PDP-Diffusion", "DPDM", "pretraining on a public set"),
+    ("PrivImage", "DPDM", "pretraining on selected public classes"),
+    ("PrivImage", "random classes", "the semantic query against a random selection of the same size"),
+    ("PrivImage", "PDP-Diffusion", "selected classes against the whole public set"),
+    ("DP-FETA-Pro", "DP-FETA", "a second warm-up on images of a noisy mean embedding"),
+    ("DP-LDM-SD", "PDP-Diffusion", "DP-SGD on a few percent of the weights against all"),
+    ("DP-LoRA", "DP-LDM", "DP-SGD on adapters against attention blocks, both in latent space"),
+)
+
+# The public set of a dataset: glyphs come with the toolkit, letters must be prepared.
+PUBLIC = {"mnist_28": "public_data.name=kazakh_letters", "fmnist_28": "public_data.name=kazakh_letters"}
+WITHOUT_PUBLIC_SET = ("DPDM", "DP-FETA", "DP-FETA-Pro")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_name", default="digits_8")
+    parser.add_argument("--epsilons", type=float, nargs="+", default=[10.0, 1.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--exp_root", type=Path, default=Path("exp/ideas"), metavar="DIR")
+    parser.add_argument("--settings", nargs="*", default=[], metavar="KEY=VALUE", help="for all runs alike")
+    parser.add_argument("--table_only", action="store_true", help="run nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's numbers there")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    failed = [] if arguments.table_only else run_all(arguments)
+    rows = collect(arguments)
+    text = as_markdown(rows, arguments.data_name)
+    print(text)
+    if arguments.json:
+        write_text(arguments.json, json.dumps(rows, indent=2) + "\n")
+    if arguments.markdown:
+        write_text(arguments.markdown, text)
+    for name in failed:
+        print(f"failed: {name}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run_all(arguments: argparse.Namespace) -> list[str]:
+    """Seed by seed, so that a run that is stopped leaves whole comparisons behind."""
+    failed = []
+    for seed in arguments.seeds:
+        for epsilon in arguments.epsilons:
+            for name in arguments.variants:
+                label = f"{name}, {arguments.data_name}, epsilon {epsilon:g}, seed {seed}"
+                if finished(arguments, name, epsilon, seed):
+                    print(f"done already: {label}", flush=True)
+                    continue
+                print(f"running: {label}", flush=True)
+                code = subprocess.run(command(arguments, name, epsilon, seed), cwd=ROOT).returncode
+                if code not in (0, 3):  # 3: a metric is missing
+                    failed.append(f"{label} (exit code {code})")
+    return failed
+
+
+def command(arguments: argparse.Namespace, name: str, epsilon: float, seed: int) -> list[str]:
+    variant, data = VARIANTS[name], arguments.data_name
+    public = [PUBLIC[data]] if data in PUBLIC and name not in WITHOUT_PUBLIC_SET else []
+    return [
+        sys.executable, "run.py", "--method", variant.method, "--data_name", data, "--epsilon", str(epsilon),
+        "--exp_description", description(name, seed), "--exp_root", str(arguments.exp_root.resolve()),
+        "preset=quick", f"seed={seed}", *public, *variant.settings, *arguments.settings,
+    ]  # fmt: skip
+
+
+def description(name: str, seed: int) -> str:
+    return f"{name.lower().replace(' ', '-')}-seed{seed}"
+
+
+def finished(arguments: argparse.Namespace, name: str, epsilon: float, seed: int) -> list[Path]:
+    """Results of this cell, oldest first."""
+    cell = f"{arguments.data_name}_eps{epsilon}*{description(name, seed)}-[0-9]*"
+    return sorted(arguments.exp_root.glob(f"{VARIANTS[name].method.lower()}/{cell}/{RESULTS}"))
+
+
+def collect(arguments: argparse.Namespace) -> list[dict]:
+    rows = []
+    for name in VARIANTS:
+        for epsilon in arguments.epsilons:
+            for seed in arguments.seeds:
+                for path in finished(arguments, name, epsilon, seed)[-1:]:
+                    results = read_json(path)
+                    metrics, seconds = results["metrics"], sum(results["timing"].values())
+                    fid = next((value for key, value in metrics.items() if key.startswith("fid/")), None)
+                    rows.append(
+                        {"variant": name, "epsilon": epsilon, "seed": seed, "accuracy": metrics[ACCURACY],
+                         "fid": fid, "seconds": seconds, "git": results["git"]}
+                    )  # fmt: skip
+    return rows
+
+
+def as_markdown(rows: list[dict], data_name: str) -> str:
+    cells: dict[tuple[str, float], dict[int, dict]] = {}
+    for row in rows:
+        cells.setdefault((row["variant"], row["epsilon"]), {})[row["seed"]] = row
+    lines = [
+        f"# Do the ideas pay? {data_name}, quick preset",
+        "",
+        "Made by `python scripts/compare_ideas.py`; do not edit. Accuracy in percent, on the real test images, of a "
+        "small classifier trained on the samples alone; mean and standard deviation over the seeds. Frechet distance "
+        "with the extractor of the quick preset. Seconds are of whole runs on a shared machine.",
+        "",
+        "| variant | epsilon | seeds | accuracy | Frechet distance | seconds |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for (name, epsilon), cell in cells.items():
+        accuracy, fid, seconds = (
+            [row[key] for row in cell.values()] for key in ("accuracy", "fid", "seconds")
+        )
+        distance = spread(fid, 3) if None not in fid else ""
+        time = f"{statistics.median(seconds):.0f}"
+        lines.append(f"| {name} | {epsilon:g} | {len(cell)} | {spread(accuracy, 1)} | {distance} | {time} |")
+    lines += [
+        "",
+        "Differences in accuracy, seed by seed:",
+        "",
+        "| idea | with it | without | epsilon | difference (points) | seeds where it wins |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    epsilons = sorted({row["epsilon"] for row in rows}, reverse=True)
+    for ours, baseline, idea in CLAIMS:
+        for epsilon in epsilons:
+            one, other = cells.get((ours, epsilon), {}), cells.get((baseline, epsilon), {})
+            gains = [one[seed]["accuracy"] - other[seed]["accuracy"] for seed in one if seed in other]
+            if gains:
+                wins = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
+                difference = spread(gains, 1, "+")
+                lines.append(f"| {idea} | {ours} | {baseline} | {epsilon:g} | {difference} | {wins} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float], digits: int, sign: str = "") -> str:
+    """Mean, and the standard deviation where there is one."""
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
