@@ -134,6 +134,7 @@ def compose(config: Config, plan: list | None = None) -> Parts:
         config.seed,
         config.setup.precision,
         cache_dir=config.data_root / ".cache",
+        weights_root=config.weights_root,
     )
     Evaluator(config.eval, spec, config.weights_root, runtime.device, config.seed)  # unknown names fail now
     method_config = config.method_config

@@ -24,6 +24,7 @@ class Runtime:
     precision: str = "float32"  # of networks in training and sampling: float32, tf32 or bf16
     folder: Path | None = None  # the run's folder
     cache_dir: Path | None = None  # for what depends on public data alone
+    weights_root: Path = Path("weights")  # published weights that have been fetched
     snapshot: Callable[[str], None] = field(default=_keep_nothing)  # stage -> save state and ledger together
 
     def rng(self, name: str):
