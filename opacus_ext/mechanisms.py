@@ -26,9 +26,24 @@ def clipped_sum(values: torch.Tensor, l2_bound: float, groups: torch.Tensor, num
     return torch.stack([rows[groups == group].sum(0, dtype=torch.float64) for group in range(num_groups)])
 
 
-def vote_rows(votes: torch.Tensor, num_bins: int) -> torch.Tensor:
-    """(B, k) bin indices -> (B, num_bins) counts. Indices outside the bins raise, whoever cast them."""
+def vote_sum(
+    votes: torch.Tensor, l2_bound: float, groups: torch.Tensor, num_groups: int, num_bins: int
+) -> torch.Tensor:
+    """Votes (B, k) int64 for bins counted by group: (num_groups, num_bins) float64; no row of all bins is formed.
+
+    A record whose counts have a larger L2 norm than `l2_bound`, as those of repeated votes have beyond sqrt(k), is
+    scaled down to it. Indices outside the bins raise, whoever cast them.
+    """
+    if len(votes) != len(groups):
+        raise ValueError(f"votes of {len(votes)} records for {len(groups)} records")
     if votes.numel() and (int(votes.min()) < 0 or int(votes.max()) >= num_bins):
         raise IndexError(f"a vote names a bin outside 0..{num_bins - 1}")
-    rows = torch.zeros(len(votes), num_bins, device=votes.device)
-    return rows.scatter_add_(1, votes, torch.ones_like(votes, dtype=rows.dtype))
+    records = torch.arange(len(votes), device=votes.device)[:, None]
+    cells, counts = (records * num_bins + votes).unique(return_counts=True)
+    owners, counts = cells // num_bins, counts.double()
+    norms = counts.new_zeros(len(votes)).index_add_(0, owners, counts**2).sqrt()
+    weights = counts * (l2_bound / norms[owners]).clamp(max=1.0)
+    totals = counts.new_zeros(num_groups * num_bins)
+    return totals.index_add_(0, groups[owners] * num_bins + cells % num_bins, weights).view(
+        num_groups, num_bins
+    )

@@ -1,5 +1,6 @@
 """PrivateData: holds the images and lends them to mechanisms. There is no loader, no index, no length."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -9,7 +10,7 @@ from data.spec import DataSpec, Samples
 from opacus_ext.accounting import Release
 from opacus_ext.errors import UnplannedRelease
 from opacus_ext.ledger import Ledger
-from opacus_ext.mechanisms import clipped_sum, vote_rows
+from opacus_ext.mechanisms import clipped_sum, vote_sum
 from opacus_ext.noise import GridNoise, NoiseSource
 from utils import distributed
 from utils.draws import Draws
@@ -53,6 +54,12 @@ class PrivateData:
         (a record touches one row, so the sensitivity is the same). Noise std is noise_multiplier * l2_bound on every
         coordinate. The release must be planned without sampling.
         """
+        return self._noisy_sum_of_all(name, fn, l2_bound, by_class, clipped_sum)
+
+    def _noisy_sum_of_all(
+        self, name: str, fn: PerExample, l2_bound: float, by_class: bool, bounded_sum: Callable
+    ) -> torch.Tensor:
+        """`noisy_sum`, where bounded_sum(values, l2_bound, groups, num_groups) adds up a batch by group."""
         release = self._booked(name)
         if not release.takes_all:
             raise UnplannedRelease(
@@ -62,7 +69,7 @@ class PrivateData:
         num_batches = -(-self.spec.num_train // (self._batch_size * distributed.world_size()))
         batches = self._batches(distributed.share(len(self._labels)))
         shown = progress(batches, name, num_batches, unit="batch") if num_batches > 10 else batches
-        return self._noisy_sum_over(shown, release, fn, l2_bound, by_class)
+        return self._noisy_sum_over(shown, release, fn, l2_bound, by_class, bounded_sum)
 
     def sampled_noisy_sum(
         self, name: str, fn: PerExample, l2_bound: float, by_class: bool = False
@@ -78,7 +85,7 @@ class PrivateData:
             )
         chosen = self._sampled_indices(release, self.ledger.executed(name) - 1)
         batches = self._batches(distributed.share(len(chosen)), chosen)
-        return self._noisy_sum_over(batches, release, fn, l2_bound, by_class)
+        return self._noisy_sum_over(batches, release, fn, l2_bound, by_class, clipped_sum)
 
     def _booked(self, name: str) -> Release:
         release = self.ledger.book(name)
@@ -86,14 +93,20 @@ class PrivateData:
         return release
 
     def _noisy_sum_over(
-        self, batches: Iterable, release: Release, fn: PerExample, l2_bound: float, by_class: bool
+        self,
+        batches: Iterable,
+        release: Release,
+        fn: PerExample,
+        l2_bound: float,
+        by_class: bool,
+        bounded_sum: Callable,
     ) -> torch.Tensor:
         """What both kinds of noisy sum do with this process's batches of (images, labels)."""
         num_groups = self.spec.num_classes if by_class else 1
         total = None
         for images, labels in batches:
             groups = labels if by_class else torch.zeros_like(labels)
-            part = clipped_sum(fn(images, labels), l2_bound, groups, num_groups)
+            part = bounded_sum(fn(images, labels), l2_bound, groups, num_groups)
             total = part if total is None else total + part
         step = self.ledger.executed(release.name) - 1
         std = release.noise_multiplier * l2_bound
@@ -110,15 +123,17 @@ class PrivateData:
         """Votes of all records, (num_bins,) or (num_classes, num_bins), plus Gaussian noise.
 
         fn(images, labels) -> (B, votes_per_example) int64 bin indices. A record's k votes for different bins move the
-        histogram by sqrt(k) in L2; repeated votes are scaled down to the same bound.
+        histogram by sqrt(k) in L2; repeated votes are scaled down to the same bound. Noise std is
+        noise_multiplier * sqrt(k) on every bin. Memory does not depend on the product of records and bins.
         """
 
         def votes(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             cast = fn(images, labels)
             assert cast.shape[1] == votes_per_example, (cast.shape, votes_per_example)
-            return vote_rows(cast, num_bins)
+            return cast
 
-        return self.noisy_sum(name, votes, l2_bound=votes_per_example**0.5, by_class=by_class)
+        count = functools.partial(vote_sum, num_bins=num_bins)
+        return self._noisy_sum_of_all(name, votes, votes_per_example**0.5, by_class, count)
 
     def report_noisy_max(self, name: str, fn: PerExample) -> int:
         """Index of the candidate with most votes after Laplace noise (Dwork & Roth 2014, section 3.3).

@@ -13,7 +13,7 @@ from data.spec import DataSpec, Samples
 from opacus_ext.accounting import Release, noisy_max_release
 from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from opacus_ext.ledger import Budget, Ledger
-from opacus_ext.mechanisms import clip_rows, clipped_sum, vote_rows
+from opacus_ext.mechanisms import clip_rows, clipped_sum, vote_sum
 from opacus_ext.noise import NoiseSource
 from opacus_ext.private_data import PrivateData
 
@@ -102,11 +102,34 @@ def test_rows_are_summed_by_group():
     assert total.dtype == torch.float64 and total.flatten().tolist() == [1.25, 1.5, 0.0]
 
 
-def test_votes_are_counted_and_strangers_refused():
-    assert vote_rows(torch.tensor([[0, 2], [1, 1]]), 3).tolist() == [[1, 0, 1], [0, 2, 0]]
+def test_votes_are_counted_by_group_and_strangers_refused():
+    votes, groups = torch.tensor([[0, 2], [1, 2], [2, 0]]), torch.tensor([0, 1, 0])
+    assert vote_sum(votes, math.sqrt(2), groups, 2, 3).tolist() == [[2, 0, 2], [0, 1, 1]]
     for bad in (-1, 3):
         with pytest.raises(IndexError, match=r"outside 0..2"):
-            vote_rows(torch.tensor([[0, bad]]), 3)
+            vote_sum(torch.tensor([[0, bad]]), math.sqrt(2), groups[:1], 1, 3)
+
+
+def test_votes_of_nobody_are_a_zero_histogram():
+    nobody = torch.zeros(0, dtype=torch.int64)
+    total = vote_sum(nobody.view(0, 2), math.sqrt(2), nobody, 2, 5)
+    assert total.shape == (2, 5) and not total.any()
+
+
+def test_votes_that_belong_to_no_record_are_refused():
+    with pytest.raises(ValueError, match="votes of 3 records for 2"):
+        vote_sum(torch.tensor([[0], [1], [1]]), 1.0, torch.tensor([0, 0]), 1, 2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(st.integers(0, 6), min_size=4, max_size=4), min_size=1, max_size=7), st.data())
+def test_counting_votes_equals_the_sum_of_clipped_rows(votes, data):
+    """The dense way: a row of all bins per record, clipped to the bound."""
+    votes = torch.tensor(votes)
+    groups = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=len(votes), max_size=len(votes))))
+    rows = torch.zeros(len(votes), 7).scatter_add_(1, votes, torch.ones(votes.shape))
+    dense = clipped_sum(rows, 2.0, groups, 3)
+    torch.testing.assert_close(vote_sum(votes, 2.0, groups, 3, 7), dense, rtol=1e-6, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------ sensitivity
