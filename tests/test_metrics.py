@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.optimize
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -24,6 +25,7 @@ from evaluation.metrics.fid import fid, frechet_distance
 from evaluation.metrics.fld import Mixture, fld
 from evaluation.metrics.inception_score import inception_score
 from evaluation.metrics.kid import kid
+from evaluation.metrics.mind import mind
 from evaluation.metrics.neighbour_ratio import nn_ratio
 from evaluation.metrics.precision_recall import precision_recall
 from evaluation.neighbours import centre_of, centred, nearest_others
@@ -198,6 +200,31 @@ def test_kid_over_subsets_matches_torch_fidelity_up_to_the_draw():
     assert found.info["std"] == pytest.approx(std, rel=0.25)
 
 
+def test_mind_of_a_shift_is_three_times_its_square():
+    rng = np.random.default_rng(0)
+    real, shift = random_features(200, 16, 1), rng.normal(size=16).astype(np.float32)
+    found = mind(real, real + shift)
+    assert found.value == pytest.approx(3 * shift @ shift, abs=4 * found.info["std_error"])
+    assert found.info["std_error"] < 0.1 * found.value
+    assert mind(real, real.copy()).value == 0.0
+
+
+def test_mind_is_the_mean_over_directions_of_scipys_distance_of_lines():
+    """In one dimension every direction is the same up to sign; the distance is 2-Wasserstein, squared."""
+    rng = np.random.default_rng(1)
+    real, fake = rng.normal(size=(50, 1)).astype(np.float32), rng.normal(2, 3, (50, 1)).astype(np.float32)
+    pairs = scipy.optimize.linear_sum_assignment(np.square(real - fake.T))
+    expected = np.square(real - fake.T)[pairs].mean()
+    assert mind(real, fake).value == pytest.approx(3 * expected, rel=1e-5)
+
+
+def test_mind_of_sets_of_different_size_ignores_order():
+    real, fake = random_features(120, 8, 1), random_features(80, 8, 2, shift=0.5)
+    found = mind(real, fake)
+    assert found.info["num_used"] == 80
+    assert mind(real[::-1], fake[np.random.default_rng(0).permutation(80)]).value == found.value
+
+
 def test_kid_is_unbiased_and_ignores_order():
     values = [kid(random_features(60, 8, seed), random_features(60, 8, seed + 100), num_subsets=1).value
               for seed in range(40)]  # fmt: skip
@@ -364,17 +391,18 @@ def test_ratio_of_distances_to_training_and_unseen_points(generators):
     assert nn_ratio(real, unseen, fake).value == pytest.approx(1.5 / 1.75)
 
 
-@pytest.mark.parametrize("metric", ["fid", "kid", "recall", "coverage"])
+@pytest.mark.parametrize("metric", ["fid", "kid", "mind", "recall", "coverage"])
 def test_a_lacking_class_moves_the_metric_the_wrong_way(generators, metric):
     def value(fake: np.ndarray) -> float:
         real = generators["train"]
         found = {"fid": lambda: fid(real, fake).value, "kid": lambda: kid(real, fake, num_subsets=10).value,
+                 "mind": lambda: mind(real, fake).value,
                  "recall": lambda: precision_recall(real, fake)["recall"],
                  "coverage": lambda: density_coverage(real, fake)["coverage"]}  # fmt: skip
         return found[metric]()
 
     whole, lacking = value(generators["fresh"]), value(generators["lacking"])
-    assert lacking > 1.5 * whole if metric in ("fid", "kid") else lacking < 0.9 * whole
+    assert lacking > 1.5 * whole if metric in ("fid", "kid", "mind") else lacking < 0.9 * whole
 
 
 # ------------------------------------------------------------------------------------------------- classifiers
