@@ -502,7 +502,11 @@ def test_missing_clipping_is_caught(monkeypatch):
     def unclipped(values, bound, groups, num_groups):
         return clipped_sum(values, 1e9, groups, num_groups)
 
+    def unscaled(votes, bound, groups, num_groups, num_bins):
+        return vote_sum(votes, 1e9, groups, num_groups, num_bins)
+
     monkeypatch.setattr("opacus_ext.private_data.clipped_sum", unclipped)
+    monkeypatch.setattr("opacus_ext.private_data.vote_sum", unscaled)
     with pytest.raises(AssertionError):
         test_a_record_moves_a_sum_by_at_most_the_bound()
     with pytest.raises(AssertionError):
