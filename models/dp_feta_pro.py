@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from data.spec import DataSpec, PublicData, Samples
 from models.central_images import MEAN
 from models.diffusion.synthesizer import DiffusionSynthesizer
-from models.mean_embedding import MEAN_EMBEDDING, EmbeddingConfig, EmbeddingGenerator, FitConfig
+from models.features.random_fourier import FourierConfig, FourierEmbedding
+from models.mean_embedding import MEAN_EMBEDDING, EmbeddingGenerator, FitConfig
+from models.nn.generator import GeneratorConfig
 from models.synthesizer import balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
@@ -22,9 +24,10 @@ FREQUENCY = "frequency"
 
 
 @dataclass(frozen=True)
-class FrequencyConfig(EmbeddingConfig):
+class FrequencyConfig(FourierConfig):
     """The frequency stage. Its diffusion model has the optimiser and the loss of pretraining."""
 
+    Generator: GeneratorConfig
     sigma: float  # noise multiplier of the mean embedding
     image_size: int  # pixels that the features and the generator see
     fit: FitConfig  # of the generator to the noisy embedding
@@ -51,8 +54,11 @@ class DPFETAPro(DiffusionSynthesizer):
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         self.has_frequency_stage = bool(config.pretrain.n_epochs and config.freq.n_epochs)
         super().__init__(config, spec, runtime)
-        size = config.freq.image_size
-        self.merf = EmbeddingGenerator(config.freq, size, spec.channels, spec.num_classes, runtime)
+        freq = config.freq
+        self.embedding = FourierEmbedding(freq, freq.image_size, spec.channels, runtime)
+        self.merf = EmbeddingGenerator(
+            freq.Generator, self.embedding, freq.image_size, spec.channels, spec.num_classes, runtime
+        )
         self.noisy_embedding: torch.Tensor | None = None  # (num_classes, d_rff)
 
     def _central_kind(self) -> str:
@@ -74,7 +80,7 @@ class DPFETAPro(DiffusionSynthesizer):
         if not self.has_frequency_stage or self._is_past(FREQUENCY):
             return
         if self.noisy_embedding is None:  # else a resumed run, whose release is in the checkpoint
-            self.noisy_embedding = self.merf.noisy_mean(private)
+            self.noisy_embedding = self.embedding.noisy_mean(private)
             self.runtime.snapshot("pretrain")
         self._fit_public(FREQUENCY, self._generated(), self._pretraining_loss(), self._enlarged)
 

@@ -7,12 +7,19 @@ import torch
 
 from data.spec import DataSpec, PublicData, Samples
 from models.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
-from models.mean_embedding import MEAN_EMBEDDING, EmbeddingConfig, EmbeddingGenerator, FitConfig
+from models.features.random_fourier import FourierConfig, FourierEmbedding
+from models.mean_embedding import MEAN_EMBEDDING, EmbeddingGenerator, FitConfig
+from models.nn.generator import GeneratorConfig
 from models.synthesizer import Cost, Synthesizer, balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.runtime import Runtime
 from utils.sections import GenConfig, PublicDataConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig(FourierConfig):
+    Generator: GeneratorConfig
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class DPMERF(Synthesizer):
 
     @dataclass(frozen=True)
     class Config:
-        model: EmbeddingConfig
+        model: ModelConfig
         pretrain: PretrainConfig
         train: FitConfig
         gen: GenConfig
@@ -34,8 +41,10 @@ class DPMERF(Synthesizer):
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
         public = config.public_data
+        self.embedding = FourierEmbedding(config.model, spec.resolution, spec.channels, runtime)
         self.merf = EmbeddingGenerator(
-            config.model,
+            config.model.Generator,
+            self.embedding,
             spec.resolution,
             spec.channels,
             max(spec.num_classes, public.n_classes or 0),
@@ -61,7 +70,7 @@ class DPMERF(Synthesizer):
 
     def train(self, private: PrivateData) -> None:
         if self.noisy_embedding is None:  # else a resumed run, whose one release is in the checkpoint
-            self.noisy_embedding = self.merf.noisy_mean(private)
+            self.noisy_embedding = self.embedding.noisy_mean(private)
             self.runtime.snapshot("train")
         self.merf.fit("train", self.noisy_embedding, self.config.train, self.spec.num_train)
 

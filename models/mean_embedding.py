@@ -1,18 +1,17 @@
 """Generators fitted to a mean embedding of labelled images (DP-MERF, Harder et al., AISTATS 2021).
 
-The embedding is the mean of phi(x) (x) onehot(y), phi being random Fourier features. The sum over all private records,
-each a vector of norm 1, is one Gaussian release; dividing it by the public N and fitting a generator to it are
-post-processing.
+The embedding of a set is the mean of phi(x) (x) onehot(y). The sum over all private records, each of bounded norm, is
+one Gaussian release; dividing it by the public N and fitting a generator to it are post-processing.
+Legend: B batch, C channels, H W pixels, D size of one phi(x), K labels.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data.spec import PublicData
-from models.features.random_fourier import RandomFourierFeatures
 from models.nn.generator import Generator, GeneratorConfig
 from opacus_ext.private_data import PrivateData
 from utils.images import to_float, to_uint8
@@ -23,15 +22,16 @@ from utils.sections import check_field
 MEAN_EMBEDDING = "mean embedding"
 
 
-@dataclass(frozen=True)
-class EmbeddingConfig:
-    Generator: GeneratorConfig
-    d_rff: int  # number of random features, even
-    rff_sigma: float  # squared bandwidth on pixels in [0, 1]
+class Embedding(Protocol):
+    """A feature map phi of images, and how means of phi(x) (x) onehot(y) are taken with it: phi(x) may be too large to
+    be written out for a batch."""
 
-    def __post_init__(self) -> None:
-        check_field(self.d_rff > 0 and self.d_rff % 2 == 0, "d_rff", self.d_rff, "a positive even number")
-        check_field(self.rff_sigma > 0, "rff_sigma", self.rff_sigma, "greater than 0")
+    def noisy_mean(self, private: PrivateData) -> torch.Tensor:
+        """(num_classes, D): the one planned release MEAN_EMBEDDING over all records, divided by the public N."""
+
+    def mean(self, images: torch.Tensor, labels: torch.Tensor, num_labels: int) -> torch.Tensor:
+        """(B, C, H, W) in [-1, 1], (B,) -> (num_labels, D): row k is the sum of phi(x) over label k, divided by B.
+        Differentiable in the images."""
 
 
 @dataclass(frozen=True)
@@ -47,44 +47,36 @@ class FitConfig:
 
 
 class EmbeddingGenerator:
-    """A generator of images (C, image_size, image_size), and the mean embeddings that it is fitted to."""
+    """A generator of images (C, image_size, image_size) that is fitted to mean embeddings."""
 
     def __init__(
-        self, config: EmbeddingConfig, image_size: int, channels: int, num_labels: int, runtime: Runtime
+        self,
+        config: GeneratorConfig,
+        embedding: Embedding,
+        image_size: int,
+        channels: int,
+        num_labels: int,
+        runtime: Runtime,
     ) -> None:
         self.runtime = runtime
-        self.image_size = image_size
+        self.embedding = embedding
         with runtime.seeded("generator"):
-            self.generator = Generator(config.Generator, image_size, channels, num_labels)
+            self.generator = Generator(config, image_size, channels, num_labels)
         self.generator.to(runtime.device)
-        self.features = RandomFourierFeatures(
-            channels * image_size**2, config.d_rff, config.rff_sigma, runtime.rng("frequencies")
-        )
-
-    def noisy_mean(self, private: PrivateData) -> torch.Tensor:
-        """(num_classes, d_rff): the one planned release MEAN_EMBEDDING, over the public N."""
-        total = private.noisy_sum(MEAN_EMBEDDING, lambda x, _: self.embed(x), l2_bound=1.0, by_class=True)
-        return total / private.spec.num_train
 
     def public_mean(self, public: PublicData, cond: bool) -> torch.Tensor:
-        """(public classes, d_rff), or with cond=False (1, d_rff): all public images count as label 0."""
+        """(public classes, D), or with cond=False (1, D): all public images count as label 0."""
         num_labels = public.num_classes if cond else 1
-        total = torch.zeros(num_labels, self.features.num_features, device=self.runtime.device)
+        total = 0.0
         for start in progress(range(0, len(public), 1000), "public embedding", unit="batch"):
             part = public.samples.take(np.arange(start, min(start + 1000, len(public))))
             labels = torch.from_numpy(part.labels * cond).to(self.runtime.device)
-            total.index_add_(0, labels, self.embed(to_float(part.images, self.runtime.device)))
+            images = to_float(part.images, self.runtime.device)
+            total = total + self.embedding.mean(images, labels, num_labels) * len(labels)
         return total / len(public)
 
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) in [-1, 1] -> (B, d_rff) of norm 1; the published bandwidth is for pixels in [0, 1]."""
-        if images.shape[-1] != self.image_size:
-            size = (self.image_size, self.image_size)
-            images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
-        return self.features((images.flatten(1) + 1) / 2)
-
     def fit(self, stage: str, target: torch.Tensor, config: FitConfig, num_images: int) -> None:
-        """Minimise |target - mean embedding of generated images|^2, labels uniform; target (K, d_rff)."""
+        """Minimise |target - mean embedding of generated images|^2, labels uniform; target (K, D)."""
         self.generator.train()
         steps_per_epoch = max(1, num_images // config.batch_size)
         optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.lr)
@@ -96,7 +88,7 @@ class EmbeddingGenerator:
                 len(target), (config.batch_size,), generator=rng, device=self.runtime.device
             )
             images = self.generator(self._noise(labels, f"{stage} {step}"), labels)
-            mean = torch.zeros_like(target).index_add_(0, labels, self.embed(images)) / config.batch_size
+            mean = self.embedding.mean(images, labels, len(target))
             optimizer.zero_grad(set_to_none=True)
             (target - mean).square().sum().backward()
             optimizer.step()

@@ -181,8 +181,8 @@ def test_the_embedding_is_that_of_the_resized_images_over_the_public_number(make
     trial.synthesizer.pretrain(trial.public, trial.private)
     method = trial.synthesizer
     pixels = torch.from_numpy(samples.images).float() / 127.5 - 1
-    phi = method.merf.embed(pixels)
-    assert method.merf.features.frequencies.shape[1] == 16
+    phi = method.embedding.features(pixels)
+    assert method.embedding.phi.frequencies.shape[1] == 16
     torch.testing.assert_close(phi.norm(dim=1), torch.ones(60))
     expected = torch.stack([phi[torch.from_numpy(samples.labels) == label].sum(0) / 60 for label in range(3)])
     torch.testing.assert_close(method.noisy_embedding, expected, rtol=1e-4, atol=1e-6)

@@ -34,7 +34,7 @@ def test_the_plan_is_one_release_over_all_records(make_method):
 
 def embedding_by_hand(method, samples) -> torch.Tensor:
     pixels = torch.from_numpy(samples.images).float().flatten(1) / 255
-    phi = method.merf.features(pixels)
+    phi = method.embedding.phi(pixels)
     return torch.stack([phi[torch.from_numpy(samples.labels) == label].sum(0) / 60 for label in range(3)])
 
 
@@ -82,7 +82,7 @@ def test_fitting_brings_the_generator_closer(make_trial):
         method = trial.synthesizer
         samples = method.generate(300)
         images = torch.from_numpy(samples.images).float().flatten(1) / 255
-        phi = method.merf.features(images)
+        phi = method.embedding.phi(images)
         mean = torch.stack([phi[samples.labels == label].sum(0) / 300 for label in range(3)])
         return (mean - method.noisy_embedding).norm().item()
 
