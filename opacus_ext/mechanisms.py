@@ -2,6 +2,8 @@
 
 import torch
 
+from opacus_ext.outer_products import OuterProducts
+
 
 def clip_rows(values: torch.Tensor, l2_bound: float) -> torch.Tensor:
     """(B, ...) -> (B, D): each row scaled to an L2 norm of at most `l2_bound`.
@@ -17,9 +19,29 @@ def clip_rows(values: torch.Tensor, l2_bound: float) -> torch.Tensor:
     return torch.where(torch.isfinite(norms)[:, None], rows * root * root, 0.0)
 
 
-def clipped_sum(values: torch.Tensor, l2_bound: float, groups: torch.Tensor, num_groups: int) -> torch.Tensor:
+def clip_products(values: OuterProducts, l2_bound: float) -> OuterProducts:
+    """`clip_rows` for values in factors, which stay in factors: of float64, where the squares and products of what was
+    float32 neither overflow nor vanish."""
+    exact = OuterProducts([(left.float().double(), right.float().double()) for left, right in values.blocks])
+    norms = exact.norms()
+    scale = (l2_bound / norms.clamp_min(torch.finfo(torch.float64).tiny)).clamp(max=1.0)
+    finite = torch.isfinite(norms)[:, None]
+    blocks = exact.scaled(scale).blocks
+    return OuterProducts(
+        [(torch.where(finite, left, 0.0), torch.where(finite, right, 0.0)) for left, right in blocks]
+    )
+
+
+def clipped_sum(
+    values: torch.Tensor | OuterProducts, l2_bound: float, groups: torch.Tensor, num_groups: int
+) -> torch.Tensor:
     """Sum of clipped rows by group: (num_groups, D) float64. Each row falls into one group, so the L2 sensitivity of
     the whole matrix to one record is `l2_bound`. An empty batch is a zero sum."""
+    if isinstance(values, OuterProducts):
+        for side in (side for block in values.blocks for side in block):
+            if side.dim() != 2 or len(side) != len(groups):
+                raise ValueError(f"a factor of shape {tuple(side.shape)} for {len(groups)} records")
+        return clip_products(values, l2_bound).sums(groups, num_groups)
     rows = clip_rows(values, l2_bound)
     if len(rows) != len(groups):
         raise ValueError(f"{len(rows)} values for {len(groups)} records")

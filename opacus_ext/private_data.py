@@ -12,13 +12,14 @@ from opacus_ext.errors import UnplannedRelease
 from opacus_ext.ledger import Ledger
 from opacus_ext.mechanisms import clipped_sum, vote_sum
 from opacus_ext.noise import GridNoise, NoiseSource
+from opacus_ext.outer_products import OuterProducts
 from utils import distributed
 from utils.draws import Draws
 from utils.images import to_float
 from utils.progress import progress
 
-# images (B, C, H, W) float32 in [-1, 1], labels (B,) int64 -> per-example values (B, ...)
-PerExample = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# images (B, C, H, W) float32 in [-1, 1], labels (B,) int64 -> per-example values (B, ...), or these in factors
+PerExample = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | OuterProducts]
 
 
 class PrivateData:

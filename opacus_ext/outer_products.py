@@ -1,0 +1,36 @@
+"""Per-example vectors in factors: made of outer products, so long that only sums over examples are ever formed."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class OuterProducts:
+    """(B, D) values. That of example n is left[n] right[n]^T of every block, flattened, one block after the other.
+
+    blocks: pairs of left (B, a) and right (B, b) rows; D is the sum of all a * b.
+    """
+
+    blocks: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def num_features(self) -> int:
+        """D."""
+        return sum(left.shape[1] * right.shape[1] for left, right in self.blocks)
+
+    def norms(self) -> torch.Tensor:
+        """(B,): the L2 norm of every example's vector."""
+        squares = [left.square().sum(1) * right.square().sum(1) for left, right in self.blocks]
+        return torch.stack(squares).sum(0).sqrt()
+
+    def scaled(self, scale: torch.Tensor) -> "OuterProducts":
+        """Every example's vector times its own scale (B,)."""
+        return OuterProducts([(left * scale[:, None], right) for left, right in self.blocks])
+
+    def sums(self, groups: torch.Tensor, num_groups: int) -> torch.Tensor:
+        """(num_groups, D): the sum of each group's vectors, of which `groups` (B,) names one per example."""
+        return torch.stack([self._sum(groups == group) for group in range(num_groups)])
+
+    def _sum(self, chosen: torch.Tensor) -> torch.Tensor:
+        return torch.cat([(left[chosen].T @ right[chosen]).flatten() for left, right in self.blocks])
