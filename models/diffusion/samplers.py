@@ -52,23 +52,37 @@ def sample(
     rng: torch.Generator,
 ) -> torch.Tensor:
     """One image per label: (B,) -> (B, *shape) float32, nominally in [-1, 1]."""
-    start = torch.randn((len(labels), *shape), generator=rng, device=labels.device) * config.tmax
-    return SAMPLERS[config.type](denoiser, config, start, labels, rng)
+    nothing = torch.zeros((len(labels), *shape), device=labels.device)
+    return resample(denoiser, config, nothing, 0, labels, rng)
 
 
-def _ddim(denoiser, config, x, labels, rng) -> torch.Tensor:
-    """Euler steps of dx/dt = (x - D) / t, then one denoising at tmin."""
-    levels = noise_levels(config)
+@torch.no_grad()
+def resample(
+    denoiser: Denoiser,
+    config: SamplerConfig,
+    images: torch.Tensor,
+    first: int,
+    labels: torch.Tensor,
+    rng: torch.Generator,
+) -> torch.Tensor:
+    """Bring images (B, C, H, W) in [-1, 1] to level number `first` of the grid, and sample from there: the larger
+    `first`, the more of them is left (SDEdit, Meng et al. 2022, arXiv:2108.01073)."""
+    levels = noise_levels(config)[first:]
+    start = images + levels[0] * torch.randn(images.shape, generator=rng, device=images.device)
+    return SAMPLERS[config.type](denoiser, config, levels, start, labels, rng)
+
+
+def _ddim(denoiser, config, levels, x, labels, rng) -> torch.Tensor:
+    """Euler steps of dx/dt = (x - D) / t, then one denoising at the last level."""
     for t, t_next in pairwise(levels):
         denoised = denoiser(x, _fill(t, labels), labels)
         x = x + (t_next - t) / t * (x - denoised)
     return denoiser(x, _fill(levels[-1], labels), labels)
 
 
-def _edm(denoiser, config, x, labels, rng) -> torch.Tensor:
+def _edm(denoiser, config, levels, x, labels, rng) -> torch.Tensor:
     """Stochastic second-order sampler (algorithm 2), S_noise = 1; the last step, to t = 0, is Euler."""
-    levels = [*noise_levels(config), 0.0]
-    for t, t_next in pairwise(levels):
+    for t, t_next in pairwise([*levels, 0.0]):
         churned = config.s_churn > 0 and config.s_min <= t <= config.s_max
         gamma = min(config.s_churn / config.num_steps, 1.0) if churned else 0.0
         t_hat = t * (1 + gamma)
@@ -84,13 +98,12 @@ def _edm(denoiser, config, x, labels, rng) -> torch.Tensor:
     return x
 
 
-def _dpmpp(denoiser, config, x, labels, rng) -> torch.Tensor:
-    """DPM-Solver++(2M), deterministic (Lu et al. 2022, arXiv:2211.01095, algorithm 2), then one denoising at tmin.
+def _dpmpp(denoiser, config, levels, x, labels, rng) -> torch.Tensor:
+    """DPM-Solver++(2M), deterministic (Lu et al. 2022, arXiv:2211.01095, algorithm 2), then one denoising at the end.
 
     In lambda = -ln t the equation's linear part is solved exactly, and D is extrapolated linearly from its last two
     values: second order with one network call per step. alpha = 1, so exp(-h) = t_next / t.
     """
-    levels = noise_levels(config)
     before = h_before = None
     for t, t_next in pairwise(levels):
         denoised = denoiser(x, _fill(t, labels), labels)

@@ -61,11 +61,7 @@ class DiffusionSynthesizer(Synthesizer):
         if config.model.ckpt is not None:
             checkpoint, self.inherited = read_checkpoint(config.model.ckpt)
         self.query = self._semantic_query()
-        pretrains = config.pretrain.n_epochs and config.pretrain.warm_up.n_epochs
-        kind = self._central_kind() if pretrains else None
-        self.central = (
-            None if kind is None else CentralImages(kind, config.public_data.central, spec, runtime)
-        )
+        self.central = self._central_images()
         with runtime.seeded("network"):
             network = self._build_network(
                 self._label_dim() if checkpoint is None else checkpoint["label_dim"]
@@ -86,6 +82,16 @@ class DiffusionSynthesizer(Synthesizer):
             return None
         words = words_per_class(public, self.spec.num_classes)
         return SemanticQuery(self.config.pretrain.query, public.selective, words, self.spec, self.runtime)
+
+    def _central_images(self) -> CentralImages | None:
+        pretrain = self.config.pretrain
+        kind = self._central_kind() if pretrain.n_epochs and pretrain.warm_up.n_epochs else None
+        if kind is None:
+            return None
+        return CentralImages(kind, self.config.public_data.central, self.spec, self.runtime)
+
+    def _flips(self) -> bool:
+        return self.config.public_data.flip
 
     def _start_from(self, checkpoint: dict) -> None:
         """Take over the chosen weights; UserError where they were made for other inputs, labels or layers."""
@@ -259,7 +265,7 @@ class DiffusionSynthesizer(Synthesizer):
         return loss(self.network, images, labels, rng).sum()
 
     def _augment(self, images: torch.Tensor, rng: Draws) -> torch.Tensor:
-        if not self.config.public_data.flip:
+        if not self._flips():
             return images
         flipped = rng.uniform() < 0.5
         return torch.where(flipped[:, None, None, None], images.flip(-1), images)

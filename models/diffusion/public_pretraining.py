@@ -1,0 +1,62 @@
+"""The public stage of the diffusion family on its own."""
+
+from dataclasses import dataclass
+
+from data.spec import DataSpec
+from models.central_images import CentralImages
+from models.diffusion.config import ModelConfig, OptimConfig
+from models.diffusion.loss import LossConfig
+from models.diffusion.synthesizer import DiffusionSynthesizer
+from models.semantic_query import SemanticQuery
+from opacus_ext.accounting import Release
+from utils.runtime import Runtime
+from utils.sections import GenConfig, check_field
+
+
+@dataclass(frozen=True)
+class PublicStageConfig:
+    cond: bool  # False: every label is replaced by the null label
+    batch_size: int
+    n_epochs: int
+    snapshot_freq: int  # steps between snapshots
+    flip: bool  # random horizontal flips
+    optim: OptimConfig
+    loss: LossConfig
+
+    def __post_init__(self) -> None:
+        check_field(self.batch_size > 0, "batch_size", self.batch_size, "a positive number of images")
+        check_field(self.n_epochs > 0, "n_epochs", self.n_epochs, "at least 1")
+        check_field(self.snapshot_freq > 0, "snapshot_freq", self.snapshot_freq, "at least 1")
+
+
+class PublicPretraining(DiffusionSynthesizer):
+    """The family's first stage and no other: a network trained on all classes of a public set. It asks the private
+    images nothing, and needs of the private data only the shape of the images."""
+
+    @dataclass(frozen=True)
+    class Config:
+        model: ModelConfig
+        pretrain: PublicStageConfig
+        gen: GenConfig
+
+    def __init__(self, config: Config, label_dim: int, spec: DataSpec, runtime: Runtime) -> None:
+        self.label_dim = label_dim
+        super().__init__(config, spec, runtime)
+
+    def privacy_plan(self) -> list[Release]:
+        return []
+
+    def _label_dim(self) -> int:
+        return self.label_dim
+
+    def _stages(self) -> dict[str, PublicStageConfig]:
+        return {"pretrain": self.config.pretrain}
+
+    def _semantic_query(self) -> SemanticQuery | None:
+        return None
+
+    def _central_images(self) -> CentralImages | None:
+        return None
+
+    def _flips(self) -> bool:
+        return self.config.pretrain.flip
