@@ -208,7 +208,13 @@ class PrivateData:
         num_batches = -(-self.spec.num_train // self._batch_size)
         batches = self._source._batches(slice(0, len(self._labels)))
         shown = progress(batches, "map", num_batches, unit="batch") if num_batches > 10 else batches
-        return torch.cat([self._fn(images).cpu() for images, _ in shown])
+        rows, start = None, 0
+        for images, _ in shown:  # in place: side by side with its parts the whole would take twice the memory
+            part = self._fn(images).cpu()
+            rows = part.new_empty(len(self._labels), *part.shape[1:]) if rows is None else rows
+            rows[start : start + len(part)] = part
+            start += len(part)
+        return rows
 
     def _image_shape(self) -> tuple[int, ...]:
         if self._images is not None:
