@@ -63,10 +63,10 @@ def render(resolution: int, per_class: int = DEFAULT_PER_CLASS, seed: int = 0) -
         raise UserError(
             f"glyphs: {per_class} images per class at {resolution} px; allowed: at least 1 at 4 px or more"
         )
-    fonts = _load_fonts()
+    fonts = load_fonts()
     images = np.empty((len(CHARACTERS) * per_class, 1, resolution, resolution), np.uint8)
     for label, character in enumerate(progress(CHARACTERS, "rendering glyphs", unit="class")):
-        masks = [_character_mask(font, character) for font in fonts]
+        masks = [character_mask(font, character) for font in fonts]
         rng = numpy_rng(seed, f"glyph {character}")
         for index in range(per_class):
             mask = masks[rng.integers(len(masks))]
@@ -97,7 +97,8 @@ def font_paths() -> list[Path]:
     return paths
 
 
-def _load_fonts() -> list:
+def load_fonts() -> list:
+    """The fonts as Pillow objects of FONT_SIZE, in the order of FONT_NAMES."""
     from PIL import ImageFont
 
     # The basic layout engine gives the same pictures whether or not Pillow was built with Raqm.
@@ -107,7 +108,7 @@ def _load_fonts() -> list:
     ]
 
 
-def _character_mask(font, character: str):
+def character_mask(font, character: str):
     """The character as a grey PIL image, cropped to its ink."""
     from PIL import Image, ImageDraw
 

@@ -20,7 +20,7 @@ class Candidates:
     """Synthetic images with the private class that each belongs to.
 
     images (N, C, H, W) uint8 of the generator's shape; labels (N,) int64; info: name -> array of N rows, what the
-    generator wants to know again when it varies an image (its ImageNet label, the font, the row of a public set).
+    generator wants to know again when it varies an image (its ImageNet label, the row of a public set); numbers.
     """
 
     images: np.ndarray
@@ -49,7 +49,8 @@ class ImageAPI(abc.ABC):
 
     `Config` is a frozen dataclass, the section model.api_params.<name> of the configuration. Randomness comes from
     `runtime`, by streams whose names start with `rng_name`: the same name repeats the answer, so that a resumed run
-    asks the same again. Long answers show their own progress.
+    asks the same again. Several processes make the same calls and must get the same answer; they may share the work
+    (models/apis/batches.py). Long answers show their own progress.
     """
 
     Config: ClassVar[type]
@@ -66,6 +67,11 @@ class ImageAPI(abc.ABC):
 
     def check_degree(self, degree: float) -> None:
         """Raise UserError("... degree 7 ...: allowed ...") for a degree of variation that makes no sense here."""
+
+    @property
+    def needs_public_images(self) -> bool:
+        """`prepare` must be given public images."""
+        return False
 
     def releases(self) -> list[Release]:
         """What the weights that it starts from have already cost on the private data."""
