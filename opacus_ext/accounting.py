@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from opacus_ext.errors import AccountingError, BudgetExceeded
+from opacus_ext.shard_accounting import step_loss
 from utils.errors import UserError
 
 ADD_OR_REMOVE_ONE = "add_or_remove_one"
 REPLACE_ONE = "replace_one"
+CHOSEN_SHARD = "chosen_shard"
 
 # Width of the privacy-loss grid. dp-accounting rounds pessimistically: a coarser grid can only overstate epsilon.
 # Between the two grids epsilon moves by 0.3 % at epsilon 1 and 0.01 % at epsilon 10 (2100 steps at rate 1/14).
@@ -29,8 +31,9 @@ class Release:
     """One planned kind of noisy answer about the private data.
 
     noise_multiplier: noise standard deviation (Gaussian) or scale (Laplace) over the sensitivity; None = let the
-    ledger solve for it. sample_rate: Poisson inclusion probability per step. mechanism: "gaussian", or
-    "report_noisy_max" (pure epsilon of 1 / noise_multiplier per step). max_batch_size: of a larger sample a uniformly
+    ledger solve for it. sample_rate: Poisson inclusion probability per step. mechanism: "gaussian";
+    "report_noisy_max" (pure epsilon of 1 / noise_multiplier per step); or "chosen_shard", an answer with Gaussian noise
+    of one of 1 / sample_rate disjoint shards (see shard_accounting.py). max_batch_size: of a larger sample a uniformly
     random subset of this size is taken (truncated Poisson sampling); its cost depends on num_records, the public size
     of the data set.
     """
@@ -44,7 +47,7 @@ class Release:
     num_records: int | None = None
 
     def __post_init__(self) -> None:
-        assert self.mechanism in ("gaussian", "report_noisy_max"), self.mechanism
+        assert self.mechanism in ("gaussian", "report_noisy_max", CHOSEN_SHARD), self.mechanism
         if not 0 < self.sample_rate <= 1:
             raise UserError(f"release '{self.name}': sample_rate {self.sample_rate} is not in (0, 1]")
         if self.num_steps < 0:
@@ -63,7 +66,7 @@ class Release:
     @property
     def takes_all(self) -> bool:
         """Every record takes part in every step."""
-        return self.sample_rate == 1.0 and self.max_batch_size is None
+        return self.sample_rate == 1.0 and self.max_batch_size is None and self.mechanism != CHOSEN_SHARD
 
 
 def epsilon_of(
@@ -78,7 +81,7 @@ def epsilon_of(
         return math.inf
     pure = _pure_epsilon([r for r in executed if r.mechanism == "report_noisy_max"], relation)
     return pure + _ACCOUNTANTS[accountant](
-        [r for r in executed if r.mechanism == "gaussian"], delta, relation
+        [r for r in executed if r.mechanism != "report_noisy_max"], delta, relation
     )
 
 
@@ -177,7 +180,9 @@ def _epsilon(releases, delta, accountant, relation, grid) -> float:
     if accountant != "pld":
         return epsilon_of(releases, delta, accountant, relation)
     pure = _pure_epsilon([r for r in releases if r.mechanism == "report_noisy_max"], relation)
-    return pure + _pld_epsilon([r for r in releases if r.mechanism == "gaussian"], delta, relation, grid)
+    return pure + _pld_epsilon(
+        [r for r in releases if r.mechanism != "report_noisy_max"], delta, relation, grid
+    )
 
 
 def noisy_max_release(name: str, epsilon: float, relation: str) -> Release:
@@ -230,20 +235,33 @@ def _merge_full_batch(releases: Sequence[Release], relation: str) -> tuple[float
 
 def _pld_epsilon(releases: Sequence[Release], delta: float, relation: str, grid: float = PLD_GRID) -> float:
     import dp_accounting
-    from dp_accounting.pld import PLDAccountant
 
     full, sampled = _merge_full_batch(releases, relation)
     if not sampled:
         return 0.0 if full is None else gaussian_epsilon(full, delta)
     neighbours = dp_accounting.NeighboringRelation[relation.upper()]
-    accountant = PLDAccountant(neighbours, value_discretization_interval=grid)
+    accountant = _pld_accountant(neighbours, grid)
     if full is not None:
         # `full` already carries the factor of the relation, which dp-accounting would apply a second time.
         already = 2.0 if relation == REPLACE_ONE else 1.0
         accountant.compose(dp_accounting.GaussianDpEvent(full * already))
     for r in sampled:
-        accountant.compose(_sampled_event(r, relation), r.num_steps)
+        if r.mechanism == CHOSEN_SHARD:  # the same for both relations
+            accountant.compose_loss(step_loss(r.sample_rate, r.noise_multiplier, grid), r.num_steps)
+        else:
+            accountant.compose(_sampled_event(r, relation), r.num_steps)
     return float(accountant.get_epsilon(delta))
+
+
+def _pld_accountant(neighbours, grid: float):
+    """dp-accounting's, which also takes privacy loss distributions that it has no event for."""
+    from dp_accounting.pld import PLDAccountant
+
+    class Accountant(PLDAccountant):
+        def compose_loss(self, loss, count: int) -> None:
+            self._pld = self._pld.compose(loss.self_compose(count))
+
+    return Accountant(neighbours, value_discretization_interval=grid)
 
 
 def _sampled_event(release: Release, relation: str):
@@ -262,6 +280,10 @@ def _sampled_event(release: Release, relation: str):
 
 def _require_plain_poisson(accountant: str, releases: Sequence[Release]) -> None:
     for release in releases:
+        if release.mechanism == CHOSEN_SHARD:
+            raise UserError(
+                f"privacy.accountant={accountant} does not know the choice of a shard ('{release.name}'); use pld"
+            )
         if release.max_batch_size is not None:
             raise UserError(
                 f"privacy.accountant={accountant} does not know truncated Poisson sampling ('{release.name}'); "
