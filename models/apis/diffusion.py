@@ -75,17 +75,16 @@ class DiffusionAPI(ImageAPI):
                 f"degree {degree:g} is not allowed for api diffusion; it must be a whole number from 0 to {most}"
             )
 
+    @property
+    def needs_public_images(self) -> bool:
+        return self.config.ckpt is None
+
     def releases(self) -> list[Release]:
         return self._inherited
 
     def prepare(self, public: PublicData | None) -> None:
         if self.network is not None:
             return
-        if public is None:
-            raise UserError(
-                "model.api_params.diffusion.ckpt: null is not allowed without public data; give a checkpoint, or "
-                "public_data.name=<set> to pretrain on"
-            )
         self.pretraining = self._new_pretraining(public.num_classes)
         if self._interrupted is not None:
             self.pretraining.load_state_dict(self._interrupted)

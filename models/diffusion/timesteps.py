@@ -23,7 +23,7 @@ def cosine_schedule(num_timesteps: int) -> torch.Tensor:
 
 
 def linear_schedule(num_timesteps: int) -> torch.Tensor:
-    """beta linear from 1e-4 to 0.02 over 1000 timesteps (Ho et al. 2020), as coarse in total for any other number."""
+    """beta linear from 1e-4 to 0.02 for 1000 timesteps (Ho et al. 2020), in proportion larger for fewer."""
     scale = 1000 / num_timesteps
     betas = torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
     return (1 - betas).cumprod(0)
