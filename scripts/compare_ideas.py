@@ -53,8 +53,10 @@ CLAIMS = (
     ("DP-LoRA", "DP-LDM", "DP-SGD on adapters against attention blocks, both in latent space"),
 )
 
-# The public set of a dataset: glyphs come with the toolkit, letters must be prepared.
-PUBLIC = {"mnist_28": "public_data.name=kazakh_letters", "fmnist_28": "public_data.name=kazakh_letters"}
+# The public set, where it is not the glyphs of the quick preset: 42 handwritten letters, which must be prepared.
+LETTERS = ("public_data.name=kazakh_letters",)
+PUBLIC = {"mnist_28": LETTERS, "fmnist_28": LETTERS}
+TEN_LETTERS = "public_data.selective.ratio=0.25"  # PrivImage: one for each private class
 WITHOUT_PUBLIC_SET = ("DPDM", "DP-FETA", "DP-FETA-Pro")
 
 
@@ -106,7 +108,9 @@ def run_all(arguments: argparse.Namespace) -> list[str]:
 
 def command(arguments: argparse.Namespace, name: str, epsilon: float, seed: int) -> list[str]:
     variant, data = VARIANTS[name], arguments.data_name
-    public = [PUBLIC[data]] if data in PUBLIC and name not in WITHOUT_PUBLIC_SET else []
+    public = [] if name in WITHOUT_PUBLIC_SET else [*PUBLIC.get(data, ())]
+    if public and variant.method == "PrivImage":
+        public.append(TEN_LETTERS)
     return [
         sys.executable, "run.py", "--method", variant.method, "--data_name", data, "--epsilon", str(epsilon),
         "--exp_description", description(name, seed), "--exp_root", str(arguments.exp_root.resolve()),
