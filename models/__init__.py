@@ -7,6 +7,7 @@ METHODS = Registry(
     {
         "Noise": "models.noop:Noise",
         "DP-MERF": "models.dp_merf:DPMERF",
+        "DPGAN": "models.dpgan:DPGAN",
         "DPDM": "models.dpdm:DPDM",
         "PDP-Diffusion": "models.pdp_diffusion:PDPDiffusion",
         "PrivImage": "models.privimage:PrivImage",

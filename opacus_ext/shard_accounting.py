@@ -11,14 +11,15 @@ answers when it is chosen, with a value that the record may change at will. So t
     P  = (1 - q) A + q N(f, s^2),    P' = (1 - q) A + q N(f', s^2),    q = 1/N,
 
 A being the mixture of the other shards' answers, which is the same on both sides (couple the coins: the record that is
-added, removed or exchanged changes one shard). For epsilon >= 0 and epsilon' = ln(1 + q (e^epsilon - 1)), advanced joint
-convexity (Balle, Barthe, Gaboardi 2018, theorem 2, arXiv:1807.01647) bounds the hockey-stick divergence
+added, removed or exchanged changes one shard). For epsilon >= 0 and epsilon' = ln(1 + q (e^epsilon - 1)), advanced
+joint convexity (Balle, Barthe, Gaboardi 2018, theorem 2, arXiv:1807.01647) bounds the hockey-stick divergence
 
     H_{e^epsilon'}(P || P') <= q ((1 - b) H_{e^epsilon}(N(f, s^2) || A) + b H_{e^epsilon}(N(f, s^2) || N(f', s^2)))
 
 for a b in [0, 1]. Both divergences are at most that of two Gaussians at distance D (joint convexity over the components
-of A), so H_{e^epsilon'} <= q delta_Gauss(epsilon; D / s) =: h(epsilon'). This holds for (P', P) as well, and epsilon' < 0
-follows by H_a(P || P') = 1 - a + a H_{1/a}(P' || P). Where A = N(f') the bound is reached, so h is the smallest that holds.
+of A), so H_{e^epsilon'} <= q delta_Gauss(epsilon; D / s) =: h(epsilon'). This holds for (P', P) as well, and for
+epsilon' < 0 it follows by H_a(P || P') = 1 - a + a H_{1/a}(P' || P). Where A = N(f') the bound is reached, so h is the
+smallest that holds.
 
 It is above the curve of the Poisson-sampled Gaussian, whose two directions differ: booking these steps as Poisson
 samples would understate epsilon by a tenth to a quarter.

@@ -1,0 +1,334 @@
+"""DPGAN: a GAN whose discriminator is trained with DP-SGD (Xie et al. 2018, arXiv:1802.06739; networks and schedule of
+the published benchmark, with several discriminator steps per generator step as in Bie et al. 2023, arXiv:2302.02936).
+
+A record's loss is that of its own image and of one fake of its own, so real and fake gradient are clipped as one. The
+generator learns from the discriminator alone: post-processing.
+"""
+
+import copy
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data.spec import DataSpec, PublicData, Samples
+from models.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
+from models.nn.discriminator import Discriminator
+from models.nn.ema import EMA
+from models.nn.generator import Generator, GeneratorConfig
+from models.synthesizer import Cost, Synthesizer, balanced_labels
+from opacus_ext.accounting import Release
+from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps
+from opacus_ext.private_data import PrivateData
+from utils import distributed
+from utils.draws import Draws
+from utils.images import to_float, to_uint8
+from utils.progress import progress
+from utils.runtime import Runtime
+from utils.sections import GenConfig, PublicDataConfig, check_field
+from utils.seeding import numpy_rng
+
+DP_SGD = "dp-sgd"
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    d_conv_dim: int  # every block is twice as wide
+
+    def __post_init__(self) -> None:
+        width = 2 * self.d_conv_dim
+        fits = width > 0 and width % min(32, width) == 0
+        check_field(fits, "d_conv_dim", self.d_conv_dim, "a positive number of which 2x fits into 32 groups")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    Generator: GeneratorConfig
+    Discriminator: DiscriminatorConfig
+    ema_rate: float
+
+    def __post_init__(self) -> None:
+        check_field(0 <= self.ema_rate < 1, "ema_rate", self.ema_rate, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class OptimParams:
+    d_lr: float
+    g_lr: float
+    beta1: float
+
+    def __post_init__(self) -> None:
+        for field in ("d_lr", "g_lr"):
+            check_field(getattr(self, field) > 0, field, getattr(self, field), "greater than 0")
+        check_field(0 <= self.beta1 < 1, "beta1", self.beta1, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    optimizer: str  # Adam
+    params: OptimParams
+
+    def __post_init__(self) -> None:
+        check_field(self.optimizer == "Adam", "optimizer", self.optimizer, "Adam")
+
+
+@dataclass(frozen=True)
+class GANStage:
+    """What public pretraining and private training have in common."""
+
+    n_epochs: int
+    d_updates: int  # discriminator steps per generator step
+    g_batch_size: int  # images per generator step
+    g_part_size: int  # of them at a time, for memory; BatchNorm sees those together
+    snapshot_freq: int  # discriminator steps
+    optim: OptimConfig
+
+    def __post_init__(self) -> None:
+        for field in ("d_updates", "g_batch_size", "g_part_size", "snapshot_freq"):
+            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
+        check_field(self.n_epochs >= 0, "n_epochs", self.n_epochs, "0 or more")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(GANStage):
+    cond: bool  # False: public labels are ignored
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig(GANStage):
+    batch_size: int | None  # nominal: q = 1 / ceil(N / batch_size); None: all N in every step
+    dp: DPSGDConfig
+
+
+class DPGAN(Synthesizer):
+    @dataclass(frozen=True)
+    class Config:
+        model: ModelConfig
+        pretrain: PretrainConfig
+        train: TrainConfig
+        gen: GenConfig
+        public_data: PublicDataConfig
+
+    def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
+        super().__init__(config, spec, runtime)
+        public = config.public_data
+        num_labels = max(spec.num_classes, public.n_classes or 0)
+        with runtime.seeded("generator"):
+            generator = Generator(config.model.Generator, spec.resolution, spec.channels, num_labels)
+        with runtime.seeded("discriminator"):
+            width = config.model.Discriminator.d_conv_dim
+            discriminator = Discriminator(spec.resolution, spec.channels, num_labels, width)
+        self.generator, self.discriminator = runtime.place(generator), runtime.place(discriminator)
+        asks = public.name in (MEAN, MODE) and config.pretrain.n_epochs
+        self.central = CentralImages(public.name, public.central, spec, runtime) if asks else None
+        self._start_stage("start")
+
+    def privacy_plan(self) -> list[Release]:
+        train = self.config.train
+        sizes = (self.spec.num_train, train.batch_size, train.n_epochs, train.dp.max_batch_size)
+        return [*self.pretraining_plan(), dpsgd_release(DP_SGD, *sizes)]
+
+    def pretraining_plan(self) -> list[Release]:
+        return [] if self.central is None else [self.central.release()]
+
+    def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
+        """The same GAN on public images, without noise."""
+        if self.stage == "train":
+            return
+        if self.central is not None:
+            public = PublicData(CENTRAL_IMAGES, self.central.ask(private), self.spec.class_names)
+            self.runtime.snapshot("pretrain")
+        if public is None or not self.config.pretrain.n_epochs:
+            return
+        config = self.config.pretrain
+        self._begin("pretrain")
+        batch_size = min(config.batch_size, len(public))
+        steps_per_epoch = len(public) // batch_size
+        num_labels = public.num_classes if config.cond else 1
+        total = config.n_epochs * steps_per_epoch
+        for step in progress(range(self.step, total), "pretrain", total=total, initial=self.step):
+            epoch, position = divmod(step, steps_per_epoch)
+            order = numpy_rng(self.runtime.seed, f"pretrain order {epoch}").permutation(len(public))
+            batch = public.samples.take(np.sort(order[position * batch_size : (position + 1) * batch_size]))
+            self._discriminate_publicly(batch, PairedLoss(self.generator, num_labels, self.runtime.autocast))
+            self._finish_step(config, num_labels)
+
+    def _discriminate_publicly(self, batch: Samples, loss: "PairedLoss") -> None:
+        own = distributed.share(len(batch))
+        draws = self.runtime.draws(f"pretrain fakes {self.step}", len(batch))
+        self.d_optimizer.zero_grad(set_to_none=True)
+        if own.start < own.stop:
+            images = to_float(batch.images[own], self.runtime.device)
+            if self.config.public_data.flip:
+                flipped = draws[own].uniform() < 0.5
+                images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+            labels = torch.from_numpy(batch.labels[own]).to(self.runtime.device) % loss.num_labels
+            loss(self.discriminator, images, labels, draws[own]).sum().div(len(batch)).backward()
+        distributed.sum_gradients(self.discriminator.parameters())
+        self.d_optimizer.step()
+
+    def train(self, private: PrivateData) -> None:
+        config = self.config.train
+        self._begin("train")
+        loss = PairedLoss(self.generator, self.spec.num_classes, self.runtime.autocast)
+        steps = dpsgd_steps(DP_SGD, private, self.discriminator, self.d_optimizer, loss, config.dp)
+        planned = private.ledger.planned(DP_SGD).num_steps
+        for _ in progress(steps, "train (DP-SGD)", total=planned, initial=private.ledger.executed(DP_SGD)):
+            self._finish_step(config, self.spec.num_classes)
+
+    def _finish_step(self, config: GANStage, num_labels: int) -> None:
+        self.step += 1
+        if self.step % config.d_updates == 0:
+            self._generator_step(config, num_labels)
+        if self.step % config.snapshot_freq == 0:
+            self.runtime.snapshot(self.stage)  # first: a preview must not outlive the booking of its steps
+            labels = balanced_labels(8 * min(self.spec.num_classes, 16), self.spec.num_classes)
+            self.runtime.preview(self.stage, self.step, self._sample(labels, f"preview {self.step}"), labels)
+
+    def _generator_step(self, config: GANStage, num_labels: int) -> None:
+        """Hinge loss on fakes with uniform labels, in parts that the processes share."""
+        stream = f"{self.stage} generator {self.step}"
+        draws = self.runtime.draws(stream, config.g_batch_size)
+        parts = [
+            draws[start : start + config.g_part_size]
+            for start in range(0, config.g_batch_size, config.g_part_size)
+        ]
+        self.generator.train()
+        self.g_optimizer.zero_grad(set_to_none=True)
+        for part in parts[distributed.share(len(parts))]:
+            with self.runtime.autocast():
+                noise, labels = _inputs(self.generator, num_labels, part)
+                scores = self.discriminator(self.generator(noise, labels), labels)
+            (-scores.float().sum() / config.g_batch_size).backward(inputs=list(self.generator.parameters()))
+        distributed.sum_gradients(self.generator.parameters())
+        self.g_optimizer.step()
+        distributed.copy_from_main(self.generator.buffers())
+        self.ema.update(self.generator)
+
+    def generate(self, num_samples: int) -> Samples:
+        labels = balanced_labels(num_samples, self.spec.num_classes)
+        return Samples(self._sample(labels, "generate", show=True), labels)
+
+    def _sample(self, labels: np.ndarray, stream: str, show: bool = False) -> np.ndarray:
+        """One image per label from the averaged weights: (N, C, H, W) uint8."""
+        generator = copy.deepcopy(self.generator).requires_grad_(False).eval()
+        self.ema.copy_to(generator)
+        size, device = self.config.gen.batch_size, self.runtime.device
+        starts = range(0, len(labels), size)
+        parts = []
+        for start in progress(starts, "generate", unit="batch") if show else starts:
+            batch = torch.from_numpy(labels[start : start + size]).to(device)
+            rng = self.runtime.rng(f"{stream} {start}")
+            noise = torch.randn(len(batch), generator.z_dim, generator=rng, device=device)
+            with self.runtime.autocast():
+                parts.append(to_uint8(generator(noise, batch)))
+        return np.concatenate(parts)
+
+    # State
+
+    def _begin(self, stage: str) -> None:
+        """Enter a stage from the averaged generator of the one before, or where `load_state_dict` left it."""
+        if self.stage != stage:
+            self.ema.copy_to(self.generator)
+            self._start_stage(stage)
+
+    def _start_stage(self, stage: str) -> None:
+        self.stage, self.step = stage, 0
+        self.ema = EMA(self.generator, self.config.model.ema_rate)
+        section = self.config.pretrain if stage == "pretrain" else self.config.train
+        params = section.optim.params
+        betas = (params.beta1, 0.999)
+        self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=params.d_lr, betas=betas)
+        self.g_optimizer = torch.optim.Adam(self.generator.parameters(), lr=params.g_lr, betas=betas)
+
+    def state_dict(self) -> dict:
+        """The discriminator is private through DP-SGD, the generator by post-processing."""
+        return {
+            "stage": self.stage,
+            "step": self.step,
+            "generator": self.generator.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "ema": self.ema.state_dict(),
+            "d_optimizer": self.d_optimizer.state_dict()["state"],
+            "g_optimizer": self.g_optimizer.state_dict()["state"],
+            "central": {} if self.central is None else self.central.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.generator.load_state_dict(state["generator"])
+        self.discriminator.load_state_dict(state["discriminator"])
+        self._start_stage(state["stage"])
+        self.step = state["step"]
+        self.ema.load_state_dict(state["ema"])
+        for name in ("d_optimizer", "g_optimizer"):
+            optimizer = getattr(self, name)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state[name]})
+        if self.central is not None:
+            self.central.load_state_dict(state["central"])
+
+    # --dry_run
+
+    def parameter_counts(self) -> dict[str, int]:
+        networks = {"generator": self.generator, "discriminator": self.discriminator}
+        return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+
+    def costs(self) -> list[Cost]:
+        config, release = self.config.train, self.privacy_plan()[-1]
+        images = round(self.spec.num_train * release.sample_rate)
+        rows, device = 8, self.runtime.device
+        loss = PairedLoss(copy.deepcopy(self.generator), self.spec.num_classes, self.runtime.autocast)
+        inputs = (
+            torch.zeros(rows, *self.spec.image_shape, device=device),
+            torch.zeros(rows, dtype=torch.int64, device=device),
+        )
+        discriminator = copy.deepcopy(self.discriminator)
+        for _ in range(2):  # the first call also allocates and chooses kernels
+            start = time.perf_counter()
+            loss(discriminator, *inputs, self.runtime.draws("cost", rows)).sum().backward()
+            seconds = (time.perf_counter() - start) / rows
+        steps = release.num_steps
+        description = (
+            f"{steps} steps x {images} images, {steps // config.d_updates} x {config.g_batch_size} fakes"
+        )
+        work = steps * images + steps // config.d_updates * config.g_batch_size
+        return [Cost("train", description, work * seconds)]
+
+
+class PairedLoss:
+    """(discriminator, images (B, C, H, W), labels (B,), rng) -> (B,): the hinge loss of each image and of one fake.
+
+    Both pass through the discriminator as the two rows of one example, so that their gradients are one contribution.
+    Labels of fakes are uniform; all that a fake is made of comes from `rng`, by position in the batch.
+    """
+
+    def __init__(self, generator: Generator, num_labels: int, autocast) -> None:
+        self.generator = generator
+        self.num_labels = num_labels
+        self._autocast = autocast
+
+    def __call__(
+        self, discriminator: nn.Module, images: torch.Tensor, labels: torch.Tensor, rng: Draws
+    ) -> torch.Tensor:
+        self.generator.eval()  # no statistics across the fakes of a private batch
+        with self._autocast():
+            with torch.no_grad():
+                noise, fake_labels = _inputs(self.generator, self.num_labels, rng)
+                fakes = self.generator(noise, fake_labels).to(images.dtype)
+            pairs = torch.stack([images, fakes], dim=1).flatten(0, 1)
+            scores = discriminator(pairs, torch.stack([labels, fake_labels], dim=1).flatten())
+        real, fake = scores.float().view(-1, 2).unbind(1)
+        return F.relu(1 - real) + F.relu(1 + fake)
+
+
+def _inputs(generator: Generator, num_labels: int, rng: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise (B, z_dim) and uniform labels (B,) for the positions of `rng`."""
+    noise = rng.normal(generator.z_dim)
+    return noise, (rng.uniform() * num_labels).long().clamp(max=num_labels - 1)
