@@ -398,6 +398,18 @@ def test_networks_that_mix_examples_are_refused_before_anything_is_read(make_pri
     assert private.ledger.executed(NAME) == 0
 
 
+def test_a_loss_that_is_balanced_by_the_classes_of_the_batch_is_refused(make_private):
+    """The weight of an example then depends on how many of its class were sampled."""
+
+    def balanced(model, images, labels, rng):
+        return loss(model, images, labels, rng) / torch.bincount(labels, minlength=3)[labels]
+
+    private = make_private([Release(NAME, None)])
+    with pytest.raises(UserError, match="per-example clipping bounds nothing"):
+        next(steps(private, network(), per_example_loss=balanced))
+    assert private.ledger.executed(NAME) == 0
+
+
 def test_networks_that_mix_nothing_pass():
     refuse_mixing(network())
     refuse_mixing(nn.Sequential(nn.InstanceNorm2d(4), nn.LayerNorm(3)))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -423,6 +424,21 @@ def test_a_network_that_remembers_is_refused():
         refuse_mixing(Flow(nn.Embedding(3, 2, max_norm=1.0)))
 
 
+class RemembersInPrivate(Remembers):
+    """The same in a buffer that no checkpoint holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(3), persistent=False)
+
+
+def test_a_buffer_that_no_checkpoint_holds_is_seen():
+    with pytest.raises(UserError, match="'seen' changes when examples are seen"):
+        validate_independence(
+            RemembersInPrivate(), squared_loss(), torch.randn(4, 8, 3), torch.zeros(4, dtype=torch.int64)
+        )
+
+
 class Picks(nn.Module):
     """Runs its layer on the rows that are bright."""
 
@@ -694,6 +710,57 @@ def test_networks_that_mix_examples_are_refused(kind):
     labels = torch.zeros(4, dtype=torch.int64)
     with pytest.raises(UserError, match=r"per-example clipping bounds nothing|another number of rows"):
         validate_independence(kind(), squared_loss(), torch.randn(4, 8, 3), labels)
+
+
+class MixesLater(nn.Module):
+    """Mixes inside of a branch that starts as zero, before a last layer that does too: no gradient enters it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inside, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.out = nn.Linear(4, 4)
+        for layer in (self.out, self.last):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x, labels):
+        h = self.first(x)
+        inside = self.inside(torch.tanh(h))
+        return self.last(h + self.out(inside - inside.mean(0))).flatten(1)
+
+
+def test_branches_that_start_as_zero_hide_nothing():
+    torch.manual_seed(0)
+    network, labels = MixesLater(), torch.zeros(4, dtype=torch.int64)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(UserError, match="per-example clipping bounds nothing"):
+        validate_independence(network, squared_loss(), torch.randn(4, 8, 3), labels)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_gradient_of_which_nothing_can_be_told_is_refused():
+    def undefined(network, images, labels, rng):
+        return squared_loss()(network, images, labels, rng) * torch.nan
+
+    with pytest.raises(UserError, match="per-example clipping bounds nothing"):
+        validate_independence(Lonely(), undefined, torch.randn(4, 8, 3), torch.zeros(4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_the_check_allows_for_low_precision(mixes):
+    """Rounding to bfloat16 moves gradients by up to a percent; mixing moves them by more."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(1152, 4)
+    )
+
+    def loss(network, images, labels, rng):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = network(images - images.mean(0) if mixes else images)
+        return output.float().square().mean(1)
+
+    with pytest.raises(UserError, match="clipping bounds nothing") if mixes else nullcontext():
+        validate_independence(network, loss, torch.randn(3, 3, 16, 16), torch.zeros(3, dtype=torch.int64))
 
 
 def test_networks_that_keep_examples_apart_are_accepted():
