@@ -1,8 +1,13 @@
-"""The gradient engine on a GPU: the sums of plain autograd, in every memory layout, without waiting for the device."""
+"""On a GPU: the gradient engine gives the sums of plain autograd, in every memory layout, without waiting for the
+device; classifiers are trained compiled and in bfloat16."""
 
+import numpy as np
 import pytest
 import torch
 
+from data.spec import DataSpec, Samples
+from evaluation.classifiers import training
+from evaluation.classifiers.recipe import Recipe
 from opacus_ext.noise import NoiseSource
 from scripts.dpsgd_bench.cases import Case, Problem, dpgan, load, lora, unet, wrn_critic
 from scripts.dpsgd_bench.competitors import loop, ours
@@ -67,3 +72,18 @@ def test_noise_has_the_same_bits_on_a_gpu():
     noise = NoiseSource(seed=0).gaussian(1000, 0.5, "test", 0)
     on_gpu = noise.add_to(total.cuda())
     assert on_gpu.is_cuda and torch.equal(on_gpu.cpu(), noise.add_to(total))
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "wrn"])
+def test_a_classifier_learns_compiled_and_in_bfloat16(name, monkeypatch):
+    """Bright images are of class 1. The last batch of an epoch is smaller: the graph must take both sizes."""
+    monkeypatch.setattr(training, "STEPS_TO_COMPILE_FOR", 0)
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % 2
+    images = (rng.integers(0, 128, (300, 1, 8, 8)) + 128 * labels[:, None, None, None]).astype(np.uint8)
+    recipe = Recipe("adam", 1e-3, 0.0, num_epochs=3, batch_size=64, decay_every=None, num_splits=1)
+    spec = DataSpec("toy", 8, 1, 2, 300, ("dark", "bright"))
+    trained = training.train_classifier(
+        name, Samples(images, labels), np.arange(300), spec=spec, recipe=recipe, device="cuda", seed=0, batch_size=64
+    )  # fmt: skip
+    assert (trained.logits(len(trained.states) - 1, images).argmax(1) == labels).mean() > 0.95

@@ -5,7 +5,7 @@ Legend: B batch, C channels, H W pixels, K classes.
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,6 +23,8 @@ from utils.seeding import derive_seed, numpy_rng
 
 # Weights of at most this many epochs are kept: 10 x 36 million parameters are 1.5 GB.
 MAX_CANDIDATES = 10
+STEPS_TO_COMPILE_FOR = 5000
+TRITON_NEEDS = (7, 0)  # compute capability of the oldest GPU that torch.compile can generate code for
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,10 @@ def train_classifier(
         states = []
         batches = _batches(chosen, recipe, numpy_rng(seed, f"classifier batches/{name}"))
         total = steps_per_epoch * recipe.num_epochs
+        forward = accelerated(network, device, total)
         for step, indices in enumerate(progress(batches, f"train {name}", total=total), start=1):
-            _step(network, optimizer, samples, indices, recipe.num_splits, device)
+            network.train()
+            _step(forward, optimizer, samples, indices, recipe.num_splits, device)
             scheduler.step()
             _average(averaged, network, step)
             epoch, rest = divmod(step, steps_per_epoch)
@@ -120,13 +124,31 @@ def _batches(chosen: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> It
             yield order[start : start + recipe.batch_size]
 
 
-def _step(network, optimizer, samples: Samples, indices: np.ndarray, num_splits: int, device: str) -> None:
-    network.train()
+def accelerated(network: nn.Module, device: str, num_steps: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The forward pass of training, (B, C, H, W) -> float32 logits (B, K).
+
+    On a GPU it is in bfloat16 where the GPU computes in it, and compiled where so many steps make up for the minute
+    that compiling takes; weights and optimizer stay float32. Testing never uses it.
+    """
+    if torch.device(device).type != "cuda":
+        return network
+    pays = num_steps >= STEPS_TO_COMPILE_FOR and torch.cuda.get_device_capability(device) >= TRITON_NEEDS
+    compiled = torch.compile(network) if pays else network
+    in_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=in_bfloat16):
+            return compiled(images).float()
+
+    return forward
+
+
+def _step(forward, optimizer, samples: Samples, indices: np.ndarray, num_splits: int, device: str) -> None:
     optimizer.zero_grad(set_to_none=True)
     for part in np.array_split(indices, min(num_splits, len(indices))):
         images = to_float(samples.images[part], device).contiguous(memory_format=torch.channels_last)
         labels = torch.as_tensor(samples.labels[part], device=device)
-        loss = nn.functional.cross_entropy(network(images), labels, reduction="sum") / len(indices)
+        loss = nn.functional.cross_entropy(forward(images), labels, reduction="sum") / len(indices)
         loss.backward()
     optimizer.step()
 
