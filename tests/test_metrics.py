@@ -1,5 +1,6 @@
 """Fidelity and memorisation metrics against closed forms, slow loops and torch-fidelity on the same features."""
 
+import inspect
 import math
 import subprocess
 import sys
@@ -73,6 +74,16 @@ def test_frechet_distance_matches_torch_fidelity(num):
     statistics = [fid_features_to_statistics(torch.from_numpy(x.astype(np.float64))) for x in (real, fake)]
     expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     assert frechet_distance(real, fake) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("num", [400, 40])
+def test_frechet_distance_matches_clean_fid(num):
+    clean_fid = pytest.importorskip("cleanfid.fid")
+    if "disp" not in inspect.signature(scipy.linalg.sqrtm).parameters:
+        pytest.skip("clean-fid calls sqrtm with an argument that this SciPy no longer has")
+    real, fake = random_features(num, 64, 3), random_features(num, 64, 4, shift=0.1)
+    moments = [part for x in (real, fake) for part in (x.mean(0, dtype=np.float64), np.cov(x, rowvar=False))]
+    assert frechet_distance(real, fake) == pytest.approx(clean_fid.frechet_distance(*moments), rel=1e-3)
 
 
 def test_frechet_distance_of_equal_sets_is_zero_and_order_does_not_matter():
