@@ -66,7 +66,7 @@ class DiffusionAPI(ImageAPI):
         self._inherited: list[Release] = []
         if config.ckpt is not None:
             checkpoint, self._inherited = read_checkpoint(config.ckpt)
-            self._take(checkpoint, config.ckpt_weights, f"model.api_params.diffusion.ckpt: {config.ckpt}")
+            self._take(checkpoint, config.ckpt_weights, f"ckpt: {config.ckpt}")
 
     def check_degree(self, degree: float) -> None:
         most = self.config.sampler.num_steps - 1

@@ -107,7 +107,7 @@ class OpenAIAPI(ImageAPI):
             rows = np.flatnonzero(labels == label)
             for start in range(0, len(rows), self.config.images_per_request):
                 part = rows[start : start + self.config.images_per_request]
-                arguments = {"prompt": prompt, "n": len(part), **self._common()}
+                arguments = {"prompt": prompt, "n": len(part), **self._quality(), **self._common()}
                 requests.append(Request("generate", part, arguments, rng_name))
         return Candidates(self._asked(requests, len(labels), "random images (openai)"), labels)
 
@@ -116,7 +116,8 @@ class OpenAIAPI(ImageAPI):
         for row, (image, label) in enumerate(zip(candidates.images, candidates.labels, strict=True)):
             arguments = {"image": self._as_png(image), "n": 1, **self._common()}
             if self.config.variation == "edits":
-                arguments["prompt"] = self.config.variation_prompt.format(self.spec.class_names[label])
+                prompt = self.config.variation_prompt.format(self.spec.class_names[label])
+                arguments |= {"prompt": prompt, **self._quality()}
             endpoint = "edit" if self.config.variation == "edits" else "create_variation"
             requests.append(Request(endpoint, np.array([row]), arguments, rng_name))
         images = self._asked(requests, len(candidates), "variations (openai)")
@@ -125,11 +126,12 @@ class OpenAIAPI(ImageAPI):
     def _common(self) -> dict[str, object]:
         config = self.config
         arguments = {"model": config.model, "size": f"{config.size}x{config.size}"}
-        if config.quality is not None:
-            arguments["quality"] = config.quality
         if config.model.startswith("dall-e"):  # the others answer so unasked, and refuse the word
             arguments["response_format"] = "b64_json"
         return arguments
+
+    def _quality(self) -> dict[str, str]:
+        return {} if self.config.quality is None else {"quality": self.config.quality}
 
     def _as_png(self, image: np.ndarray) -> bytes:
         from PIL import Image
