@@ -21,6 +21,9 @@ PACKAGES = (
     "torch-fidelity",
 )
 
+# What may differ in a resumed run: how and on what it computes, how it is evaluated, how much it may pay for.
+FREE = ("setup.", "eval.", "model.api_params.openai.max_")
+
 
 def write(folder: Path, config) -> None:
     """Write config.yaml, provenance.txt and environment.json into a run's folder.
@@ -40,11 +43,11 @@ def write(folder: Path, config) -> None:
 def require_same_config(folder: Path, config) -> None:
     """Raise UserError with the first setting in which `config` differs from the run in `folder`.
 
-    How and on what the run computes, and how it is evaluated, may differ; eval.mode may not: it splits the data.
+    What begins like one of FREE may differ; eval.mode may not: it splits the data.
     """
     before, now = values_of(folder), flatten(config.snapshot)
     for key in sorted({*before, *now}):
-        free = key.startswith(("setup.", "eval.")) and key != "eval.mode"
+        free = key.startswith(FREE) and key != "eval.mode"
         if not free and before.get(key) != now.get(key):
             raise UserError(
                 f"--resume_exp: {folder.name} was started with {key}={before.get(key)}, this command has "
