@@ -7,7 +7,11 @@ METHODS = Registry(
     {
         "Noise": "models.noop:Noise",
         "DP-MERF": "models.dp_merf:DPMERF",
+        "DP-NTK": "models.dp_ntk:DPNTK",
         "DPGAN": "models.dpgan:DPGAN",
+        "PE": "models.pe:PE",
+        "PE-SD": "models.pe_sd:PESD",
+        "GS-WGAN": "models.gs_wgan:GSWGAN",
         "DPDM": "models.dpdm:DPDM",
         "PDP-Diffusion": "models.pdp_diffusion:PDPDiffusion",
         "PrivImage": "models.privimage:PrivImage",

@@ -109,6 +109,15 @@ class NoiseSource:
             indices = np.sort(generator.choice(indices, max_size, replace=False, shuffle=False))
         return torch.from_numpy(indices)
 
+    def shards(self, num_records: int, count: int, release: str) -> np.ndarray:
+        """(num_records,) int64: the shard of each record, independent and uniform, whatever the records are. So there
+        is a coupling in which one record more or less moves no other to another shard. The same at every call."""
+        return philox(self._shared_key(f"shards/{release}")).integers(count, size=num_records)
+
+    def choice(self, count: int, release: str, step: int) -> int:
+        """One of `count`, uniform and independent of all other steps. The same at every call."""
+        return int(philox(self._shared_key(f"choice/{release}/{step}")).integers(count))
+
     def loss_draws(self, release: str, step: int, num_examples: int, device="cpu") -> Draws:
         """Secret randomness for one step's loss. It must not be repeatable: draws are dealt by position in the batch,
         so with known draws one record more would re-deal, and move, the contributions of all later ones. Unknown

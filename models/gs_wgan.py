@@ -1,0 +1,321 @@
+"""GS-WGAN: a generator trained by the sanitised gradients of many critics (Chen, Orekondy and Fritz, NeurIPS 2020,
+arXiv:2006.08265). The critics see private records without noise; what they answer is noised in opacus_ext/sanitize.py,
+where it stands what the mechanism is, why it is private, and where it differs from the published code."""
+
+import copy
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.spec import DataSpec, PublicData, Samples
+from models.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
+from models.nn.ema import EMA
+from models.nn.shard_critics import BETAS, CriticLoss, CriticSchedule, ShardCritics, WarmUpConfig
+from models.nn.sn_gan import ConvCritic, ResNetGenerator
+from models.nn.stack import Stack
+from models.synthesizer import Cost, Synthesizer, balanced_labels
+from opacus_ext.accounting import Release
+from opacus_ext.private_data import PrivateData
+from opacus_ext.sanitize import SanitisedGradients, sanitised_release
+from utils.draws import Draws
+from utils.images import to_float, to_uint8
+from utils.progress import progress
+from utils.runtime import Runtime
+from utils.sections import GenConfig, PublicDataConfig, check_field
+from utils.seeding import numpy_rng
+
+SANITISED = "sanitised gradients"
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    z_dim: int
+    g_conv_dim: int  # every block is 4 times as wide
+
+    def __post_init__(self) -> None:
+        for field in ("z_dim", "g_conv_dim"):
+            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    d_conv_dim: int  # the convolutions are 1, 2 and 4 times as wide
+
+    def __post_init__(self) -> None:
+        check_field(self.d_conv_dim > 0, "d_conv_dim", self.d_conv_dim, "at least 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    Generator: GeneratorConfig
+    Discriminator: DiscriminatorConfig
+    num_discriminators: int  # shards of the private records, with a critic each
+    latent_type: str  # bernoulli or normal
+    ema_rate: float
+
+    def __post_init__(self) -> None:
+        known = self.latent_type in ("bernoulli", "normal")
+        check_field(known, "latent_type", self.latent_type, "bernoulli or normal")
+        check_field(0 <= self.ema_rate < 1, "ema_rate", self.ema_rate, "in [0, 1)")
+        count = self.num_discriminators
+        check_field(count > 0, "num_discriminators", count, "at least 1")
+
+
+@dataclass(frozen=True)
+class Stage(CriticLoss):
+    """What public pretraining and private training have in common."""
+
+    iterations: int  # generator steps
+    critic_iters: int  # critic steps for each; in private training the chosen critic's, which it forgets
+    batch_size: int  # of critics and of the generator
+    snapshot_freq: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("critic_iters", "batch_size", "snapshot_freq"):
+            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
+        check_field(self.iterations >= 0, "iterations", self.iterations, "0 or more")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(Stage):
+    cond: bool  # False: public labels are ignored
+
+
+@dataclass(frozen=True)
+class TrainConfig(Stage):
+    max_grad_norm: float  # of the gradient for one generated image
+    refresh_iters: int  # steps that all critics take, and keep, ..
+    refresh_every: int  # .. once in so many generator steps
+    pretrain: WarmUpConfig  # of the critics, on the private records
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "greater than 0")
+        check_field(self.refresh_iters >= 0, "refresh_iters", self.refresh_iters, "0 or more")
+        check_field(self.refresh_every > 0, "refresh_every", self.refresh_every, "at least 1")
+
+
+class GSWGAN(Synthesizer):
+    @dataclass(frozen=True)
+    class Config:
+        model: ModelConfig
+        pretrain: PretrainConfig
+        train: TrainConfig
+        gen: GenConfig
+        public_data: PublicDataConfig
+
+    def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
+        super().__init__(config, spec, runtime)
+        public = config.public_data
+        self.num_labels = max(spec.num_classes, public.n_classes or 0)
+        self.generator = self._new_generator("generator")
+        with runtime.seeded("critic"):
+            width = config.model.Discriminator.d_conv_dim
+            critic = ConvCritic(spec.resolution, spec.channels, self.num_labels, width)
+        # What all critics start as. It has seen public images only.
+        self.first_critic = critic.to(runtime.device)
+        asks = public.name in (MEAN, MODE) and config.pretrain.iterations
+        self.central = CentralImages(public.name, public.central, spec, runtime) if asks else None
+        self._start_stage("start")
+
+    def _new_generator(self, stream: str) -> ResNetGenerator:
+        model = self.config.model.Generator
+        with self.runtime.seeded(stream):
+            network = ResNetGenerator(
+                self.spec.resolution, self.spec.channels, self.num_labels, model.z_dim, model.g_conv_dim
+            )
+        return network.to(self.runtime.device)
+
+    def privacy_plan(self) -> list[Release]:
+        shards, steps = self.config.model.num_discriminators, self.config.train.iterations
+        return [*self.pretraining_plan(), sanitised_release(SANITISED, shards, steps)]
+
+    def pretraining_plan(self) -> list[Release]:
+        return [] if self.central is None else [self.central.release()]
+
+    def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
+        """Generator and critic on public images, without noise: an ordinary Wasserstein GAN."""
+        if self.stage == "train":
+            return
+        if self.central is not None:
+            public = PublicData(CENTRAL_IMAGES, self.central.ask(private), self.spec.class_names)
+            self.runtime.snapshot("pretrain")
+        config = self.config.pretrain
+        if public is None or not config.iterations:
+            return
+        self._begin("pretrain")
+        critic = Stack.copies(self.first_critic.train(), 1)
+        optimizer = config.optimizer(critic.parameters())
+        steps = progress(range(self.step, config.iterations), "pretrain", config.iterations, self.step)
+        for step in steps:
+            for turn in range(config.critic_iters):
+                batch = self._public_batch(public, f"pretrain {step} {turn}")
+                optimizer.zero_grad(set_to_none=True)
+                self._public_loss(critic, *batch, self.runtime.draws(f"pretrain {step} {turn}", 1)).backward()
+                optimizer.step()
+            images, labels = self._fakes(config.batch_size, public.num_classes if config.cond else 1)
+            loss = -critic(images[None], labels[None]).mean()
+            gradient = torch.autograd.grad(loss, images)[0]
+            self._generator_step(images, gradient)
+            self.first_critic.load_state_dict(next(iter(critic)))
+            self._finish_step(config)
+
+    def _public_batch(self, public: PublicData, stream: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (1, B, C, H, W) in [0, 1] and labels (1, B)."""
+        config = self.config.pretrain
+        chosen = numpy_rng(self.runtime.seed, stream).integers(len(public), size=config.batch_size)
+        batch = public.samples.take(np.sort(chosen))
+        images = (to_float(batch.images, self.runtime.device) + 1) / 2
+        if self.config.public_data.flip:
+            flipped = self.runtime.draws(f"{stream} flip", len(images)).uniform() < 0.5
+            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        labels = torch.from_numpy(batch.labels * config.cond).to(self.runtime.device)
+        return images[None], labels[None]
+
+    def _public_loss(self, critic: Stack, images, labels, rng: Draws) -> torch.Tensor:
+        with torch.no_grad():
+            noise = self._latent(rng, images.shape[1])[0]
+            fakes = self.generator.eval()(noise, labels[0])[None]
+        return self.config.pretrain(critic, images, fakes, labels, torch.ones(1, device=images.device), rng)
+
+    def train(self, private: PrivateData) -> None:
+        config, count = self.config.train, self.config.model.num_discriminators
+        self._begin("train")
+        schedule = CriticSchedule(
+            config.batch_size, config.critic_iters, config.refresh_iters, config.refresh_every
+        )
+        # Held here and nowhere else: the critics are private, and end with this call.
+        critics = ShardCritics(
+            self.first_critic, self.generator, lambda: self._new_generator("warm-up generator"), self._latent, count,
+            config, config.pretrain, schedule,
+        )  # fmt: skip
+        sanitised = SanitisedGradients(SANITISED, private, critics, count, config.max_grad_norm)
+        planned = private.ledger.planned(SANITISED).num_steps
+        done = private.ledger.executed(SANITISED)
+        for _ in progress(range(done, planned), "train", total=planned, initial=done):
+            images, labels = self._fakes(config.batch_size, self.spec.num_classes)
+            self._generator_step(images, sanitised.answer(images.detach(), labels) / config.batch_size)
+            self._finish_step(config)
+
+    def _fakes(self, count: int, num_labels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, C, H, W) in [0, 1], with their graph, of uniform labels (B,). Public randomness."""
+        rng = self.runtime.draws(f"{self.stage} fakes {self.step}", 1)
+        labels = (rng.uniform(count)[0] * num_labels).long().clamp(max=num_labels - 1)
+        return self.generator.train()(self._latent(rng, count)[0], labels), labels
+
+    def _latent(self, rng: Draws, count: int) -> torch.Tensor:
+        """(len(rng), count, z_dim)."""
+        z_dim = self.config.model.Generator.z_dim
+        if self.config.model.latent_type == "normal":
+            return rng.normal(count, z_dim)
+        return (rng.uniform(count, z_dim) < 0.5).float()
+
+    def _generator_step(self, images: torch.Tensor, gradient: torch.Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        images.backward(gradient)
+        self.optimizer.step()
+        self.ema.update(self.generator)
+
+    def _finish_step(self, config: Stage) -> None:
+        self.step += 1
+        if self.step % config.snapshot_freq == 0:
+            self.runtime.snapshot(self.stage)  # first: a preview must not outlive the booking of its steps
+            labels = balanced_labels(8 * min(self.spec.num_classes, 16), self.spec.num_classes)
+            self.runtime.preview(self.stage, self.step, self._sample(labels, f"preview {self.step}"), labels)
+
+    def generate(self, num_samples: int) -> Samples:
+        labels = balanced_labels(num_samples, self.spec.num_classes)
+        return Samples(self._sample(labels, "generate", show=True), labels)
+
+    def _sample(self, labels: np.ndarray, stream: str, show: bool = False) -> np.ndarray:
+        """One image per label from the averaged weights: (N, C, H, W) uint8."""
+        generator = copy.deepcopy(self.generator).requires_grad_(False).eval()
+        self.ema.copy_to(generator)
+        size, parts = self.config.gen.batch_size, []
+        starts = range(0, len(labels), size)
+        for start in progress(starts, "generate", unit="batch") if show else starts:
+            batch = torch.from_numpy(labels[start : start + size]).to(self.runtime.device)
+            noise = self._latent(self.runtime.draws(f"{stream} {start}", 1), len(batch))[0]
+            parts.append(to_uint8(generator(noise, batch) * 2 - 1))
+        return np.concatenate(parts)
+
+    # State
+
+    def _begin(self, stage: str) -> None:
+        """Enter a stage from the averaged generator of the one before, or where `load_state_dict` left it."""
+        if self.stage != stage:
+            self.ema.copy_to(self.generator)
+            self._start_stage(stage)
+
+    def _start_stage(self, stage: str) -> None:
+        self.stage, self.step = stage, 0
+        self.ema = EMA(self.generator, self.config.model.ema_rate)
+        section = self.config.pretrain if stage == "pretrain" else self.config.train
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=section.lr, betas=BETAS)
+
+    def state_dict(self) -> dict:
+        """Everything but the critics, which are private: a resumed run trains new ones."""
+        return {
+            "stage": self.stage,
+            "step": self.step,
+            "generator": self.generator.state_dict(),
+            "first_critic": self.first_critic.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "central": {} if self.central is None else self.central.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.generator.load_state_dict(state["generator"])
+        self.first_critic.load_state_dict(state["first_critic"])
+        self._start_stage(state["stage"])
+        self.step = state["step"]
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
+        if self.central is not None:
+            self.central.load_state_dict(state["central"])
+
+    # --dry_run
+
+    def parameter_counts(self) -> dict[str, int]:
+        networks = {"generator": self.generator, "each critic": self.first_critic}
+        return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+
+    def costs(self) -> list[Cost]:
+        config, count = self.config.train, self.config.model.num_discriminators
+        warm_up, size = config.pretrain, config.pretrain.batch_size
+        seconds, generator_seconds = self._seconds_per_step(size)
+        steps = count * warm_up.iterations * warm_up.critic_iters
+        refreshes = -(-config.iterations // config.refresh_every) * count * config.refresh_iters
+        answers = config.iterations * config.critic_iters
+        return [
+            Cost(
+                "critics' warm-up",
+                f"{count} critics x {warm_up.iterations * warm_up.critic_iters} steps x {size} images",
+                steps * (seconds + generator_seconds / 3),
+            ),
+            Cost(
+                "train",
+                f"{config.iterations} answers, {answers + refreshes} critic steps x {config.batch_size} images",
+                ((answers + refreshes) * (seconds + generator_seconds / 3) + config.iterations * generator_seconds)
+                * config.batch_size / size,
+            ),
+        ]  # fmt: skip
+
+    def _seconds_per_step(self, size: int) -> tuple[float, float]:
+        """Of one critic's step, and of one generator step, on `size` images; one after the other."""
+        critic, device = Stack.copies(copy.deepcopy(self.first_critic), 1), self.runtime.device
+        generator = copy.deepcopy(self.generator)
+        images = torch.zeros(1, size, *self.spec.image_shape, device=device)
+        labels = torch.zeros(1, size, dtype=torch.int64, device=device)
+        for _ in range(2):  # the first call also allocates and chooses kernels
+            start = time.perf_counter()
+            rng = self.runtime.draws("cost", 1)
+            self.config.train(critic, images, images, labels, torch.ones(1, device=device), rng).backward()
+            middle = time.perf_counter()
+            generator(self._latent(rng, size)[0], labels[0]).sum().backward()
+            times = middle - start, time.perf_counter() - middle
+        return times
