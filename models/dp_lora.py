@@ -81,6 +81,7 @@ class DPLoRA(LatentDiffusion):
     def train(self, private: PrivateData) -> None:
         super().train(private)
         self.ema.copy_to(self.network)
+        self.runtime.snapshot("train")  # first: the adapters must not outlive the booking of their steps
         if self.runtime.folder is not None and distributed.is_main():
             path = self.runtime.folder / "train" / "checkpoints" / "adapters.pt"
             write(path, {"state": self._learnt(), "ledger": private.ledger.state_dict()})

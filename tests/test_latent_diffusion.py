@@ -467,6 +467,32 @@ def test_adapters_are_merged_on_demand_and_cost_what_they_did(make_trial, make_m
     assert merged.privacy_plan()[0] == Release("adapters: dp-sgd", spent.noise_multiplier, 1.0, 4)
 
 
+def test_no_snapshot_holds_adapters_whose_cost_is_not_booked(make_trial, tmp_path):
+    """The first snapshots are those of the autoencoder; what starts from one must pay for the adapters in it."""
+    trial = make_trial("DP-LoRA", runtime=Runtime(folder=tmp_path))
+    trial.run()
+    file = tmp_path / "train" / "checkpoints" / "adapters.pt"
+    booked = []
+    runtime = Runtime(snapshot=lambda stage: booked.append(later.private.ledger.executed("adapters: dp-sgd")))
+    later = make_trial("DP-LoRA", f"model.adapters={file}", "train.n_epochs=0", runtime=runtime)
+    later.run()
+    assert len(booked) > 3 and set(booked) == {4}
+
+
+def test_adapters_are_written_when_their_steps_are_in_a_checkpoint(make_trial, tmp_path):
+    """Else a run that is killed in between takes steps again that adapters.pt has told about."""
+    file = tmp_path / "train" / "checkpoints" / "adapters.pt"
+    taken = []
+
+    def snapshot(stage: str) -> None:
+        taken.append((trial.private.ledger.executed("dp-sgd"), file.exists()))
+
+    runtime = Runtime(folder=tmp_path, snapshot=snapshot)
+    trial = make_trial("DP-LoRA", "train.snapshot_freq=100", runtime=runtime)
+    trial.run()
+    assert taken[-1] == (4, False) and file.exists()
+
+
 def test_a_checkpoint_is_no_adapter_file(make_trial, make_method, tmp_path):
     trial = make_trial("DP-LoRA", epsilon=math.inf)
     path = saved(trial, tmp_path, "pretrain")

@@ -170,6 +170,7 @@ class LatentDiffusion(DiffusionSynthesizer):
     # Stages
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
+        self._book_inherited(private)  # first: snapshots of the autoencoder hold the network's weights too
         if public is not None:
             self.latents.fit(public.samples, self._augment)
         super().pretrain(public, private)
