@@ -15,9 +15,7 @@ from utils.typed import build, leaf_types, unknown_key
 
 # One optional section per generator of the table.
 ApiParams = dataclasses.make_dataclass(
-    "ApiParams",
-    [(name, APIS.resolve(name).Config | None, None) for name in APIS],
-    frozen=True,
+    "ApiParams", [(name, APIS.resolve(name).Config | None, None) for name in APIS], frozen=True
 )
 
 

@@ -88,6 +88,10 @@ class ImageAPI(abc.ABC):
     def variation_api(self, candidates: Candidates, degree: float, rng_name: str) -> Candidates:
         """One variation of every candidate, in order, labels kept. What a degree means is the generator's own."""
 
+    def seconds_per_image(self) -> float | None:
+        """What one image takes on this machine, for --dry_run; None where that shows only after `prepare`."""
+        return None
+
     def state_dict(self) -> dict:
         """Tensors and plain containers that `prepare` has left and the calls need."""
         return {}

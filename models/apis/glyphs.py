@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from data.glyphs import FONT_NAMES, character_mask, load_fonts
 from data.spec import DataSpec
 from models.apis.api import Candidates, ImageAPI
+from models.timing import seconds_of
 from utils.errors import UserError
 from utils.runtime import Runtime
 from utils.sections import check_field
@@ -102,6 +103,10 @@ class GlyphsAPI(ImageAPI):
         moved = candidates.info[POSE] + rng.uniform(-largest, largest, (count, len(RANGES)))
         poses = np.clip(moved, self._low, self._high).astype(np.float32)
         return self._candidates(candidates.labels, glyphs, poses)
+
+    def seconds_per_image(self) -> float:
+        labels = np.zeros(AT_ONCE, np.int64)
+        return seconds_of(lambda: self.random_api(labels, "seconds")) / AT_ONCE
 
     def _candidates(self, labels: np.ndarray, glyphs: np.ndarray, poses: np.ndarray) -> Candidates:
         outlines = self._outlines()

@@ -8,7 +8,7 @@ Legend: B images, C H W pixels, n candidates, D features.
 """
 
 import abc
-import time
+import functools
 
 import numpy as np
 import torch
@@ -17,14 +17,15 @@ from data.convert import resized, to_channels
 from data.public import has_public_images
 from data.spec import DataSpec, PublicData, Samples
 from models.apis.api import Candidates, ImageAPI, checked
-from models.embeddings import build_embedding
+from models.embeddings import Embedding, build_embedding
 from models.evolution.population import class_labels, class_sizes, consecutive, survivors
 from models.evolution.voting import NearestCandidates, ballots, choose_backend
 from models.synthesizer import Cost, Synthesizer, balanced_labels
+from models.timing import batch_rows, seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils import distributed
-from utils.errors import UserError
+from utils.errors import Unavailable, UserError
 from utils.images import to_uint8
 from utils.progress import progress
 from utils.runtime import Runtime
@@ -50,9 +51,6 @@ class PrivateEvolution(Synthesizer, abc.ABC):
             raise UserError(
                 f"public_data.name: {config.public_data.name}, but {type(self.api).__name__} needs public images"
             )
-        self.embedding = build_embedding(
-            config.model.feature_extractor, spec, runtime.weights_root, runtime.device
-        )
         self.num_blocks = spec.num_classes if settings.cond else 1
         self.backend = choose_backend(settings.nn_backend, runtime.device)
         self.iteration = 0
@@ -63,6 +61,12 @@ class PrivateEvolution(Synthesizer, abc.ABC):
     def make_api(self) -> ImageAPI:
         """The generator that the method steers."""
 
+    @functools.cached_property
+    def embedding(self) -> Embedding:
+        """Built when pretraining starts: planning a run needs no weights."""
+        name = self.config.model.feature_extractor
+        return build_embedding(name, self.spec, self.runtime.weights_root, self.runtime.device)
+
     # -------------------------------------------------------------------------------------------- stages
 
     def privacy_plan(self) -> list[Release]:
@@ -72,6 +76,7 @@ class PrivateEvolution(Synthesizer, abc.ABC):
         return self.api.releases()
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
+        self.embedding  # noqa: B018 - what is missing shows now
         for release in self.api.releases():
             private.ledger.book(release.name, release.num_steps - private.ledger.executed(release.name))
         self.api.prepare(public)
@@ -124,19 +129,24 @@ class PrivateEvolution(Synthesizer, abc.ABC):
         return self.api.parameter_counts()
 
     def costs(self) -> list[Cost]:
-        """Of the features alone: what the generator takes shows only when it has been prepared."""
-        settings = self.config.train
-        sizes = [n * settings.growth(t) for t, n in enumerate(settings.num_samples_schedule[:-1])]
-        looks = max(1, settings.lookahead_degree)
-        blank = torch.zeros(10, *self.spec.image_shape, dtype=torch.uint8)
-        self._embed_bytes(blank)
-        start = time.perf_counter()
-        self._embed_bytes(blank)
-        seconds = (time.perf_counter() - start) / 10
+        """Nothing where the generator cannot tell before it is prepared, or weights of the feature extractor are
+        missing."""
+        settings, drawing = self.config.train, self.api.seconds_per_image()
+        blank = torch.zeros(batch_rows(self.spec.resolution), *self.spec.image_shape, dtype=torch.uint8)
+        try:
+            embedding = seconds_of(lambda: self._embed_bytes(blank)) / len(blank)
+        except Unavailable:
+            return []
+        sizes = [n * settings.growth(t) for t, n in enumerate(settings.num_samples_schedule)]
+        ahead = settings.lookahead_degree
+        if drawing is None or settings.num_iterations == 0:
+            return []
+        seconds = (ahead * sum(sizes[:-1]) + sum(sizes)) * drawing
+        seconds += (max(1, ahead) * sum(sizes[:-1]) + self.spec.num_train) * embedding
         described = (
-            f"{settings.num_iterations} votes on {looks} x {max(sizes, default=0)} images, their features"
+            f"{settings.num_iterations} votes for {max(sizes[:-1])} images, {ahead} variations of each"
         )
-        return [Cost("train", described, (looks * sum(sizes) + self.spec.num_train) * seconds)]
+        return [Cost("train", described, seconds)]
 
     # -------------------------------------------------------------------------------------------- populations
 
