@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from data.spec import DataSpec, PublicData
 from models.apis.api import Candidates, ImageAPI
@@ -59,7 +58,9 @@ class DiffusionAPI(ImageAPI):
 
     def __init__(self, config: DiffusionAPIConfig, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
-        self.network: nn.Module | None = None
+        with runtime.seeded("network"):  # untrained; pretraining makes one with a row per public label
+            self.network = runtime.place(config.network.make(spec.num_classes)).eval()
+        self.is_ready = False
         self.knows_classes = False  # its labels are the private classes
         self.pretraining: PublicPretraining | None = None
         self._interrupted: dict | None = None  # pretraining that a resumed run goes on with
@@ -83,7 +84,7 @@ class DiffusionAPI(ImageAPI):
         return self._inherited
 
     def prepare(self, public: PublicData | None) -> None:
-        if self.network is not None:
+        if self.is_ready:
             return
         self.pretraining = self._new_pretraining(public.num_classes)
         if self._interrupted is not None:
@@ -157,6 +158,7 @@ class DiffusionAPI(ImageAPI):
         network = self.config.network.make(label_dim)
         load_weights(network, weights, source)
         self.network = self.runtime.place(network).eval().requires_grad_(False)
+        self.is_ready = True
 
     def _denoiser(self):
         return guided(self.network, self.config.sampler.guid_scale)
@@ -176,7 +178,7 @@ class DiffusionAPI(ImageAPI):
     # State
 
     def state_dict(self) -> dict:
-        if self.network is not None:
+        if self.is_ready:
             return {
                 "label_dim": self.network.null_label,
                 "knows_classes": self.knows_classes,
@@ -191,4 +193,4 @@ class DiffusionAPI(ImageAPI):
             self._build(state["label_dim"], state["weights"], "checkpoint")
 
     def parameter_counts(self) -> dict[str, int]:
-        return {} if self.network is None else {"UNet": sum(p.numel() for p in self.network.parameters())}
+        return {"UNet": sum(p.numel() for p in self.network.parameters())}

@@ -1,0 +1,29 @@
+"""PE-SD: Private Evolution of the samples of a small diffusion network of one's own (Gong et al. 2025, DPImageBench)."""
+
+from dataclasses import dataclass
+
+from models.apis.api import ImageAPI
+from models.apis.diffusion import DiffusionAPI, DiffusionAPIConfig
+from models.evolution.config import EvolutionConfig
+from models.evolution.synthesizer import PrivateEvolution
+from utils.sections import GenConfig, PublicDataConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    api_params: DiffusionAPIConfig
+    feature_extractor: str  # where distances are measured: a name of models/embeddings
+
+
+class PESD(PrivateEvolution):
+    """Private Evolution with a network that model.api_params.ckpt names, or that is pretrained on the public set."""
+
+    @dataclass(frozen=True)
+    class Config:
+        model: ModelConfig
+        train: EvolutionConfig
+        gen: GenConfig
+        public_data: PublicDataConfig
+
+    def make_api(self) -> ImageAPI:
+        return DiffusionAPI(self.config.model.api_params, self.spec, self.runtime)
