@@ -30,7 +30,13 @@ class OuterProducts:
 
     def sums(self, groups: torch.Tensor, num_groups: int) -> torch.Tensor:
         """(num_groups, D): the sum of each group's vectors, of which `groups` (B,) names one per example."""
-        return torch.stack([self._sum(groups == group) for group in range(num_groups)])
+        order, counts = groups.argsort(), groups.bincount(minlength=num_groups).tolist()
 
-    def _sum(self, chosen: torch.Tensor) -> torch.Tensor:
-        return torch.cat([(left[chosen].T @ right[chosen]).flatten() for left, right in self.blocks])
+        def by_group(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return rows[order].split(counts)
+
+        sums = [
+            torch.stack([a.T @ b for a, b in zip(by_group(left), by_group(right), strict=True)])
+            for left, right in self.blocks
+        ]
+        return torch.cat([block.flatten(1) for block in sums], dim=1)
