@@ -9,7 +9,14 @@ from torch import nn
 from data.spec import DataSpec
 from models.diffusion.checkpoint import spent_releases
 from models.diffusion.latent import LatentDiffusion, LatentModelConfig, LatentTrainConfig
-from models.nn.lora import adapter_state, adapters, add_adapters, load_adapter_state, merge_adapters
+from models.nn.lora import (
+    adapter_state,
+    adapters,
+    add_adapters,
+    base_fingerprint,
+    load_adapter_state,
+    merge_adapters,
+)
 from opacus_ext.private_data import PrivateData
 from utils import distributed
 from utils.checkpoints import read, write
@@ -90,12 +97,16 @@ class DPLoRA(LatentDiffusion):
         self._start_stage(MERGED)
 
     def _learnt(self) -> dict:
-        """What the private stage has learnt, without the pretrained weights."""
+        """What the private stage has learnt, without the pretrained weights, of which it names the fingerprint."""
         return {
+            "base": self._base(),
             "rank": self.config.train.rank,
             "adapters": adapter_state(self.network),
             "label_embedding": self.network.label_embedding.weight.detach().clone(),
         }
+
+    def _base(self) -> str:
+        return base_fingerprint(self.network, leave_out=["label_embedding.weight"])
 
     def _merge_saved(self, path: str) -> None:
         """Add what `_learnt` gave to the weights; what its learning spent is booked again."""
@@ -105,6 +116,11 @@ class DPLoRA(LatentDiffusion):
             raise UserError(f"model.adapters: {path} holds no adapters of DP-LoRA")
         if state["label_embedding"].shape != self.network.label_embedding.weight.shape:
             raise UserError(f"model.adapters: {path} was trained with another number of labels")
+        if state["base"] != self._base():
+            raise UserError(
+                f"model.adapters: {path} was trained on other weights (fingerprint {state['base']}) than those loaded "
+                f"({self._base()}); give the model.ckpt, model.ckpt_weights or model.backbone of its run"
+            )
         _add_adapters(self.network, state["rank"])
         load_adapter_state(self.network, state["adapters"])
         merge_adapters(self.network)

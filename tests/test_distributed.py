@@ -24,6 +24,7 @@ from tiny_runs import ROOT, Outcome, arguments, call, execute, kill_when, strict
 from torch import nn
 
 import run as run_program
+from data.public import has_public_images
 from data.samples_file import read_samples
 from data.spec import DataSpec, PublicData
 from models import METHODS
@@ -43,6 +44,8 @@ from utils.sections import SetupConfig
 
 ALPHA = 1e-6  # chance of a false alarm of each statistical test
 NAME = "query"
+DIFFUSION_METHODS = ("PDP-Diffusion", "DP-FETA-Pro", "DP-LoRA")
+OTHER_DIFFUSION_METHODS = ("DPDM", "DP-LDM-SD", "PrivImage", "DP-FETA", "DP-LDM")
 SPEC = DataSpec("toy", 8, 1, 3, 60, ("a", "b", "c"))
 DP = DPSGDConfig(
     max_grad_norm=0.1, sampling="poisson", max_batch_size=None, n_split=None, max_physical_batch_size=7
@@ -190,13 +193,33 @@ def answers() -> dict:
     }
 
 
-def pretraining() -> dict:
-    """Public pretraining of the diffusion family, then samples."""
-    config = small_config("PDP-Diffusion", ("public_data.flip=true", "gen.batch_size=5"), "10")
-    synthesizer = METHODS.resolve("PDP-Diffusion")(config, SPEC, Runtime())
+def diffusion_method(name: str) -> dict:
+    """All stages of a method without noise, then samples."""
+    config = small_config(name, (), "inf")
+    if uses_public := has_public_images(config.public_data):
+        section = dataclasses.replace(config.public_data, n_classes=PUBLIC_CLASSES, flip=True)
+        config = dataclasses.replace(config, public_data=section)
+    method = METHODS.resolve(name)(config, SPEC, Runtime())
+    before = {key: tensor.clone() for key, tensor in method.network.state_dict().items()}
+    private = private_data(*method.privacy_plan())
     public = PublicData("toy", random_samples(1, 48, PUBLIC_CLASSES), tuple("abcdef"))
-    synthesizer.pretrain(public, None)
-    return {"weights": flat(synthesizer.network), "samples": synthesizer.generate(17)}
+    method.pretrain(public if uses_public else None, private)
+    method.train(private)
+    after = {key: tensor.clone() for key, tensor in method.network.state_dict().items()}
+    return {
+        "weights": after,
+        "moved": max((after[key] - before[key]).abs().max().item() for key in before),
+        "ledger": private.ledger.state_dict(),
+        "samples": method.generate(17),
+    }
+
+
+def diffusion_methods() -> dict[str, dict]:
+    return {name: diffusion_method(name) for name in DIFFUSION_METHODS}
+
+
+def other_diffusion_methods() -> dict[str, dict]:
+    return {name: diffusion_method(name) for name in OTHER_DIFFUSION_METHODS}
 
 
 def messages() -> dict:
@@ -230,27 +253,25 @@ SCENARIOS = (
     noise_of_a_sampled_sum,
     one_sample_for_all,
     answers,
-    pretraining,
+    diffusion_methods,
     messages,
 )
 
 
-def enact(rank: int, world_size: int, port: int, folder: Path) -> None:
-    """Process `rank` of a group: run all scenarios and keep what they return."""
+def enact(rank: int, world_size: int, port: int, folder: Path, scenarios: tuple) -> None:
+    """Process `rank` of a group: run the scenarios and keep what they return."""
     torch.set_num_threads(1)
     distributed._place = Place(rank, world_size, rank, world_size, "127.0.0.1", port, is_started=True)
     with distributed.processes("cpu", None, []):
-        seen = {scenario.__name__: scenario() for scenario in SCENARIOS}
+        seen = {scenario.__name__: scenario() for scenario in scenarios}
         distributed.leave()
     torch.save(seen, folder / f"{rank}.pt")
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def together(request, tmp_path_factory) -> list[dict]:
-    """What each process saw, by rank."""
-    context, port = multiprocessing.get_context("spawn"), distributed._free_port()
-    folder, ranks = tmp_path_factory.mktemp("seen"), range(request.param)
-    workers = [context.Process(target=enact, args=(rank, request.param, port, folder)) for rank in ranks]
+def enacted(count: int, folder: Path, scenarios: tuple) -> list[dict]:
+    """What each of `count` processes saw, by rank."""
+    context, port, ranks = multiprocessing.get_context("spawn"), distributed._free_port(), range(count)
+    workers = [context.Process(target=enact, args=(rank, count, port, folder, scenarios)) for rank in ranks]
     for worker in workers:
         worker.start()
     try:
@@ -261,6 +282,11 @@ def together(request, tmp_path_factory) -> list[dict]:
         for worker in workers:
             worker.kill()
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in ranks]
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def together(request, tmp_path_factory) -> list[dict]:
+    return enacted(request.param, tmp_path_factory.mktemp("seen"), SCENARIOS)
 
 
 # ------------------------------------------------------------------------------------------------ as in one process
@@ -310,15 +336,31 @@ def test_other_mechanisms_answer_as_in_one_process(together):
             torch.testing.assert_close(process["answers"][name], answer, rtol=1e-5, atol=1e-5)
 
 
-def test_pretraining_and_samples_are_those_of_one_process(together):
-    alone = pretraining()
-    for process in together:
-        seen = process["pretraining"]
-        torch.testing.assert_close(seen["weights"], alone["weights"], rtol=1e-5, atol=1e-5)
-        assert torch.equal(seen["weights"], together[0]["pretraining"]["weights"])
-        assert np.array_equal(seen["samples"].labels, alone["samples"].labels)
-        difference = seen["samples"].images.astype(int) - alone["samples"].images
-        assert seen["samples"].images.shape == (17, 1, 8, 8) and np.abs(difference).max() <= 1
+def same_as_alone(seen: list[dict]) -> None:
+    """`seen`: by rank, what diffusion_method(name) returned by name."""
+    for name in seen[0]:
+        alone = diffusion_method(name)
+        assert alone["moved"] > 1e-3 and alone["ledger"]["executed"]["dp-sgd"] > 0, name
+        for process in seen:
+            assert process[name]["ledger"] == alone["ledger"], name
+            assert process[name]["weights"].keys() == alone["weights"].keys(), name
+            for key, weights in process[name]["weights"].items():
+                torch.testing.assert_close(weights, alone["weights"][key], rtol=1e-4, atol=1e-4, msg=name)
+                assert torch.equal(weights, seen[0][name]["weights"][key]), name
+            samples = process[name]["samples"]
+            assert np.array_equal(samples.labels, alone["samples"].labels), name
+            difference = samples.images.astype(int) - alone["samples"].images
+            assert samples.images.shape == (17, 1, 8, 8) and np.abs(difference).max() <= 1, name
+
+
+def test_diffusion_methods_train_and_sample_as_in_one_process(together):
+    same_as_alone([process["diffusion_methods"] for process in together])
+
+
+@pytest.mark.slow
+def test_all_other_diffusion_methods_do_too(tmp_path):
+    seen = enacted(2, tmp_path, (other_diffusion_methods,))
+    same_as_alone([process["other_diffusion_methods"] for process in seen])
 
 
 def test_messages(together):

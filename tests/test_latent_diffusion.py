@@ -467,8 +467,10 @@ def test_adapters_are_merged_on_demand_and_cost_what_they_did(make_trial, make_m
     assert merged.privacy_plan()[0] == Release("adapters: dp-sgd", spent.noise_multiplier, 1.0, 4)
 
 
-def test_no_snapshot_holds_adapters_whose_cost_is_not_booked(make_trial, tmp_path):
+def test_no_snapshot_holds_adapters_whose_cost_is_not_booked(make_trial, tmp_path, monkeypatch):
     """The first snapshots are those of the autoencoder; what starts from one must pay for the adapters in it."""
+    # As on a model.backbone, whose weights are there before any training.
+    monkeypatch.setattr("models.dp_lora.base_fingerprint", lambda network, leave_out: "the same")
     trial = make_trial("DP-LoRA", runtime=Runtime(folder=tmp_path))
     trial.run()
     file = tmp_path / "train" / "checkpoints" / "adapters.pt"
@@ -491,6 +493,18 @@ def test_adapters_are_written_when_their_steps_are_in_a_checkpoint(make_trial, t
     trial = make_trial("DP-LoRA", "train.snapshot_freq=100", runtime=runtime)
     trial.run()
     assert taken[-1] == (4, False) and file.exists()
+
+
+def test_adapters_are_refused_on_weights_that_they_were_not_trained_on(make_trial, make_method, tmp_path):
+    trial = make_trial("DP-LoRA", runtime=Runtime(folder=tmp_path))
+    trial.synthesizer.pretrain(trial.public, trial.private)
+    path = saved(trial, tmp_path, "pretrain")
+    trial.synthesizer.train(trial.private)
+    merged = saved(trial, tmp_path, "train")
+    adapters_file = f"model.adapters={tmp_path / 'train' / 'checkpoints' / 'adapters.pt'}"
+    for others in (f"model.ckpt={merged}", f"model.ckpt={path} model.ckpt_weights=raw"):
+        with pytest.raises(UserError, match=r"model\.adapters: .* trained on other weights .*model\.ckpt"):
+            make_method("DP-LoRA", *FROM_CHECKPOINT, *others.split(), adapters_file)
 
 
 def test_a_checkpoint_is_no_adapter_file(make_trial, make_method, tmp_path):

@@ -10,6 +10,7 @@ from models.nn.lora import (
     LoRALinear,
     adapter_state,
     add_adapters,
+    base_fingerprint,
     load_adapter_state,
     merge_adapters,
     trainable_names,
@@ -141,3 +142,21 @@ def test_a_state_that_does_not_fit_is_refused():
 def test_rank_zero_is_refused():
     with pytest.raises(UserError, match="rank: 0"):
         LoRALinear(nn.Linear(2, 2), rank=0)
+
+
+def test_the_fingerprint_is_that_of_the_base():
+    torch.manual_seed(0)
+    net = network()
+    before = base_fingerprint(net)
+    add_adapters(net, ["0", "2.1"], rank=2)
+    for name in trainable_names(net):
+        nn.init.normal_(net.get_parameter(name))
+    assert base_fingerprint(net) == before
+    merge_adapters(net)
+    assert base_fingerprint(net) != before
+    other = copy.deepcopy(net)
+    assert base_fingerprint(other) == base_fingerprint(net)
+    with torch.no_grad():
+        other[2][0].weight[0, 0] += 1e-3
+    assert base_fingerprint(other) != base_fingerprint(net)
+    assert base_fingerprint(other, ["2.0.weight"]) == base_fingerprint(net, ["2.0.weight"])

@@ -4,6 +4,7 @@ Every trained tensor sits in a stock nn.Linear without bias, so per-example grad
 Legend: r rank, I and O input and output width of the adapted layer.
 """
 
+import hashlib
 from collections.abc import Callable, Collection
 
 import torch
@@ -93,6 +94,31 @@ def load_adapter_state(network: nn.Module, state: dict[str, torch.Tensor]) -> No
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(state[key])
+
+
+def base_fingerprint(network: nn.Module, leave_out: Collection[str] = ()) -> str:
+    """16 hex digits of a hash of the weights that adapters are made for: the same before adapters are put on a network
+    and while they train, another one after they are merged. `leave_out`: names of parameters that train besides."""
+    adapted = adapters(network)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_base_weights(network.state_dict(), adapted).items()):
+        if name not in leave_out:
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _base_weights(state: dict[str, torch.Tensor], adapted: Collection[str]) -> dict[str, torch.Tensor]:
+    """A network's state without adapters, under the names that it has without them."""
+    weights = {}
+    for name, tensor in state.items():
+        owner, _, kind = name.rpartition(".")
+        layer, _, part = owner.rpartition(".")
+        if layer not in adapted:
+            weights[name] = tensor
+        elif part == "base":
+            weights[f"{layer}.{kind}"] = tensor
+    return weights
 
 
 def merge_adapters(network: nn.Module) -> None:
