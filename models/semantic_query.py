@@ -18,6 +18,7 @@ from torch import nn
 from data.spec import DataSpec, PublicData
 from models.nn.resnet import CLASSIFIERS
 from opacus_ext.accounting import Release
+from opacus_ext.ledger import Ledger
 from opacus_ext.private_data import PrivateData
 from utils import distributed
 from utils.errors import UserError, unknown
@@ -85,8 +86,11 @@ class SemanticQuery:
         )
 
     def release(self) -> Release:
-        sigma = self.selective.sigma if self.saved is None else self.saved["noise_multiplier"]
-        return Release(QUERY, sigma)
+        if self.saved is None:
+            return Release(QUERY, self.selective.sigma)
+        return Release(
+            QUERY, self.saved["noise_multiplier"], noise_seeded=self.saved.get("noise_seeded", False)
+        )
 
     def select(self, public: PublicData, private: PrivateData | None) -> PublicData:
         """The selected public images, labelled with the private class that selected them."""
@@ -124,7 +128,7 @@ class SemanticQuery:
         histogram = self._ask(classifier, public.num_classes, private)
         chosen = disjoint_top(histogram, self.words)
         if path is not None:
-            self._write(path, public, chosen, private.ledger.planned(QUERY).noise_multiplier)
+            self._write(path, public, chosen, private.ledger)
         return chosen
 
     def _ask(self, classifier: nn.Module, num_public: int, private: PrivateData) -> np.ndarray:
@@ -197,13 +201,12 @@ class SemanticQuery:
         digest.update(public.samples.labels)
         return self.runtime.cache_dir / f"query_classifier_{digest.hexdigest()[:16]}.pth"
 
-    def _write(
-        self, path: Path, public: PublicData, chosen: list[list[int]], noise_multiplier: float
-    ) -> None:
+    def _write(self, path: Path, public: PublicData, chosen: list[list[int]], ledger: Ledger) -> None:
         from utils.run_dir import write_json
 
         saved = {
-            "noise_multiplier": noise_multiplier,
+            "noise_multiplier": ledger.planned(QUERY).noise_multiplier,
+            "noise_seeded": ledger.noise_seeded,
             "words_per_class": self.words,
             "private_classes": list(self.spec.class_names),
             "public_classes": list(public.class_names),

@@ -35,7 +35,8 @@ class Release:
     "report_noisy_max" (pure epsilon of 1 / noise_multiplier per step); or "chosen_shard", an answer with Gaussian noise
     of one of 1 / sample_rate disjoint shards (see shard_accounting.py). max_batch_size: of a larger sample a uniformly
     random subset of this size is taken (truncated Poisson sampling); its cost depends on num_records, the public size
-    of the data set.
+    of the data set. noise_seeded: an earlier run has made it with noise from a known seed (tests), so that the cost
+    says nothing.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Release:
     mechanism: str = "gaussian"
     max_batch_size: int | None = None
     num_records: int | None = None
+    noise_seeded: bool = False
 
     def __post_init__(self) -> None:
         assert self.mechanism in ("gaussian", "report_noisy_max", CHOSEN_SHARD), self.mechanism

@@ -39,6 +39,9 @@ class Ledger:
         self.budget = budget
         self.accountant = accountant
         self.relation = relation
+        self.noise_seeded = (
+            False  # the noise of some answer comes from a known seed, here or in an earlier run
+        )
         self._adopted = False
         self._planned: dict[str, Release] = {}
         self._executed: dict[str, int] = {}
@@ -62,6 +65,7 @@ class Ledger:
             r.name: r for r in (self._solve(plan) if self.budget.private else _without_noise(plan))
         }
         self._executed = dict.fromkeys(names, 0)
+        self.noise_seeded |= any(release.noise_seeded for release in plan)
         self._adopted = True
 
     def _solve(self, plan: list[Release]) -> list[Release]:
@@ -178,6 +182,7 @@ class Ledger:
         return {
             "plan": [dataclasses.asdict(release) for release in self._planned.values()],
             "executed": dict(self._executed),
+            "noise_seeded": self.noise_seeded,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -194,6 +199,7 @@ class Ledger:
             )
         self._planned = {release.name: release for release in saved}
         self._executed = dict(state["executed"])
+        self.noise_seeded |= state.get("noise_seeded", False)
 
 
 def _without_noise(plan: list[Release]) -> list[Release]:

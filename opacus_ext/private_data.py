@@ -45,6 +45,7 @@ class PrivateData:
         self._images: np.ndarray | torch.Tensor | None = samples.images  # None: to be mapped when first read
         self._labels = torch.from_numpy(samples.labels)
         self._noise = noise or NoiseSource()
+        ledger.noise_seeded |= self._noise.seeded
         self._batch_size = batch_size
         self._revealed: list[str] = []
 
@@ -180,7 +181,7 @@ class PrivateData:
                 f"the image size and the {self.spec.num_classes} classes are public",
                 "the hyperparameters: choosing them by looking at these records is not accounted for",
             ],
-            "noise_seeded": self._noise.seeded,
+            "noise_seeded": self.ledger.noise_seeded,
             "revealed": list(self._revealed),
         }
 

@@ -148,6 +148,7 @@ def test_fine_tuning_from_a_checkpoint_of_the_query_pays_for_it_again(make_trial
     assert training["noise_multiplier"] == pytest.approx(
         whole.private.ledger.planned("dp-sgd").noise_multiplier, rel=1e-6
     )
+    assert tuned.private.report()["noise_seeded"] is True  # what the query added can still be taken away
 
 
 @pytest.mark.parametrize("name", PRETRAINED)

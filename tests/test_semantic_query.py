@@ -169,6 +169,13 @@ def test_an_answer_without_noise_is_never_reused_as_a_noisy_one(make_trial, publ
         make_trial(NAME, f"public_data.selective.semantic_path={path}", epsilon=10)
 
 
+def test_an_answer_with_known_noise_stays_one(make_trial, public, by_brightness, tmp_path):
+    answered(make_trial(NAME, noise_seed=3), public, tmp_path)
+    path = tmp_path / "pretrain" / "semantic_query.json"
+    reuse = f"public_data.selective.semantic_path={path}"
+    assert make_trial(NAME, reuse).private.report()["noise_seeded"] is True
+
+
 def test_saved_answers_of_other_data_are_refused(make_method, make_trial, public, by_brightness, tmp_path):
     first = make_trial(NAME, epsilon=10)
     answered(first, public, tmp_path)

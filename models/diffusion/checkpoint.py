@@ -25,7 +25,12 @@ def spent_releases(content: dict, label: str) -> list[Release]:
     ledger = content.get("ledger") or {"plan": [], "executed": {}}
     taken = [(Release(**saved), ledger["executed"][saved["name"]]) for saved in ledger["plan"]]
     return [
-        replace(release, name=f"{label}: {release.name}", num_steps=steps)
+        replace(
+            release,
+            name=f"{label}: {release.name}",
+            num_steps=steps,
+            noise_seeded=ledger.get("noise_seeded", False),
+        )
         for release, steps in taken
         if steps
     ]
