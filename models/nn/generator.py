@@ -53,6 +53,7 @@ class Generator(nn.Module):
     def forward(self, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         chunks = noise.chunk(self.num_chunks, dim=1)
         h = self.first(chunks[0]).reshape(len(noise), -1, self.base, self.base)
+        h = h.contiguous(memory_format=torch.channels_last)  # convolutions are faster, and keep it
         embedded = self.embedding(labels)
         for block, attention, chunk in zip(self.blocks, self.attention, chunks[1:], strict=True):
             h = attention(block(h, torch.cat([embedded, chunk], dim=1)))
@@ -67,10 +68,10 @@ class _Block(nn.Module):
         self.shortcut = _conv(width, width, 1)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        h = self.conv_in(_upsample(F.relu(self.norm_in(x, condition))))
+        h = _conv_of_upsampled(F.relu(self.norm_in(x, condition)), self.conv_in)
         h = self.conv_out(F.relu(self.norm_out(h, condition)))
         # A 1x1 convolution and nearest upsampling commute; convolving first is four times cheaper.
-        return h + _upsample(self.shortcut(x))
+        return h + F.interpolate(self.shortcut(x), scale_factor=2)
 
 
 class _ConditionalNorm(nn.Module):
@@ -106,11 +107,22 @@ class _Attention(nn.Module):
         key, value = F.max_pool2d(self.key(x), 2).flatten(2), F.max_pool2d(self.value(x), 2).flatten(2)
         weights = torch.softmax(query @ key, dim=-1)  # (B, HW, HW / 4)
         h = (weights @ value.transpose(1, 2)).transpose(1, 2)
-        return x + self.scale * self.output(h.reshape(len(x), -1, *x.shape[2:]))
+        h = h.reshape(len(x), -1, *x.shape[2:])
+        return x + F.conv2d(
+            h, self.scale * self.output.weight
+        )  # a scaled weight costs less than a scaled image
 
 
-def _upsample(x: torch.Tensor) -> torch.Tensor:
-    return F.interpolate(x, scale_factor=2)
+def _conv_of_upsampled(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
+    """3x3 convolution of x after nearest upsampling by 2: (B, I, H, W) -> (B, O, 2H, 2W).
+
+    It reads four equal pixels with up to four weights; adding these weights first makes it a transposed convolution
+    of the small image, with 2.25 times fewer multiplications.
+    """
+    kernel = 4 * F.avg_pool2d(
+        conv.weight.flip(2, 3), 2, stride=1, padding=1
+    )  # (O, I, 4, 4) sums over 2x2 windows
+    return F.conv_transpose2d(x, kernel.transpose(0, 1), conv.bias, stride=2, padding=1)
 
 
 def _linear(in_features: int, out_features: int, bias: bool = True) -> nn.Module:
