@@ -9,13 +9,15 @@ import json
 import math
 import sys
 import threading
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from models.apis.api import Candidates, checked
+from models.apis.api import Candidates, ImageAPI, checked
 from models.apis.diffusion import MODEL_LABEL, DiffusionAPI, DiffusionAPIConfig
 from models.apis.guided_diffusion import GuidedDiffusionAPI, GuidedDiffusionAPIConfig, ImprovedDiffusionAPI
 from models.apis.openai import Answers, OpenAIAPI, OpenAIAPIConfig
@@ -27,6 +29,7 @@ from models.diffusion.samplers import SamplerConfig, noise_levels, resample, sam
 from models.diffusion.timesteps import cosine_schedule, linear_schedule, respaced
 from models.nn.guided_unet import GuidedUNet, GuidedUNetConfig
 from utils.checkpoints import Checkpoints
+from utils.environment import require_same_config
 from utils.errors import FieldError, MissingWeights, UserError
 from utils.runtime import Runtime
 
@@ -42,6 +45,54 @@ def assert_same(one: Candidates, other: Candidates) -> None:
 def difference(one: Candidates, other: Candidates) -> float:
     """Mean absolute difference in grey levels."""
     return np.abs(one.images.astype(float) - other.images).mean()
+
+
+# ------------------------------------------------------------------------------------------ what a generator is given
+
+
+class Listener(ImageAPI):
+    """A generator of one's own, which keeps whatever it is given."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        step: int
+
+    given: ClassVar[list] = []
+
+    def prepare(self, public):
+        self.given.append(public)
+
+    def random_api(self, labels, rng_name):
+        self.given.append(labels)
+        rng = np.random.default_rng(len(rng_name))
+        return Candidates(rng.integers(0, 256, (len(labels), *self.image_shape), dtype=np.uint8), labels)
+
+    def variation_api(self, candidates, degree, rng_name):
+        self.given.append(candidates.images)
+        return Candidates(candidates.images + np.uint8(self.config.step), candidates.labels)
+
+
+def test_a_generator_is_given_no_private_image(make_trial, samples, tmp_path):
+    Listener.given.clear()
+    settings = [f"model.api={__name__}:Listener", "model.api_options=[step=3]"]
+    trial = make_trial("PE", *settings, runtime=Runtime(folder=tmp_path))
+    trial.run()
+    assert Listener.given[0] is None  # no public set
+    records = {image.tobytes() for image in samples.images}
+    shown = [image for images in Listener.given[2:] for image in images]
+    assert len(shown) >= 60 and not any(image.tobytes() in records for image in shown)
+    assert np.array_equal(np.bincount(Listener.given[1]), [10, 10, 10])  # labels by public shares
+    reached = [vars(trial.synthesizer.api)[name] for name in ("config", "spec", "runtime")]
+    assert len(reached) == len(vars(trial.synthesizer.api))
+
+
+def test_a_resumed_run_may_pay_for_more(tmp_path):
+    settings = SimpleNamespace(snapshot={"model": {"api_params": {"openai": {"max_requests": 9, "size": 8}}}})
+    (tmp_path / "config.yaml").write_text("model: {api_params: {openai: {max_requests: 5, size: 8}}}")
+    require_same_config(tmp_path, settings)
+    (tmp_path / "config.yaml").write_text("model: {api_params: {openai: {max_requests: 5, size: 4}}}")
+    with pytest.raises(UserError, match=r"started with model\.api_params\.openai\.size=4"):
+        require_same_config(tmp_path, settings)
 
 
 # ------------------------------------------------------------------------------------------ sampling from a candidate
