@@ -11,10 +11,11 @@ from torch import nn
 
 from data.public import has_public_images
 from data.spec import DataSpec, PublicData
+from models.diffusion.autoencoder_training import AutoencoderConfig
 from models.diffusion.checkpoint import read_checkpoint
 from models.diffusion.config import PretrainConfig, TrainConfig
 from models.diffusion.ddpm import DDIMConfig, NoiseLoss, NoiseLossConfig, ScheduleConfig, sample_ddim
-from models.diffusion.latent_space import AutoencoderConfig, LatentSpace
+from models.diffusion.latent_space import LatentSpace
 from models.diffusion.synthesizer import DiffusionSynthesizer
 from models.nn.latent_unet import LatentUNet
 from models.nn.unet import level_sizes

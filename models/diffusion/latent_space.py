@@ -6,46 +6,26 @@ hardly differ. Public images are encoded in the same way. Legend: B batch, Z lat
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from data.spec import DataSpec, Samples
+from models.diffusion.autoencoder_training import AutoencoderConfig, AutoencoderTraining
 from models.diffusion.checkpoint import load_weights
-from models.nn.autoencoder import Autoencoder, Posterior
+from models.nn.autoencoder import Autoencoder
+from models.nn.perceptual import SMALLEST
 from utils import distributed
 from utils.draws import Draws
 from utils.errors import UserError
 from utils.images import to_float
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import check_field
+from utils.sections import check
 from utils.seeding import numpy_rng
 
 PIXELS_AT_ONCE = 2**20  # bounds the memory that encoding and decoding take
 SCALED_BY = 2048  # public images whose latents set the scale
-
-
-@dataclass(frozen=True)
-class AutoencoderConfig:
-    ch: int  # base width
-    ch_mult: list[int]  # width factor per level, each level at half the resolution
-    attn_resolutions: list[int]  # pixels of the levels that attend
-    latent_channels: int
-    batch_size: int
-    n_epochs: int  # passes over the public images
-    snapshot_freq: int  # steps between snapshots
-    lr: float
-    kl_weight: float  # of the KL divergence, against the sum of absolute errors
-
-    def __post_init__(self) -> None:
-        for field in ("ch", "latent_channels", "batch_size", "snapshot_freq"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
-        check_field(self.lr > 0, "lr", self.lr, "greater than 0")
-        check_field(self.kl_weight >= 0, "kl_weight", self.kl_weight, "0 or more")
-        check_field(self.n_epochs >= 0, "n_epochs", self.n_epochs, "0 or more")
-        check_field(len(self.ch_mult) > 0, "ch_mult", self.ch_mult, "one factor per level")
 
 
 class LatentSpace:
@@ -66,7 +46,15 @@ class LatentSpace:
         self.done = source is not None
         self.scale = self.autoencoder.scale if self.done else 1.0
         self.step = 0
-        self.optimizer: torch.optim.Optimizer | None = None  # while it is trained
+        self.image_shape = spec.image_shape
+        self.training: AutoencoderTraining | None = None  # while it lasts
+        trains_with_lpips = not self.done and config.n_epochs and config.perceptual_weight
+        check(
+            not trains_with_lpips or spec.resolution >= SMALLEST,
+            "pretrain.autoencoder.perceptual_weight",
+            config.perceptual_weight,
+            f"0 for images of {spec.resolution} px; LPIPS needs {SMALLEST}",
+        )
 
     def _build(self, spec: DataSpec) -> torch.nn.Module:
         if self.source is not None:
@@ -101,11 +89,7 @@ class LatentSpace:
         return torch.cat(parts)
 
     def fit(self, samples: Samples, augment: Callable[[torch.Tensor, Draws], torch.Tensor]) -> None:
-        """Train the autoencoder on public images, or what is left of it in a resumed run: L1 and KL.
-
-        The published training adds a perceptual distance (LPIPS) and, after 50,000 steps, a patch discriminator.
-        Both sharpen photographs; LPIPS needs weights that would have to be downloaded, and they are left out.
-        """
+        """Train the autoencoder on public images, or what is left of it in a resumed run."""
         if self.done or not self.config.n_epochs:
             return
         batch_size = min(self.config.batch_size, len(samples))
@@ -118,35 +102,20 @@ class LatentSpace:
             batch = np.sort(order[position * batch_size : (position + 1) * batch_size])
             own = distributed.share(batch_size)
             rng = self.runtime.draws(f"autoencoder {step}", batch_size)[own]
-            self.optimizer.zero_grad(set_to_none=True)
-            if own.start < own.stop:
-                images = to_float(samples.images[batch[own]], self.runtime.device)
-                self._loss(augment(images, rng), rng).div(batch_size).backward()
-            distributed.sum_gradients(self.autoencoder.parameters())
-            self.optimizer.step()
+            images = augment(to_float(samples.images[batch[own]], self.runtime.device), rng)
+            self.training.step(step, images, rng, batch_size)
             self.step += 1
             if self.step % self.config.snapshot_freq == 0:
                 self.runtime.snapshot("pretrain")
         self._finish(samples)
 
-    def _loss(self, images: torch.Tensor, rng: Draws) -> torch.Tensor:
-        """Sum over images of mean absolute error + kl_weight * KL / pixels."""
-        with self.runtime.autocast():
-            posterior: Posterior = self.autoencoder.encode(images)
-            rebuilt = self.autoencoder.decode(posterior.sample(rng.normal(*self.shape)))
-        error = (rebuilt - images).abs().flatten(1).sum(1)
-        return (error + self.config.kl_weight * posterior.divergence()).sum() / images[0].numel()
-
     def _start(self) -> None:
-        self.autoencoder.requires_grad_(True)
-        if self.optimizer is None:
-            self.optimizer = torch.optim.Adam(
-                self.autoencoder.parameters(), lr=self.config.lr, betas=(0.5, 0.9)
-            )
+        if self.training is None:
+            self.training = AutoencoderTraining(self.autoencoder, self.config, self.image_shape, self.runtime)
 
     def _finish(self, samples: Samples) -> None:
         self.autoencoder.requires_grad_(False)
-        self.optimizer, self.done = None, True
+        self.training, self.done = None, True
         chosen = numpy_rng(self.runtime.seed, "latent scale").permutation(len(samples))[:SCALED_BY]
         latents = self.encode(to_float(samples.images[np.sort(chosen)], self.runtime.device))
         self.scale = 1.0 / max(latents.std().item(), 1e-6)
@@ -160,7 +129,7 @@ class LatentSpace:
             "scale": self.scale,
             "step": self.step,
             "weights": None if self.source is not None else self.autoencoder.state_dict(),
-            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "optimizer": None if self.training is None else self.training.state_dict(),
         }
 
     def load_state_dict(self, state: dict, origin: str = "checkpoint") -> None:
@@ -174,4 +143,4 @@ class LatentSpace:
         self.done, self.scale, self.step = state["done"], state["scale"], state["step"]
         if state["optimizer"] is not None:
             self._start()
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.training.load_state_dict(state["optimizer"])
