@@ -1,7 +1,7 @@
 """Judge labelled images, whoever made them, or the samples of a finished run again.
 
     python eval.py --images my_samples.zip --data_name cifar10_32 --out judged
-    python eval.py --method PrivImage --data_name digits_8 --epsilon 10 --exp_path exp/privimage/<run>
+    python eval.py --exp_path exp/privimage/<run>
     python eval.py --list
 
 In eval.mode=val judging a run asks the private validation images once more; privacy.json adds it up.
@@ -16,27 +16,63 @@ from models import METHODS
 from run import INCOMPLETE, REVEALED, RealData, judge, oracle_data, validation_data
 from utils.command_line import read_command_line
 from utils.config import COMMAND_LINE, Config, format_config, load_config
+from utils.config_files import flatten
 from utils.environment import values_of
 from utils.errors import UserError
 from utils.log import also_to, to_terminal
 from utils.results import PRIVACY
 from utils.run_dir import CONFIG, RESULTS, new_folder, read_json
 from utils.runtime import Runtime, log
+from utils.stopping import UNREAD, exit_code, quiet_pipe, sigterm_interrupts
+
+RUN_FLAGS = {
+    "method": "method",
+    "data_name": "data_name",
+    "epsilon": "privacy.epsilon",
+}  # flag -> key of config.yaml
+# Another value than the run's would let eval.mode=val ask records that were trained on, or account for it wrongly.
+FIXED = ("sensitive_data.num_val", "privacy.relation")
 
 
 def main(argv: list[str]) -> int:
     to_terminal()
     try:
-        config = load_config(without_method(argv), METHODS, program="eval")
-        if config.print_config:
-            print(format_config(config))
-            return 0
-        if config.list_parts:
-            return show_parts(config)
-        return evaluate(config) if config.images is None else evaluate_images(config)
+        with sigterm_interrupts():
+            return start(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        print("stopped", file=sys.stderr)
+        return exit_code(stop)
+    except BrokenPipeError:
+        return UNREAD
+
+
+def start(argv: list[str]) -> int:
+    config = load_config(with_run(without_method(argv)), METHODS, program="eval")
+    if config.print_config:
+        log.info(format_config(config))
+        return 0
+    if config.list_parts:
+        return show_parts(config)
+    return evaluate(config) if config.images is None else evaluate_images(config)
+
+
+def with_run(argv: list[str]) -> list[str]:
+    """The command line, with what it leaves out about the run of --exp_path taken from the run's folder."""
+    flags, settings, given = read_command_line(argv, "eval")
+    if flags.exp_path is None:
+        return argv
+    run = values_of(Path(flags.exp_path).expanduser())
+    words = []
+    for flag, key in RUN_FLAGS.items():
+        words += [] if flag in given else [f"--{flag}", str(run[key])]
+    for key, value in run.items():
+        of_run = key in ("preset", *FIXED) or key.startswith("sensitive_data.")
+        if of_run and key not in settings and not isinstance(value, list):
+            words.append(f"{key}={'null' if value is None else value}")
+    return [*argv, *words]
 
 
 def without_method(argv: list[str]) -> list[str]:
@@ -57,7 +93,7 @@ def without_method(argv: list[str]) -> list[str]:
 def show_parts(config: Config) -> int:
     from evaluation.listing import listing
 
-    print(listing(config.weights_root))
+    log.info(listing(config.weights_root))
     return 0
 
 
@@ -66,7 +102,7 @@ def evaluate_images(config: Config) -> int:
     from data.sensitive import load_sensitive, spec_of
     from evaluation.evaluator import Evaluator
     from evaluation.images import read_images
-    from evaluation.page import write_page
+    from evaluation.page import REPORT, write_page
     from utils.device import prepare_device
     from utils.results import write_results
 
@@ -100,7 +136,7 @@ def evaluate_images(config: Config) -> int:
     }
     write_page(folder, report, samples, sensitive.train, spec, f"{config.images.name} on {spec.name}", None)
     write_results(folder, config, unknown, report, {"evaluate": time.perf_counter() - start})
-    log.info(f"{report.table()}\n\nresults: {folder}")
+    log.info(f"\n{report.table()}\n\nreport: {folder / REPORT}\nnumbers: {folder / RESULTS}")
     return INCOMPLETE if report.missing else 0
 
 
@@ -172,15 +208,12 @@ def evaluate(config: Config) -> int:
 
 def require_run_of(folder: Path, config: Config) -> None:
     """Raise UserError unless the flags say what the run is, and it kept the images aside that eval.mode=val asks."""
-    run = values_of(folder)
-    for flag, key, given in (
-        ("method", "method", config.method),
-        ("data_name", "data_name", config.data_name),
-        ("epsilon", "privacy.epsilon", config.epsilon),
-    ):
-        if run.get(key) != given:
+    run, given = values_of(folder), flatten(config.snapshot)
+    names = {key: f"--{flag}" for flag, key in RUN_FLAGS.items()} | {key: key for key in FIXED}
+    for key, name in names.items():
+        if run.get(key) != given[key]:
             raise UserError(
-                f"--{flag}: {given}, but {folder} is a run with {run.get(key)}; give --{flag} {run.get(key)}"
+                f"{name}: {given[key]}, but {folder} is a run with {run.get(key)}; leave {name} out"
             )
     if config.eval.mode == "val" and run.get("eval.mode") != "val":
         raise UserError(
@@ -190,4 +223,5 @@ def require_run_of(folder: Path, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with quiet_pipe():
+        sys.exit(main(sys.argv[1:]))

@@ -12,17 +12,20 @@ from pathlib import Path
 
 from models import METHODS
 from utils import distributed
+from utils.command_line import short_help
 from utils.config import Config, format_config, load_config
 from utils.config_files import flatten
 from utils.errors import UserError
-from utils.run_dir import DISK_FULL, discard_unstarted, write_text
+from utils.progress import duration
+from utils.run_dir import DISK_FULL, RESULTS, discard_unstarted, read_json, write_text
 from utils.runtime import Runtime, log
+from utils.stopping import UNREAD, exit_code, quiet_pipe, sigterm_interrupts
 
 REVEALED = "fidelity metrics compare with the private training images"
 ORACLE = "eval.oracles=true: epochs of classifiers are chosen on the private validation images without noise"
+SAMPLES, GRID, CARD = "gen/gen.npz", "gen/sample.png", "privacy_card.md"  # in the run's folder
 INCOMPLETE = 3  # exit code: the run is done, but metrics are missing
 FAILED = 1  # exit code: another process of the run has died
-STOPPED = 130  # exit code: interrupted from the keyboard
 
 
 @dataclasses.dataclass
@@ -41,8 +44,11 @@ def main(argv: list[str]) -> int:
     from utils.log import to_terminal
 
     to_terminal()
+    if not argv:
+        print(short_help(METHODS), file=sys.stderr)
+        return 2
     try:
-        with distributed.main_process_first():
+        with sigterm_interrupts(), distributed.main_process_first():
             return start(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -51,10 +57,12 @@ def main(argv: list[str]) -> int:
         if distributed.place().local_rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return FAILED if distributed.is_main() else distributed.LOST
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if distributed.is_main():
             print("stopped", file=sys.stderr)
-        return STOPPED
+        return exit_code(stop)
+    except BrokenPipeError:
+        return UNREAD
 
 
 def start(argv: list[str]) -> int:
@@ -62,13 +70,12 @@ def start(argv: list[str]) -> int:
     the images shows before they are started, and the noise is calibrated once."""
     from utils.device import prepare_device
 
-    config = load_config(argv, METHODS)
+    config = as_started(load_config(argv, METHODS), argv)
     distributed.take_place(config.setup)
     if config.print_config or config.dry_run:
         if distributed.is_main():
-            print(format_config(config) if config.print_config else dry_run(config))
+            log.info(format_config(config) if config.print_config else dry_run(config))
         return 0
-    config = as_started(config, argv)
     parts = compose(config) if distributed.is_main() else None
     with distributed.processes(prepare_device(config.setup), main, argv):
         require_same_settings(config)
@@ -96,10 +103,46 @@ def as_started(config: Config, argv: list[str]) -> Config:
 
 
 def dry_run(config: Config) -> str:
+    """The plan, its cost, which data are missing, and what is left to do of the run of --resume_exp."""
+    from data.public import num_public_images, require_public
+    from data.sensitive import require_prepared
     from utils.dry_run import describe
 
     parts = compose(config)
-    return describe(config, parts.ledger, parts.synthesizer)
+    num_public = num_public_images(config.public_data, config.data_root)
+    lines = [describe(config, parts.spec, parts.ledger, parts.synthesizer, num_public)]
+    lines += [] if config.resume is None else [what_is_left(parts)]
+    unknown_time = "; until then the time of pretraining is unknown"
+    for require, section, more in (
+        (require_prepared, config.sensitive_data, ""),
+        (require_public, config.public_data, unknown_time),
+    ):
+        try:
+            require(section, config.data_root)
+        except UserError as error:
+            lines.append(f"missing: {error}{more}")
+    return "\n".join(lines)
+
+
+def what_is_left(parts: Parts) -> str:
+    """Which stages of the run of --resume_exp are done, and how many steps of its private queries."""
+    from utils.checkpoints import Checkpoints
+
+    folder = find_folder(parts)
+    if is_finished(folder):
+        return f"{folder.name} is finished, nothing is left to do"
+    checkpoints = Checkpoints(folder, parts.config.method, parts.synthesizer, parts.ledger)
+    restored = checkpoints.restore()
+    stages = [
+        f"{stage} {'done' if is_past(checkpoints, restored, stage) else 'not done'}"
+        for stage in checkpoints.STAGES
+    ]
+    if parts.ledger is not None:
+        stages += [
+            f"'{release.name}' took {parts.ledger.executed(release.name):,} of {release.num_steps:,} steps"
+            for release in parts.ledger.releases()
+        ]
+    return f"{folder.name}, which goes on from {restored or 'the start'}: {', '.join(stages)}"
 
 
 def require_same_settings(config: Config) -> None:
@@ -117,7 +160,7 @@ def compose(config: Config, plan: list | None = None) -> Parts:
     from data.public import num_public_classes
     from data.sensitive import spec_of
     from evaluation.evaluator import Evaluator
-    from opacus_ext.ledger import Budget, Ledger, default_delta
+    from opacus_ext.ledger import Budget, Ledger, default_delta, weak_delta
     from utils.device import prepare_device
 
     for line in config.notes:
@@ -147,11 +190,9 @@ def compose(config: Config, plan: list | None = None) -> Parts:
         require_public_alone(config.method, synthesizer)
         return Parts(config, spec, runtime, None, synthesizer)
     delta = config.privacy.delta or default_delta(spec.num_train)
-    if delta > 1 / spec.num_train:
-        log.info(
-            f"warning: delta {delta:.3g} is larger than 1/N = {1 / spec.num_train:.3g}: whole records may leak"
-        )
     ledger = Ledger(Budget(config.privacy.epsilon, delta), config.privacy.accountant, config.privacy.relation)
+    if ledger.budget.private and (weak := weak_delta(delta, spec.num_train)):
+        log.info(f"warning: {weak}")
     ledger.adopt(synthesizer.privacy_plan() if plan is None else plan)
     return Parts(config, spec, runtime, ledger, synthesizer)
 
@@ -188,14 +229,17 @@ def run(parts: Parts) -> int:
     if with_private:
         private = PrivateData(sensitive.train, parts.spec, parts.ledger, noise, parts.runtime.device)
     folder = distributed.from_main(lambda: find_folder(parts))
+    if distributed.from_main(lambda: is_finished(folder)):
+        distributed.leave()
+        return report_finished(folder)
     if not distributed.is_main():
         return work(parts, folder, public, sensitive, private, noise)
     try:
         describe_run(parts, folder)
         return work(parts, folder, public, sensitive, private, noise)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         log.info(f"\nstopped; continue with the same command and --resume_exp {folder.name}")
-        return STOPPED
+        return exit_code(stop)
     except distributed.LostProcess:
         log.info(f"a process is gone; continue with the same command and --resume_exp {folder.name}")
         raise
@@ -219,7 +263,7 @@ def work(parts: Parts, folder: Path, public, sensitive, private, noise) -> int:
     from utils.results import write_privacy
 
     if private is not None:
-        log.info("\n".join(plan_lines(parts.ledger)))
+        log.info("\n".join(plan_lines(parts.ledger, parts.spec.num_train)))
     timing = train(parts, folder, public, private)
     if private is None:
         log.info(f"pretrained without private data; checkpoints in {folder / 'pretrain' / 'checkpoints'}")
@@ -237,7 +281,7 @@ def deliver(parts: Parts, folder: Path, samples, sensitive, private, noise, timi
     from data.samples_file import write_samples
     from utils.images import save_grid
 
-    path, grid = folder / "gen" / "gen.npz", folder / "gen" / "sample.png"
+    path, grid = folder / SAMPLES, folder / GRID
     if not path.exists():
         write_samples(path, samples)
     if not grid.exists():
@@ -268,7 +312,7 @@ def find_folder(parts: Parts) -> Path:
 
 def describe_run(parts: Parts, folder: Path) -> None:
     """Keep what is printed from here on in the folder and, in a new one, what it takes to repeat the run."""
-    from utils import environment, run_dir
+    from utils import environment
     from utils import log as logs
 
     parts.runtime.folder = folder
@@ -276,8 +320,18 @@ def describe_run(parts: Parts, folder: Path) -> None:
     log.info(f"run folder: {folder}")
     if parts.config.resume is None:
         environment.write(folder, parts.config)
-    elif (folder / run_dir.RESULTS).exists():
-        log.info("this run is finished; its samples are judged again")
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / RESULTS).exists() and (folder / SAMPLES).exists()
+
+
+def report_finished(folder: Path) -> int:
+    """Say that the run of --resume_exp was finished before; returns the exit code with which it ended."""
+    log.info(
+        f"{folder} is finished, nothing is left to do; to judge it again: python eval.py --exp_path {folder}"
+    )
+    return INCOMPLETE if read_json(folder / RESULTS)["missing"] else 0
 
 
 def train(parts: Parts, folder: Path, public, private) -> dict[str, float]:
@@ -295,13 +349,13 @@ def train(parts: Parts, folder: Path, public, private) -> dict[str, float]:
         stages["train"] = lambda: synthesizer.train(private)
     timing = {}
     for stage, take in stages.items():
-        # A later stage's checkpoint means that this one is done, also where it left no file of its own.
-        if checkpoints.finished(stage) or (stage == "pretrain" and (restored or "").startswith("train")):
+        if is_past(checkpoints, restored, stage):
             continue
         start = time.perf_counter()
         take()
         timing[stage] = time.perf_counter() - start
-        log.info(f"{stage}: done in {timing[stage]:.0f} s")
+        if timing[stage] >= 0.5:  # a method without this stage has nothing to say about it
+            log.info(f"{stage}: done in {duration(timing[stage])}")
         checkpoints.agree()
         checkpoints.save(stage, "final")
     if parts.ledger is not None:
@@ -309,12 +363,17 @@ def train(parts: Parts, folder: Path, public, private) -> dict[str, float]:
     return timing
 
 
+def is_past(checkpoints, restored: str | None, stage: str) -> bool:
+    """The stage left its final checkpoint, or, where it left no file of its own, a later one has begun."""
+    return checkpoints.finished(stage) or (stage == "pretrain" and (restored or "").startswith("train"))
+
+
 def generate(parts: Parts, folder: Path, timing: dict[str, float]):
     """The samples of the run: those of gen/gen.npz if an earlier start left them, else drawn now."""
     from data.samples_file import read_samples
 
     kept = distributed.from_main(
-        lambda: read_samples(folder / "gen" / "gen.npz") if (folder / "gen" / "gen.npz").exists() else None
+        lambda: read_samples(folder / SAMPLES) if (folder / SAMPLES).exists() else None
     )
     if kept is not None:
         return kept
@@ -340,8 +399,8 @@ def judge(
     own ledger; `training` is the report of the training ledger.
     """
     from evaluation.evaluator import Evaluator
-    from evaluation.page import write_page
-    from opacus_ext.card import privacy_card
+    from evaluation.page import REPORT, write_page
+    from opacus_ext.card import privacy_card, privacy_summary
     from utils.results import write_privacy, write_results
 
     evaluator = Evaluator(
@@ -360,12 +419,13 @@ def judge(
     timing = {**timing, "evaluate": time.perf_counter() - start}
     privacy = write_privacy(folder, training, None if selection is None else real.validation.report())
     card = privacy_card(privacy)
-    write_text(folder / "privacy_card.md", card)
+    write_text(folder / CARD, card)
     title = f"{config.method} on {spec.name}, epsilon {config.epsilon:g}"
     write_page(folder, report, samples, real.train, spec, title, card)
     write_results(folder, config, privacy, report, timing)
-    log.info("\n%s\n\n%s", report.table(), card)
-    log.info("run folder: %s", folder)
+    log.info(f"\n{privacy_summary(privacy)}\n\n{report.table()}\n")
+    places = {"report": REPORT, "samples": GRID, "privacy card": CARD, "numbers": RESULTS}
+    log.info("\n".join(f"{what}: {folder / name}" for what, name in places.items()))
     return INCOMPLETE if report.missing else 0
 
 
@@ -423,4 +483,5 @@ def oracle_data(config: Config, spec, images):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with quiet_pipe():
+        sys.exit(main(sys.argv[1:]))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def decode(content: bytes, where: str) -> Image.Image:
     """An 8-bit RGB or grey picture from the bytes of an image file; UserError with `where` for anything else."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         picture = Image.open(io.BytesIO(content))
@@ -23,7 +23,9 @@ def decode(content: bytes, where: str) -> Image.Image:
         picture = ImageOps.exif_transpose(picture)
     # Pillow raises SyntaxError and ValueError for some broken PNG and GIF files.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: not an image, or corrupt ({error})") from error
+        unrecognised = isinstance(error, UnidentifiedImageError)  # its text shows the buffer's address
+        reason = "" if unrecognised else f" ({error})"
+        raise UserError(f"{where}: not an image, or corrupt{reason}") from error
     if picture.mode == "F" or picture.mode.startswith("I"):
         raise UserError(
             f"{where}: more than 8 bits per channel (mode {picture.mode}); allowed: 8-bit grey or colour"

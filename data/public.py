@@ -36,9 +36,48 @@ def load_public(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> P
     """
     if not has_public_images(section):
         return None
+    require_public(section, data_root)
     num_public_classes(section, data_root)  # the check, before anything long
     load = _load_glyphs if section.name in EMBEDDED_PUBLIC else _load_stored
     return load(section, spec, data_root)
+
+
+def require_public(section: PublicDataConfig, data_root: Path) -> None:
+    """Raise UserError, with what helps, if public images are wanted that are not there. Opens no image."""
+    if (
+        not has_public_images(section)
+        or section.name in EMBEDDED_PUBLIC
+        or _stored_folders(section, data_root)
+    ):
+        return
+    if section.train_path is None:
+        command = prepare_command(section.name, data_root)
+        raise UserError(
+            f"public_data.name: '{section.name}' is not prepared ({data_root / section.name}); run: {command}"
+        )
+    if not Path(section.train_path).exists():
+        raise UserError(f"public_data.train_path: {section.train_path} does not exist")
+
+
+def num_public_images(section: PublicDataConfig, data_root: Path) -> int | None:
+    """About how many public images there are, without decoding one; None if there are none, or not yet."""
+    if not has_public_images(section):
+        return None
+    per_class = section.per_class
+    if section.name in EMBEDDED_PUBLIC:
+        from data.glyphs import DEFAULT_PER_CLASS
+
+        return num_public_classes(section, data_root) * (
+            DEFAULT_PER_CLASS if per_class is None else per_class
+        )
+    stored = _stored_folders(section, data_root)
+    if stored:
+        count = read_meta(stored[0]).num_train
+    elif section.train_path is not None and Path(section.train_path).exists():
+        count = len(open_source(Path(section.train_path)).train)
+    else:
+        return None
+    return count if per_class is None else min(count, per_class * num_public_classes(section, data_root))
 
 
 def num_public_classes(section: PublicDataConfig, data_root: Path) -> int | None:
@@ -127,10 +166,6 @@ def _is_size_variant(folder_name: str, name: str) -> bool:
 def _prepared_by_name(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> Prepared:
     """The smallest stored size that is at least the wanted one, else the largest, which is then enlarged."""
     stored = _stored_folders(section, data_root)
-    if not stored:
-        place = section.train_path or data_root / section.name
-        command = prepare_command(section.name, data_root)
-        raise UserError(f"public_data.name: '{section.name}' is not prepared ({place}); run: {command}")
     sizes = {read_meta(folder).resolution: folder for folder in reversed(stored)}
     enough = [size for size in sizes if size >= spec.resolution]
     if not enough:
@@ -145,8 +180,6 @@ def _prepared_from_path(section: PublicDataConfig, spec: DataSpec, data_root: Pa
     if section.train_path is None or is_prepared(Path(section.train_path)):
         return None
     path = Path(section.train_path)
-    if not path.exists():
-        raise UserError(f"public_data.train_path: {path} does not exist")
     key = _key(_path_hash(path), spec.resolution, spec.channels)
     folder = data_root / ".cache" / f"{section.name}-{spec.resolution}-{key}"
     if not is_prepared(folder):

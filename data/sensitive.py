@@ -52,6 +52,13 @@ def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[D
     return spec, _count_notes(section, available, num_private)
 
 
+def require_prepared(section: SensitiveDataConfig, data_root: Path) -> None:
+    """Raise UserError, with the command to run, if the images are not there. Opens no image."""
+    folder = _folder(section, data_root)
+    if section.name is not None and not _is_embedded(section) and not is_prepared(folder):
+        raise _not_prepared(section, folder, data_root)
+
+
 def load_sensitive(section: SensitiveDataConfig, mode: str, data_root: Path) -> SensitiveData:
     """The images of all parts. The training part keeps the order of the files; the split is the same for every run.
 
@@ -86,9 +93,8 @@ def _folder(section: SensitiveDataConfig, data_root: Path) -> Path:
 def _load_parts(section: SensitiveDataConfig, data_root: Path) -> tuple[Samples, Samples]:
     if _is_embedded(section):
         return EMBEDDED_SENSITIVE.resolve(section.name)()
+    require_prepared(section, data_root)
     folder = _folder(section, data_root)
-    if not is_prepared(folder):
-        raise _not_prepared(section, folder, data_root)
     prepared = read_prepared(folder)
     if prepared.test is None:
         raise UserError(
@@ -130,7 +136,7 @@ def _num_held_out(section: SensitiveDataConfig, mode: str, available: int) -> in
         allowed = f"1 to {available - 1} ({available:,} training images)"
         raise UserError(
             f"sensitive_data.num_val: {section.num_val} is not allowed with eval.mode=val; it must be {allowed}, "
-            f"for instance sensitive_data.num_val={max(1, available // 10)}"
+            f"for instance sensitive_data.num_val={max(1, available // 10)}; or use eval.mode=syn, which holds out none"
         )
     return section.num_val
 

@@ -20,7 +20,7 @@ class Report:
 
     def table(self) -> str:
         """An aligned table for the terminal, missing values last. A star marks non-private numbers."""
-        header = ("metric", "value", "better", "real", "fake")
+        header = ("metric", "value", "better", "# real", "# samples")
         rows = [self._row(name) for name in self.metrics]
         widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
         lines = [_aligned(row, widths) for row in [header, *rows]]

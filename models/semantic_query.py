@@ -17,6 +17,8 @@ from torch import nn
 
 from data.spec import DataSpec, PublicData
 from models.nn.resnet import CLASSIFIERS
+from models.synthesizer import Cost
+from models.timing import batch_rows, seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Ledger
 from opacus_ext.private_data import PrivateData
@@ -92,6 +94,19 @@ class SemanticQuery:
             QUERY, self.saved["noise_multiplier"], noise_seeded=self.saved.get("noise_seeded", False)
         )
 
+    def cost(self, num_images: int, num_classes: int) -> Cost:
+        """Of training the classifier on the public set; there is nothing to train if it is in the cache."""
+        config, rows = self.config, batch_rows(self.config.image_size)
+        device = self.runtime.device
+        classifier = CLASSIFIERS[config.network](self.spec.channels, num_classes).to(device)
+        images = torch.zeros(rows, self.spec.channels, config.image_size, config.image_size, device=device)
+        seconds = seconds_of(lambda: classifier(images).sum().backward()) / rows
+        steps = config.n_epochs * -(-num_images // config.batch_size)
+        description = (
+            f"{steps} steps x {min(config.batch_size, num_images)} images, unless it is in the cache"
+        )
+        return Cost("query classifier", description, config.n_epochs * num_images * seconds)
+
     def select(self, public: PublicData, private: PrivateData | None) -> PublicData:
         """The selected public images, labelled with the private class that selected them."""
         if private is None:
@@ -100,7 +115,8 @@ class SemanticQuery:
             )
         chosen = self._answered(public, private)
         for name, classes in zip(self.spec.class_names, chosen, strict=True):
-            log.info("semantic query: %s <- %s", name, ", ".join(public.class_names[c] for c in classes))
+            chosen_names = ", ".join(public.class_names[c] for c in classes)
+            log.info(f"semantic query: class {name} is pretrained on public {chosen_names}")
         return public.select(chosen, self.spec.class_names)
 
     def _answered(self, public: PublicData, private: PrivateData) -> list[list[int]]:

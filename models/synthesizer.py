@@ -67,8 +67,12 @@ class Synthesizer(abc.ABC):
         """Network name -> number of parameters."""
         return {}
 
+    def public_costs(self, num_images: int) -> list[Cost]:
+        """What learning from `num_images` public images will take, for --dry_run."""
+        return []
+
     def costs(self) -> list[Cost]:
-        """What the stages will take, for --dry_run."""
+        """What the other stages will take, for --dry_run."""
         return []
 
 

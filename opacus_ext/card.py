@@ -1,5 +1,7 @@
 """The privacy card: what a run's guarantee says, in plain words."""
 
+from opacus_ext.ledger import weak_delta
+
 _RELATION = {
     "add_or_remove_one": "one record more or less",
     "replace_one": "one record replaced by another",
@@ -26,6 +28,45 @@ def privacy_card(report: dict) -> str:
     lines += ["**Assumed public**", "", *(f"- {line}" for line in report["assumptions"]), ""]
     lines += ["**What this does not cover**", "", *(f"- {line}" for line in _caveats(report)), ""]
     return "\n".join(lines)
+
+
+def privacy_summary(report: dict) -> str:
+    """A few lines for the terminal from the content of privacy.json; the card says more."""
+    budget = report["budget"]
+    if not report["private"]:
+        lines = ["privacy: this run is NOT private (epsilon = inf); the samples may reveal training images"]
+    elif not report["releases"]:
+        lines = ["privacy: the samples do not depend on the private images at all; nothing was spent"]
+    else:
+        lines = [
+            f"privacy: the samples are ({report['spent']:.4g}, {budget['delta']:.3g})-differentially private for each "
+            f"image with its label ({_RELATION[report['relation']]})"
+        ]
+        lines += [
+            f"  {release['name']}: {release['executed']:,} of {release['planned']:,} steps, alone epsilon "
+            f"{release['epsilon_alone']:.4g}"
+            for release in report["releases"]
+        ]
+    selections = report.get("selection", [])
+    if selections:
+        total = sum(selection["spent"] for selection in selections)
+        lines.append(
+            f"  choosing classifiers spent epsilon {total:.4g} on other private images, held out for it"
+        )
+    return "\n".join([*lines, *(f"  warning: {line.replace('**', '')}" for line in _warnings(report))])
+
+
+def _warnings(report: dict) -> list[str]:
+    """What weakens or voids the guarantee of this very run."""
+    lines = []
+    if report["noise_seeded"] or any(selection["noise_seeded"] for selection in report.get("selection", [])):
+        lines.append(
+            "**the noise was seeded (privacy.noise_seed): anyone can remove it; the guarantee is void**"
+        )
+    if report["private"] and "num_records" in report:  # which older reports lack
+        weak = weak_delta(report["budget"]["delta"], report["num_records"])
+        lines += [] if weak is None else [f"**{weak}**"]
+    return lines
 
 
 def _headline(report: dict) -> str:
@@ -73,14 +114,10 @@ def _selection_lines(selections: list[dict]) -> list[str]:
 
 
 def _caveats(report: dict) -> list[str]:
-    lines = [
+    return [
+        *_warnings(report),
         "several images of one person count as several records: protect a person by dividing epsilon by their number",
         "the noise comes from a generator keyed by the operating system and is rounded to a grid together with the "
         "sums, against attacks on floating-point rounding; duration and memory of the run are not protected",
         "the metrics in results.json compare with real images without noise; publish them only if that is acceptable",
     ]
-    if report["noise_seeded"] or any(selection["noise_seeded"] for selection in report.get("selection", [])):
-        lines.insert(
-            0, "**the noise was seeded (privacy.noise_seed): anyone can remove it; the guarantee is void**"
-        )
-    return lines

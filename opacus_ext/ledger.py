@@ -28,6 +28,15 @@ def default_delta(num_train: int) -> float:
     return 1.0 / (num_train * math.log(num_train))
 
 
+def weak_delta(delta: float, num_train: int) -> str | None:
+    """A warning where delta promises little: with delta = 1/N a mechanism may publish a whole record."""
+    if delta >= 1 / num_train:
+        return f"delta {delta:.3g} is not smaller than 1/N = {1 / num_train:.3g}: whole records may leak"
+    if delta > 1e-3:
+        return f"delta {delta:.3g} is large, for there are only N = {num_train} images: the guarantee is weak"
+    return None
+
+
 class Ledger:
     """One account per private set. Order of use: `adopt` a plan, `book` before every answer, `report`.
 

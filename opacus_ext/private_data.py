@@ -176,6 +176,7 @@ class PrivateData:
         """The ledger's report plus what concerns this set: assumptions, seeding of the noise, reveals."""
         return {
             **self.ledger.report(),
+            "num_records": self.spec.num_train,
             "assumptions": [
                 f"the number of records, {self.spec.num_train}, is public",
                 f"the image size and the {self.spec.num_classes} classes are public",

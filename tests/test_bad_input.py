@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import sys
 from pathlib import Path
 
@@ -51,7 +52,10 @@ def refused(tmp_path: Path, *more: str, method: str = "Noise") -> str:
         (["gen.data_num=3"], ["gen.data_num", "3", "10"]),
         (["--exp_description", "a/b"], ["--exp_description", "a/b"]),
         (["--resume_exp", "nowhere"], ["--resume_exp", "nowhere"]),
-        (["eval.mode=val", "sensitive_data.num_val=2000"], ["sensitive_data.num_val", "2000", "1436"]),
+        (
+            ["eval.mode=val", "sensitive_data.num_val=2000"],
+            ["sensitive_data.num_val=143", "2000", "1436", "eval.mode=syn"],
+        ),
         (["setup.device=tpu"], ["setup.device", "tpu", "cpu"]),
         (["setup.precision=fp8"], ["setup.precision", "fp8", "bf16"]),
     ],
@@ -59,6 +63,13 @@ def refused(tmp_path: Path, *more: str, method: str = "Noise") -> str:
 def test_command_line(tmp_path, more, words):
     refusal = refused(tmp_path, *more)
     assert all(word in refusal for word in words), refusal
+
+
+def test_nothing_given_is_answered_with_the_usage():
+    outcome = call(run_program.main, [])
+    assert outcome.code == 2 and outcome.out == ""
+    assert outcome.err.startswith("usage: python run.py") and "PrivImage, " in outcome.err
+    assert "--dry_run" in outcome.err and "--help" in outcome.err
 
 
 def test_unknown_method(tmp_path):
@@ -225,7 +236,10 @@ def test_a_corrupt_image_is_named(tmp_path):
 def test_a_file_that_is_no_image_is_named(tmp_path):
     source = image_folder(tmp_path / "images", {"cat": 20, "dog": 20})
     (source / "dog" / "8.png").write_text("not an image")
-    assert "dog/8.png" in prepare(source, tmp_path / "data").refusal
+    zipped = shutil.make_archive(tmp_path / "zipped", "zip", source)
+    for given in (source, Path(zipped)):
+        refusal = prepare(given, tmp_path / "data").refusal
+        assert refusal.endswith(f"{given}: dog/8.png: not an image, or corrupt")
 
 
 def test_an_empty_data_folder(tmp_path):

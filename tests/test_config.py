@@ -317,7 +317,7 @@ def test_print_config_shows_every_value_once(load):
         flatten(config.snapshot), key=lambda key: ("." in key, key)
     )
     tags = next(line for line in lines if line.startswith("train.tags"))
-    assert "['x', 'y']" in tags and tags.endswith("command line")
+    assert "[x, y]" in tags and tags.endswith("command line")
     setup = [line for line in lines if line.startswith("setup.") and "base configs" in line]
     assert len(setup) > 1 and len({line.index("base configs") for line in setup}) == 1
 

@@ -171,7 +171,7 @@ def test_judging_again_keeps_what_describes_the_training(finished):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], ["--method", "PrivImage", "DP-MERF"]),
+        (["--method", "PrivImage"], ["--method", "PrivImage", "DP-MERF"]),
         (["--method", "DP-MERF", "--epsilon", "1"], ["--epsilon", "10.0"]),
         (["--method", "DP-MERF", "--data_name", "mnist_28"], ["--data_name", "mnist_28", "digits_8"]),
         (["--method", "DP-MERF", "eval.mode=val"], ["eval.mode", "val", "syn"]),

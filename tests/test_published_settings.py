@@ -295,7 +295,7 @@ def test_published_commands_calibrate(command, checkpoint):
     words += [f"{key}={value}" for key, value in as_published.items() if key not in settled]
     outcome = call(run_program.main, [*words, "--dry_run"])
     assert outcome.code == 0, outcome.err
-    told = re.search(r"release 'dp-sgd': noise_multiplier ([\d.]+|none)", outcome.out)
+    told = re.search(r"\n  dp-sgd +([\d.]+|none) ", outcome.out)
     assert (told is not None) == ("sensitive_data.name=null" not in command), outcome.out
     if (published := published_noise(words)) is not None:
         assert float(told[1]) == pytest.approx(published, rel=0.01)

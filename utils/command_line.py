@@ -5,6 +5,7 @@ Nothing is guessed: an unknown flag, a stray word, and a setting that is given t
 
 import argparse
 import re
+from collections.abc import Iterable
 
 from utils.errors import UserError, unknown
 from utils.sections import check
@@ -136,6 +137,22 @@ def parser(program: str) -> argparse.ArgumentParser:
         if program in programs.split():
             result.add_argument(*names, **options)
     return result
+
+
+def short_help(methods: Iterable[str]) -> str:
+    """What run.py says to a command line without a word."""
+    return "\n".join(
+        (
+            "usage: python run.py [flags] [key=value ...]",
+            "",
+            "  python run.py --method PrivImage --data_name digits_8 --epsilon 10    a whole run, minutes on a CPU",
+            "  python run.py --method DPDM --data_name mnist_28 --dry_run            its privacy plan and its time",
+            "  python run.py --method DPDM --data_name mnist_28 --print_config       all settings",
+            "  python run.py --help                                                  all flags",
+            "",
+            f"methods: {', '.join(methods)}",
+        )
+    )
 
 
 def read_command_line(argv: list[str], program: str) -> tuple[argparse.Namespace, dict[str, str], set[str]]:

@@ -51,6 +51,7 @@ EVERY_METHOD = (
     "_every_method"  # presets/_every_method.yaml holds for all methods, before the method's own rules
 )
 COMMAND_LINE = "command line"
+LONGEST_VALUE = 30  # characters of the column of values in --print_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,18 +170,23 @@ def load_config(argv: list[str], methods: Registry, program: str = "run") -> Con
 
 
 def format_config(config: Config) -> str:
-    """Every value with the layer that set it, one per line, section by section."""
+    """Every value with the layer that set it, in three columns, section by section. A value that is too long for its
+    column is followed by a line with the layer alone."""
     rows = [
         (key, _as_yaml(value), config.provenance[key])
         for key, value in sorted(flatten(config.snapshot).items(), key=lambda item: ("." in item[0], item[0]))
     ]
-    key_width, value_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+    key_width = max(len(key) for key, _, _ in rows)
+    value_width = max(len(value) for _, value, _ in rows if len(value) <= LONGEST_VALUE)
     lines, section = [], ""
     for key, value, layer in rows:
         if "." in key and key.split(".")[0] != section:
             section = key.split(".")[0]
             lines.append("")
-        lines.append(f"{key:<{key_width}}  {value:<{min(value_width, 40)}}  {layer}")
+        if len(value) > value_width:
+            lines.append(f"{key:<{key_width}}  {value}")
+            key, value = "", ""
+        lines.append(f"{key:<{key_width}}  {value:<{value_width}}  {layer}")
     return "\n".join(lines)
 
 
@@ -377,6 +383,9 @@ def _plain(value: object) -> object:
 
 
 def _as_yaml(value: object) -> str:
+    """As it is given on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(_as_yaml, value))}]"
     return str(value)

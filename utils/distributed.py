@@ -232,9 +232,9 @@ def _start_followers(program, argv: list[str]) -> list:
 def _follow(program, argv: list[str], environment: dict[str, str]) -> None:
     """What a started process does."""
     global _place
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all; the process that started this one answers
+    # They may reach all processes; the one that started this one answers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(environment)
     _place = _place_in_environment()
@@ -275,10 +275,9 @@ def _end(followers: list, patience: float) -> None:
     """Wait `patience` seconds for each, then end it."""
     for follower in followers:
         follower.join(patience)
-        follower.terminate()
+        follower.kill()
     for follower in followers:
         follower.join(GRACE)
-        follower.kill()
 
 
 # ------------------------------------------------------------------------------------------------ shares

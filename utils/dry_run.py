@@ -1,40 +1,65 @@
-"""What --dry_run prints: the plan, the noise it needs, the size of the networks, and what it will cost."""
+"""Lines for a person about a run that has not begun: its privacy plan, its networks, what it will cost."""
+
+from utils.progress import duration
 
 
-def describe(config, ledger, synthesizer) -> str:
-    """Lines for a person; `ledger` has adopted the plan, or is None in a run without private data."""
+def describe(config, spec, ledger, synthesizer, num_public: int | None) -> str:
+    """What --dry_run prints. `ledger` has adopted the plan, or is None in a run without private data; `num_public` is
+    the number of public images, None where there are none or where it is unknown."""
     lines = [f"{config.method} on {config.data_name}, preset {config.preset}"]
-    lines += ["no private stage (sensitive_data.name=null)"] if ledger is None else plan_lines(ledger)
-    counts = synthesizer.parameter_counts()
-    lines += [f"parameters: {name} {count:,}" for name, count in counts.items()]
-    costs = synthesizer.costs()
-    lines += [f"{cost.stage}: {cost.description}, about {_duration(cost.seconds)} here" for cost in costs]
-    return "\n".join(lines)
+    if ledger is None:
+        lines.append("no private stage (sensitive_data.name=null)")
+    else:
+        lines += [*plan_lines(ledger, spec.num_train), _evaluation(config)]
+    lines += [f"parameters: {name} {count:,}" for name, count in synthesizer.parameter_counts().items()]
+    return "\n".join([*lines, *_cost_lines(synthesizer, num_public)])
 
 
-def plan_lines(ledger) -> list[str]:
-    """Budget, and noise, rate, steps and epsilon of each planned release."""
+def plan_lines(ledger, num_train: int) -> list[str]:
+    """The budget, and a table of the planned queries: noise, rate, steps and epsilon of each."""
     budget = ledger.budget
-    lines = [
-        f"budget: epsilon {budget.epsilon:g}, delta {budget.delta:.4g}, {ledger.relation}, "
-        f"accountant {ledger.accountant}"
+    header = ("private query", "noise_multiplier", "sample_rate", "steps", "epsilon alone")
+    rows = [_release_row(release) for release in ledger.report()["releases"]]
+    rows.append(("together", "", "", "", f"{ledger.planned_epsilon():.4g}"))
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    return [
+        f"privacy budget: epsilon {budget.epsilon:g}, delta {budget.delta:.4g}, for N = {num_train:,} private images "
+        f"({ledger.relation}, accountant {ledger.accountant})",
+        *("  " + _aligned(row, widths) for row in [header, *rows]),
     ]
-    for release in ledger.report()["releases"]:
-        lines.append(
-            f"release '{release['name']}': noise_multiplier {release['noise_multiplier']:.5g}, "
-            f"sample_rate {release['sample_rate']:.5g}, {_bound(release)}{release['planned']} steps, "
-            f"epsilon alone {release['epsilon_alone']:.4g}"
-        )
-    return [*lines, f"all releases together: epsilon {ledger.planned_epsilon():.4g}"]
 
 
-def _bound(release: dict) -> str:
-    size = release["max_batch_size"]
-    return "" if size is None else f"at most {size} images per step, "
+def _release_row(release: dict) -> tuple[str, ...]:
+    bound = release["max_batch_size"]
+    return (
+        release["name"],
+        f"{release['noise_multiplier']:.5g}",
+        f"{release['sample_rate']:.5g}" + ("" if bound is None else f", at most {bound} images"),
+        f"{release['planned']:,}",
+        f"{release['epsilon_alone']:.4g}",
+    )
 
 
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
+    return "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _evaluation(config) -> str:
+    judged = config.eval
+    choice = {
+        "val": f"on {config.sensitive_data.num_val:,} private images that training does not see; costs these images "
+        f"epsilon {judged.selection_epsilon:g} of their own (eval.selection_epsilon)",
+        "syn": "on samples; costs no epsilon",
+        "sen": "on the test images, which is not private",
+    }
+    return (
+        f"evaluation: {', '.join(judged.metrics) or 'none'}; classifiers choose their epoch {choice[judged.mode]} "
+        f"(eval.mode={judged.mode})"
+    )
+
+
+def _cost_lines(synthesizer, num_public: int | None) -> list[str]:
+    costs = [*([] if num_public is None else synthesizer.public_costs(num_public)), *synthesizer.costs()]
+    lines = [f"{cost.stage}: {cost.description}, about {duration(cost.seconds)} here" for cost in costs]
+    total = sum(cost.seconds for cost in costs)
+    return [*lines, f"together, without evaluation: about {duration(total)} here"] if costs else []

@@ -1,6 +1,7 @@
 """What a user can cause and repair."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -30,7 +31,24 @@ class MissingWeights(Unavailable):
 def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
     """The error for a name that is in no table: names the nearest entry and lists what exists."""
     names = sorted(known)
-    by_folded = {name.casefold(): name for name in names}
-    near = difflib.get_close_matches(str(value).casefold(), by_folded, n=1, cutoff=0.5)
-    hint = f"; did you mean '{by_folded[near[0]]}'?" if near else ";"
+    near = nearest(str(value), names)
+    hint = f"; did you mean '{near}'?" if near else ";"
     return UserError(f"unknown {kind} '{value}'{hint} Known: {', '.join(names)}")
+
+
+def nearest(value: str, names: Iterable[str]) -> str | None:
+    """The name that `value` probably stands for, without regard to case: its beginning, its letters in another order,
+    the initials of its words, else the most alike; None if none is alike."""
+    asked, by_folded = value.casefold(), {name.casefold(): name for name in names}
+
+    def initials(name: str) -> str:
+        return "".join(re.findall(r"(?<![a-z0-9])[a-z0-9]", name))
+
+    likely = (
+        [name for name in by_folded if asked and name.startswith(asked)],
+        [name for name in by_folded if sorted(name) == sorted(asked)],
+        [name for name in by_folded if len(asked) > 1 and initials(name) == asked],
+        difflib.get_close_matches(asked, by_folded, n=1, cutoff=0.5),
+    )
+    found = next(filter(None, likely), None)
+    return by_folded[min(found, key=len)] if found else None

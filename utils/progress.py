@@ -12,8 +12,10 @@ def progress(
     iterable: Iterable, description: str, total: int | None = None, initial: int = 0, unit: str = "step"
 ):
     """Wrap `iterable` in a bar on stderr. In a log file it prints a line every half minute, not one per refresh. Of
-    several processes only the main one shows it."""
-    if not distributed.is_main():
+    several processes only the main one shows it; where nothing is left to do there is no bar."""
+    if total is None:
+        total = len(iterable)
+    if not distributed.is_main() or initial >= total:
         return iterable
     terminal = sys.stderr.isatty()
     return tqdm(
@@ -27,3 +29,11 @@ def progress(
         maxinterval=10.0 if terminal else 60.0,
         dynamic_ncols=terminal,
     )
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,14 +1,12 @@
 """What the stages of a diffusion method will take, for --dry_run: extrapolated from single network calls."""
 
-import time
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
 from models.diffusion.config import PretrainConfig, TrainConfig
 from models.diffusion.samplers import SamplerConfig, network_calls
 from models.synthesizer import Cost
+from models.timing import batch_rows, seconds_of
 from opacus_ext.accounting import Release
 from utils.sections import GenConfig
 
@@ -36,19 +34,12 @@ def generation_cost(gen: GenConfig, sampler: SamplerConfig, seconds: float) -> C
     return Cost("generate", f"{gen.data_num} images x {calls} network calls", gen.data_num * calls * seconds)
 
 
-def seconds_per_image(
-    network: nn.Module, shape: tuple[int, ...], device: str, rows: int = 16
-) -> tuple[float, float]:
+def seconds_per_image(network: nn.Module, shape: tuple[int, int, int], device: str) -> tuple[float, float]:
     """Seconds of one network call, and of one with its gradient, per image of `shape`."""
+    rows = batch_rows(shape[-1])
     images = torch.zeros((rows, *shape), device=device)
     condition = torch.zeros(rows, device=device)
     labels = torch.zeros(rows, dtype=torch.int64, device=device)
-
-    def timed(run: Callable[[], object]) -> float:
-        run()  # the first call also allocates and chooses kernels
-        start = time.perf_counter()
-        run()
-        return (time.perf_counter() - start) / rows
 
     def evaluate() -> float:
         with torch.no_grad():
@@ -59,4 +50,4 @@ def seconds_per_image(
         network.zero_grad(set_to_none=True)
         return float(next(network.parameters()).detach().flatten()[0])
 
-    return timed(evaluate), timed(differentiate)
+    return seconds_of(evaluate) / rows, seconds_of(differentiate) / rows

@@ -26,6 +26,7 @@ from models.diffusion.samplers import SamplerConfig, sample
 from models.nn.ema import EMA
 from models.semantic_query import SemanticQuery, words_per_class
 from models.synthesizer import Cost, Synthesizer, balanced_labels
+from models.timing import batch_rows, seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import dpsgd_release, dpsgd_steps
 from opacus_ext.private_data import PrivateData
@@ -382,6 +383,29 @@ class DiffusionSynthesizer(Synthesizer):
         """The stages on images that noise has made public, and the number of these images."""
         images = self.config.public_data.central.sample_num * self.spec.num_classes
         return [] if self.central is None else [(WARM_UP, images)]
+
+    def public_costs(self, num_images: int) -> list[Cost]:
+        if not self.config.pretrain.n_epochs:
+            return []
+        query = []
+        if self.query is not None:
+            num_classes = self.config.public_data.n_classes
+            query = [self.query.cost(num_images, num_classes)]
+            num_images = num_images * self.query.words * self.spec.num_classes // num_classes
+        section = self._stages()["pretrain"]
+        return [*query, warm_up_cost("pretrain", section, num_images, self._seconds_of_pretraining())]
+
+    def _seconds_of_pretraining(self) -> float:
+        """Of one public image in one step."""
+        rows = batch_rows(self.spec.resolution)
+        blank = Samples(np.zeros((rows, *self.spec.image_shape), np.uint8), np.zeros(rows, np.int64))
+        loss = self._pretraining_loss()
+
+        def step() -> None:
+            self._public_loss(loss, blank, self.runtime.draws("cost", rows)).backward()
+            self.network.zero_grad(set_to_none=True)
+
+        return seconds_of(step) / rows
 
     def costs(self) -> list[Cost]:
         config = self.config

@@ -1,0 +1,23 @@
+"""How long a step takes on this machine, for the estimates of --dry_run."""
+
+import time
+from collections.abc import Callable
+
+PIXELS = 2**13  # per measured batch: few images of 32 px, many of 8 px, as in a real batch
+PATIENCE = 0.5  # seconds of measuring after which no step is begun
+
+
+def batch_rows(resolution: int) -> int:
+    """Images of a batch that is worth measuring."""
+    return max(1, PIXELS // resolution**2)
+
+
+def seconds_of(step: Callable[[], object]) -> float:
+    """Of one call: the fastest of some, after a first one, which also allocates and chooses kernels."""
+    step()
+    times = []
+    while sum(times) < PATIENCE:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return min(times)

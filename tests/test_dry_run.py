@@ -1,0 +1,111 @@
+"""--dry_run: the plan and its cost, which data are missing, and what is left of an interrupted run."""
+
+import pytest
+from tiny_runs import arguments, call
+
+import run as run_program
+from data.public import num_public_images
+from models.timing import seconds_of
+from utils.config import load_config
+
+# Of 48 public images in 6 classes: the query keeps one public class for each of the 3 private ones.
+PUBLIC_COSTS = {
+    "PDP-Diffusion": {"pretrain": "3 steps x 16 images"},
+    "PrivImage": {
+        "query classifier": "3 steps x 16 images, unless it is in the cache",
+        "pretrain": "1 steps x 16 images",
+    },
+    "DP-LDM": {"autoencoder": "3 steps x 16 images", "pretrain": "3 steps x 16 images"},
+    "DP-MERF": {"pretrain": "4 steps x 10 images"},
+    "Noise": {},
+}
+MERF = ["pretrain.epochs=1", "pretrain.batch_size=10"]
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC_COSTS))
+def test_the_public_stages_have_a_cost(name, make_method):
+    method = make_method(name, *(MERF if name == "DP-MERF" else []))
+    costs = method.public_costs(48)
+    assert {cost.stage: cost.description for cost in costs} == PUBLIC_COSTS[name]
+    assert all(cost.seconds > 0 for cost in costs)
+
+
+def test_twice_the_images_cost_twice_the_steps(make_method):
+    method = make_method("PDP-Diffusion")
+    assert method.public_costs(96)[0].description == "6 steps x 16 images"
+
+
+def test_without_pretraining_public_images_cost_nothing(make_method):
+    assert make_method("PrivImage", "pretrain.n_epochs=0").public_costs(48) == []
+
+
+def test_a_step_is_timed_more_than_once():
+    calls = []
+    assert 0 <= seconds_of(lambda: calls.append(1)) < 0.5
+    assert len(calls) > 2
+
+
+def dry_run(tmp_path, method: str, *more: str) -> str:
+    outcome = call(run_program.main, arguments(method, tmp_path / "exp", *more, "--dry_run"))
+    assert outcome.code == 0, outcome.err
+    return outcome.out
+
+
+def test_the_plan_is_told_in_full(tmp_path):
+    out = dry_run(tmp_path, "PrivImage")
+    assert "epsilon 10, delta 9.572e-05, for N = 1,437 private images" in out
+    assert "on samples; costs no epsilon (eval.mode=syn)" in out
+    stages = [line.partition(":")[0] for line in out.splitlines() if line.endswith(" here")]
+    assert stages == ["query classifier", "pretrain", "train", "generate", "together, without evaluation"]
+    assert "missing" not in out and "resume" not in out
+
+
+def test_held_out_validation_images_are_told(tmp_path):
+    out = dry_run(tmp_path, "Noise", "eval.mode=val", "eval.selection_epsilon=0.5")
+    assert "N = 1,300 private" in out
+    assert "on 137 private images that training does not see; costs these images epsilon 0.5" in out
+
+
+def test_missing_data_are_told_with_the_command_that_prepares_them(tmp_path):
+    root = str(tmp_path / "none")
+    names = ["--data_name", "mnist_28", "--data_root", root, "public_data.name=emnist"]
+    out = dry_run(tmp_path, "DP-MERF", *names)
+    missing = [line for line in out.splitlines() if line.startswith("missing: ")]
+    assert len(missing) == 2
+    for name, line in zip(("mnist_28", "emnist"), missing, strict=True):
+        assert f"scripts/prepare_data.py --data_name {name} --data_root {root}" in line
+    assert missing[1].endswith("the time of pretraining is unknown")
+
+
+def test_public_images_are_counted_without_rendering(tmp_path):
+    from models import METHODS
+
+    argv = ["--method", "PrivImage", "--data_name", "digits_8", "public_data.per_class=20"]
+    assert num_public_images(load_config(argv, METHODS).public_data, tmp_path) == 62 * 20
+    assert not list(tmp_path.iterdir())
+    nothing = load_config(["--method", "DPDM", "--data_name", "digits_8"], METHODS).public_data
+    assert num_public_images(nothing, tmp_path) is None
+
+
+def test_what_is_left_of_an_interrupted_run(tmp_path, monkeypatch):
+    settings = ["eval=none", "train.snapshot_freq=1", "train.n_epochs=3"]
+    with monkeypatch.context() as patched:
+        patched.setattr("utils.runtime.Runtime.preview", stop_in_training)
+        folder = call(run_program.main, arguments("PDP-Diffusion", tmp_path / "exp", *settings)).folder
+    resume = [*settings, "--resume_exp", folder.name]
+    files = sorted(folder.rglob("*"))
+    line = dry_run(tmp_path, "PDP-Diffusion", *resume).splitlines()[-1]
+    assert line == (
+        f"{folder.name}, which goes on from train (snapshot): pretrain done, train not done, "
+        f"'dp-sgd' took 1 of 3 steps"
+    )
+    assert sorted(folder.rglob("*")) == files
+    finished = call(run_program.main, arguments("PDP-Diffusion", tmp_path / "exp", *resume))
+    assert finished.code == 0, finished.err
+    line = dry_run(tmp_path, "PDP-Diffusion", *resume).splitlines()[-1]
+    assert line == f"{folder.name} is finished, nothing is left to do"
+
+
+def stop_in_training(runtime, stage: str, *_) -> None:
+    if stage == "train":
+        raise KeyboardInterrupt

@@ -1,0 +1,103 @@
+"""Ends before the end: SIGTERM is told like Ctrl-C, and a closed pipe is no error."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_distributed import error_lines, failing
+from tiny_runs import ROOT, arguments, call
+
+import eval as eval_program
+import run as run_program
+from utils.stopping import Terminated, exit_code, sigterm_interrupts
+
+
+def terminate(*_) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_interrupts_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated), sigterm_interrupts():
+        try:
+            terminate()
+        finally:
+            terminate()  # what `timeout` does
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_ignored_sigterm_stays_ignored():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with sigterm_interrupts():
+            terminate()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_exit_codes():
+    assert (exit_code(KeyboardInterrupt()), exit_code(Terminated())) == (130, 143)
+
+
+def test_sigterm_in_a_run_says_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("models.mean_embedding.EmbeddingGenerator.fit", terminate)
+    stopped = call(run_program.main, arguments("DP-MERF", tmp_path, "eval=none"))
+    assert stopped.code == 143 and "Traceback" not in stopped.err
+    assert f"stopped; continue with the same command and --resume_exp {stopped.folder.name}" in stopped.out
+
+
+def test_sigterm_in_eval(monkeypatch):
+    monkeypatch.setattr("eval.show_parts", terminate)
+    outcome = call(eval_program.main, ["--list"])
+    assert (outcome.code, outcome.err) == (143, "stopped\n")
+
+
+def test_sigterm_to_the_process(tmp_path):
+    argv = arguments("DPDM", tmp_path, "eval=none", "train.n_epochs=5000")
+    process = subprocess.Popen(
+        [sys.executable, "run.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("*/*/config.yaml")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.terminate()
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    (folder,) = tmp_path.glob("*/*")
+    assert process.returncode == 143, err
+    assert f"--resume_exp {folder.name}" in out and "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("receivers", "rank"),
+    [("os.killpg(os.getpgid(0), signal.SIGTERM)", 1), ("os.kill(os.getpid(), signal.SIGTERM)", 0)],
+)
+def test_sigterm_ends_all_processes(tmp_path, receivers, rank):
+    outcome = failing(tmp_path, f"{receivers}; time.sleep(3)", rank)
+    assert outcome.code == 143, outcome.err
+    assert "--resume_exp" in outcome.out
+    assert "Traceback" not in outcome.err and not error_lines(outcome)
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "code"),
+    [
+        ("run.py", ["--method", "Noise", "--print_config"], 0),
+        ("run.py", ["--method", "Noise", "--dry_run"], 0),
+        ("eval.py", ["--list"], 0),
+        ("run.py", ["--help"], 0),
+    ],
+)
+def test_a_reader_that_has_gone_is_no_error(program, argv, code):
+    process = subprocess.Popen(
+        [sys.executable, program, *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == code
