@@ -216,7 +216,15 @@ def test_nothing_is_caught_wholesale(path):
 def test_no_failure_inside_a_mechanism_is_caught():
     """A mechanism that fails must end the run; a repaired answer might be a clean one. Only a part of a batch that
     did not fit in memory is taken again, with the same draws."""
-    for file in ("private_data.py", "mechanisms.py", "dpsgd.py", "noise.py", "sampling.py", "ledger.py"):
+    for file in (
+        "private_data.py",
+        "mechanisms.py",
+        "dpsgd.py",
+        "noise.py",
+        "sampling.py",
+        "ledger.py",
+        "sanitize.py",
+    ):
         caught = [
             ast.unparse(node.type)
             for node in ast.walk(tree(ROOT / "opacus_ext" / file))
