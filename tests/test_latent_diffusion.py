@@ -467,18 +467,18 @@ def test_adapters_are_merged_on_demand_and_cost_what_they_did(make_trial, make_m
     assert merged.privacy_plan()[0] == Release("adapters: dp-sgd", spent.noise_multiplier, 1.0, 4)
 
 
-def test_no_snapshot_holds_adapters_whose_cost_is_not_booked(make_trial, tmp_path, monkeypatch):
-    """The first snapshots are those of the autoencoder; what starts from one must pay for the adapters in it."""
-    # As on a model.backbone, whose weights are there before any training.
-    monkeypatch.setattr("models.dp_lora.base_fingerprint", lambda network, leave_out: "the same")
-    trial = make_trial("DP-LoRA", runtime=Runtime(folder=tmp_path))
+def test_no_snapshot_holds_weights_whose_cost_is_not_booked(make_trial, tmp_path):
+    """The first snapshots are those of the autoencoder; what starts from one must pay for the network in it."""
+    trial = make_trial("DP-LDM", "pretrain.autoencoder.n_epochs=0")
     trial.run()
-    file = tmp_path / "train" / "checkpoints" / "adapters.pt"
+    path = saved(trial, tmp_path, "train")
     booked = []
-    runtime = Runtime(snapshot=lambda stage: booked.append(later.private.ledger.executed("adapters: dp-sgd")))
-    later = make_trial("DP-LoRA", f"model.adapters={file}", "train.n_epochs=0", runtime=runtime)
+    runtime = Runtime(
+        snapshot=lambda stage: booked.append(later.private.ledger.executed("checkpoint: dp-sgd"))
+    )
+    later = make_trial("DP-LDM", f"model.ckpt={path}", "train.n_epochs=0", runtime=runtime)
     later.run()
-    assert len(booked) > 3 and set(booked) == {4}
+    assert len(booked) > 1 and set(booked) == {4}
 
 
 def test_adapters_are_written_when_their_steps_are_in_a_checkpoint(make_trial, tmp_path):
