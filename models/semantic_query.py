@@ -45,7 +45,8 @@ class QueryConfig:
     def __post_init__(self) -> None:
         if self.network not in CLASSIFIERS:
             raise unknown("pretrain.query.network", self.network, CLASSIFIERS)
-        check(self.n_epochs > 0, "pretrain.query.n_epochs", self.n_epochs, "at least 1")
+        for field in ("image_size", "n_epochs", "batch_size"):
+            check(getattr(self, field) > 0, f"pretrain.query.{field}", getattr(self, field), "at least 1")
 
 
 def words_per_class(public: PublicDataConfig, num_private: int) -> int:

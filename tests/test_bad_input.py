@@ -114,6 +114,26 @@ def test_a_mistake_is_one_line_of_the_process_too(tmp_path):
             ["sensitive_data.name: null"],
         ),
         ("DP-LDM-SD", ["train.trained_groups=[heads]"], ["train.trained_groups: ['heads']", "attention"]),
+        ("PrivImage", ["pretrain.query.image_size=0"], ["pretrain.query.image_size: 0", "at least 1"]),
+        ("PrivImage", ["public_data.selective.batch_size=0"], ["public_data.selective.batch_size: 0"]),
+        ("DP-FETA", ["pretrain.warm_up.batch_size=0"], ["pretrain.warm_up.batch_size: 0", "at least 1"]),
+        ("DP-FETA-Pro", ["freq.sigma=0"], ["freq.sigma: 0", "greater than 0"]),
+        ("DP-FETA-Pro", ["freq.Generator.g_conv_dim=0"], ["freq.Generator.g_conv_dim: 0", "at least 1"]),
+        ("DP-LDM", ["train.batch_size=1438"], ["train.batch_size: 1438", "1 to 1437", "null"]),
+        ("DP-LDM", ["model.schedule.beta_start=0"], ["model.schedule.beta_start: 0.0", "above 0"]),
+        ("DP-LDM", ["model.network.head_width=0"], ["model.network.head_width: 0", "at least 1"]),
+        ("DP-LDM", ["model.network.ch_mult=[0,1]"], ["model.network.ch_mult: [0, 1]", "at least 1"]),
+        (
+            "DP-LDM",
+            ["model.network.attn_resolutions=[16]"],
+            ["attn_resolutions: [16]", "latent pixels: 4, 2"],
+        ),
+        (
+            "DP-LDM",
+            ["pretrain.autoencoder.attn_resolutions=[16]"],
+            ["pretrain.autoencoder.attn_resolutions: [16]", "8, 4"],
+        ),
+        ("DP-LoRA", ["train.rank=0"], ["train.rank: 0", "at least 1"]),
         ("DP-MERF", ["model.d_rff=7"], ["model.d_rff", "7", "even"]),
         ("PDP-Diffusion", ["public_data.per_class=0"], ["0", "at least 1"]),
     ],
@@ -121,6 +141,20 @@ def test_a_mistake_is_one_line_of_the_process_too(tmp_path):
 def test_settings_of_methods(tmp_path, method, more, words):
     refusal = refused(tmp_path, *more, method=method)
     assert all(word in refusal for word in words), refusal
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("DPDM", ["train.dp.n_split=7", "train.loss.n_noise_samples=3", "train.batch_size=100"]),
+        ("DP-LDM", ["train.dp.max_physical_batch_size=7", "train.loss.n_noise_samples=5"]),
+        ("PDP-Diffusion", ["pretrain.batch_size=100000"]),  # all images, and the run says so
+    ],
+)
+def test_numbers_that_need_not_divide_each_other(tmp_path, method, more):
+    """Parts of a batch may differ in size, and noise draws are averaged: nothing is dropped or padded."""
+    outcome = call(run_program.main, arguments(method, tmp_path / "exp", *more, "--dry_run", "-e", "inf"))
+    assert outcome.code == 0, outcome.err
 
 
 def test_a_large_delta_is_a_warning(tmp_path):
@@ -149,6 +183,15 @@ def test_a_checkpoint_of_images_of_another_size(tmp_path):
     checkpoint = made.folder / "train/checkpoints/final_checkpoint.pth"
     refusal = refused(tmp_path, f"model.ckpt={checkpoint}", "--data_name", "mnist_28", method="DPDM")
     assert "(1, 8, 8)" in refusal and "(1, 28, 28)" in refusal and str(checkpoint) in refusal
+
+
+def test_a_checkpoint_of_fewer_labels(tmp_path):
+    made = call(run_program.main, arguments("DPDM", tmp_path / "made", "train.n_epochs=0", "eval=none"))
+    checkpoint = made.folder / "train/checkpoints/final_checkpoint.pth"
+    more = ["--data_name", "cifar100_32", "preset=quick", "sensitive_data.resolution=8"]
+    more += ["sensitive_data.num_channels=1", f"model.ckpt={checkpoint}", "--dry_run", "-e", "inf"]
+    refusal = refused(tmp_path, *more, method="DPDM")
+    assert "knows 10 labels" in refusal and "100 classes" in refusal and str(checkpoint) in refusal
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a checkpoint", b"just words\n"])

@@ -42,6 +42,10 @@ class SelectiveConfig:
     batch_size: int  # images per forward pass of the query classifier
     semantic_path: str | None  # saved query to reuse; its cost is booked again
 
+    def __post_init__(self) -> None:
+        check_field(self.sigma >= 0, "sigma", self.sigma, "0 or more")
+        check_field(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
+
 
 @dataclass(frozen=True)
 class CentralConfig:

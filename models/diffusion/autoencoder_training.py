@@ -48,7 +48,8 @@ class AutoencoderConfig:
             "n_epochs",
         ):
             check_field(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
-        check_field(len(self.ch_mult) > 0, "ch_mult", self.ch_mult, "one factor per level")
+        factors = len(self.ch_mult) > 0 and min(self.ch_mult) > 0
+        check_field(factors, "ch_mult", self.ch_mult, "one factor of at least 1 per level")
 
 
 def rebuild(

@@ -19,6 +19,7 @@ from models.diffusion.latent_space import LatentSpace
 from models.diffusion.synthesizer import DiffusionSynthesizer
 from models.nn.latent_unet import LatentUNet
 from models.nn.unet import level_sizes
+from models.synthesizer import Cost
 from opacus_ext.private_data import PrivateData
 from utils.errors import UserError
 from utils.runtime import Runtime
@@ -35,13 +36,16 @@ class LatentNetworkConfig:
     context_dim: int  # width of the class token
 
     def __post_init__(self) -> None:
+        for field in ("num_res_blocks", "head_width", "context_dim"):
+            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
         check_field(
             self.nf > 3 and self.nf % self.head_width == 0 and self.nf % 4 == 0,
             "nf",
             self.nf,
             f"a multiple of 4 and of head_width = {self.head_width}",
         )
-        check_field(len(self.ch_mult) > 0, "ch_mult", self.ch_mult, "one factor per level")
+        factors = len(self.ch_mult) > 0 and min(self.ch_mult) > 0
+        check_field(factors, "ch_mult", self.ch_mult, "one factor of at least 1 per level")
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,9 @@ class LatentDiffusion(DiffusionSynthesizer):
         self.latents.load_state_dict(state["autoencoder"], origin)
 
     # --dry_run
+
+    def public_costs(self, num_images: int) -> list[Cost]:
+        return [*self.latents.costs(num_images, self.spec.image_shape), *super().public_costs(num_images)]
 
     def parameter_counts(self) -> dict[str, int]:
         weights = sum(parameter.numel() for parameter in self.latents.autoencoder.parameters())

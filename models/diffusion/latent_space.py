@@ -11,10 +11,14 @@ import numpy as np
 import torch
 
 from data.spec import DataSpec, Samples
-from models.diffusion.autoencoder_training import AutoencoderConfig, AutoencoderTraining
+from models.diffusion.autoencoder_training import AutoencoderConfig, AutoencoderTraining, rebuild
 from models.diffusion.checkpoint import load_weights
+from models.diffusion.cost import warm_up_cost
 from models.nn.autoencoder import Autoencoder
 from models.nn.perceptual import SMALLEST
+from models.nn.unet import level_sizes
+from models.synthesizer import Cost
+from models.timing import batch_rows, seconds_of
 from utils import distributed
 from utils.draws import Draws
 from utils.errors import UserError
@@ -61,7 +65,13 @@ class LatentSpace:
             from models.nn.pretrained import load_autoencoder
 
             return load_autoencoder(self.source, spec)
-        config = self.config
+        config, sizes = self.config, level_sizes(spec.resolution, len(self.config.ch_mult))
+        check(
+            not config.attn_resolutions or not set(config.attn_resolutions).isdisjoint(sizes),
+            "pretrain.autoencoder.attn_resolutions",
+            config.attn_resolutions,
+            f"empty, or name one of the levels' sizes: {', '.join(map(str, sizes))}",
+        )
         with self.runtime.seeded("autoencoder"):
             return Autoencoder(
                 image_size=spec.resolution,
@@ -108,6 +118,22 @@ class LatentSpace:
             if self.step % self.config.snapshot_freq == 0:
                 self.runtime.snapshot("pretrain")
         self._finish(samples)
+
+    def costs(self, num_images: int, shape: tuple[int, int, int]) -> list[Cost]:
+        """What `fit` takes on `num_images` images of this shape, without LPIPS and discriminator."""
+        if self.done or not self.config.n_epochs:
+            return []
+        rows = batch_rows(shape[-1])
+        images = torch.zeros(rows, *shape, device=self.runtime.device)
+        self.autoencoder.requires_grad_(True)
+        draws = self.runtime.draws("cost", rows)
+        seconds = (
+            seconds_of(lambda: rebuild(self.autoencoder, images, draws, self.runtime)[0].sum().backward())
+            / rows
+        )
+        self.autoencoder.zero_grad(set_to_none=True)
+        self.autoencoder.requires_grad_(False)
+        return [warm_up_cost("autoencoder", self.config, num_images, seconds)]
 
     def _start(self) -> None:
         if self.training is None:

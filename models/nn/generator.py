@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from utils.sections import check
+from utils.sections import check, check_field
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,10 @@ class GeneratorConfig:
     g_conv_dim: int  # every block is 4 times as wide
     apply_attn: bool
     attn_g_loc: list[int]  # blocks (from 1) that are followed by self-attention
+
+    def __post_init__(self) -> None:
+        for field in ("z_dim", "g_shared_dim", "g_conv_dim"):
+            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
 
 
 class Generator(nn.Module):
