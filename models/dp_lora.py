@@ -32,7 +32,7 @@ ATTENTION_LAYERS = ("query", "key", "value", "output", "to_q", "to_k", "to_v", "
 
 @dataclass(frozen=True)
 class ModelConfig(LatentModelConfig):
-    backbone: str | None  # diffusers:<name or folder>: a pretrained UNet2DConditionModel; None: model.network
+    backbone: str | None  # diffusers:<name or folder>: a pretrained UNet; None: model.network
     adapters: str | None  # adapters.pt of an earlier run, merged into the weights that were loaded
 
 

@@ -585,11 +585,35 @@ def test_a_published_autoencoder_is_used_as_it_is(pipeline, make_trial, make_met
         make_method("DP-LDM", f"model.ckpt={path}", "pretrain.autoencoder.latent_channels=4")
 
 
-def test_adapters_on_a_published_backbone(pipeline, make_trial):
+def unconditional_unet(folder, **changes) -> str:
+    """A folder with a tiny pretrained UNet2DModel for latents of 4 channels."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(1)
+    settings = {
+        "sample_size": 4,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "layers_per_block": 1,
+    }
+    diffusers.UNet2DModel(**{**settings, **changes}).save_pretrained(folder)
+    return f"diffusers:{folder}"
+
+
+@pytest.mark.parametrize("kind", ["text-conditional", "unconditional", "class-conditional"])
+def test_adapters_on_a_published_backbone(kind, pipeline, make_trial, tmp_path):
     """The engine differentiates its layers, and what is not adapted stays as published."""
-    trial = make_trial(
-        "DP-LoRA", f"model.autoencoder={pipeline}", f"model.backbone={pipeline}", epsilon=math.inf
-    )
+    backbone = {
+        "text-conditional": lambda: pipeline,
+        "unconditional": lambda: unconditional_unet(tmp_path / "other"),
+        "class-conditional": lambda: unconditional_unet(tmp_path / "other", num_class_embeds=5),
+    }[kind]()
+    settings = [f"model.autoencoder={pipeline}", f"model.backbone={backbone}"]
+    trial = make_trial("DP-LoRA", *settings, epsilon=math.inf)
     before = {name: w.clone() for name, w in trial.synthesizer.network.state_dict().items()}
     trial.synthesizer.train(trial.private)
     after = trial.synthesizer.network.state_dict()
@@ -601,6 +625,59 @@ def test_adapters_on_a_published_backbone(pipeline, make_trial):
     }
     assert attention and changed == {*attention, "label_embedding.weight"}
     assert trial.synthesizer.generate(3).images.shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize("num_classes", [None, 2, 5])
+def test_a_published_backbone_starts_as_published(num_classes, tmp_path):
+    """Class 1 of three is class 1 of the published network, if it has one; else it adds nothing to the timestep."""
+    from models.nn.pretrained import load_unet
+
+    source = unconditional_unet(tmp_path, num_class_embeds=num_classes)
+    network = load_unet(source, (4, 4, 4), label_dim=3)
+    published = sys.modules["diffusers"].UNet2DModel.from_pretrained(tmp_path).eval()
+    latents, timesteps = torch.randn(2, 4, 4, 4), torch.tensor([3.0, 700.0])
+    ones = torch.ones(2, dtype=torch.int64)
+    with torch.no_grad():
+        if num_classes is None:
+            expected = published(latents, timesteps).sample
+        else:
+            expected = published(latents, timesteps, class_labels=ones).sample
+        torch.testing.assert_close(network(latents, timesteps, ones), expected)
+    kept = min(num_classes or 0, 3)
+    table = network.label_embedding.weight
+    assert table.shape[0] == network.null_label + 1 == 4
+    assert table[:kept].abs().sum(1).gt(0).all() and not table[kept:].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"in_channels": 3}, "in_channels 3, .* 4 channels"),
+        ({"out_channels": 8}, "out_channels 8, .* 4 channels"),
+        ({"class_embed_type": "timestep"}, "class_embed_type=timestep"),
+    ],
+)
+def test_backbones_that_do_not_fit_are_refused(changes, words, tmp_path):
+    from models.nn.pretrained import load_unet
+
+    source = unconditional_unet(tmp_path, **changes)
+    with pytest.raises(UserError, match=rf"model\.backbone: .*{words}"):
+        load_unet(source, (4, 4, 4), label_dim=3)
+
+
+def test_a_backbone_that_halves_more_often_than_the_latents_allow(tmp_path):
+    from models.nn.pretrained import load_unet
+
+    with pytest.raises(UserError, match=r"model\.backbone: .* 2 divides; these have 7"):
+        load_unet(unconditional_unet(tmp_path), (4, 7, 7), label_dim=3)
+
+
+def test_a_network_of_another_kind_is_named(pipeline, make_method, tmp_path):
+    backbone = f"model.backbone=diffusers:{tmp_path / 'vae'}"
+    with pytest.raises(
+        UserError, match=r"model\.backbone: .* AutoencoderKL; it must be UNet2DC.* or UNet2DM"
+    ):
+        make_method("DP-LoRA", f"model.autoencoder={pipeline}", backbone)
 
 
 def test_a_folder_without_the_network_is_named(make_method, tmp_path):

@@ -4,6 +4,7 @@ A network is named "diffusers:<name on the Hugging Face hub, or folder>". A fold
 pipeline with the network in its usual place ("vae", "unet"). Legend: B batch, Z latent channels, h w latent pixels.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -43,11 +44,13 @@ class PretrainedAutoencoder(nn.Module):
         return images if images.shape[1] == self.channels else images.mean(1, keepdim=True)
 
 
-class PretrainedUNet(nn.Module):
+class PretrainedConditionalUNet(nn.Module):
     """A published UNet2DConditionModel as (latents (B, Z, h, w), timesteps (B,), labels (B,)) -> (B, Z, h, w).
 
     In place of a text it reads two tokens, the class and the null label, as `LatentUNet` does.
     """
+
+    conditions = ("num_class_embeds", "class_embed_type", "addition_embed_type", "encoder_hid_dim")
 
     def __init__(self, model: nn.Module, label_dim: int) -> None:
         super().__init__()
@@ -60,9 +63,37 @@ class PretrainedUNet(nn.Module):
         return self.model(latents, timesteps, self.label_embedding(tokens)).sample
 
 
+class PretrainedUNet(nn.Module):
+    """A published UNet2DModel as (latents (B, Z, h, w), timesteps (B,), labels (B,)) -> (B, Z, h, w).
+
+    The class is a vector added to the timestep's. Of a class-conditional network the first rows of its own table are
+    kept, one per class of this one; all other rows start as zero, at which the network is the published one.
+    """
+
+    conditions = ("class_embed_type",)
+
+    def __init__(self, model: nn.Module, label_dim: int) -> None:
+        super().__init__()
+        self.model = model
+        self.null_label = label_dim
+        width = model.time_embedding.linear_2.out_features
+        self.label_embedding = nn.Embedding(label_dim + 1, width)
+        nn.init.zeros_(self.label_embedding.weight)
+        if model.class_embedding is not None:
+            known = model.class_embedding.weight.detach()[:label_dim]
+            self.label_embedding.weight.data[: len(known)] = known
+        model.class_embedding = nn.Identity()  # it is handed the vectors themselves
+
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.model(latents, timesteps, class_labels=self.label_embedding(labels)).sample
+
+
+UNETS = {"UNet2DConditionModel": PretrainedConditionalUNet, "UNet2DModel": PretrainedUNet}
+
+
 def load_autoencoder(source: str, spec: DataSpec) -> PretrainedAutoencoder:
     """Of model.autoencoder; UserError if there is none, or if it does not fit the images."""
-    model = _load("model.autoencoder", source, "AutoencoderKL", "vae")
+    model = _load("model.autoencoder", source, ["AutoencoderKL"], "vae")
     if model.config.in_channels not in (spec.channels, 3):
         raise UserError(
             f"model.autoencoder: {source} takes {model.config.in_channels} channels, the images have {spec.channels}"
@@ -70,19 +101,31 @@ def load_autoencoder(source: str, spec: DataSpec) -> PretrainedAutoencoder:
     return PretrainedAutoencoder(model, spec)
 
 
-def load_unet(source: str, latent_shape: tuple[int, int, int], label_dim: int) -> PretrainedUNet:
-    """Of model.backbone; UserError if there is none, or if it does not fit the latents (Z, h, w)."""
-    model = _load("model.backbone", source, "UNet2DConditionModel", "unet")
-    if model.config.in_channels != latent_shape[0]:
+def load_unet(source: str, latent_shape: tuple[int, int, int], label_dim: int) -> nn.Module:
+    """Of model.backbone; UserError if there is none, if it does not fit the latents (Z, h, w), or if a class is not all
+    that it wants to be told."""
+    model = _load("model.backbone", source, UNETS, "unet")
+    wrapper = UNETS[type(model).__name__]
+    for end in ("in_channels", "out_channels"):
+        if (found := model.config[end]) != latent_shape[0]:
+            raise UserError(
+                f"model.backbone: {source} has {end} {found}, the autoencoder's latents have {latent_shape[0]} channels"
+            )
+    for condition in wrapper.conditions:
+        if (found := model.config.get(condition)) is not None:
+            raise UserError(
+                f"model.backbone: {source} expects a condition that no class can give ({condition}={found})"
+            )
+    halvings = 2 ** (len(model.config.block_out_channels) - 1)
+    if latent_shape[-1] % halvings:
         raise UserError(
-            f"model.backbone: {source} takes {model.config.in_channels} latent channels, the autoencoder gives "
-            f"{latent_shape[0]}"
+            f"model.backbone: {source} needs latents whose pixels {halvings} divides; these have {latent_shape[-1]}"
         )
-    return PretrainedUNet(model, label_dim)
+    return wrapper(model, label_dim)
 
 
-def _load(key: str, source: str, kind: str, subfolder: str) -> nn.Module:
-    """The network of class `kind` of the diffusers library, in float32 and eval mode."""
+def _load(key: str, source: str, kinds: Collection[str], subfolder: str) -> nn.Module:
+    """The network, of one of these classes of the diffusers library, in float32 and eval mode."""
     name = source.removeprefix(PREFIX)
     if name == source or not name:
         raise UserError(f"{key}: {source} is not allowed; it must be null or {PREFIX}<name or folder>")
@@ -90,10 +133,17 @@ def _load(key: str, source: str, kind: str, subfolder: str) -> nn.Module:
         import diffusers
     except ImportError as error:
         raise UserError(f"{key}: {source} needs the diffusers library; pip install diffusers") from error
-    inside = (Path(name) / subfolder).is_dir()
+    place = {"subfolder": subfolder if (Path(name) / subfolder).is_dir() else None}
     try:
-        model = getattr(diffusers, kind).from_pretrained(name, subfolder=subfolder if inside else None)
+        kind = diffusers.AutoencoderKL.load_config(name, **place).get(
+            "_class_name"
+        )  # any class reads any config
+        model = getattr(diffusers, kind).from_pretrained(name, **place) if kind in kinds else None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{key}: {source} is not readable as {kind} ({reason[:150]})") from error
+        raise UserError(
+            f"{key}: {source} is not readable as {' or '.join(kinds)} ({reason[:150]})"
+        ) from error
+    if model is None:
+        raise UserError(f"{key}: {source} is of class {kind}; it must be {' or '.join(kinds)}")
     return model.float().eval()
