@@ -21,8 +21,9 @@ of A), so H_{e^epsilon'} <= q delta_Gauss(epsilon; D / s) =: h(epsilon'). This h
 epsilon' < 0 it follows by H_a(P || P') = 1 - a + a H_{1/a}(P' || P). Where A = N(f') the bound is reached, so h is the
 smallest that holds.
 
-It is above the curve of the Poisson-sampled Gaussian, whose two directions differ: booking these steps as Poisson
-samples would understate epsilon by a tenth to a quarter.
+It is above the curve of the Poisson-sampled Gaussian, whose two directions differ. Booked as Poisson samples these
+steps would come out a tenth to a quarter cheaper, and too cheap: answers that adapt to what has leaked so far reach the
+larger of both directions in every step (tests/test_gs_wgan.py computes such a case).
 
 Composition is adaptive: given the earlier answers and all coins but the choices, the f_i of a step are fixed before its
 shard is chosen. That is why f_i must not depend on earlier choices: a shard that learns only when it is chosen keeps a
