@@ -10,7 +10,9 @@ import pytest
 from tiny_runs import ROOT, arguments, call, data_root, strict_json
 
 import run as run_program
+from models import METHODS
 from scripts import collect, test_classifier
+from utils.config import load_config
 from utils.run_dir import write_json
 
 
@@ -124,21 +126,24 @@ def test_collect_reads_what_run_writes(tmp_path):
     assert float(row["fid/random_conv"]) > 0
 
 
-# ------------------------------------------------------------------------------------------------- rq1.sh
+# ------------------------------------------------------------------------------------------------- rq1.sh to rq4.sh
 
 
 @pytest.fixture()
 def grid(tmp_path):
     """Runs rq1.sh on tiny cells; returns (exit code, stdout, stderr)."""
 
-    def launch(**variables: str) -> tuple[int, str, str]:
+    def launch(*arguments: str, **variables: str) -> tuple[int, str, str]:
         defaults = {
             "PYTHON": sys.executable, "METHODS": "Noise", "DATA": "digits_8", "EPSILONS": "10", "NAME": "grid",
             "SETTINGS": "eval=none gen.data_num=100", "EXP_ROOT": str(tmp_path), "DPIB_DATA_ROOT": str(data_root()),
         }  # fmt: skip
         environment = {**os.environ, **defaults, **variables}
         done = subprocess.run(
-            ["bash", str(ROOT / "scripts/rq1.sh")], env=environment, capture_output=True, text=True
+            ["bash", str(ROOT / "scripts/rq1.sh"), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         return done.returncode, done.stdout, done.stderr
 
@@ -154,3 +159,76 @@ def test_the_grid_goes_on_after_a_failed_cell_and_skips_what_is_done(grid, tmp_p
     assert code == 0, err
     assert "done already: Noise digits_8 epsilon 10" in out
     assert len(list(tmp_path.glob("noise/*"))) == 1
+
+
+@pytest.fixture()
+def commands(tmp_path):
+    """commands("rq2", **variables) -> the words after run.py of every cell, which are not run."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\nif [ "$1" = run.py ]; then shift; echo "CELL $*"; else exec {sys.executable} "$@"; fi\n'
+    )
+    python.chmod(0o755)
+
+    def listed(script: str, *arguments: str, **variables: str) -> list[list[str]]:
+        environment = {**os.environ, "PYTHON": str(python), "EXP_ROOT": str(tmp_path / "exp"), **variables}
+        done = subprocess.run(
+            ["bash", str(ROOT / "scripts" / f"{script}.sh"), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("CELL ")]
+
+    return listed
+
+
+def of(command: list[str], flag: str) -> str:
+    return command[command.index(flag) + 1]
+
+
+def test_the_grid_is_of_all_methods(commands):
+    cells = commands("rq1", DATA="mnist_28", EPSILONS="1 10")
+    assert [(of(cell, "--method"), of(cell, "--epsilon")) for cell in cells] == [
+        (method, epsilon) for epsilon in ("1", "10") for method in METHODS
+    ]
+    assert all("--dry_run" not in cell and of(cell, "--exp_description") == "rq1" for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "count"),
+    [
+        ("rq2", {"METHODS": "DPDM DP-LoRA DPGAN", "EPSILONS": "0.2"}, 3 + 5 + 5 + 4),
+        ("rq3", {"METHODS": "DPGAN PDP-Diffusion", "DATA": "fmnist_28"}, 2 * 5),
+        ("rq4", {"SELECTIVE": "DPDM", "CENTRAL": "DP-MERF", "CKPT": "some/where.pth"}, 3),
+    ],
+)
+def test_grids_compose(commands, script, variables, count):
+    """Every command line is one that run.py understands, and has a name of its own."""
+    cells = commands(script, "--dry_run", SETTINGS="seed=3", **variables)
+    assert (
+        len({(of(cell, "--method"), of(cell, "--exp_description")) for cell in cells}) == len(cells) == count
+    )
+    for cell in cells:
+        config = load_config(cell, METHODS)
+        assert config.snapshot["seed"] == 3 and "--dry_run" in cell
+        assert of(cell, "--exp_description").startswith(script)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["rq2", "rq3", "rq4"])
+def test_whole_grids_compose(commands, script):
+    for cell in commands(script, EPSILONS="10", CKPT="some/where.pth"):
+        load_config(cell, METHODS)
+
+
+def test_a_grid_has_one_argument(commands):
+    done = subprocess.run(["bash", str(ROOT / "scripts/rq2.sh"), "--dryrun"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--dryrun" in done.stderr and "--dry_run" in done.stderr
+
+
+def test_a_dry_grid_writes_nothing(grid, tmp_path):
+    code, out, err = grid("--dry_run")
+    assert code == 0, err
+    assert "budget: epsilon 10" in out and not list(tmp_path.iterdir())

@@ -1,0 +1,69 @@
+# Sourced by rq1.sh to rq4.sh, which run cells of a grid: one method on one dataset at one budget. Cells that are done
+# are skipped, so a script can be stopped and started again; one that fails does not stop the others. With --dry_run
+# nothing is trained: every cell is calibrated, and its noise and cost are printed.
+#
+# Environment: SETTINGS, key=value words for every cell; NAME tells grids with different SETTINGS apart, as it is part of
+# every run folder's name; EXP_ROOT, where the runs go; PYTHON.
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+SETTINGS=${SETTINGS:-}
+NAME=${NAME:-$(basename "$0" .sh)}
+EXP_ROOT=${EXP_ROOT:-exp}
+DRY_RUN=
+failures=()
+
+case "${1:-}" in
+    "") ;;
+    --dry_run) DRY_RUN=--dry_run ;;
+    *)
+        echo "error: $1: the only argument is --dry_run; all else is set by variables, see the head of $0" >&2
+        exit 2
+        ;;
+esac
+
+registered() { # [method ...] -> those of them that are in the table of methods; all of the table if none is named
+    "$PYTHON" -c 'import sys; from models import METHODS; print(*[m for m in sys.argv[1:] or METHODS if m in METHODS])' "$@"
+}
+
+is_done() { # method data epsilon name
+    local method epsilon
+    method=$(echo "$1" | tr '[:upper:]' '[:lower:]')
+    epsilon=$("$PYTHON" -c 'import sys; print(float(sys.argv[1]))' "$3")
+    compgen -G "$EXP_ROOT/$method/$2_eps${epsilon}$4-[0-9]*/results.json" >/dev/null
+}
+
+cell() { # method data epsilon name [key=value ...]
+    local method=$1 data=$2 epsilon=$3 name=$4 code
+    local label="$method $data epsilon $epsilon"
+    [ "$name" = "$NAME" ] || label="$label $name"
+    shift 4
+    if [ -z "$DRY_RUN" ] && is_done "$method" "$data" "$epsilon" "$name"; then
+        echo "done already: $label"
+        return
+    fi
+    echo "running: $label"
+    # shellcheck disable=SC2086  # SETTINGS is a list of words, DRY_RUN one or none
+    "$PYTHON" run.py --method "$method" --data_name "$data" --epsilon "$epsilon" \
+        --exp_description "$name" --exp_root "$EXP_ROOT" $DRY_RUN "$@" $SETTINGS
+    code=$?
+    if [ $code -eq 130 ]; then
+        echo "stopped" >&2
+        exit 130
+    elif [ $code -eq 3 ]; then
+        echo "metrics are missing: $label"
+    elif [ $code -ne 0 ]; then
+        failures+=("$label (exit code $code)")
+    fi
+}
+
+finish() { # gather what there is in <EXP_ROOT>/table.csv, and tell what has failed
+    if [ -z "$DRY_RUN" ] && [ -d "$EXP_ROOT" ]; then
+        "$PYTHON" scripts/collect.py --exp_root "$EXP_ROOT" || failures+=("collect.py")
+    fi
+    if [ ${#failures[@]} -gt 0 ]; then
+        printf 'failed: %s\n' "${failures[@]}" >&2
+        exit 1
+    fi
+}
