@@ -123,7 +123,7 @@ def _head(samples: Samples, spec: DataSpec) -> str:
 def _metrics(report: Report) -> str:
     """The table of values, and what is missing."""
     head = "<tr><th>metric</th><th class='n'>value</th><th>better</th><th class='n'>real images</th>"
-    head += "<th class='n'>n real</th><th class='n'>n fake</th><th>remarks</th></tr>"
+    head += "<th class='n'># real</th><th class='n'># samples</th><th>remarks</th></tr>"
     rows = "".join(
         _metric_row(name, value, report.metric_info[name]) for name, value in report.metrics.items()
     )

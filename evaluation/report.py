@@ -25,6 +25,10 @@ class Report:
         widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
         lines = [_aligned(row, widths) for row in [header, *rows]]
         lines.insert(1, "-" * len(lines[0]))
+        if any(name.startswith("accuracy/") for name in self.metrics):
+            lines.append(
+                "accuracy: percent of real test images that a classifier trained on the samples recognises"
+            )
         if any("private" in info for info in self.metric_info.values()):
             lines.append("* reads private or test data without noise to compute or choose the value")
         lines += [f"missing: {name}: {reason}" for name, reason in self.missing.items()]
@@ -38,7 +42,7 @@ class Report:
         info = self.metric_info[name]
         star = " *" if "private" in info else ""
         value = f"{self.metrics[name]:.2f}" if name.startswith("accuracy/") else f"{self.metrics[name]:.4g}"
-        return name + star, value, info["better"], str(info["n_real"]), str(info["n_fake"])
+        return name + star, value, info["better"], f"{info['n_real']:,}", f"{info['n_fake']:,}"
 
 
 def _aligned(row: tuple[str, ...], widths: list[int]) -> str:

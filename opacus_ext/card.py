@@ -43,8 +43,8 @@ def privacy_summary(report: dict) -> str:
             f"image with its label ({_RELATION[report['relation']]})"
         ]
         lines += [
-            f"  {release['name']}: {release['executed']:,} of {release['planned']:,} steps, alone epsilon "
-            f"{release['epsilon_alone']:.4g}"
+            f"  {release['name']}: {release['executed']:,} of {release['planned']:,} steps, epsilon "
+            f"{release['epsilon_alone']:.4g} if it were alone"
             for release in report["releases"]
         ]
     selections = report.get("selection", [])

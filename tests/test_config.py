@@ -312,7 +312,7 @@ def test_provenance_names_the_layer_of_every_value(load):
 
 def test_print_config_shows_every_value_once(load):
     config = load("train.tags=[x,y]")
-    lines = [line for line in format_config(config).splitlines() if line]
+    lines = [line for line in format_config(config).splitlines() if line and not line.startswith(" ")]
     assert [line.split()[0] for line in lines] == sorted(
         flatten(config.snapshot), key=lambda key: ("." in key, key)
     )
@@ -320,6 +320,16 @@ def test_print_config_shows_every_value_once(load):
     assert "[x, y]" in tags and tags.endswith("command line")
     setup = [line for line in lines if line.startswith("setup.") and "base configs" in line]
     assert len(setup) > 1 and len({line.index("base configs") for line in setup}) == 1
+
+
+def test_print_config_keeps_its_columns_beside_a_long_value(load):
+    long = "[" + ", ".join(f"tag{number}" for number in range(12)) + "]"
+    lines = format_config(load(f"train.tags={long.replace(' ', '')}")).splitlines()
+    number = next(n for n, line in enumerate(lines) if line.startswith("train.tags"))
+    assert lines[number].split(maxsplit=1)[1] == long
+    assert lines[number + 1].strip() == "command line"
+    seed = next(line for line in lines if line.startswith("seed "))
+    assert lines[number + 1].index("command") == seed.index("base")
 
 
 def test_snapshot_is_plain_and_complete(load):

@@ -146,6 +146,48 @@ def test_choosing_a_classifier_is_booked_and_adds_up(finished):
     assert set(results["timing"]) > {"train", "evaluate"}
 
 
+def test_a_run_ends_with_privacy_then_metrics_then_paths(finished):
+    outcome = finished["PrivImage"]
+    lines = outcome.out.splitlines()
+    starts = ["privacy: the samples are (", "metric ", "report: ", "samples: ", "privacy card: ", "numbers: "]
+    positions = [next(n for n, line in enumerate(lines) if line.startswith(start)) for start in starts]
+    assert positions == sorted(positions) and positions[-1] == len(lines) - 1
+    for line in lines[-4:]:
+        assert Path(line.partition(": ")[2]).is_file()
+    assert "| " not in outcome.out, "the card's Markdown is on the terminal"
+    assert "# real" in outcome.out and "# samples" in outcome.out
+
+
+def test_a_run_is_judged_by_its_folder_alone(tmp_path):
+    """Everything that is not given comes from the run; another number of validation images would ask training ones."""
+    settings = ["--epsilon", "3", "eval=none", "eval.mode=val", "sensitive_data.num_val=100"]
+    folder = call(run_program.main, arguments("Noise", tmp_path, *settings)).folder
+    asked = call(eval_program.main, ["--exp_path", str(folder), "--print_config"])
+    values = {line.split()[0]: line.split()[1] for line in asked.out.splitlines() if line[:1].strip()}
+    assert values["sensitive_data.num_val"] == "100" and values["preset"] == "quick"
+    assert (values["method"], values["data_name"], values["privacy.epsilon"]) == ("Noise", "digits_8", "3.0")
+    outcome = call(eval_program.main, ["--exp_path", str(folder), "eval=none"])
+    assert outcome.code == 0 and f"numbers: {folder / 'results.json'}" in outcome.out, outcome.err
+    for setting in ("sensitive_data.num_val=137", "privacy.relation=replace_one"):
+        refusal = call(eval_program.main, ["--exp_path", str(folder), setting]).refusal
+        assert refusal.startswith(f"error: {setting.partition('=')[0]}: ") and "leave " in refusal
+
+
+def test_resuming_a_finished_run_is_one_line(finished):
+    folder = finished["Noise"].folder
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    argv = arguments("Noise", folder.parent.parent, "--resume_exp", folder.name)
+    outcome = call(run_program.main, argv)
+    last = outcome.out.splitlines()[-1]
+    assert outcome.code == 0 and last.startswith(f"{folder} is finished") and f"--exp_path {folder}" in last
+    assert "run folder" not in outcome.out and "privacy budget" not in outcome.out
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_stage_without_work_is_not_told(finished):
+    assert "pretrain:" not in finished["Noise"].out and "train:" not in finished["Noise"].out
+
+
 def test_a_dry_run_of_judging_asks_nothing(finished):
     folder = finished["PrivImage"].folder
     kept = {name: (folder / name).read_text() for name in ("privacy.json", "results.json", "stdout.txt")}

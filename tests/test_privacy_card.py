@@ -7,7 +7,7 @@ import pytest
 
 from data.spec import DataSpec, Samples
 from opacus_ext.accounting import Release, noisy_max_release
-from opacus_ext.card import privacy_card
+from opacus_ext.card import privacy_card, privacy_summary
 from opacus_ext.ledger import Budget, Ledger
 from opacus_ext.noise import NoiseSource
 from opacus_ext.private_data import PrivateData
@@ -104,3 +104,45 @@ def test_the_card_of_a_report_that_was_read_back_is_the_same(tmp_path, epsilon):
 
 def test_the_card_is_plain_text(two_stages):
     assert privacy_card(two_stages).isascii()
+
+
+# ------------------------------------------------------------------------------------------------- the summary
+
+
+def test_the_summary_is_short_and_says_what_was_spent(two_stages):
+    first, *stages = privacy_summary(two_stages).splitlines()
+    assert f"({two_stages['spent']:.4g}, 0.0001)-differentially private" in first
+    assert "one record more or less" in first
+    assert [line.split(":")[0] for line in stages] == ["  first look", "  training"]
+    for line, release in zip(stages, two_stages["releases"], strict=True):
+        taken = release["executed"]
+        assert f"{taken} of {taken} steps, epsilon {release['epsilon_alone']:.4g} if it were alone" in line
+
+
+def test_the_summary_of_runs_without_a_guarantee_or_without_a_query():
+    assert "NOT private" in privacy_summary(report_of([Release("look", None)], epsilon=math.inf))
+    assert "nothing was spent" in privacy_summary(report_of([]))
+
+
+def test_the_summary_adds_up_what_choosing_classifiers_spent(two_stages):
+    choices = [report_of([noisy_max_release("selection/a", 0.5, "add_or_remove_one")], 0.5)] * 2
+    assert "spent epsilon 1 " in privacy_summary({**two_stages, "selection": choices})
+
+
+@pytest.mark.parametrize(
+    ("delta", "words"),
+    [
+        (0.02, "delta 0.02 is not smaller than 1/N = 0.02"),
+        (0.005, "delta 0.005 is large, for there are only N = 50 images"),
+        (1e-4, None),
+    ],
+)
+def test_a_weak_delta_is_told_in_summary_and_card(delta, words):
+    report = report_of([Release("look", None)], delta=delta)
+    for text in (privacy_summary(report), privacy_card(report)):
+        assert words in text if words else "1/N" not in text and "weak" not in text
+    assert "weak" not in privacy_card(report_of([Release("look", None)], epsilon=math.inf, delta=0.005))
+
+
+def test_seeded_noise_is_told_in_the_summary():
+    assert "the guarantee is void" in privacy_summary(report_of([Release("look", None)], noise_seed=1))

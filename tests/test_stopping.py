@@ -44,8 +44,8 @@ def test_exit_codes():
 
 
 def test_sigterm_in_a_run_says_how_to_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("models.mean_embedding.EmbeddingGenerator.fit", terminate)
-    stopped = call(run_program.main, arguments("DP-MERF", tmp_path, "eval=none"))
+    monkeypatch.setattr("models.noop.Noise.generate", terminate)
+    stopped = call(run_program.main, arguments("Noise", tmp_path, "eval=none"))
     assert stopped.code == 143 and "Traceback" not in stopped.err
     assert f"stopped; continue with the same command and --resume_exp {stopped.folder.name}" in stopped.out
 
