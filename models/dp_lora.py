@@ -2,7 +2,7 @@
 class embedder (Tsai et al. 2024, arXiv:2406.01355; adapters of Hu et al. 2021, arXiv:2106.09685)."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch import nn
 
@@ -71,9 +71,11 @@ class DPLoRA(LatentDiffusion):
     def _build_network(self, label_dim: int) -> nn.Module:
         if self.config.model.backbone is None:
             return super()._build_network(label_dim)
-        from models.nn.pretrained import load_unet
+        from models.nn.pretrained import load_unet, require_schedule
 
-        return load_unet(self.config.model.backbone, self.latents.shape, label_dim)
+        network = load_unet(self.config.model.backbone, self.latents.shape, label_dim)
+        require_schedule(self.config.model.backbone, asdict(self.config.model.schedule))
+        return network
 
     def _prepare_network(self, stage: str) -> None:
         if stage == "train":

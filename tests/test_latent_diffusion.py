@@ -20,7 +20,7 @@ from utils.images import to_float
 from utils.runtime import Runtime
 
 METHODS = ["DP-LDM", "DP-LoRA"]
-SIGMAS = ScheduleConfig(1000, 0.0015, 0.0155).sigmas()
+SIGMAS = ScheduleConfig(1000, 0.0015, 0.0155, "scaled_linear").sigmas()
 
 
 # ------------------------------------------------------------------------------------------ schedule
@@ -36,10 +36,19 @@ def test_schedule():
     torch.testing.assert_close(SIGMAS, torch.tensor(sigmas), rtol=1e-5, atol=0)
 
 
+def test_the_schedule_of_the_first_diffusion_models():
+    betas = np.linspace(1e-4, 0.02, 1000)
+    kept = np.cumprod(1 - betas)
+    found = ScheduleConfig(1000, 1e-4, 0.02, "linear").sigmas().numpy()
+    np.testing.assert_allclose(found, np.sqrt((1 - kept) / kept), rtol=1e-5)
+
+
 @pytest.mark.parametrize("values", [(1, 0.1, 0.2), (10, 0.0, 0.2), (10, 0.3, 0.2), (10, 0.1, 1.0)])
 def test_impossible_schedules_are_refused(values):
     with pytest.raises(UserError):
-        ScheduleConfig(*values)
+        ScheduleConfig(*values, "linear")
+    with pytest.raises(UserError, match="type: cosine"):
+        ScheduleConfig(10, 0.1, 0.2, "cosine")
 
 
 # ------------------------------------------------------------------------------------------ loss
@@ -625,6 +634,45 @@ def test_adapters_on_a_published_backbone(kind, pipeline, make_trial, tmp_path):
     }
     assert attention and changed == {*attention, "label_embedding.weight"}
     assert trial.synthesizer.generate(3).images.shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_pixels_can_take_the_place_of_latents(name, make_trial):
+    trial = make_trial(
+        name, "model.autoencoder=pixels", "model.network.attn_resolutions=[4]", epsilon=math.inf
+    )
+    trial.run()
+    images = torch.rand(3, 1, 8, 8) * 2 - 1
+    assert torch.equal(trial.synthesizer.latents.encode(images), images)
+    assert trial.synthesizer.network_shape == (1, 8, 8)
+    assert trial.synthesizer.generate(4).images.shape == (4, 1, 8, 8)
+
+
+def scheduler(folder, **changes) -> None:
+    settings = {"num_train_timesteps": 1000, "beta_start": 0.0015, "beta_end": 0.0155}
+    kind = sys.modules["diffusers"].DDPMScheduler
+    kind(**{**settings, "beta_schedule": "scaled_linear", **changes}).save_pretrained(folder / "scheduler")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"beta_schedule": "linear"}, r"model\.schedule\.type: scaled_linear .* linear$"),
+        ({"num_train_timesteps": 500}, r"model\.schedule\.num_timesteps: 1000 .* 500$"),
+        ({"beta_end": 0.02}, r"model\.schedule\.beta_end: 0\.0155 .* 0\.02$"),
+        (
+            {"prediction_type": "v_prediction"},
+            r"model\.backbone: .* 'v_prediction'; it must predict the noise",
+        ),
+    ],
+)
+def test_the_noise_of_a_backbone_must_be_its_own(changes, words, pipeline, make_method, tmp_path):
+    settings = [f"model.autoencoder={pipeline}", f"model.backbone={pipeline}"]
+    scheduler(tmp_path)
+    make_method("DP-LoRA", *settings)
+    scheduler(tmp_path, **changes)
+    with pytest.raises(UserError, match=words):
+        make_method("DP-LoRA", *settings)
 
 
 @pytest.mark.parametrize("num_classes", [None, 2, 5])

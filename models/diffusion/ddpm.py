@@ -18,20 +18,23 @@ from utils.sections import check_field
 class ScheduleConfig:
     num_timesteps: int
     beta_start: float  # beta of the first timestep
-    beta_end: float  # beta of the last one; between them sqrt(beta) is linear
+    beta_end: float  # beta of the last one
+    type: str  # between them: linear, or scaled_linear, where sqrt(beta) is
 
     def __post_init__(self) -> None:
         check_field(self.num_timesteps > 1, "num_timesteps", self.num_timesteps, "at least 2")
         allowed = f"above 0 and at most beta_end = {self.beta_end}"
         check_field(0 < self.beta_start <= self.beta_end, "beta_start", self.beta_start, allowed)
         check_field(self.beta_end < 1, "beta_end", self.beta_end, "below 1")
+        known = ("linear", "scaled_linear")
+        check_field(self.type in known, "type", self.type, f"one of {', '.join(known)}")
 
     def sigmas(self) -> torch.Tensor:
         """(num_timesteps,) float32, increasing: the noise level of each timestep."""
-        roots = torch.linspace(
-            self.beta_start**0.5, self.beta_end**0.5, self.num_timesteps, dtype=torch.float64
-        )
-        kept = torch.cumprod(1 - roots**2, dim=0)
+        power = 2 if self.type == "scaled_linear" else 1
+        ends = self.beta_start ** (1 / power), self.beta_end ** (1 / power)
+        betas = torch.linspace(*ends, self.num_timesteps, dtype=torch.float64) ** power
+        kept = torch.cumprod(1 - betas, dim=0)
         return ((1 - kept) / kept).sqrt().float()
 
 

@@ -53,7 +53,7 @@ class LatentModelConfig:
     network: LatentNetworkConfig
     autoencoder: (
         str | None
-    )  # diffusers:<name or folder>: a published AutoencoderKL; None: trained on public_data
+    )  # diffusers:<name or folder>: a published AutoencoderKL; pixels: none; None: trained on public_data
     schedule: ScheduleConfig
     ema_rate: float
     sampler: DDIMConfig  # previews

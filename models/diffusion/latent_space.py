@@ -14,7 +14,7 @@ from data.spec import DataSpec, Samples
 from models.diffusion.autoencoder_training import AutoencoderConfig, AutoencoderTraining, rebuild
 from models.diffusion.checkpoint import load_weights
 from models.diffusion.cost import warm_up_cost
-from models.nn.autoencoder import Autoencoder
+from models.nn.autoencoder import Autoencoder, Pixels
 from models.nn.perceptual import SMALLEST
 from models.nn.unet import level_sizes
 from models.synthesizer import Cost
@@ -29,6 +29,7 @@ from utils.sections import check
 from utils.seeding import numpy_rng
 
 PIXELS_AT_ONCE = 2**20  # bounds the memory that encoding and decoding take
+PIXELS = "pixels"  # the source that is no autoencoder
 SCALED_BY = 2048  # public images whose latents set the scale
 
 
@@ -37,7 +38,7 @@ class LatentSpace:
 
     The scale is learnt with the autoencoder, from public latents: diffusion ends in noise of the scale 1 whatever the
     latents' own is. (The published code takes them as they come.) `source`: "diffusers:<name or folder>" takes a
-    published autoencoder and trains none.
+    published autoencoder and trains none, "pixels" has none.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class LatentSpace:
         )
 
     def _build(self, spec: DataSpec) -> torch.nn.Module:
+        if self.source == PIXELS:
+            return Pixels(spec.image_shape)
         if self.source is not None:
             from models.nn.pretrained import load_autoencoder
 

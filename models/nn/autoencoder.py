@@ -32,6 +32,22 @@ class Posterior:
         return 0.5 * terms.flatten(1).sum(1)
 
 
+class Pixels(nn.Module):
+    """No autoencoder: the latents are the pixels, for networks that were made for those."""
+
+    scale = 1.0
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.latent_shape = image_shape
+
+    def encode(self, images: torch.Tensor) -> Posterior:
+        return Posterior(images, torch.full_like(images, -torch.inf))
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+
 class Autoencoder(nn.Module):
     """encode: (B, C, H, W) in [-1, 1] -> Posterior; decode: (B, Z, h, w) -> (B, C, H, W), nominally in [-1, 1].
 

@@ -4,6 +4,7 @@ A network is named "diffusers:<name on the Hugging Face hub, or folder>". A fold
 pipeline with the network in its usual place ("vae", "unet"). Legend: B batch, Z latent channels, h w latent pixels.
 """
 
+import contextlib
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 from data.spec import DataSpec
 from models.nn.autoencoder import Posterior
 from utils.errors import UserError
+from utils.runtime import log
 
 PREFIX = "diffusers:"
 
@@ -124,11 +126,42 @@ def load_unet(source: str, latent_shape: tuple[int, int, int], label_dim: int) -
     return wrapper(model, label_dim)
 
 
+def require_schedule(source: str, schedule: dict[str, object]) -> None:
+    """Raise UserError where a published network says that it was trained for other noise than `schedule`, which names
+    the values of model.schedule, or for anything but its prediction."""
+    published = _published_schedule(source.removeprefix(PREFIX))
+    if not published:
+        log.info(
+            f"model.backbone: {source} does not tell its noise; model.schedule must be what it was trained with"
+        )
+    names = {"num_timesteps": "num_train_timesteps", "type": "beta_schedule"}
+    for key, value in schedule.items():
+        if (found := published.get(names.get(key, key), value)) != value:
+            raise UserError(
+                f"model.schedule.{key}: {value} is not allowed; {source} was trained with {found}"
+            )
+    if (target := published.get("prediction_type", "epsilon")) != "epsilon":
+        raise UserError(
+            f"model.backbone: {source} predicts '{target}'; it must predict the noise ('epsilon')"
+        )
+
+
+def _published_schedule(name: str) -> dict[str, object]:
+    """The configuration of a pipeline's scheduler; empty where there is none."""
+    from diffusers import DDPMScheduler
+
+    for place in ("scheduler", None):  # None: in old pipelines of one network
+        with contextlib.suppress(OSError):
+            return DDPMScheduler.load_config(name, subfolder=place)
+    return {}
+
+
 def _load(key: str, source: str, kinds: Collection[str], subfolder: str) -> nn.Module:
     """The network, of one of these classes of the diffusers library, in float32 and eval mode."""
     name = source.removeprefix(PREFIX)
     if name == source or not name:
-        raise UserError(f"{key}: {source} is not allowed; it must be null or {PREFIX}<name or folder>")
+        others = "null, pixels" if key == "model.autoencoder" else "null"
+        raise UserError(f"{key}: {source} is not allowed; it must be {others} or {PREFIX}<name or folder>")
     try:
         import diffusers
     except ImportError as error:
