@@ -231,7 +231,7 @@ def run(parts: Parts) -> int:
     folder = distributed.from_main(lambda: find_folder(parts))
     if distributed.from_main(lambda: is_finished(folder)):
         distributed.leave()
-        return report_finished(folder)
+        return report_finished(folder) if distributed.is_main() else 0
     if not distributed.is_main():
         return work(parts, folder, public, sensitive, private, noise)
     try:
