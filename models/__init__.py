@@ -12,6 +12,7 @@ METHODS = Registry(
         "PE": "models.pe:PE",
         "PE-SD": "models.pe_sd:PESD",
         "GS-WGAN": "models.gs_wgan:GSWGAN",
+        "DP-Kernel": "models.dp_kernel:DPKernel",
         "DPDM": "models.dpdm:DPDM",
         "PDP-Diffusion": "models.pdp_diffusion:PDPDiffusion",
         "PrivImage": "models.privimage:PrivImage",

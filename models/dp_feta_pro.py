@@ -55,7 +55,9 @@ class DPFETAPro(DiffusionSynthesizer):
         self.has_frequency_stage = bool(config.pretrain.n_epochs and config.freq.n_epochs)
         super().__init__(config, spec, runtime)
         freq = config.freq
-        self.embedding = FourierEmbedding(freq, freq.image_size, spec.channels, runtime)
+        self.embedding = FourierEmbedding(
+            freq, [freq.rff_sigma], image_size=freq.image_size, channels=spec.channels, runtime=runtime
+        )
         self.merf = EmbeddingGenerator(
             freq.Generator, self.embedding, freq.image_size, spec.channels, spec.num_classes, runtime
         )
@@ -88,7 +90,7 @@ class DPFETAPro(DiffusionSynthesizer):
         """What the generator draws after it was fitted to the noisy embedding: post-processing, and the same again in
         a resumed run."""
         freq = self.config.freq
-        self.merf.fit("frequency generator", self.noisy_embedding, freq.fit, self.spec.num_train)
+        self.merf.fit("frequency generator", self.noisy_embedding, freq.fit.schedule(self.spec.num_train))
         labels = balanced_labels(freq.data_num, self.spec.num_classes)
         return Samples(self.merf.draw(labels, self.config.gen.batch_size, "frequency images"), labels)
 

@@ -1,18 +1,26 @@
-"""Generators fitted to a mean embedding of labelled images (DP-MERF, Harder et al., AISTATS 2021).
+"""Generators fitted to a noisy mean embedding of labelled images (DP-MERF, Harder et al., AISTATS 2021).
 
 The embedding of a set is the mean of phi(x) (x) onehot(y). The sum over all private records, each of bounded norm, is
-one Gaussian release; dividing it by the public N and fitting a generator to it are post-processing.
+one Gaussian release; dividing it by the public N and fitting a generator to it are post-processing. Its rows carry the
+classes' shares of the records; a constant feature tells these shares, in the same release, and generated images are
+weighted by them: classes of any size are fitted at their own scale.
 Legend: B batch, C channels, H W pixels, D size of one phi(x), K labels.
 """
 
+import abc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from data.spec import PublicData
+from data.spec import PublicData, Samples
+from models.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
 from models.nn.generator import Generator, GeneratorConfig
+from models.synthesizer import Cost, Synthesizer, balanced_labels
+from models.timing import seconds_of
+from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.images import to_float, to_uint8
 from utils.progress import progress
@@ -20,11 +28,14 @@ from utils.runtime import Runtime
 from utils.sections import check_field
 
 MEAN_EMBEDDING = "mean embedding"
+PER_CLASS = (
+    4  # generated images of a class that a step compares, at least: one alone cannot be told from its mean
+)
 
 
 class Embedding(Protocol):
     """A feature map phi of images, and how means of phi(x) (x) onehot(y) are taken with it: phi(x) may be too large to
-    be written out for a batch."""
+    be written out for a batch. All phi(x) have the same norm."""
 
     def noisy_mean(self, private: PrivateData) -> torch.Tensor:
         """(num_classes, D): the one planned release MEAN_EMBEDDING over all records, divided by the public N."""
@@ -32,6 +43,23 @@ class Embedding(Protocol):
     def mean(self, images: torch.Tensor, labels: torch.Tensor, num_labels: int) -> torch.Tensor:
         """(B, C, H, W) in [-1, 1], (B,) -> (num_labels, D): row k is the sum of phi(x) over label k, divided by B.
         Differentiable in the images."""
+
+    def class_shares(self, mean: torch.Tensor) -> torch.Tensor:
+        """(K, D) -> (K,): the shares of the classes in a mean, noisy or not; greater than 0, their sum is 1."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of Adam. After every `period` of them the learning rate is multiplied and a snapshot is left."""
+
+    num_steps: int
+    batch_size: int  # generated images per step
+    lr: float
+    lr_decay: float
+    period: int
+
+    def learning_rate(self, step: int) -> float:
+        return self.lr * self.lr_decay ** (step // self.period)
 
 
 @dataclass(frozen=True)
@@ -42,8 +70,13 @@ class FitConfig:
     lr_decay: float  # factor per epoch
 
     def __post_init__(self) -> None:
-        check_field(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
+        check_field(self.batch_size >= PER_CLASS, "batch_size", self.batch_size, f"at least {PER_CLASS}")
         check_field(self.epochs >= 0, "epochs", self.epochs, "0 or more")
+        check_field(self.lr > 0, "lr", self.lr, "greater than 0")
+
+    def schedule(self, num_images: int) -> Schedule:
+        period = max(1, num_images // self.batch_size)
+        return Schedule(self.epochs * period, self.batch_size, self.lr, self.lr_decay, period)
 
 
 class EmbeddingGenerator:
@@ -63,9 +96,10 @@ class EmbeddingGenerator:
         with runtime.seeded("generator"):
             self.generator = Generator(config, image_size, channels, num_labels)
         self.generator.to(runtime.device)
+        self._start("start")
 
     def public_mean(self, public: PublicData, cond: bool) -> torch.Tensor:
-        """(public classes, D), or with cond=False (1, D): all public images count as label 0."""
+        """(public classes, D), or with cond=False (1, D): labels of public images are ignored."""
         num_labels = public.num_classes if cond else 1
         total = 0.0
         for start in progress(range(0, len(public), 1000), "public embedding", unit="batch"):
@@ -75,37 +109,185 @@ class EmbeddingGenerator:
             total = total + self.embedding.mean(images, labels, num_labels) * len(labels)
         return total / len(public)
 
-    def fit(self, stage: str, target: torch.Tensor, config: FitConfig, num_images: int) -> None:
-        """Minimise |target - mean embedding of generated images|^2, labels uniform; target (K, D)."""
-        self.generator.train()
-        steps_per_epoch = max(1, num_images // config.batch_size)
-        optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.lr)
-        for step in progress(range(config.epochs * steps_per_epoch), stage):
-            rng = self.runtime.rng(f"{stage} labels {step}")
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * config.lr_decay ** (step // steps_per_epoch)
-            labels = torch.randint(
-                len(target), (config.batch_size,), generator=rng, device=self.runtime.device
-            )
-            images = self.generator(self._noise(labels, f"{stage} {step}"), labels)
-            mean = self.embedding.mean(images, labels, len(target))
-            optimizer.zero_grad(set_to_none=True)
-            (target - mean).square().sum().backward()
-            optimizer.step()
+    def fit(self, stage: str, target: torch.Tensor, schedule: Schedule) -> None:
+        """Bring the mean embedding of generated images to `target` (K, D)."""
+        for _ in self.steps(stage, target, schedule):
+            pass
 
+    def steps(self, stage: str, target: torch.Tensor, schedule: Schedule) -> Iterator[int]:
+        """`fit`, which yields the number of steps taken after each; goes on where a restored state was."""
+        if self.stage != stage:
+            self._start(stage)
+        shares = self.embedding.class_shares(target)
+        for _ in progress(range(self.step, schedule.num_steps), stage, schedule.num_steps, initial=self.step):
+            self._take_step(target, shares, schedule)
+            self.step += 1
+            yield self.step
+
+    def _take_step(self, target: torch.Tensor, shares: torch.Tensor, schedule: Schedule) -> None:
+        """One step down the sum of |target_k - share_k E phi(G(z, k))|^2 over labels k, of which it takes as many as
+        the batch has PER_CLASS images for."""
+        self.generator.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = schedule.learning_rate(self.step)
+        rng, device = self.runtime.rng(f"{self.stage} {self.step}"), self.runtime.device
+        size = schedule.batch_size
+        chosen = torch.randperm(len(target), generator=rng, device=device)[: size // PER_CLASS]
+        rows = torch.arange(size, device=device) % len(chosen)
+        labels = chosen[rows] if len(target) > 1 else self._any_labels(size, rng)
+        images = self._images(torch.randn(size, self.generator.z_dim, generator=rng, device=device), labels)
+        counts = torch.bincount(rows)[:, None]
+        mean = self.embedding.mean(images, rows, len(chosen)) * (shares[chosen, None] * size / counts)
+        # Gradient of an unbiased estimate: |mean of n vectors|^2 holds each vector's own norm, which is constant, with
+        # weight 1 / n, and so the products of different ones, which are wanted, with weight (n - 1) / n.
+        gradient = 2 * (mean.detach() * (counts / (counts - 1)) - target[chosen])
+        self.optimizer.zero_grad(set_to_none=True)
+        mean.backward(gradient)
+        self.optimizer.step()
+
+    def _any_labels(self, size: int, rng: torch.Generator) -> torch.Tensor:
+        """All labels alike: where a target has no labels, images of each are to resemble it."""
+        table = self.generator.embedding.num_embeddings
+        return torch.randint(table, (size,), generator=rng, device=rng.device)
+
+    def _images(self, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with self.runtime.autocast():
+            images = self.generator(noise, labels)
+        return images.float()
+
+    @torch.no_grad()
     def draw(self, labels: np.ndarray, batch_size: int, stream: str) -> np.ndarray:
         """One image per label: (N, C, image_size, image_size) uint8."""
         self.generator.eval()
         parts = []
-        with torch.no_grad():
-            for start in progress(range(0, len(labels), batch_size), stream, unit="batch"):
-                batch = torch.from_numpy(labels[start : start + batch_size]).to(self.runtime.device)
-                parts.append(to_uint8(self.generator(self._noise(batch, f"{stream} {start}"), batch)))
+        for start in progress(range(0, len(labels), batch_size), stream, unit="batch"):
+            batch = torch.from_numpy(labels[start : start + batch_size]).to(self.runtime.device)
+            rng = self.runtime.rng(f"noise {stream} {start}")
+            noise = torch.randn(len(batch), self.generator.z_dim, generator=rng, device=batch.device)
+            parts.append(to_uint8(self._images(noise, batch)))
         return np.concatenate(parts)
-
-    def _noise(self, labels: torch.Tensor, stream: str) -> torch.Tensor:
-        rng = self.runtime.rng(f"noise {stream}")
-        return torch.randn(len(labels), self.generator.z_dim, generator=rng, device=labels.device)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.generator.parameters())
+
+    def seconds_per_image(self) -> float:
+        """Of a training step on this machine."""
+        rows, device = 16, self.runtime.device
+        labels = torch.zeros(rows, dtype=torch.int64, device=device)
+        noise = torch.zeros(rows, self.generator.z_dim, device=device)
+        before = {name: value.clone() for name, value in self.generator.state_dict().items()}
+        seconds = seconds_of(
+            lambda: self.embedding.mean(self._images(noise, labels), labels, 1).sum().backward()
+        )
+        self.generator.load_state_dict(before)
+        self.generator.zero_grad(set_to_none=True)
+        return seconds / rows
+
+    def _start(self, stage: str) -> None:
+        self.stage, self.step = stage, 0
+        self.optimizer = torch.optim.Adam(self.generator.parameters())
+
+    def state_dict(self) -> dict:
+        return {
+            "stage": self.stage,
+            "step": self.step,
+            "generator": self.generator.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.generator.load_state_dict(state["generator"])
+        self._start(state["stage"])
+        self.step = state["step"]
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
+
+
+class EmbeddingSynthesizer(Synthesizer):
+    """One release over all private images trains a generator; public or noisy central images may train it before.
+
+    A method says with which features, and for how many steps. Sections of its Config: model (with a Generator),
+    pretrain (with cond), train, gen, public_data.
+    """
+
+    def __init__(self, config, spec, runtime: Runtime) -> None:
+        super().__init__(config, spec, runtime)
+        public = config.public_data
+        num_labels = max(spec.num_classes, public.n_classes or 0)
+        self.embedding = self._embedding()
+        self.fitted = EmbeddingGenerator(
+            config.model.Generator, self.embedding, spec.resolution, spec.channels, num_labels, runtime
+        )
+        warms_up = public.name in (MEAN, MODE) and self._pretraining(1).num_steps
+        self.central = CentralImages(public.name, public.central, spec, runtime) if warms_up else None
+        self.noisy_embedding: torch.Tensor | None = None  # (num_classes, D)
+
+    @abc.abstractmethod
+    def _embedding(self) -> Embedding:
+        """The features, for the images of `self.spec`."""
+
+    @abc.abstractmethod
+    def _pretraining(self, num_images: int) -> Schedule:
+        """The schedule on a public set of this size; no steps: no pretraining."""
+
+    @abc.abstractmethod
+    def _training(self) -> Schedule:
+        """The schedule on the noisy embedding."""
+
+    def privacy_plan(self) -> list[Release]:
+        return [*self.pretraining_plan(), Release(MEAN_EMBEDDING, None)]
+
+    def pretraining_plan(self) -> list[Release]:
+        return [] if self.central is None else [self.central.release()]
+
+    def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
+        if self.central is not None:
+            public = PublicData(CENTRAL_IMAGES, self.central.ask(private), self.spec.class_names)
+            self.runtime.snapshot("pretrain")
+        if public is not None and self._pretraining(len(public)).num_steps:
+            target = self.fitted.public_mean(public, self.config.pretrain.cond)
+            self._fit("pretrain", target, self._pretraining(len(public)))
+
+    def train(self, private: PrivateData) -> None:
+        if self.noisy_embedding is None:  # else a resumed run, whose one release is in the checkpoint
+            self.noisy_embedding = self.embedding.noisy_mean(private)
+            self.runtime.snapshot("train")
+        self._fit("train", self.noisy_embedding, self._training())
+
+    def _fit(self, stage: str, target: torch.Tensor, schedule: Schedule) -> None:
+        for step in self.fitted.steps(stage, target, schedule):
+            if step % schedule.period == 0 and step < schedule.num_steps:
+                self.runtime.snapshot(stage)
+                labels = balanced_labels(8 * min(len(target), 16), min(len(target), 16))
+                self.runtime.preview(stage, step, self.fitted.draw(labels, len(labels), "preview"), labels)
+
+    def generate(self, num_samples: int) -> Samples:
+        labels = balanced_labels(num_samples, self.spec.num_classes)
+        return Samples(self.fitted.draw(labels, self.config.gen.batch_size, "generate"), labels)
+
+    def state_dict(self) -> dict:
+        return {
+            "fit": self.fitted.state_dict(),
+            "noisy_embedding": self.noisy_embedding,
+            "central": {} if self.central is None else self.central.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.fitted.load_state_dict(state["fit"])
+        embedding = state["noisy_embedding"]
+        self.noisy_embedding = None if embedding is None else embedding.to(self.runtime.device)
+        if self.central is not None:
+            self.central.load_state_dict(state["central"])
+
+    def parameter_counts(self) -> dict[str, int]:
+        return {"generator": self.fitted.num_parameters()}
+
+    def public_costs(self, num_images: int) -> list[Cost]:
+        return [self._cost("pretrain", self._pretraining(num_images))]
+
+    def costs(self) -> list[Cost]:
+        return [self._cost("train", self._training())]
+
+    def _cost(self, stage: str, schedule: Schedule) -> Cost:
+        images = schedule.num_steps * schedule.batch_size
+        text = f"{schedule.num_steps} steps x {schedule.batch_size} images"
+        return Cost(stage, text, images * self.fitted.seconds_per_image())

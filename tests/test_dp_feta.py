@@ -100,9 +100,9 @@ def test_central_images_warm_up_dp_merf(kind, make_trial):
     settings += [f"public_data.central.{key}" for key in ("sample_num=2", "sigma=50.0", "batch_size=60")]
     trial = make_trial("DP-MERF", *settings)
     assert trial.private.ledger.releases()[0] == CENTRAL
-    before = trial.synthesizer.merf.generator.first.bias.detach().clone()
+    before = trial.synthesizer.fitted.generator.first.bias.detach().clone()
     trial.synthesizer.pretrain(trial.public, trial.private)
-    assert not torch.equal(before, trial.synthesizer.merf.generator.first.bias)
+    assert not torch.equal(before, trial.synthesizer.fitted.generator.first.bias)
     trial.synthesizer.train(trial.private)
     assert trial.private.ledger.complete
 

@@ -120,6 +120,13 @@ TINY = {
         "train.pretrain.iterations=2",
         "train.pretrain.critic_iters=2",
     ],
+    "DP-Kernel": [
+        "model.d_rff=60",
+        "model.Generator.g_conv_dim=4",
+        "train.max_iter=10",
+        "train.vis_step=4",
+        "public_data.name=null",
+    ],
     "DPDM": [*_DIFFUSION, "public_data.name=null"],
     "PDP-Diffusion": [*_DIFFUSION, *_PUBLIC, "public_data.selective.ratio=1.0"],
     "DP-LDM-SD": [*_DIFFUSION, *_PUBLIC, "public_data.selective.ratio=1.0"],

@@ -1,5 +1,6 @@
-"""Random Fourier features of the Gaussian kernel (Rahimi & Recht 2007), and mean embeddings of images in them."""
+"""Random Fourier features of Gaussian kernels (Rahimi & Recht 2007), and mean embeddings of images in them."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,25 +13,41 @@ from utils.sections import check_field
 
 
 @dataclass(frozen=True)
-class FourierConfig:
-    d_rff: int  # number of random features, even
-    rff_sigma: float  # squared bandwidth on pixels in [0, 1]
+class FeatureConfig:
+    d_rff: int  # number of random features; half of those of a bandwidth are cosines, half are sines
+    class_mass: (
+        float  # size of one more, constant feature beside the others' 1: it tells the shares of the classes
+    )
 
     def __post_init__(self) -> None:
         check_field(self.d_rff > 0 and self.d_rff % 2 == 0, "d_rff", self.d_rff, "a positive even number")
+        check_field(self.class_mass > 0, "class_mass", self.class_mass, "greater than 0")
+
+
+@dataclass(frozen=True)
+class FourierConfig(FeatureConfig):
+    rff_sigma: float  # squared bandwidth on pixels in [0, 1]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_field(self.rff_sigma > 0, "rff_sigma", self.rff_sigma, "greater than 0")
 
 
 class RandomFourierFeatures:
     """(B, D) -> (B, num_features): [cos(Wx), sin(Wx)] / sqrt(num_features / 2), of L2 norm exactly 1 for every x.
 
-    W has entries N(0, 1 / squared_bandwidth), so that E[phi(x) . phi(y)] = exp(-|x - y|^2 / (2 squared_bandwidth)).
+    Equal numbers of rows of W have entries N(0, 1 / s), s each of the squared bandwidths, so that E[phi(x) . phi(y)] is
+    the mean of exp(-|x - y|^2 / (2 s)) over them.
     """
 
-    def __init__(self, dim: int, num_features: int, squared_bandwidth: float, rng: torch.Generator) -> None:
-        assert num_features % 2 == 0, num_features
+    def __init__(
+        self, dim: int, num_features: int, squared_bandwidths: list[float], rng: torch.Generator
+    ) -> None:
+        number, rest = divmod(num_features, 2 * len(squared_bandwidths))
+        assert rest == 0, (num_features, squared_bandwidths)
         frequencies = torch.randn(num_features // 2, dim, generator=rng, device=rng.device)
-        self.frequencies = frequencies / squared_bandwidth**0.5
+        bandwidths = torch.tensor(squared_bandwidths, device=rng.device).sqrt().repeat_interleave(number)
+        self.frequencies = frequencies / bandwidths[:, None]
         self.num_features = num_features
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -39,26 +56,42 @@ class RandomFourierFeatures:
 
 
 class FourierEmbedding:
-    """`models.mean_embedding.Embedding` in random Fourier features of the pixels."""
+    """`models.mean_embedding.Embedding` in random Fourier features of the pixels, and in one constant feature, whose
+    mean is the share of a class."""
 
-    def __init__(self, config: FourierConfig, image_size: int, channels: int, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        config: FeatureConfig,
+        squared_bandwidths: list[float],  # on pixels in [0, 1]
+        *,
+        image_size: int,
+        channels: int,
+        runtime: Runtime,
+    ) -> None:
         self.image_size = image_size
+        self.mass = config.class_mass
         self.phi = RandomFourierFeatures(
-            channels * image_size**2, config.d_rff, config.rff_sigma, runtime.rng("frequencies")
+            channels * image_size**2, config.d_rff, squared_bandwidths, runtime.rng("frequencies")
         )
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) in [-1, 1] -> (B, d_rff) of norm 1; the published bandwidth is for pixels in [0, 1]."""
+        """(B, C, H, W) in [-1, 1] -> (B, d_rff + 1) of norm sqrt(1 + class_mass^2), the constant feature last."""
         if images.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
-        return self.phi((images.flatten(1) + 1) / 2)
+        return F.pad(self.phi((images.flatten(1) + 1) / 2), (0, 1), value=self.mass)
 
     def noisy_mean(self, private: PrivateData) -> torch.Tensor:
-        total = private.noisy_sum(MEAN_EMBEDDING, lambda x, _: self.features(x), l2_bound=1.0, by_class=True)
+        bound = math.hypot(1.0, self.mass)
+        total = private.noisy_sum(MEAN_EMBEDDING, lambda x, _: self.features(x), bound, by_class=True)
         return total / private.spec.num_train
 
     def mean(self, images: torch.Tensor, labels: torch.Tensor, num_labels: int) -> torch.Tensor:
         features = self.features(images)
         total = torch.zeros(num_labels, features.shape[1], device=features.device)
         return total.index_add_(0, labels, features) / len(images)
+
+    def class_shares(self, mean: torch.Tensor) -> torch.Tensor:
+        """A class counts at least a hundredth of an equal share: its noisy mass may be negative."""
+        shares = (mean[:, -1] / self.mass).clamp(min=0.01 / len(mean))
+        return shares / shares.sum()
