@@ -158,7 +158,7 @@ def require_same_settings(config: Config) -> None:
 def compose(config: Config, plan: list | None = None) -> Parts:
     """Spec, ledger and method, with the method's plan adopted, or the calibrated `plan`; reads no image."""
     from data.public import num_public_classes
-    from data.sensitive import spec_of
+    from data.sensitive import require_apart, spec_of
     from evaluation.evaluator import Evaluator
     from opacus_ext.ledger import Budget, Ledger, default_delta, weak_delta
     from utils.device import prepare_device
@@ -168,6 +168,7 @@ def compose(config: Config, plan: list | None = None) -> Parts:
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
     for line in lines:
         log.info(line)
+    require_apart(config.public_data, config.sensitive_data, config.data_root)
     if config.gen.data_num < spec.num_classes:
         raise UserError(
             f"gen.data_num: {config.gen.data_num}; it must be at least {spec.num_classes}, one per class"

@@ -11,7 +11,8 @@ from data.registry import EMBEDDED_SENSITIVE, prepare_command
 from data.spec import DataSpec, Samples
 from data.splits import validation_split
 from utils.errors import UserError
-from utils.sections import SensitiveDataConfig
+from utils.results import PRIVACY
+from utils.sections import PublicDataConfig, SensitiveDataConfig
 
 ROWS_AT_ONCE = 4096  # copied at a time where a split of mapped images is written to disk
 
@@ -57,6 +58,21 @@ def require_prepared(section: SensitiveDataConfig, data_root: Path) -> None:
     folder = _folder(section, data_root)
     if section.name is not None and not _is_embedded(section) and not is_prepared(folder):
         raise _not_prepared(section, folder, data_root)
+
+
+def require_apart(public: PublicDataConfig, section: SensitiveDataConfig, data_root: Path) -> None:
+    """Raise UserError where public_data.train_path holds the private images, or what a run has made of private images,
+    which is not public either: nothing would add up what it has cost."""
+    if public.name is None or public.train_path is None:
+        return
+    path = Path(public.train_path).resolve()
+    if not _is_embedded(section) and path == _folder(section, data_root).resolve():
+        raise UserError(f"public_data.train_path: {path} holds the private images; give a public set")
+    if any((folder / PRIVACY).exists() for folder in path.parents):
+        raise UserError(
+            f"public_data.train_path: {path} was made of private images by a run, and its cost would be forgotten; "
+            f"if these were other images than now, copy it out of the run's folder"
+        )
 
 
 def load_sensitive(section: SensitiveDataConfig, mode: str, data_root: Path) -> SensitiveData:

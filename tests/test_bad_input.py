@@ -296,6 +296,20 @@ def test_data_that_has_not_been_prepared(tmp_path):
     assert "scripts/prepare_data.py --data_name mnist_28" in refusal
 
 
+def test_private_images_as_public_ones(tmp_path, prepared):
+    public = ["public_data.name=other", f"public_data.train_path={tmp_path / 'link'}", "pretrain.epochs=1"]
+    (tmp_path / "link").symlink_to(prepared / "mine")
+    more = [*MINE, "--data_root", str(prepared), "gen.data_num=4", *public]
+    assert "holds the private images" in refused(tmp_path, *more, method="DP-MERF")
+
+
+def test_samples_of_a_run_as_public_images(tmp_path):
+    run = call(run_program.main, arguments("Noise", tmp_path / "runs", "eval=none")).folder
+    for made in ("gen/gen.npz", "gen"):
+        more = ["public_data.name=other", f"public_data.train_path={run / made}", "pretrain.epochs=1"]
+        assert "its cost would be forgotten" in refused(tmp_path, *more, method="DP-MERF")
+
+
 def test_labels_out_of_range(tmp_path, prepared):
     path = prepared / "mine" / "train_labels.npy"
     labels = np.load(path)
