@@ -274,16 +274,14 @@ def test_published_commands_are_all_here():
 
 
 def published_noise(words: list[str]) -> float | None:
-    """What the tables say of a command; None where they say nothing: they hold out validation images, and have no
-    pixel-space method at 64 px, nor runs without training."""
+    """What the tables say of a command at epsilon 10: 150 epochs in all methods, and a semantic query changes nothing.
+    None where they say nothing: they hold out validation images, and have neither 64 px nor runs without training."""
     if not {"eval.mode=sen", "train.n_epochs=0", "sensitive_data.name=null"}.isdisjoint(words):
         return None
     if "train.accountant=prv" in words:
         return 1.899
-    method, data = (words[words.index(flag) + 1] for flag in ("--method", "--data_name"))
-    same_plan = {"fmnist_28": "mnist_28"}
-    of_data = {(m, d): published for m, d, epsilon, published in NOISE if epsilon == 10}
-    return of_data.get((method, data), of_data.get((method, same_plan.get(data, data))))
+    data = words[words.index("--data_name") + 1]
+    return {"mnist_28": 1.995, "fmnist_28": 1.995, "cifar10_32": 2.206}.get(data)
 
 
 @pytest.mark.slow
@@ -305,7 +303,7 @@ def test_published_commands_calibrate(command, checkpoint):
 
 def test_the_tables_know_most_of_the_published_commands():
     known = [published_noise(shlex.split(command)) for command in COMMANDS]
-    assert sorted(noise for noise in known if noise) == [1.899, *[1.995] * 5, *[2.206] * 2]
+    assert sorted(noise for noise in known if noise) == [1.899, *[1.995] * 5, 2.206, 2.206]
 
 
 def test_sampling_from_a_published_checkpoint_costs_what_its_training_did(checkpoint):
