@@ -14,7 +14,7 @@ to it is post-processing, with labels from a public distribution.
 from dataclasses import dataclass
 
 from models.features.random_fourier import FeatureConfig, FourierEmbedding
-from models.mean_embedding import PER_CLASS, EmbeddingSynthesizer, Schedule
+from models.mean_embedding import EmbeddingSynthesizer, Schedule
 from models.nn.generator import GeneratorConfig
 from utils.sections import GenConfig, PublicDataConfig, check_field
 
@@ -40,7 +40,7 @@ class FitConfig:
     vis_step: int  # steps between snapshots, with a grid of samples
 
     def __post_init__(self) -> None:
-        check_field(self.batch_size >= PER_CLASS, "batch_size", self.batch_size, f"at least {PER_CLASS}")
+        check_field(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
         check_field(self.lr > 0, "lr", self.lr, "greater than 0")
         check_field(self.vis_step > 0, "vis_step", self.vis_step, "at least 1")
 

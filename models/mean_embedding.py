@@ -28,9 +28,7 @@ from utils.runtime import Runtime
 from utils.sections import check_field
 
 MEAN_EMBEDDING = "mean embedding"
-PER_CLASS = (
-    4  # generated images of a class that a step compares, at least: one alone cannot be told from its mean
-)
+PER_CLASS = 4  # generated images of each class that a step compares, at least
 
 
 class Embedding(Protocol):
@@ -70,7 +68,7 @@ class FitConfig:
     lr_decay: float  # factor per epoch
 
     def __post_init__(self) -> None:
-        check_field(self.batch_size >= PER_CLASS, "batch_size", self.batch_size, f"at least {PER_CLASS}")
+        check_field(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
         check_field(self.epochs >= 0, "epochs", self.epochs, "0 or more")
         check_field(self.lr > 0, "lr", self.lr, "greater than 0")
 
@@ -132,7 +130,7 @@ class EmbeddingGenerator:
             group["lr"] = schedule.learning_rate(self.step)
         rng, device = self.runtime.rng(f"{self.stage} {self.step}"), self.runtime.device
         size = schedule.batch_size
-        chosen = torch.randperm(len(target), generator=rng, device=device)[: size // PER_CLASS]
+        chosen = torch.randperm(len(target), generator=rng, device=device)[: max(1, size // PER_CLASS)]
         rows = torch.arange(size, device=device) % len(chosen)
         labels = chosen[rows] if len(target) > 1 else self._any_labels(size, rng)
         images = self._images(torch.randn(size, self.generator.z_dim, generator=rng, device=device), labels)

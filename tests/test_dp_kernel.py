@@ -161,7 +161,7 @@ def test_published_settings_reach_the_published_sizes(data):
         ("model.sigma_list=[]", "sigma_list"),
         ("model.sigma_list=[1.0,-2.0]", "sigma_list"),
         ("model.d_rff=22", "d_rff"),
-        ("train.batch_size=2", "batch_size"),
+        ("train.batch_size=1", "batch_size"),
         ("train.vis_step=0", "vis_step"),
         ("train.max_iter=-1", "max_iter"),
         ("pretrain.n_epochs=-1", "n_epochs"),

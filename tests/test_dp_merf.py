@@ -266,7 +266,7 @@ def test_pretraining_with_and_without_public_labels(cond, make_method, public):
 
 @pytest.mark.parametrize(
     "wrong",
-    ["model.d_rff=5", "model.d_rff=0", "model.rff_sigma=0", "model.class_mass=0", "train.batch_size=3"],
+    ["model.d_rff=5", "model.d_rff=0", "model.rff_sigma=0", "model.class_mass=0", "train.batch_size=1"],
 )
 def test_settings_refuse_nonsense(make_method, wrong):
     with pytest.raises(UserError, match=wrong.split("=")[0].split(".")[1]):
