@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 PIXELS = 2**13  # per measured batch: few images of 32 px, many of 8 px, as in a real batch
+REPEATS = 5
 PATIENCE = 0.5  # seconds of measuring after which no step is begun
 
 
@@ -13,10 +14,10 @@ def batch_rows(resolution: int) -> int:
 
 
 def seconds_of(step: Callable[[], object]) -> float:
-    """Of one call: the fastest of some, after a first one, which also allocates and chooses kernels."""
+    """Of one call: the fastest of a few, after a first one, which also allocates and chooses kernels."""
     step()
     times = []
-    while sum(times) < PATIENCE:
+    while len(times) < REPEATS and sum(times) < PATIENCE:
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)

@@ -39,10 +39,10 @@ def test_without_pretraining_public_images_cost_nothing(make_method):
     assert make_method("PrivImage", "pretrain.n_epochs=0").public_costs(48) == []
 
 
-def test_a_step_is_timed_more_than_once():
+def test_a_step_is_timed_a_few_times():
     calls = []
-    assert 0 <= seconds_of(lambda: calls.append(1)) < 0.5
-    assert len(calls) > 2
+    assert seconds_of(lambda: calls.append(1)) >= 0
+    assert 2 < len(calls) < 10
 
 
 def dry_run(tmp_path, method: str, *more: str) -> str:

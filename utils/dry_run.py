@@ -18,10 +18,8 @@ def describe(config, spec, ledger, synthesizer, num_public: int | None) -> str:
 def plan_lines(ledger, num_train: int) -> list[str]:
     """The budget, and a table of the planned queries: noise, rate, steps and epsilon of each."""
     budget = ledger.budget
-    if not ledger.releases():
-        return ["privacy: the private images are asked nothing"]
     header = ("private query", "noise_multiplier", "sample_rate", "steps", "epsilon alone")
-    rows = [_release_row(release) for release in ledger.report()["releases"]]
+    rows = [_release_row(release) for release in ledger.report()["releases"]] or [("none", *[""] * 4)]
     rows.append(("together", "", "", "", f"{ledger.planned_epsilon():.4g}"))
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     return [
