@@ -19,6 +19,7 @@ from models.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
 from models.nn.discriminator import Discriminator
 from models.nn.ema import EMA
 from models.nn.generator import Generator, GeneratorConfig
+from models.public_batches import public_batches
 from models.synthesizer import Cost, Synthesizer, balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps
@@ -29,7 +30,6 @@ from utils.images import to_float, to_uint8
 from utils.progress import progress
 from utils.runtime import Runtime
 from utils.sections import GenConfig, PublicDataConfig, check_field
-from utils.seeding import numpy_rng
 
 DP_SGD = "dp-sgd"
 
@@ -150,14 +150,12 @@ class DPGAN(Synthesizer):
             return
         config = self.config.pretrain
         self._begin("pretrain")
-        batch_size = min(config.batch_size, len(public))
-        steps_per_epoch = len(public) // batch_size
         num_labels = public.num_classes if config.cond else 1
-        total = config.n_epochs * steps_per_epoch
-        for step in progress(range(self.step, total), "pretrain", total=total, initial=self.step):
-            epoch, position = divmod(step, steps_per_epoch)
-            order = numpy_rng(self.runtime.seed, f"pretrain order {epoch}").permutation(len(public))
-            batch = public.samples.take(np.sort(order[position * batch_size : (position + 1) * batch_size]))
+        batches = public_batches(
+            "pretrain", len(public), config.batch_size, config.n_epochs, self.runtime.seed, start=self.step
+        )
+        for _, positions in batches:
+            batch = public.samples.take(positions)
             self._discriminate_publicly(batch, PairedLoss(self.generator, num_labels, self.runtime.autocast))
             self._finish_step(config, num_labels)
 

@@ -66,6 +66,7 @@ def test_a_method_imports_no_other_method():
         "models.semantic_query",
         "models.central_images",
         "models.mean_embedding",
+        "models.public_batches",
         "models.apis",
         "models.embeddings",
         "models.evolution",

@@ -264,8 +264,9 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def with_checkpoint(command: str, folder: Path) -> list[str]:
-    """The command's words after the program, with the user's checkpoint replaced by one that exists."""
-    words = shlex.split(command)[1:]
+    """The command's words after the program, with the user's checkpoint replaced by one that exists. The run that one
+    command resumes does not: see test_end_to_end.py for that."""
+    words = shlex.split(command.removesuffix(" --resume_exp <run>"))[1:]
     return [re.sub(r"^model\.ckpt=.*/<run>", f"model.ckpt={folder}", word) for word in words]
 
 

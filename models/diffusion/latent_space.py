@@ -17,13 +17,13 @@ from models.diffusion.cost import warm_up_cost
 from models.nn.autoencoder import Autoencoder, Pixels
 from models.nn.perceptual import SMALLEST
 from models.nn.unet import level_sizes
+from models.public_batches import public_batches
 from models.synthesizer import Cost
 from models.timing import batch_rows, seconds_of
 from utils import distributed
 from utils.draws import Draws
 from utils.errors import UserError
 from utils.images import to_float
-from utils.progress import progress
 from utils.runtime import Runtime
 from utils.sections import check
 from utils.seeding import numpy_rng
@@ -105,20 +105,23 @@ class LatentSpace:
         """Train the autoencoder on public images, or what is left of it in a resumed run."""
         if self.done or not self.config.n_epochs:
             return
-        batch_size = min(self.config.batch_size, len(samples))
-        steps_per_epoch = len(samples) // batch_size
-        total = self.config.n_epochs * steps_per_epoch
+        config = self.config
         self._start()
-        for step in progress(range(self.step, total), "autoencoder", total=total, initial=self.step):
-            epoch, position = divmod(step, steps_per_epoch)
-            order = numpy_rng(self.runtime.seed, f"autoencoder order {epoch}").permutation(len(samples))
-            batch = np.sort(order[position * batch_size : (position + 1) * batch_size])
-            own = distributed.share(batch_size)
-            rng = self.runtime.draws(f"autoencoder {step}", batch_size)[own]
+        batches = public_batches(
+            "autoencoder",
+            len(samples),
+            config.batch_size,
+            config.n_epochs,
+            self.runtime.seed,
+            start=self.step,
+        )
+        for step, batch in batches:
+            own = distributed.share(len(batch))
+            rng = self.runtime.draws(f"autoencoder {step}", len(batch))[own]
             images = augment(to_float(samples.images[batch[own]], self.runtime.device), rng)
-            self.training.step(step, images, rng, batch_size)
+            self.training.step(step, images, rng, len(batch))
             self.step += 1
-            if self.step % self.config.snapshot_freq == 0:
+            if self.step % config.snapshot_freq == 0:
                 self.runtime.snapshot("pretrain")
         self._finish(samples)
 

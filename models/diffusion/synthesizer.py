@@ -24,6 +24,7 @@ from models.diffusion.denoiser import guided
 from models.diffusion.loss import EDMLoss, LossConfig
 from models.diffusion.samplers import SamplerConfig, sample
 from models.nn.ema import EMA
+from models.public_batches import public_batches
 from models.semantic_query import SemanticQuery, words_per_class
 from models.synthesizer import Cost, Synthesizer, balanced_labels
 from models.timing import batch_rows, seconds_of
@@ -35,9 +36,8 @@ from utils.draws import Draws
 from utils.errors import UserError
 from utils.images import to_float, to_uint8
 from utils.progress import progress
-from utils.runtime import Runtime, log
+from utils.runtime import Runtime
 from utils.sections import GenConfig, PublicDataConfig
-from utils.seeding import numpy_rng
 
 DP_SGD = "dp-sgd"
 WARM_UP = "warm-up"
@@ -236,25 +236,24 @@ class DiffusionSynthesizer(Synthesizer):
         """Train all weights, without noise, on images that are public or that noise has made so; or what is left of
         it in a resumed run."""
         config = self._stages()[stage]
-        batch_size = min(config.batch_size, len(samples))
-        if batch_size < config.batch_size:
-            log.info(f"{stage}: there are {batch_size} images, fewer than batch_size={config.batch_size}")
-        steps_per_epoch = len(samples) // batch_size
-        before = self._steps_before if stage == "pretrain" else 0
-        total = before + config.n_epochs * steps_per_epoch
-        start = self._begin(stage)
-        for step in progress(range(start, total), stage, total=total, initial=start):
-            epoch, position = divmod(step, steps_per_epoch)
-            order = numpy_rng(self.runtime.seed, f"{stage} order {epoch}").permutation(len(samples))
-            rng = self.runtime.draws(f"{stage} {step}", batch_size)
-            batch = np.sort(order[position * batch_size : (position + 1) * batch_size])
-            own = distributed.share(batch_size)
+        batches = public_batches(
+            stage,
+            len(samples),
+            config.batch_size,
+            config.n_epochs,
+            self.runtime.seed,
+            start=self._begin(stage),
+            before=self._steps_before if stage == "pretrain" else 0,
+        )
+        for step, batch in batches:
+            rng = self.runtime.draws(f"{stage} {step}", len(batch))
+            own = distributed.share(len(batch))
             self.optimizer.zero_grad(set_to_none=True)
             if own.start < own.stop:
                 part, draws = samples.take(batch[own]), rng[own]
                 if augment is not None:
                     part = replace(part, images=augment(part.images, draws))
-                self._public_loss(loss, part, draws).div(batch_size).backward()
+                self._public_loss(loss, part, draws).div(len(batch)).backward()
             distributed.sum_gradients(self.network.parameters())
             self.optimizer.step()
             self._finish_step(config.snapshot_freq)

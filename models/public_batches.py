@@ -1,0 +1,37 @@
+"""Batches of images that may be looked at as often as one likes: public ones, or those that noise has made public."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from utils.progress import progress
+from utils.runtime import log
+from utils.seeding import numpy_rng
+
+
+def public_batches(
+    stage: str,
+    num_images: int,
+    batch_size: int,
+    num_epochs: int,
+    seed: int,
+    *,
+    start: int = 0,
+    before: int = 0,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(step, increasing positions of its batch) from step `start` on, of num_epochs passes that follow `before` steps.
+
+    Each pass has an order of its own, which the seed repeats; what is left over at its end is not shown. A set smaller
+    than batch_size is one batch.
+    """
+    size = min(batch_size, num_images)
+    if size < batch_size:
+        log.info(f"{stage}: there are {size} images, fewer than batch_size={batch_size}")
+    steps_per_epoch = num_images // size
+    total = before + num_epochs * steps_per_epoch
+    order, shown = None, None
+    for step in progress(range(start, total), stage, total=total, initial=start):
+        epoch, position = divmod(step, steps_per_epoch)
+        if epoch != shown:
+            order, shown = numpy_rng(seed, f"{stage} order {epoch}").permutation(num_images), epoch
+        yield step, np.sort(order[position * size : (position + 1) * size])
