@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import math
+import re
 import sys
 import threading
 from types import SimpleNamespace
@@ -16,7 +17,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import call
 
+import run
+from models import METHODS
 from models.apis.api import Candidates, ImageAPI, checked
 from models.apis.diffusion import MODEL_LABEL, DiffusionAPI, DiffusionAPIConfig
 from models.apis.guided_diffusion import GuidedDiffusionAPI, GuidedDiffusionAPIConfig, ImprovedDiffusionAPI
@@ -29,6 +33,7 @@ from models.diffusion.samplers import SamplerConfig, noise_levels, resample, sam
 from models.diffusion.timesteps import cosine_schedule, linear_schedule, respaced
 from models.nn.guided_unet import GuidedUNet, GuidedUNetConfig
 from utils.checkpoints import Checkpoints
+from utils.config import load_config
 from utils.environment import require_same_config
 from utils.errors import FieldError, MissingWeights, UserError
 from utils.runtime import Runtime
@@ -294,6 +299,17 @@ def test_a_checkpoint_of_the_private_stage_knows_the_classes_and_costs_what_it_h
     (inherited,) = api.releases()
     assert inherited.name == "checkpoint: dp-sgd" and inherited.num_steps > 0
     assert inherited.noise_multiplier > 0
+
+
+def test_the_published_command_starts_from_a_checkpoint_of_the_published_size(tmp_path):
+    public = load_config(["--method", "PDP-Diffusion", "--data_name", "cifar10_32", "-e", "inf"], METHODS)
+    Checkpoints(tmp_path, "PDP-Diffusion", run.compose(public).synthesizer, None).save("pretrain", "snapshot")
+    command = ["--method", "PE-SD", "--data_name", "cifar10_32", "--epsilon", "10.0", "eval.mode=val"]
+    path = tmp_path / "pretrain" / "checkpoints" / "snapshot_checkpoint.pth"
+    outcome = call(run.main, [*command, f"model.api_params.ckpt={path}", "--dry_run"])
+    assert outcome.code == 0, outcome.err
+    assert "UNet 3,867,299" in outcome.out
+    assert float(re.search(r"\n  votes +([\d.]+)", outcome.out)[1]) == pytest.approx(1.181, rel=2e-3)
 
 
 def test_a_checkpoint_that_does_not_fit_is_one_line(own, checkpoint, spec):
