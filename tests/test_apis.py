@@ -22,6 +22,7 @@ from tiny_runs import call
 import run
 from models import METHODS
 from models.apis.api import Candidates, ImageAPI, checked
+from models.apis.batches import in_batches
 from models.apis.diffusion import MODEL_LABEL, DiffusionAPI, DiffusionAPIConfig
 from models.apis.guided_diffusion import GuidedDiffusionAPI, GuidedDiffusionAPIConfig, ImprovedDiffusionAPI
 from models.apis.openai import Answers, OpenAIAPI, OpenAIAPIConfig
@@ -98,6 +99,22 @@ def test_a_resumed_run_may_pay_for_more(tmp_path):
     (tmp_path / "config.yaml").write_text("model: {api_params: {openai: {max_requests: 5, size: 4}}}")
     with pytest.raises(UserError, match=r"started with model\.api_params\.openai\.size=4"):
         require_same_config(tmp_path, settings)
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_processes_share_the_batches_of_one(count, monkeypatch):
+    def draw(rows: slice) -> np.ndarray:
+        assert rows.start % 3 == 0 and rows.stop - rows.start <= 3
+        return np.arange(rows.start, rows.stop, dtype=np.uint8).reshape(-1, 1, 1, 1)
+
+    whole = in_batches(count, 3, draw, (1, 1, 1), "alone")
+    assert whole.ravel().tolist() == list(range(count))
+    parts = []
+    monkeypatch.setattr("utils.distributed.concatenate", lambda rows: rows)
+    for rank in range(3):
+        monkeypatch.setattr("utils.distributed.share", lambda n, r=rank: slice(n * r // 3, n * (r + 1) // 3))
+        parts.append(in_batches(count, 3, draw, (1, 1, 1), "together"))
+    assert np.array_equal(np.concatenate(parts), whole)
 
 
 # ------------------------------------------------------------------------------------------ sampling from a candidate
