@@ -1,7 +1,7 @@
 """Checks of what the sensitivity of DP-SGD rests on, on images that are not private."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,8 @@ from torch import nn
 from opacus_ext.per_example import PerExampleLoss, clipped_sum, per_example_gradients, rows_of_layers
 from utils.draws import Draws
 from utils.errors import UserError
+
+ROUNDING = 0.05  # relative: more than bfloat16 does, less than one of three records does to the statistics of a batch
 
 
 def validate_independence(
@@ -75,6 +77,22 @@ def _validated(network, per_example_loss, images, labels) -> dict[str, set[int]]
                 f"network: '{name}' changes when examples are seen, and would keep them without noise"
             )
     return rows_of_layers(network, per_example_loss, images, labels, draws[:])
+
+
+def require_row_by_row(
+    name: str,
+    rows: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+) -> None:
+    """Raise UserError if leaving out the last of these records moves what rows(images, labels), (B, ...), says of the
+    others: a network in training mode, a scale taken from the batch, randomness dealt by position. The records may be
+    private: all that can be told of them is that the program is wrong."""
+    if len(labels) > 1 and _moved(rows(images[:-1], labels[:-1]), rows(images, labels)[:-1], ROUNDING):
+        raise UserError(
+            f"'{name}': the value of one record depends on another's, so bounding each bounds nothing; every record "
+            f"must be treated by itself, for instance by networks in eval mode"
+        )
 
 
 def _state(network: nn.Module) -> dict[str, torch.Tensor]:

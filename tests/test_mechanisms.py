@@ -16,6 +16,7 @@ from opacus_ext.ledger import Budget, Ledger
 from opacus_ext.mechanisms import clip_rows, clipped_sum, vote_sum
 from opacus_ext.noise import NoiseSource
 from opacus_ext.private_data import PrivateData
+from utils.errors import UserError
 
 ALPHA = 1e-6
 SUM = Release("sum", 1.0)
@@ -340,7 +341,7 @@ def test_a_gaussian_release_pays_for_no_noisy_max():
 
 
 def test_map_is_asked_once_and_sees_each_image_once():
-    private, _ = private_of(torch.zeros(3, 1), [Release("sum", 1.0, num_steps=2)])
+    private, _ = private_of(torch.zeros(7, 1), [Release("sum", 1.0, num_steps=2)])
     seen = []
 
     def kept(images):
@@ -351,7 +352,27 @@ def test_map_is_asked_once_and_sees_each_image_once():
     assert seen == []
     for _ in range(2):
         mapped.noisy_sum("sum", lambda x, y: x[:, 0, :1, 0], 1.0)
-    assert seen == [3]
+    assert sum(seen) == (3 + 2) + 7  # with three it is tried whether they mix
+
+
+@pytest.mark.parametrize("ask", ["noisy_sum", "sampled_noisy_sum", "map"])
+def test_functions_that_mix_records_are_refused(ask):
+    """For instance a network in training mode: bounding each row then bounds nothing."""
+    values = torch.arange(9.0)[:, None]
+    private, _ = private_of(values, [Release("sum", 1.0, sample_rate=1.0, num_steps=2)])
+    layer = torch.nn.BatchNorm1d(1, affine=False)
+
+    def normalised(images, labels=None):
+        return layer(images.flatten(1)[:, :1])
+
+    with pytest.raises(UserError, match="the value of one record depends on another's"):
+        if ask == "map":
+            private.map(normalised).noisy_sum("sum", lambda x, y: x, 1.0)
+        else:
+            getattr(private, ask)("sum", normalised, 1.0)
+    layer.eval()
+    for _ in range(2 - private.ledger.executed("sum")):
+        private.noisy_sum("sum", normalised, 1.0)
 
 
 def test_map_changes_the_images_and_keeps_ledger_noise_and_reveals():
