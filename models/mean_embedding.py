@@ -48,13 +48,16 @@ class Embedding(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of Adam. After every `period` of them the learning rate is multiplied and a snapshot is left."""
+    """Steps of Adam. After every `period` of them the learning rate is multiplied, and a snapshot is left unless these
+    have a period of their own."""
 
     num_steps: int
     batch_size: int  # generated images per step
     lr: float
     lr_decay: float
     period: int
+    num_parts: int = 1  # equal parts of a step, one after the other, for memory; BatchNorm sees one at a time
+    snapshot_period: int | None = None
 
     def learning_rate(self, step: int) -> float:
         return self.lr * self.lr_decay ** (step // self.period)
@@ -123,13 +126,23 @@ class EmbeddingGenerator:
             yield self.step
 
     def _take_step(self, target: torch.Tensor, shares: torch.Tensor, schedule: Schedule) -> None:
-        """One step down the sum of |target_k - share_k E phi(G(z, k))|^2 over labels k, of which it takes as many as
-        the batch has PER_CLASS images for."""
+        """One step down the sum of |target_k - share_k E phi(G(z, k))|^2 over labels k."""
         self.generator.train()
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.learning_rate(self.step)
-        rng, device = self.runtime.rng(f"{self.stage} {self.step}"), self.runtime.device
-        size = schedule.batch_size
+        self.optimizer.zero_grad(set_to_none=True)
+        rng = self.runtime.rng(f"{self.stage} {self.step}")
+        for _ in range(schedule.num_parts):
+            mean, gradient = self._compare(target, shares, schedule.batch_size // schedule.num_parts, rng)
+            mean.backward(gradient / schedule.num_parts)
+        self.optimizer.step()
+
+    def _compare(
+        self, target: torch.Tensor, shares: torch.Tensor, size: int, rng: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean embedding of `size` generated images, and the gradient of the objective with respect to it, for as many
+        labels as there are PER_CLASS images for."""
+        device = self.runtime.device
         chosen = torch.randperm(len(target), generator=rng, device=device)[: max(1, size // PER_CLASS)]
         rows = torch.arange(size, device=device) % len(chosen)
         labels = chosen[rows] if len(target) > 1 else self._any_labels(size, rng)
@@ -138,10 +151,7 @@ class EmbeddingGenerator:
         mean = self.embedding.mean(images, rows, len(chosen)) * (shares[chosen, None] * size / counts)
         # Gradient of an unbiased estimate: |mean of n vectors|^2 holds each vector's own norm, which is constant, with
         # weight 1 / n, and so the products of different ones, which are wanted, with weight (n - 1) / n.
-        gradient = 2 * (mean.detach() * (counts / (counts - 1)) - target[chosen])
-        self.optimizer.zero_grad(set_to_none=True)
-        mean.backward(gradient)
-        self.optimizer.step()
+        return mean, 2 * (mean.detach() * (counts / (counts - 1)) - target[chosen])
 
     def _any_labels(self, size: int, rng: torch.Generator) -> torch.Tensor:
         """All labels alike: where a target has no labels, images of each are to resemble it."""
@@ -157,8 +167,8 @@ class EmbeddingGenerator:
     def draw(self, labels: np.ndarray, batch_size: int, stream: str) -> np.ndarray:
         """One image per label: (N, C, image_size, image_size) uint8."""
         self.generator.eval()
-        parts = []
-        for start in progress(range(0, len(labels), batch_size), stream, unit="batch"):
+        parts, starts = [], range(0, len(labels), batch_size)
+        for start in progress(starts, stream, unit="batch") if len(starts) > 1 else starts:
             batch = torch.from_numpy(labels[start : start + batch_size]).to(self.runtime.device)
             rng = self.runtime.rng(f"noise {stream} {start}")
             noise = torch.randn(len(batch), self.generator.z_dim, generator=rng, device=batch.device)
@@ -253,7 +263,7 @@ class EmbeddingSynthesizer(Synthesizer):
 
     def _fit(self, stage: str, target: torch.Tensor, schedule: Schedule) -> None:
         for step in self.fitted.steps(stage, target, schedule):
-            if step % schedule.period == 0 and step < schedule.num_steps:
+            if step % (schedule.snapshot_period or schedule.period) == 0 and step < schedule.num_steps:
                 self.runtime.snapshot(stage)
                 labels = balanced_labels(8 * min(len(target), 16), min(len(target), 16))
                 self.runtime.preview(stage, step, self.fitted.draw(labels, len(labels), "preview"), labels)
