@@ -286,7 +286,7 @@ def test_killed_between_training_and_generation(tmp_path):
 def test_stopped_from_the_keyboard(tmp_path, monkeypatch):
     argv = arguments("DP-MERF", tmp_path, "eval=none")
     with monkeypatch.context() as patched:
-        patched.setattr("models.mean_embedding.EmbeddingGenerator.fit", _stop)
+        patched.setattr("models.mean_embedding.EmbeddingGenerator.steps", _stop)
         stopped = call(run_program.main, argv)
     assert stopped.code == 130 and "Traceback" not in stopped.err
     assert f"--resume_exp {stopped.folder.name}" in stopped.out
