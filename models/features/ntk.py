@@ -104,6 +104,9 @@ class NTKEmbedding:
         with runtime.seeded("features"):
             self.phi = NTKFeatures(channels * image_size**2, config.widths, num_outputs).to(runtime.device)
 
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.phi.parameters())
+
     def features(self, images: torch.Tensor) -> OuterProducts:
         """(B, C, H, W) in [-1, 1] -> B vectors of L2 norm sqrt(1 + class_mass^2), the constant feature last."""
         gradient = self.phi((images.flatten(1) + 1) / 2)
