@@ -1,6 +1,7 @@
 """Training of the autoencoder: its terms, the patch discriminator, the weight between them, and resuming."""
 
 import copy
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
@@ -8,10 +9,9 @@ import torch
 from torch import nn
 
 from models.diffusion.autoencoder_training import AutoencoderConfig, AutoencoderTraining
-from models.nn import perceptual
 from models.nn.autoencoder import Autoencoder
 from models.nn.patch_discriminator import PatchDiscriminator, fooling_loss, hinge_loss
-from models.nn.perceptual import PerceptualDistance
+from models.nn.perceptual import SMALLEST, PerceptualDistance
 from utils.draws import Draws
 from utils.errors import Unavailable, UserError
 from utils.runtime import Runtime
@@ -209,7 +209,22 @@ def test_images_too_small_for_the_perceptual_distance_are_refused(make_method):
     make_method("DP-LDM", "pretrain.autoencoder.perceptual_weight=1.0", "pretrain.autoencoder.n_epochs=0")
 
 
-def test_the_smallest_image_for_the_perceptual_distance():
-    """VGG16 up to the layer that is compared last, whatever its weights."""
-    vgg = pytest.importorskip("torchvision").models.vgg16().features[:30]
-    assert vgg(torch.zeros(1, 3, perceptual.SMALLEST, perceptual.SMALLEST)).shape[2:] == (1, 1)
+def test_the_real_distance_is_zero_for_equals_and_teaches_at_its_smallest_size(monkeypatch):
+    """torch-fidelity's LPIPS around a VGG16 with random weights: what we hand it, and that gradients come back."""
+    from torchvision.models.vgg import cfgs, make_layers
+
+    torch.manual_seed(0)
+    module = "torch_fidelity.sample_similarity_lpips"
+    lines = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))}
+    vgg = SimpleNamespace(features=make_layers(cfgs["D"]))
+    monkeypatch.setattr(f"{module}.load_state_dict_from_url", lambda *args, **options: lines)
+    monkeypatch.setattr(f"{module}.torchvision_load_pretrained_vgg16", lambda: vgg)
+    distance = PerceptualDistance()
+    x = torch.rand(2, 1, SMALLEST, SMALLEST) * 2 - 1
+    y = (torch.rand(2, 1, SMALLEST, SMALLEST) * 2 - 1).requires_grad_()
+    assert distance(x, x).tolist() == [0, 0]
+    found = distance(x, y)
+    assert found.shape == (2,) and (found > 0).all()
+    found.sum().backward()
+    assert y.grad.abs().amax((1, 2, 3)).gt(0).all()
+    assert not any(p.requires_grad for p in distance.parameters())
