@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from data.glyphs import FONT_NAMES, character_mask, load_fonts
+from data.sensitive import spec_of
 from data.spec import Samples
+from models import METHODS
 from models.apis import APIS
 from models.apis.api import Candidates, ImageAPI, checked
 from models.apis.glyphs import GLYPH, POSE, RANGES, GlyphsAPI, outlines, render
@@ -21,9 +23,10 @@ from models.evolution.voting import NearestCandidates, ballots, choose_backend
 from models.pe import PE
 from opacus_ext import private_data
 from opacus_ext.accounting import Release
-from opacus_ext.ledger import Ledger
+from opacus_ext.ledger import Budget, Ledger, default_delta
 from opacus_ext.noise import GridNoise
 from utils.checkpoints import Checkpoints
+from utils.config import load_config
 from utils.errors import UserError
 from utils.runtime import Runtime
 
@@ -657,3 +660,34 @@ def test_rows_of_information_must_fit_the_images():
     found = Candidates(np.zeros((3, 1, 2, 2), np.uint8), np.zeros(3, np.int64), {"seed": np.zeros(2)})
     with pytest.raises(UserError, match="2 rows of 'seed' for 3 images"):
         checked(found, np.zeros(3, np.int64), (1, 2, 2), "random_api")
+
+
+# ------------------------------------------------------------------------------------------ published settings
+
+PUBLISHED = [  # data, epsilon, iterations, threshold, respacing, noise multiplier (analytic Gaussian mechanism)
+    ("mnist_28", 10, 11, 3.0, "10", 1.765),
+    ("mnist_28", 1, 10, 24.0, "10", None),
+    ("fmnist_28", 1, 11, 24.0, "10", 13.661),
+    ("eurosat_32", 10, 11, 3.0, "10", 1.703),
+    ("cifar10_32", 10, 5, 2.0, "100", 1.181),
+    ("cifar100_32", 1, 5, 15.0, "100", 9.107),
+    ("celeba_male_32", 10, 5, 2.0, "100", 1.231),
+    ("camelyon_32", 1, 7, 30.0, "ddim10", 11.823),
+    ("camelyon_32", 10, 7, 4.0, "ddim10", 1.486),
+]
+
+
+@pytest.mark.parametrize(("data", "epsilon", "iterations", "threshold", "respacing", "noise"), PUBLISHED)
+def test_published_settings_and_their_noise(data, epsilon, iterations, threshold, respacing, noise):
+    argv = ["--method", "PE", "--data_name", data, "--epsilon", str(epsilon), "eval.mode=val"]
+    config = load_config(argv, METHODS)
+    model, train = config.method_config.model, config.method_config.train
+    assert (model.api, model.feature_extractor) == ("improved_diffusion", "inception")
+    assert model.api_params.improved_diffusion.timestep_respacing == respacing
+    assert (train.num_iterations, train.count_threshold) == (iterations, threshold)
+    assert set(train.num_samples_schedule) == {60_000} and train.lookahead_degree == 8
+    spec, _ = spec_of(config.sensitive_data, "val", config.data_root)
+    ledger = Ledger(Budget(epsilon, default_delta(spec.num_train)))
+    ledger.adopt([Release("votes", None, num_steps=train.num_iterations)])
+    if noise is not None:
+        assert ledger.planned("votes").noise_multiplier == pytest.approx(noise, rel=2e-3)
