@@ -43,11 +43,15 @@ class GridNoise:
         The only place where a sum meets its noise. What it returns is a function of (total rounded to the grid) +
         noise alone: scaling by a power of two is exact, and IEEE addition rounds the exact sum of two integers.
         """
+        return self.added_to(total).float()
+
+    def added_to(self, total: torch.Tensor) -> torch.Tensor:
+        """The same in float64."""
         if self.grid == 0:
-            return total.float()
+            return total.double()
         noise = self.multiples.to(total.device).view_as(total)
         steps = total.to(torch.float64, copy=True).div_(self.grid).round_()
-        return steps.add_(noise).mul_(self.grid).float()
+        return steps.add_(noise).mul_(self.grid)
 
 
 def on_grid(deviates: np.ndarray, scale: float) -> GridNoise:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data.spec import DataSpec, Samples
 from opacus_ext.accounting import Release
@@ -157,7 +158,8 @@ class PrivateData:
         """Index of the candidate with most votes after Laplace noise (Dwork & Roth 2014, section 3.3).
 
         fn(images, labels) -> (B, candidates) of 0/1: what the record says of each candidate; clamped to [0, 1].
-        Rounding does no harm to the proof: it is monotone, and the same for all candidates.
+        The proof adds 1 to noise and to votes: both are whole multiples of a grid that 1 is on. Cast to float32 they
+        would not be, so the winner is found before, and nothing else leaves.
         """
         release = self.ledger.book(name)
         _require_mechanism(release, "report_noisy_max")
@@ -165,10 +167,11 @@ class PrivateData:
         parts = [_ballots(fn, *batch).sum(0).cpu() for batch in self._batches(own)]
         step = self.ledger.executed(name) - 1
 
-        def add_noise(totals: torch.Tensor) -> torch.Tensor:
-            return self._noise.laplace(len(totals), release.noise_multiplier, name, step).add_to(totals)
+        def winner(totals: torch.Tensor) -> torch.Tensor:
+            noise = self._noise.laplace(len(totals), release.noise_multiplier, name, step)
+            return F.one_hot(noise.added_to(totals).argmax(), len(totals)).float()
 
-        return int(distributed.sum_on_main(torch.stack(parts).sum(0), add_noise).argmax())
+        return int(distributed.sum_on_main(torch.stack(parts).sum(0), winner).argmax())
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "PrivateData":
         """The same records with every image replaced by fn(image), e.g. its latent; same ledger, same noise.

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from data.spec import DataSpec, Samples
+from opacus_ext import private_data
 from opacus_ext.accounting import Release, noisy_max_release
 from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from opacus_ext.ledger import Budget, Ledger
@@ -497,6 +498,14 @@ def test_noisy_max_hesitates_when_noise_is_large():
     votes = torch.tensor([[1.0, 0.0]] * 3)
     chosen = [choose(votes, 0.01, seed) for seed in range(60)]
     assert 10 < sum(chosen) < 50
+
+
+def test_the_winner_is_found_before_votes_are_rounded(monkeypatch):
+    """2^24 and 2^24 + 1 are one number in float32."""
+    private, _ = private_of(torch.zeros(1, 1), [noisy_max_release("choice", math.inf, "add_or_remove_one")])
+    votes = torch.tensor([[2.0**24, 2.0**24 + 1]], dtype=torch.float64)
+    monkeypatch.setattr(private_data, "_ballots", lambda *_: votes)
+    assert private.report_noisy_max("choice", None) == 1
 
 
 def test_noisy_max_keeps_its_promise():
