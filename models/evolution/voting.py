@@ -11,6 +11,7 @@ from utils.errors import UserError, unknown
 
 MODES = ("L2", "IP", "cosine")  # Euclidean distance, inner product, angle
 BACKENDS = ("auto", "faiss", "torch")
+LARGEST_FEATURE = 1e6  # beyond it squares could overflow, and a record would find nobody
 CANDIDATES_AT_ONCE = 8192  # whose scores for a batch of records are in memory together
 
 
@@ -35,15 +36,18 @@ class NearestCandidates:
         if mode not in MODES:
             raise unknown("train.nn_mode", mode, MODES)
         self._mode, self._num_neighbors = mode, num_neighbors
-        features = F.normalize(features) if mode == "cosine" else features
+        features = self._prepared(features)
         search = _FaissSearch if backend == "faiss" else _TorchSearch
         self._search = search(features, by_distance=mode == "L2")
 
     def __call__(self, records: torch.Tensor) -> torch.Tensor:
-        """(B, D) -> (B, k) int64 indices of candidates. Features that are not finite count as numbers, so that every
-        record votes."""
-        records = torch.nan_to_num(records)
-        return self._search(F.normalize(records) if self._mode == "cosine" else records, self._num_neighbors)
+        """(B, D) -> (B, k) int64 indices of candidates; every record votes, whatever its features are."""
+        return self._search(self._prepared(records), self._num_neighbors)
+
+    def _prepared(self, features: torch.Tensor) -> torch.Tensor:
+        """Finite, of moderate size, and of norm 1 where angles are compared."""
+        features = torch.nan_to_num(features).clamp(-LARGEST_FEATURE, LARGEST_FEATURE)
+        return F.normalize(features) if self._mode == "cosine" else features
 
 
 def ballots(nearest: list[NearestCandidates], num_neighbors: int) -> PerExample:
