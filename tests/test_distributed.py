@@ -45,6 +45,7 @@ from utils.sections import SetupConfig
 ALPHA = 1e-6  # chance of a false alarm of each statistical test
 NAME = "query"
 DIFFUSION_METHODS = ("PDP-Diffusion", "DP-FETA-Pro", "DP-LoRA")
+ADVERSARIAL = ("pretrain.autoencoder.adversarial_weight=0.5", "pretrain.autoencoder.adversarial_start=1")
 OTHER_DIFFUSION_METHODS = ("DPDM", "DP-LDM-SD", "PrivImage", "DP-FETA", "DP-LDM")
 SPEC = DataSpec("toy", 8, 1, 3, 60, ("a", "b", "c"))
 DP = DPSGDConfig(
@@ -195,7 +196,7 @@ def answers() -> dict:
 
 def diffusion_method(name: str) -> dict:
     """All stages of a method without noise, then samples."""
-    config = small_config(name, (), "inf")
+    config = small_config(name, ADVERSARIAL if name == "DP-LoRA" else (), "inf")
     if uses_public := has_public_images(config.public_data):
         section = dataclasses.replace(config.public_data, n_classes=PUBLIC_CLASSES, flip=True)
         config = dataclasses.replace(config, public_data=section)
