@@ -32,11 +32,11 @@ class NearestCandidates:
     """
 
     def __init__(self, features: torch.Tensor, mode: str, num_neighbors: int, backend: str) -> None:
-        """features (n, D) float32 of the candidates, n >= k."""
+        """features (n, D) float32 of the candidates, n >= k; what is not finite in them is replaced in place."""
         if mode not in MODES:
             raise unknown("train.nn_mode", mode, MODES)
         self._mode, self._num_neighbors = mode, num_neighbors
-        features = self._prepared(features)
+        features = self._prepared(features, in_place=True)
         search = _FaissSearch if backend == "faiss" else _TorchSearch
         self._search = search(features, by_distance=mode == "L2")
 
@@ -44,9 +44,10 @@ class NearestCandidates:
         """(B, D) -> (B, k) int64 indices of candidates; every record votes, whatever its features are."""
         return self._search(self._prepared(records), self._num_neighbors)
 
-    def _prepared(self, features: torch.Tensor) -> torch.Tensor:
+    def _prepared(self, features: torch.Tensor, in_place: bool = False) -> torch.Tensor:
         """Finite, of moderate size, and of norm 1 where angles are compared."""
-        features = torch.nan_to_num(features).clamp(-LARGEST_FEATURE, LARGEST_FEATURE)
+        features = torch.nan_to_num(features, out=features if in_place else None)
+        features = features.clamp_(-LARGEST_FEATURE, LARGEST_FEATURE)
         return F.normalize(features) if self._mode == "cosine" else features
 
 
