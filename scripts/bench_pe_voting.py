@@ -14,6 +14,7 @@ import resource
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -58,8 +59,8 @@ def size(arguments: argparse.Namespace) -> dict[str, int | None]:
 
 def in_own_process(backend: str, arguments: argparse.Namespace) -> dict[str, float]:
     """{"seconds", "peak_mib", "before_mib"} of one round of votes in a fresh interpreter."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(vote_once, (backend, arguments))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(vote_once, backend, arguments).result()
 
 
 def vote_once(backend: str, arguments: argparse.Namespace) -> dict[str, float]:
@@ -91,7 +92,7 @@ def vote_once(backend: str, arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def private_records(arguments: argparse.Namespace):
-    """PrivateData of one-pixel images whose embedding is drawn at random."""
+    """PrivateData of tiny images with random features: cosines of projections."""
     import numpy as np
     import torch
 
@@ -101,17 +102,14 @@ def private_records(arguments: argparse.Namespace):
     from opacus_ext.private_data import PrivateData
 
     count, classes = arguments.num_records, arguments.num_classes
-    images = np.zeros((count, 1, 1, 1), np.uint8)
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (count, 1, 4, 4), dtype=np.uint8)
     samples = Samples(images, np.arange(count, dtype=np.int64) % classes)
-    spec = DataSpec("benchmark", 1, 1, classes, count, tuple(map(str, range(classes))))
+    spec = DataSpec("benchmark", 4, 1, classes, count, tuple(map(str, range(classes))))
     ledger = Ledger(Budget(float("inf"), 1e-6))
     ledger.adopt([Release("votes", None)])
-    rng = np.random.default_rng(1)
-
-    def embed(batch: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(rng.standard_normal((len(batch), arguments.dim), np.float32))
-
-    return PrivateData(samples, spec, ledger).map(embed)
+    mixing = torch.from_numpy(rng.standard_normal((16, arguments.dim), np.float32))
+    return PrivateData(samples, spec, ledger).map(lambda batch: torch.cos(batch.flatten(1) @ mixing))
 
 
 def peak_mib() -> float:
