@@ -164,6 +164,7 @@ SMALL: dict[str, list[str]] = {
         "train.pretrain.batch_size=4",
         "train.pretrain.at_once=3",
         "gen.batch_size=8",
+        "public_data.name=null",
     ],
     "DP-Kernel": [
         "model.Generator.z_dim=6",

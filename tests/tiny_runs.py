@@ -119,6 +119,7 @@ TINY = {
         "train.refresh_every=4",
         "train.pretrain.iterations=2",
         "train.pretrain.critic_iters=2",
+        "public_data.name=null",
     ],
     "DP-Kernel": [
         "model.d_rff=60",
