@@ -832,5 +832,5 @@ def test_openai_refuses_in_one_line(spec, monkeypatch):
         with pytest.raises(FieldError, match=message):
             dataclasses.replace(REMOTE, **changes)
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UserError, match="pip install openai"):
+    with pytest.raises(UserError, match="pip install 'openai>=2'"):
         OpenAIAPI(REMOTE, spec, Runtime()).prepare(None)

@@ -5,7 +5,7 @@ votes have selected. Private images are never sent, nor anything else that has n
 are never given any. The service has no strength of variation, so degrees have no effect.
 
 The key is read from the environment (OPENAI_API_KEY) and written nowhere. Every answer is kept in the run's folder as
-it arrives, so that a run that breaks off and resumes pays for none of them again. Needs pip install openai.
+it arrives, so that a run that breaks off and resumes pays for none of them again. Needs pip install 'openai>=2'.
 """
 
 import base64
@@ -181,8 +181,9 @@ class OpenAIAPI(ImageAPI):
         except openai.APIConnectionError as error:
             raise UserError(f"{SECTION}: no answer from {self.client().base_url}; {RESUME}") from error
         except openai.APIError as error:
-            reason = " ".join(str(error.message).split())[:200]
-            raise UserError(f"{SECTION}: {reason}; {RESUME}") from error
+            told = error.body.get("message") if isinstance(error.body, dict) else None
+            reason = " ".join(str(told or error.message).split())[:200]
+            raise UserError(f"{SECTION}: {type(error).__name__} ({reason}); {RESUME}") from error
         return self._decoded(response.data or [], request)
 
     def _decoded(self, data: list, request: Request) -> np.ndarray:
@@ -198,7 +199,9 @@ class OpenAIAPI(ImageAPI):
             try:
                 import openai
             except ImportError as error:
-                raise Unavailable("model.api=openai needs the openai library; pip install openai") from error
+                raise Unavailable(
+                    "model.api=openai needs the openai library; pip install 'openai>=2'"
+                ) from error
             if not os.environ.get(KEY):
                 raise UserError(
                     f"{KEY}: not set; model.api=openai reads its key from this environment variable"
