@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from models import METHODS
+from models.diffusion.autoencoder_training import AutoencoderTraining
 from models.diffusion.ddpm import NoiseLoss
-from models.diffusion.latent_space import LatentSpace
 from models.diffusion.loss import EDMLoss
 from opacus_ext import dpsgd
 from opacus_ext.accounting import Release
@@ -403,11 +403,11 @@ def test_a_run_killed_in_pretraining_continues_as_if_nothing_happened(
 def test_a_run_killed_in_autoencoder_training_continues_as_if_nothing_happened(
     name, make_trial, tmp_path, monkeypatch
 ):
-    settings = ["pretrain.autoencoder.batch_size=8"]
+    settings = ["pretrain.autoencoder.batch_size=8", "pretrain.autoencoder.adversarial_weight=0.5"]
     whole = make_trial(name, *settings, noise_seed=5, runtime=Runtime(folder=tmp_path / "whole"))
     whole.run()
     with monkeypatch.context() as patch:
-        kill_in(patch, LatentSpace, "_loss", 5)  # the fourth step was followed by a snapshot
+        kill_in(patch, AutoencoderTraining, "losses", 5)  # the fourth step was followed by a snapshot
         with pytest.raises(Killed):
             resumed_run(make_trial, tmp_path / "run", name, *settings)
     trial, restored = resumed_run(make_trial, tmp_path / "run", name, *settings)
