@@ -21,8 +21,13 @@ def read_checkpoint(path: str) -> tuple[dict, list[Release]]:
 
 
 def spent_releases(content: dict, label: str) -> list[Release]:
-    """The private releases that were booked up to a file's state, named "<label>: <release>"."""
-    ledger = content.get("ledger") or {"plan": [], "executed": {}}
+    """The private releases that were booked up to a file's state, named "<label>: <release>".
+
+    Raises UserError where a file does not say; the ledger of a run without private data is None.
+    """
+    if "ledger" not in content:
+        raise UserError(f"{label}: the file does not say what it has cost (it has no 'ledger')")
+    ledger = content["ledger"] or {"plan": [], "executed": {}}
     taken = [(Release(**saved), ledger["executed"][saved["name"]]) for saved in ledger["plan"]]
     return [
         replace(
