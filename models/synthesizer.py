@@ -10,6 +10,7 @@ from data.spec import DataSpec, PublicData, Samples
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.runtime import Runtime
+from utils.sections import check
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,13 @@ class Synthesizer(abc.ABC):
     """
 
     Config: ClassVar[type]
+    selects_public_classes: ClassVar[bool] = False  # by the query of public_data.selective
 
     def __init__(self, config, spec: DataSpec, runtime: Runtime) -> None:
+        public = getattr(config, "public_data", None)
+        if public is not None and not self.selects_public_classes:
+            ratio, allowed = public.selective.ratio, "1: this method pretrains on all public classes"
+            check(ratio == 1, "public_data.selective.ratio", ratio, allowed)
         self.config = config
         self.spec = spec
         self.runtime = runtime

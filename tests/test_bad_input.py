@@ -93,6 +93,11 @@ def test_a_mistake_is_one_line_of_the_process_too(tmp_path):
             ["semantic query", "0.05", "of 10", "noise_multiplier"],
         ),
         ("PrivImage", ["public_data.selective.ratio=0.01"], ["public_data.selective.ratio", "0.01"]),
+        (
+            "DPGAN",
+            ["public_data.selective.ratio=0.2"],
+            ["public_data.selective.ratio: 0.2", "all public classes"],
+        ),
         ("PrivImage", ["public_data.name=null"], ["public_data.name", "PrivImage"]),
         ("PrivImage", ["sensitive_data.name=null", "eval.mode=syn"], ["sensitive_data.name"]),
         ("DPDM", ["model.network.nf=7"], ["model.network.nf", "7", "multiple of 4"]),

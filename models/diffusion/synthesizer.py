@@ -48,6 +48,8 @@ Augmentation = Callable[[np.ndarray, Draws], np.ndarray]  # (B, C, H, W) uint8 -
 class DiffusionSynthesizer(Synthesizer):
     """Base of the diffusion methods."""
 
+    selects_public_classes = True
+
     @dataclass(frozen=True)
     class Config:
         model: ModelConfig
