@@ -284,10 +284,11 @@ def _end(followers: list, patience: float) -> None:
 
 
 def share(count: int) -> slice:
-    """This process's part of `count` positions: contiguous, ordered like the processes, nearly equal, maybe empty."""
+    """This process's part of `count` positions: contiguous, ordered like the processes, nearly equal, maybe empty; that
+    of the main process is empty only where all are."""
     if _group is None:
         return slice(0, count)
-    return slice(*(count * border // _place.world_size for border in (_place.rank, _place.rank + 1)))
+    return slice(*(-(-count * border // _place.world_size) for border in (_place.rank, _place.rank + 1)))
 
 
 # ------------------------------------------------------------------------------------------------ collectives
