@@ -69,7 +69,10 @@ def with_run(argv: list[str]) -> list[str]:
     for flag, key in RUN_FLAGS.items():
         words += [] if flag in given else [f"--{flag}", str(run[key])]
     for key, value in run.items():
-        of_run = key in ("preset", *FIXED) or key.startswith("sensitive_data.")
+        of_data = (
+            key.startswith("sensitive_data.") and "data_name" not in given
+        )  # a name that is given is checked later
+        of_run = key in ("preset", *FIXED) or of_data
         if of_run and key not in settings and not isinstance(value, list):
             words.append(f"{key}={'null' if value is None else value}")
     return [*argv, *words]

@@ -15,7 +15,7 @@ from opacus_ext.ledger import Ledger
 from opacus_ext.mechanisms import clipped_sum, vote_sum
 from opacus_ext.noise import GridNoise, NoiseSource
 from opacus_ext.outer_products import OuterProducts
-from opacus_ext.validate import require_row_by_row
+from opacus_ext.row_by_row import require_row_by_row
 from utils import distributed
 from utils.draws import Draws
 from utils.images import to_float

@@ -1,17 +1,16 @@
 """Checks of what the sensitivity of DP-SGD rests on, on images that are not private."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from opacus_ext.per_example import PerExampleLoss, clipped_sum, per_example_gradients, rows_of_layers
+from opacus_ext.row_by_row import moved
 from utils.draws import Draws
 from utils.errors import UserError
-
-ROUNDING = 0.05  # relative: more than bfloat16 does, less than one of three records does to the statistics of a batch
 
 
 def validate_independence(
@@ -65,7 +64,7 @@ def _validated(network, per_example_loss, images, labels) -> dict[str, set[int]]
     )
     tolerance = _tolerance(before)
     for name, rows in before.items():
-        if _moved(after[name][1:], rows[1:], tolerance) or _moved(without[name], rows[fewer], tolerance):
+        if moved(after[name][1:], rows[1:], tolerance) or moved(without[name], rows[fewer], tolerance):
             raise UserError(
                 f"network: the gradient of '{name}' for one example moves when another example changes, so "
                 f"per-example clipping bounds nothing; nothing in network or loss may mix the examples of a batch"
@@ -79,22 +78,6 @@ def _validated(network, per_example_loss, images, labels) -> dict[str, set[int]]
     return rows_of_layers(network, per_example_loss, images, labels, draws[:])
 
 
-def require_row_by_row(
-    name: str,
-    rows: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    images: torch.Tensor,
-    labels: torch.Tensor,
-) -> None:
-    """Raise UserError if leaving out the last of these records moves what rows(images, labels), (B, ...), says of the
-    others: a network in training mode, a scale taken from the batch, randomness dealt by position. The records may be
-    private: all that can be told of them is that the program is wrong."""
-    if len(labels) > 1 and _moved(rows(images[:-1], labels[:-1]), rows(images, labels)[:-1], ROUNDING):
-        raise UserError(
-            f"'{name}': the value of one record depends on another's, so bounding each bounds nothing; every record "
-            f"must be treated by itself, for instance by networks in eval mode"
-        )
-
-
 def _state(network: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers, those too that a checkpoint leaves out."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
@@ -103,11 +86,6 @@ def _state(network: nn.Module) -> dict[str, torch.Tensor]:
 def _tolerance(gradients: dict[str, torch.Tensor]) -> float:
     """Relative: what rounding may do, in the lowest precision that the network computes in."""
     return max(1e-3, *(8 * torch.finfo(rows.dtype).eps for rows in gradients.values()))
-
-
-def _moved(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    """Also where there is no telling: nan is within no bound."""
-    return not bool((found - expected).norm() <= tolerance * expected.norm() + 1e-12)
 
 
 def _require_complete(

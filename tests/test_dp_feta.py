@@ -183,7 +183,7 @@ def test_the_embedding_is_that_of_the_resized_images_over_the_public_number(make
     pixels = torch.from_numpy(samples.images).float() / 127.5 - 1
     phi = method.embedding.features(pixels)
     assert method.embedding.phi.frequencies.shape[1] == 16
-    torch.testing.assert_close(phi.norm(dim=1), torch.ones(60))
+    torch.testing.assert_close(phi.norm(dim=1), torch.full((60,), 1.04**0.5))  # 1, and 0.2 for the share
     expected = torch.stack([phi[torch.from_numpy(samples.labels) == label].sum(0) / 60 for label in range(3)])
     torch.testing.assert_close(method.noisy_embedding, expected, rtol=1e-4, atol=1e-6)
 

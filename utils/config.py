@@ -19,7 +19,7 @@ import typing
 from pathlib import Path
 
 from utils.command_line import parse_epsilon, parse_value, parser, read_command_line
-from utils.config_files import ConfigFiles, config_folders, flatten, read_yaml, readable_errors
+from utils.config_files import ConfigFiles, config_folders, file_values, flatten, readable_errors
 from utils.errors import UserError, unknown
 from utils.presets import PRESETS, Rule, load_presets, nearest_tier
 from utils.registry import Registry
@@ -302,7 +302,8 @@ def _choose_public_data(
     files: ConfigFiles, method_file: Path, rules: list[Rule], command: dict[str, object]
 ) -> tuple[str | None, Path]:
     """The public set that the latest layer names, and its YAML file: `custom` for a folder given as train_path."""
-    layers = [flatten(read_yaml(method_file)), *(rule.values for rule in rules), command]
+    written = {key: value for key, value, _ in file_values(method_file, "")}
+    layers = [written, *(rule.values for rule in rules), command]
     early = {key: value for layer in layers for key, value in layer.items()}
     name, folder = early.get("public_data.name"), early.get("public_data.train_path")
     if name is None or name.casefold() == "none":

@@ -102,9 +102,9 @@ class ConfigFiles:
 
     def written_values(self, files: dict[str, Path]) -> list[tuple[str, object, str]]:
         """(dotted key, value as written, layer) of every value in the chosen files, in the order of merging."""
-        result = _file_values(self.folders[0] / "config.yaml", "")
+        result = file_values(self.folders[0] / "config.yaml", "")
         for group, package in GROUPS.items():
-            result += _file_values(files[group], "" if package == "_global_" else package)
+            result += file_values(files[group], "" if package == "_global_" else package)
         return result
 
 
@@ -117,13 +117,13 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "\\'") + "'"
 
 
-def _file_values(path: Path, section: str) -> list[tuple[str, object, str]]:
+def file_values(path: Path, section: str) -> list[tuple[str, object, str]]:
     """Of a file, after those of the files beside it that its defaults list includes."""
     content = read_yaml(path)
     included = [
         entry for entry in content.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"
     ]
-    before = [value for entry in included for value in _file_values(path.with_name(f"{entry}.yaml"), section)]
+    before = [value for entry in included for value in file_values(path.with_name(f"{entry}.yaml"), section)]
     name = path.relative_to(path.parents[1 if path.name == "config.yaml" else 2]).as_posix()
     return before + [(key, value, _layer(value, name)) for key, value in flatten(content, section).items()]
 
