@@ -126,7 +126,7 @@ def test_collect_reads_what_run_writes(tmp_path):
     assert float(row["fid/random_conv"]) > 0
 
 
-# ------------------------------------------------------------------------------------------------- rq1.sh to rq4.sh
+# ------------------------------------------------------------------------------------------------- grids of runs
 
 
 @pytest.fixture()
@@ -202,14 +202,16 @@ def test_the_grid_is_of_all_methods(commands):
         ("rq2", {"METHODS": "DPDM DP-LoRA DPGAN", "EPSILONS": "0.2"}, 3 + 5 + 5 + 4),
         ("rq3", {"METHODS": "DPGAN PDP-Diffusion", "DATA": "fmnist_28"}, 2 * 5),
         ("rq4", {"SELECTIVE": "DPDM", "CENTRAL": "DP-MERF", "CKPT": "some/where.pth"}, 3),
+        ("gpu_methods", {}, 2 * 2),
     ],
 )
 def test_grids_compose(commands, script, variables, count):
     """Every command line is one that run.py understands, and has a name of its own."""
     cells = commands(script, "--dry_run", SETTINGS="seed=3", **variables)
-    assert (
-        len({(of(cell, "--method"), of(cell, "--exp_description")) for cell in cells}) == len(cells) == count
-    )
+    names = {
+        tuple(of(cell, flag) for flag in ("--method", "--data_name", "--exp_description")) for cell in cells
+    }
+    assert len(names) == len(cells) == count
     for cell in cells:
         config = load_config(cell, METHODS)
         assert config.snapshot["seed"] == 3 and "--dry_run" in cell
