@@ -3,7 +3,8 @@
 Legend: N, M points, D features. Points are float32 tensors that `centred` has shifted.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -30,14 +31,14 @@ def nearest_others(points, k: int, description: str):
     """Squared distances of every point to its k nearest other points of the set, the nearest first: (N, k)."""
     import torch
 
-    found = torch.empty(
-        len(points), k, device=points.device
-    )  # parts in a list would keep their blocks in memory
-    for rows in blocks(len(points), len(points), description):
-        squared = squared_distances(points[rows], points)
-        own = torch.arange(rows.start, rows.stop, device=points.device)
-        squared[own - rows.start, own] = torch.inf
-        found[rows] = squared.topk(k, dim=1, largest=False).values
+    found = torch.full((len(points), k), torch.inf, device=points.device)
+    for rows, columns in blocks(len(points), len(points), description, mirrored=True):
+        squared = squared_distances(points[rows], points[columns])
+        if rows == columns:
+            squared.fill_diagonal_(torch.inf)
+        else:
+            _keep_nearest(found[columns], squared.T)
+        _keep_nearest(found[rows], squared)
     return found
 
 
@@ -46,18 +47,25 @@ def nearest(first: np.ndarray, second, centre: np.ndarray, description: str):
     (N,) and indices (N,)."""
     import torch
 
-    distances = torch.empty(len(first), device=second.device)
-    indices = torch.empty(len(first), dtype=torch.long, device=second.device)
-    for rows, squared in distance_blocks(first, second, centre, description):
-        distances[rows], indices[rows] = squared.min(dim=1)
+    distances = torch.full((len(first),), torch.inf, device=second.device)
+    indices = torch.zeros(len(first), dtype=torch.long, device=second.device)
+    for rows, columns, squared in distance_blocks(first, second, centre, description):
+        least, places = squared.min(dim=1)
+        closer = least < distances[rows]
+        distances[rows][closer] = least[closer]
+        indices[rows][closer] = places[closer] + columns.start
     return distances, indices
 
 
 def distance_blocks(first: np.ndarray, second, centre: np.ndarray, description: str) -> Iterator[tuple]:
-    """Slices of rows of `first` (N, D), and their squared distances (B, M) to `second` (M, D), which `centre` has
-    shifted. The points of `first` are shifted block by block: a copy of all would be as large as they are."""
-    for rows in blocks(len(first), len(second), description):
-        yield rows, squared_distances(centred(first[rows], centre, second.device), second)
+    """Slices of rows of `first` (N, D) and of `second` (M, D), which `centre` has shifted, and their squared distances.
+
+    The points of `first` are shifted block by block: a copy of all would be as large as they are.
+    """
+    for rows, columns in blocks(len(first), len(second), description):
+        if columns.start == 0:
+            points = centred(first[rows], centre, second.device)
+        yield rows, columns, squared_distances(points, second[columns])
 
 
 def squared_distances(first, second):
@@ -71,10 +79,27 @@ def squared_distances(first, second):
     return squared.masked_fill_(squared < ROUNDING * norms, 0.0)
 
 
-def blocks(num_rows: int, num_columns: int, description: str) -> Iterator[slice]:
-    """Slices of rows so that one block of distances fits into MAX_DISTANCES."""
-    step = max(1, MAX_DISTANCES // num_columns)
-    starts = range(0, num_rows, step)
-    if len(starts) > 1:
-        starts = progress(starts, description, unit="block")
-    return (slice(start, min(start + step, num_rows)) for start in starts)
+def blocks(
+    num_rows: int, num_columns: int, description: str, *, mirrored: bool = False
+) -> Iterable[tuple[slice, slice]]:
+    """Slices of rows and of columns of a matrix of distances, so that one block holds at most MAX_DISTANCES.
+
+    Blocks are square, since a product of flat ones waits for memory. `mirrored`: of a symmetric matrix those on and
+    above the diagonal; the others are their mirror images.
+    """
+    side = math.isqrt(MAX_DISTANCES)
+    found = [
+        (slice(top, min(top + side, num_rows)), slice(left, min(left + side, num_columns)))
+        for top in range(0, num_rows, side)
+        for left in range(top if mirrored else 0, num_columns, side)
+    ]
+    return progress(found, description, unit="block") if len(found) > 1 else found
+
+
+def _keep_nearest(found, squared) -> None:
+    """Put the smallest of `found` (B, k) and of new distances (B, M) into `found`, the smallest first."""
+    import torch
+
+    k = found.shape[1]
+    least = squared.topk(min(k, squared.shape[1]), dim=1, largest=False).values
+    found.copy_(torch.cat([found, least], dim=1).topk(k, dim=1, largest=False).values)

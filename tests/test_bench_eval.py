@@ -25,8 +25,8 @@ def test_the_benchmark_writes_what_it_measures(tmp_path, monkeypatch):
 def test_other_cases_give_the_value_of_the_metric():
     real, fake = bench_eval.features(200, 8, 0)
     for case, metric in ((bench_eval.frechet, frechet_distance), (bench_eval.precision_recall, share_inside)):
-        value, seconds = case(real, fake)
-        assert value == metric(real, fake) and seconds > 0
+        found = case(real, fake)
+        assert found.value == metric(real, fake) and found.seconds > 0 and found.cpu_seconds > 0
 
 
 def share_inside(real, fake) -> float:
@@ -36,4 +36,13 @@ def share_inside(real, fake) -> float:
 def test_the_cache_gives_the_same_features():
     images = bench_eval.features(30, 4, 0)[0]
     first, again = bench_eval.feature_pass(images, images), bench_eval.feature_cache(images, images)
-    assert first[0] == again[0]
+    assert first.value == again.value
+
+
+def test_the_layout_of_memory_does_not_change_the_loss(monkeypatch):
+    monkeypatch.setattr(bench_eval, "STEPS", 1)
+    monkeypatch.setattr(bench_eval, "STEP_IMAGES", 4)
+    losses = [
+        bench_eval.training_in(layout)(None, None).value for layout in ("channels_last", "contiguous_format")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

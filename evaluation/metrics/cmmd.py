@@ -29,7 +29,7 @@ def cmmd(real: np.ndarray, fake: np.ndarray, device: str = "cpu") -> float:
 def _kernel_sum(first, second) -> float:
     """Sum of k(x, y) - 1 over all pairs: k is close to 1, and the ones cancel in the estimate; k(x, x) adds nothing."""
     total = 0.0
-    for rows in blocks(len(first), len(second), "CMMD"):
-        squared = (2 - 2 * first[rows] @ second.T).clamp_(min=0)
+    for rows, columns in blocks(len(first), len(second), "CMMD"):
+        squared = (2 - 2 * first[rows] @ second[columns].T).clamp_(min=0)
         total += (squared / (-2 * BANDWIDTH**2)).expm1_().sum().item()
     return total

@@ -29,8 +29,8 @@ def density_coverage(
         real_neighbours = nearest_others(real, k, "real radii")
     radii = real_neighbours[:, k - 1]
     memberships, covered = 0, torch.zeros(len(real), dtype=torch.bool, device=device)
-    for _, squared in distance_blocks(fake, real, centre, "density, coverage"):
-        inside = squared <= radii
+    for _, columns, squared in distance_blocks(fake, real, centre, "density, coverage"):
+        inside = squared <= radii[columns]
         memberships += inside.sum().item()
-        covered |= inside.any(dim=0)
+        covered[columns] |= inside.any(dim=0)
     return {"density": memberships / (k * len(fake)), "coverage": covered.double().mean().item()}

@@ -35,12 +35,12 @@ def precision_recall(
         name: torch.zeros(len(fake if "precision" in name else real), dtype=torch.bool, device=device)
         for name in names
     }
-    for rows, squared in distance_blocks(fake, real, centre, "precision, recall"):
-        radii = fake_radii[rows, None]
-        hit["precision"][rows] = (squared <= real_radii).any(dim=1)
-        hit["precision_k4"][rows] = (squared < real_radii).any(dim=1)
-        hit["recall"] |= (squared <= radii).any(dim=0)
-        hit["recall_k4"] |= (squared < radii).any(dim=0)
+    for rows, columns, squared in distance_blocks(fake, real, centre, "precision, recall"):
+        of_real, of_fake = real_radii[columns], fake_radii[rows, None]
+        hit["precision"][rows] |= (squared <= of_real).any(dim=1)
+        hit["precision_k4"][rows] |= (squared < of_real).any(dim=1)
+        hit["recall"][columns] |= (squared <= of_fake).any(dim=0)
+        hit["recall_k4"][columns] |= (squared < of_fake).any(dim=0)
     return {name: _share(points) for name, points in hit.items()}
 
 
