@@ -137,7 +137,8 @@ def evaluate_images(config: Config) -> int:
         "selection": [],
         "noise_seeded": False,
     }
-    write_page(folder, report, samples, sensitive.train, spec, f"{config.images.name} on {spec.name}", None)
+    title = f"{config.images.name} on {spec.name}"
+    write_page(folder, report, samples, sensitive.train, spec, title, None, config.eval.gallery)
     write_results(folder, config, unknown, report, {"evaluate": time.perf_counter() - start})
     log.info(f"\n{report.table()}\n\nreport: {folder / REPORT}\nnumbers: {folder / RESULTS}")
     return INCOMPLETE if report.missing else 0

@@ -23,6 +23,7 @@ from utils.stopping import UNREAD, exit_code, quiet_pipe, sigterm_interrupts
 
 REVEALED = "fidelity metrics compare with the private training images"
 ORACLE = "eval.oracles=true: epochs of classifiers are chosen on the private validation images without noise"
+SHOWN = "eval.gallery=report: report.html shows training images"
 SAMPLES, GRID, CARD = "gen/gen.npz", "gen/sample.png", "privacy_card.md"  # in the run's folder
 INCOMPLETE = 3  # exit code: the run is done, but metrics are missing
 FAILED = 1  # exit code: another process of the run has died
@@ -414,6 +415,8 @@ def judge(
     if real.oracle is not None:
         oracle = real.oracle.reveal(ORACLE)
         training = {**training, "revealed": [*training["revealed"], ORACLE]}
+    if config.eval.gallery == "report":
+        training = {**training, "revealed": [*training["revealed"], SHOWN]}
     report = evaluator.evaluate(
         samples, train=real.train, test=real.test, select=selection, validation=oracle
     )
@@ -422,7 +425,7 @@ def judge(
     card = privacy_card(privacy)
     write_text(folder / CARD, card)
     title = f"{config.method} on {spec.name}, epsilon {config.epsilon:g}"
-    write_page(folder, report, samples, real.train, spec, title, card)
+    write_page(folder, report, samples, real.train, spec, title, card, config.eval.gallery)
     write_results(folder, config, privacy, report, timing)
     log.info(f"\n{privacy_summary(privacy)}\n\n{report.table()}\n")
     places = {"report": REPORT, "samples": GRID, "privacy card": CARD, "numbers": RESULTS}

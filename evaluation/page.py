@@ -1,7 +1,7 @@
 """report.html: one page with everything about an evaluation, without a link to anywhere else.
 
-The page shows samples and numbers, never a real image. The gallery of nearest training images does, so it is a page
-of its own in private/, written only when it is asked for.
+The page shows samples and numbers, and no real image. The gallery of nearest training images does, so it is a page of
+its own in private/, written only when it is asked for; who asks for it in report.html gets a page that says what it is.
 """
 
 import base64
@@ -20,6 +20,12 @@ REPORT, DETAILS, GALLERY = "report.html", "details.json", "private/nearest.html"
 PER_CLASS = 12  # samples shown of a class
 CELL = 48  # least height of an image on the screen, in CSS pixels
 GAP = 1  # pixels between the images of a strip
+CONTAINS_PRIVATE = "<b>Contains training images: do not share, unless they are public.</b>"
+MEMORISATION = {
+    "authpct": "about 50 for fresh images, 0 for copies of training images",
+    "nn_ratio": "1 where the training images left no trace, lower for copies",
+    "fld_gap": "about 0 for fresh images, far below 0 for copies",
+}
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 70rem; margin: 2rem auto;
@@ -30,6 +36,7 @@ th { border-bottom: 2px solid #999; font-weight: 600; } td { border-bottom: 1px 
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 td:not(.note) { white-space: nowrap; }
 .scroll { overflow-x: auto; } .note { color: #666; font-size: .9rem; } .warn { color: #9a3412; }
+.red { color: #fff; background: #b91c1c; padding: .4rem .8rem; }
 img { image-rendering: pixelated; display: block; }
 .confusion td { text-align: right; padding: .15rem .4rem; border: 1px solid #fff; font-size: .85rem; }
 .bar { background: #3b82f6; height: .7rem; display: block; }
@@ -44,27 +51,28 @@ def write_page(
     spec: DataSpec,
     title: str,
     card: str | None,
+    gallery: str | None,
 ) -> None:
-    """Write report.html and details.json into `folder`; private/nearest.html too, if the report has a gallery.
+    """Write report.html and details.json into `folder`, and private/nearest.html for the `gallery` "private".
 
-    `card` is the privacy card of a run, as Markdown.
+    `card` is the privacy card of a run, as Markdown. The gallery "report" is in report.html, which is then private too.
     """
     write_json(folder / DETAILS, report.details)
+    shown = _gallery(report, samples, train) if report.nearest else None
+    embedded = shown is not None and gallery == "report"
     sections = [
+        f"<p class='red'>{CONTAINS_PRIVATE}</p>" if embedded else "",
         _head(samples, spec),
         _metrics(report),
         _grid(samples, spec),
         *_classes(report, spec),
-        "<h2>Nearest training images</h2><p class='note'>A gallery of samples beside their nearest training images is "
-        "not a privacy proof: copies may hide in samples that it does not show. It contains private images, so it is "
-        f"no part of this page; eval.gallery=true writes it to {GALLERY}.</p>",
+        _nearest(report, gallery, shown if embedded else None),
         "" if card is None else f"<h2>Privacy</h2>{markdown(card)}",
     ]
     write_text(folder / REPORT, _document(title, "\n".join(sections)))
-    if report.nearest:
-        write_text(
-            folder / GALLERY, _document(f"{title}: nearest training images", _gallery(report, samples, train))
-        )
+    if shown is not None and not embedded:
+        page = _document(f"{title}: nearest training images", f"<p class='red'>{CONTAINS_PRIVATE}</p>{shown}")
+        write_text(folder / GALLERY, page)
 
 
 def markdown(text: str) -> str:
@@ -122,15 +130,13 @@ def _head(samples: Samples, spec: DataSpec) -> str:
 
 def _metrics(report: Report) -> str:
     """The table of values, and what is missing."""
-    head = "<tr><th>metric</th><th class='n'>value</th><th>better</th><th class='n'>real images</th>"
+    head = "<tr><th>metric</th><th class='n'>value</th><th>better</th><th class='n'>real test images</th>"
     head += "<th class='n'># real</th><th class='n'># samples</th><th>remarks</th></tr>"
     rows = "".join(
         _metric_row(name, value, report.metric_info[name]) for name, value in report.metrics.items()
     )
     text = f"<h2>Metrics</h2><div class='scroll'><table>{head}{rows}</table></div>"
-    text += (
-        "<p class='note'>Real images: what real test images score in the place of the samples, the best to "
-    )
+    text += "<p class='note'>Real test images: what they score in the place of the samples, the best to "
     text += "hope for. Their number differs from that of the samples, and some metrics depend on it."
     if any("private" in info for info in report.metric_info.values()):
         text += " * reads private or test data without noise to compute or choose the value."
@@ -150,7 +156,10 @@ def _metric_row(name: str, value: float, info: dict) -> str:
     if "interval_95" in info:
         low, high = info["interval_95"]
         remarks.append(f"95 % interval {low:.2f} to {high:.2f}")
-    remarks += [f"deviation {info['std']:.3g}"] if "std" in info else []
+    if len(info.get("classifiers", ())) > 1:
+        remarks.append(f"deviation {info['std']:.3g}, best {info['max']:.4g}")
+    elif "std" in info and "classifiers" not in info:
+        remarks.append(f"deviation {info['std']:.3g} over subsets")
     remarks += [f"epoch {info['epoch']} of {info['num_epochs']}"] if "epoch" in info else []
     remarks += ["fewer images than features: biased upwards"] if info.get("n_below_dim") else []
     remarks += [f"weights {info['weights_sha256'][:8]}"] if "weights_sha256" in info else []
@@ -234,6 +243,41 @@ def _confusion(counts: np.ndarray, spec: DataSpec) -> str:
     return f"{note}<div class='scroll'><table class='confusion'>{''.join(rows)}</table></div>"
 
 
+def _nearest(report: Report, gallery: str | None, shown: str | None) -> str:
+    """The section about copies: the metrics of memorisation, and the gallery itself or where it is."""
+    if shown is None and report.nearest:
+        where = f"The gallery of samples beside their nearest training images is in {GALLERY}; it contains private "
+        where += "images, so it is no part of this page. Do not share it."
+    elif shown is None:
+        where = "The gallery of samples beside their nearest training images is not there: "
+        where += (
+            "eval.gallery could not be computed." if gallery else f"eval.gallery=private writes {GALLERY}."
+        )
+    head = (
+        "<tr><th>metric</th><th class='n'>value</th><th class='n'>real test images</th><th>reads as</th></tr>"
+    )
+    found = [name for name in report.metrics if name.split("/")[0] in MEMORISATION]
+    rows = "".join(_memorisation_row(name, report) for name in found)
+    absent = [name for name in MEMORISATION if name not in {full.split("/")[0] for full in found}]
+    text = "<h2>Nearest neighbours</h2><p class='warn'><b>Not a privacy proof.</b> Copies may hide where nothing here "
+    text += "shows them. What bounds the influence of a training image is epsilon.</p>"
+    text += f"<table>{head}{rows}</table>" if rows else ""
+    if absent:
+        text += (
+            f"<p class='note'>Not computed: {', '.join(absent)}; --metrics or eval.metrics asks for them.</p>"
+        )
+    return text + (shown or f"<p class='note'>{where}</p>")
+
+
+def _memorisation_row(name: str, report: Report) -> str:
+    info = report.metric_info[name]
+    floor = f"{info['real_floor']:.4g}" if "real_floor" in info else ""
+    return (
+        f"<tr><td>{html.escape(name)}</td><td class='n'><b>{report.metrics[name]:.4g}</b></td>"
+        f"<td class='n'>{floor}</td><td class='note'>{MEMORISATION[name.split('/')[0]]}</td></tr>"
+    )
+
+
 def _gallery(report: Report, samples: Samples, train: Samples) -> str:
     rows = [
         f"<tr><td>{_strip(samples.images[[row]], 'sample')}</td>"
@@ -241,7 +285,7 @@ def _gallery(report: Report, samples: Samples, train: Samples) -> str:
         for row, neighbours in report.nearest.items()
     ]
     return (
-        "<p class='warn'><b>Not a privacy proof.</b> Only the samples of each class that are nearest to a training "
-        "image are shown, by one extractor's features. <b>Contains private training images: do not share.</b></p>"
+        "<p class='note'>The samples of each class that are nearest to a training image, by one extractor's features: "
+        "not a privacy proof.</p>"
         f"<table><tr><th>sample</th><th>nearest training images, the nearest first</th></tr>{''.join(rows)}</table>"
     )

@@ -90,11 +90,10 @@ def page(folder, **options) -> str:
         "train": samples(1, 30),
         "spec": SPEC,
         "card": CARD,
+        "gallery": None,
     }
     given |= options
-    write_page(
-        folder, given["report"], given["samples"], given["train"], given["spec"], "a <title>", given["card"]
-    )
+    write_page(folder, title="a <title>", **given)
     return (folder / "report.html").read_text()
 
 
@@ -117,7 +116,7 @@ def test_the_page_holds_everything_and_needs_nothing_else(tmp_path):
     assert "<b>2.5</b>" in row and "lower" in row and ">0.125<" in row
     assert "95 % interval 40.00 to 60.00" in text and "epoch 3 of 5" in text
     assert "75.0 %" in text and "no test image" in text
-    assert "No image of class bird." in text and "not a privacy proof" in text
+    assert "No image of class bird." in text and "Not a privacy proof" in text
     assert strict_json(tmp_path / "details.json") == report().details
     assert not (tmp_path / "private").exists()
 
@@ -148,21 +147,48 @@ def test_a_matrix_of_many_classes_is_a_picture(tmp_path):
     assert found.shape == (30, 30) and found[3, 5] == 0 and (np.delete(found.ravel(), 95) == 255).all()
 
 
+def shows_training_image(text: str, train: Samples) -> bool:
+    strips = [pixels(image["src"]) for image in Checker(text).images]
+    parts = [strip[:, 9 * k : 9 * k + 8] for strip in strips for k in range((strip.shape[1] + 1) // 9)]
+    return any(np.array_equal(part, image[0]) for part in parts for image in train.images)
+
+
 def test_training_images_are_in_the_private_gallery_alone(tmp_path):
     train, shown = samples(1, 30), samples(0, 20)
-    text = page(tmp_path, train=train, samples=shown, report=report(nearest={4: [7, 2]}))
+    found = report(nearest={4: [7, 2]})
+    text = page(tmp_path, train=train, samples=shown, report=found, gallery="private")
     gallery = (tmp_path / "private" / "nearest.html").read_text()
     Checker(gallery)
-    assert "Not a privacy proof" in gallery and "do not share" in gallery
+    assert "not a privacy proof" in gallery and "do not share" in gallery
     sample, neighbours = (pixels(image["src"]) for image in Checker(gallery).images)
     assert np.array_equal(sample, shown.images[4, 0])
     assert np.array_equal(
         neighbours, np.hstack([train.images[7, 0], np.full((8, 1), 255), train.images[2, 0]])
     )
-    assert data_uri(neighbours) not in text
-    strips = [pixels(image["src"]) for image in Checker(text).images]
-    parts = [strip[:, 9 * k : 9 * k + 8] for strip in strips for k in range((strip.shape[1] + 1) // 9)]
-    assert not any(np.array_equal(part, image[0]) for part in parts for image in train.images)
+    assert data_uri(neighbours) not in text and "Contains training images" not in text
+    assert "is in private/nearest.html" in text
+    assert shows_training_image(gallery, train) and not shows_training_image(text, train)
+
+
+def test_a_gallery_in_the_report_is_said_in_red(tmp_path):
+    train = samples(1, 30)
+    text = page(tmp_path, train=train, report=report(nearest={4: [7, 2]}), gallery="report")
+    assert shows_training_image(text, train) and not (tmp_path / "private").exists()
+    assert text.index("<p class='red'><b>Contains training images") < text.index("<h2>")
+    section = text[text.index("<h2>Nearest neighbours") :]
+    assert "Not a privacy proof" in section and "nearest training images, the nearest first" in section
+
+
+def test_memorisation_is_beside_the_gallery(tmp_path):
+    values = {"authpct/x": 31.5, "nn_ratio/x": 0.7}
+    info = {name: {"better": "higher", "n_real": 30, "n_fake": 20, "real_floor": 0.9} for name in values}
+    text = page(tmp_path, report=report(metrics=values, metric_info=info))
+    section = text[text.index("<h2>Nearest neighbours") : text.index("<h2>Privacy")]
+    for value in values.values():
+        assert f"<b>{value}</b></td><td class='n'>0.9</td>" in section
+    assert (
+        "Not computed: fld_gap;" in section and "eval.gallery=private writes private/nearest.html" in section
+    )
 
 
 def test_the_card_becomes_html():
@@ -177,7 +203,7 @@ def test_the_card_becomes_html():
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    more = ["eval.mode=val", "sensitive_data.num_val=137", "eval.oracles=true", "eval.gallery=true"]
+    more = ["eval.mode=val", "sensitive_data.num_val=137", "eval.oracles=true", "eval.gallery=private"]
     outcome = call(run_program.main, arguments("Noise", tmp_path_factory.mktemp("run"), *more))
     assert outcome.code == 0, outcome.err
     return outcome.folder
@@ -197,6 +223,15 @@ def test_oracles_of_a_run_are_marked_and_listed_as_revealed(run_folder):
         assert ("private" in info) == selection.startswith("best")
     assert any("eval.oracles" in reason for reason in privacy["revealed"])
     assert results["selection_epsilon"] == pytest.approx(1.0)
+    assert not any("report.html" in reason for reason in privacy["revealed"])
+
+
+def test_a_run_whose_report_shows_training_images_says_so(tmp_path):
+    more = ["eval.gallery=report", "eval.metrics=[authpct]"]
+    folder = call(run_program.main, arguments("Noise", tmp_path, *more)).folder
+    assert "Contains training images" in (folder / "report.html").read_text()
+    assert any("report.html shows" in reason for reason in strict_json(folder / "privacy.json")["revealed"])
+    assert call(run_program.main, arguments("Noise", tmp_path, "eval.gallery=yes")).refusal
 
 
 def test_without_oracles_nothing_of_the_validation_images_is_revealed(tmp_path):

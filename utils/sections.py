@@ -126,7 +126,7 @@ class EvalConfig:
     batch_size: int  # images per forward pass of feature extractors and of testing
     extractor: str  # feature extractor of the fidelity metrics: inception, random_conv, dinov2 or clip
     oracles: bool  # also report the epochs that are best on validation and test images, which is not private
-    gallery: bool  # write private/nearest.html: samples beside their nearest training images
+    gallery: str | None  # samples beside their nearest training images: private, a page of its own, or report
 
     def __post_init__(self) -> None:
         for key, value, known in (
@@ -135,6 +135,8 @@ class EvalConfig:
         ):
             if value not in known:
                 raise unknown(f"eval.{key}", value, known)
+        galleries = (None, "private", "report")
+        check(self.gallery in galleries, "eval.gallery", self.gallery, "null, private or report")
         check(self.selection_epsilon > 0, "eval.selection_epsilon", self.selection_epsilon, "greater than 0")
 
 
