@@ -15,6 +15,7 @@ from utils.progress import progress
 # Names of images and labels in an npz: this toolkit's, the usual ones, and those of arrays without a name.
 NPZ_KEYS = (("x", "y"), ("images", "labels"), ("arr_0", "arr_1"))
 COLOURS = {1: "grey", 3: "colour"}
+WEIGHTS = {1: " (0.299 red + 0.587 green + 0.114 blue)", 3: ""}
 
 
 def read_images(path: Path, spec: DataSpec) -> tuple[Samples, tuple[str, ...]]:
@@ -47,7 +48,8 @@ def _converted(part: Part, spec: DataSpec, path: Path) -> tuple[np.ndarray, list
         sizes[size] += 1
     notes = [sizes_note(sizes, spec.resolution)]
     if channels != spec.channels:
-        notes.append(f"{COLOURS[channels]} images are converted to {COLOURS[spec.channels]}")
+        to = COLOURS[spec.channels] + WEIGHTS[spec.channels]
+        notes.append(f"{COLOURS[channels]} images are converted to {to}")
     return images, [f"{path}: {note}" for note in notes if note is not None]
 
 
@@ -80,10 +82,13 @@ def _as_uint8(images: np.ndarray, path: Path) -> np.ndarray:
     if not np.issubdtype(images.dtype, np.floating):
         raise UserError(f"{path}: images are {images.dtype}; allowed are uint8, or floats in [0, 1]")
     for index, image in enumerate(images):
-        if not (image.min() >= 0 and image.max() <= 1):  # also true of NaN
+        least, most = image.min(), image.max()  # both NaN if any value is
+        if np.isnan(least):
+            raise UserError(f"{path}: image {index} has a value that is NaN; floats must be in [0, 1]")
+        if least < 0 or most > 1:
             raise UserError(
-                f"{path}: image {index} has values from {image.min():.4g} to {image.max():.4g}; floats must be in "
-                f"[0, 1]"
+                f"{path}: image {index} has values from {least:.4g} to {most:.4g}; floats must be in [0, 1], "
+                f"values up to 255 be uint8"
             )
     return np.round(images * 255).astype(np.uint8)
 

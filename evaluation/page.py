@@ -137,7 +137,8 @@ def _metrics(report: Report) -> str:
     )
     text = f"<h2>Metrics</h2><div class='scroll'><table>{head}{rows}</table></div>"
     text += "<p class='note'>Real test images: what they score in the place of the samples, the best to "
-    text += "hope for. Their number differs from that of the samples, and some metrics depend on it."
+    text += "hope for. Their number differs from that of the samples, and some metrics depend on it. "
+    text += "scripts/test_classifier.py measures the accuracy that real training images reach."
     if any("private" in info for info in report.metric_info.values()):
         text += " * reads private or test data without noise to compute or choose the value."
     text += "</p>"
