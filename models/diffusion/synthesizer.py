@@ -1,9 +1,8 @@
 """The family of diffusion methods: a shared network and loops; a method is a choice of stages.
 
 Stages: public pretraining (on all public classes, or on those that a noisy semantic query selects), a warm-up on
-noisy central images of the private set, DP-SGD on the private images, sampling. Every stage starts from the EMA
-weights of the one before, with a fresh EMA and optimiser.
-What a method may change is below "Seams".
+noisy central images of the private set, DP-SGD on the private images, sampling. How a network passes from one to the
+next, and what its checkpoints hold, is in staged.py. What a method may change is below "Seams".
 """
 
 import copy
@@ -17,16 +16,15 @@ from torch import nn
 from data.public import has_public_images
 from data.spec import DataSpec, PublicData, Samples
 from models.central_images import MEAN, MODE, CentralImages
-from models.diffusion.checkpoint import chosen_weights, load_weights, read_checkpoint, require_fit
 from models.diffusion.config import ModelConfig, PretrainConfig, TrainConfig
 from models.diffusion.cost import generation_cost, seconds_per_image, training_cost, warm_up_cost
 from models.diffusion.denoiser import guided
 from models.diffusion.loss import EDMLoss, LossConfig
 from models.diffusion.samplers import SamplerConfig, sample
-from models.nn.ema import EMA
+from models.diffusion.staged import StagedNetwork
 from models.public_batches import public_batches
 from models.semantic_query import SemanticQuery, words_per_class
-from models.synthesizer import Cost, Synthesizer, balanced_labels
+from models.synthesizer import Cost, balanced_labels
 from models.timing import batch_rows, seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import dpsgd_release, dpsgd_steps
@@ -45,7 +43,7 @@ WARM_UP = "warm-up"
 Augmentation = Callable[[np.ndarray, Draws], np.ndarray]  # (B, C, H, W) uint8 -> the same
 
 
-class DiffusionSynthesizer(Synthesizer):
+class DiffusionSynthesizer(StagedNetwork):
     """Base of the diffusion methods."""
 
     selects_public_classes = True
@@ -60,23 +58,9 @@ class DiffusionSynthesizer(Synthesizer):
 
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
-        checkpoint, self.inherited = None, []
-        if config.model.ckpt is not None:
-            checkpoint, self.inherited = read_checkpoint(config.model.ckpt)
         self.query = self._semantic_query()
         self.central = self._central_images()
-        with runtime.seeded("network"):
-            network = self._build_network(
-                self._label_dim() if checkpoint is None else checkpoint["label_dim"]
-            )
-        self.network = runtime.place(network)
-        if checkpoint is not None:
-            self._start_from(checkpoint)
-        self._start_stage("start")
-        self._steps_before = 0  # of the pretraining that this run goes on with
-        if checkpoint is not None and self._goes_on(checkpoint):
-            self._steps_before = checkpoint["step"]
-            self._restore(checkpoint)
+        self._make_network()
 
     def _semantic_query(self) -> SemanticQuery | None:
         public = self.config.public_data
@@ -96,21 +80,14 @@ class DiffusionSynthesizer(Synthesizer):
     def _flips(self) -> bool:
         return self.config.public_data.flip
 
-    def _start_from(self, checkpoint: dict) -> None:
-        """Take over the chosen weights; UserError where they were made for other inputs, labels or layers."""
-        source, public, pretrain = (
-            f"model.ckpt: {self.config.model.ckpt}",
-            self.config.public_data,
-            self.config.pretrain,
-        )
-        require_fit(checkpoint, source, self.network_shape, self.spec.num_classes)
+    def _require_labels(self, checkpoint: dict, source: str) -> None:
+        public, pretrain = self.config.public_data, self.config.pretrain
         by_label = self.query is None and pretrain.n_epochs and pretrain.cond
         if by_label and (public.n_classes or 0) > checkpoint["label_dim"]:
             raise UserError(
                 f"{source} knows {checkpoint['label_dim']} labels; {public.name} has {public.n_classes} classes; use "
                 f"pretrain.cond=false"
             )
-        load_weights(self.network, chosen_weights(checkpoint, self.config.model.ckpt_weights), source)
 
     def _goes_on(self, checkpoint: dict) -> bool:
         """Pretraining again from a checkpoint of pretraining is one long pretraining: with the raw weights, their
@@ -160,13 +137,6 @@ class DiffusionSynthesizer(Synthesizer):
         """Which central images of the private set the network is warmed up on, if any."""
         name = self.config.public_data.name
         return name if name in (MEAN, MODE) else None
-
-    def _trained_parameters(self) -> set[str]:
-        """Names of the network's parameters that the private stage trains; it freezes all others."""
-        return {name for name, _ in self.network.named_parameters()}
-
-    def _prepare_network(self, stage: str) -> None:
-        """Change the network for a stage that is about to start, or to be restored: put adapters on it."""
 
     def _make_loss(self, config: LossConfig, unconditional: bool = False) -> EDMLoss:
         """(network, (B, *network_shape), labels (B,), rng) -> (B,) losses, each averaged over its noise draws."""
@@ -220,17 +190,6 @@ class DiffusionSynthesizer(Synthesizer):
             pretrain, batch_size=pretrain.warm_up.batch_size, n_epochs=pretrain.warm_up.n_epochs
         )
         return {} if self.central is None else {WARM_UP: section}
-
-    def _book_inherited(self, private: PrivateData | None) -> None:
-        """What the checkpoint's own run asked the private images is part of what this run's samples reveal."""
-        for release in self.inherited:
-            left = release.num_steps - private.ledger.executed(release.name)
-            private.ledger.book(release.name, left)
-
-    def _is_past(self, stage: str) -> bool:
-        """A later stage has begun: a resumed run has this one behind it."""
-        order = ["start", *self._stages()]
-        return order.index(self.stage) > order.index(stage)
 
     def _fit_public(
         self, stage: str, samples: Samples, loss: EDMLoss, augment: Augmentation | None = None
@@ -306,32 +265,6 @@ class DiffusionSynthesizer(Synthesizer):
             parts.append(to_uint8(images))
         return distributed.concatenate(torch.from_numpy(np.concatenate(parts))).numpy()
 
-    # State
-
-    def _begin(self, stage: str) -> int:
-        """Enter a stage from the EMA weights of the one before, or where `load_state_dict` left it; returns the step
-        to go on from."""
-        if self.stage != stage:
-            self.ema.copy_to(self.network)
-            self._prepare_network(stage)
-            self._start_stage(stage)
-        return self.step
-
-    def _start_stage(self, stage: str) -> None:
-        """A fresh EMA, and an optimiser of what the stage trains.
-
-        The EMA holds the frozen parameters too, whose average is their value: so its weights are a whole network,
-        which another method or stage can start from without knowing what was trained here.
-        """
-        self.stage, self.step = stage, 0
-        trained = self._trained_parameters() if stage == "train" else None
-        for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_(trained is None or name in trained)
-        self.ema = EMA(self.network, self.config.model.ema_rate)
-        section = self._stages().get(stage)
-        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        self.optimizer = None if section is None else section.optim.make(parameters)
-
     def _finish_step(self, snapshot_freq: int) -> None:
         self.step += 1
         self.ema.update(self.network)
@@ -343,34 +276,12 @@ class DiffusionSynthesizer(Synthesizer):
             self.runtime.preview(self.stage, self.step, images, labels)
 
     def state_dict(self) -> dict:
-        """Raw weights ("network") and their average ("ema"), by name; a later stage starts from the latter."""
-        return {
-            "stage": self.stage,
-            "step": self.step,
-            "label_dim": self.network.null_label,
-            "shape": list(self.network_shape),
-            "network": self.network.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
-            "central": {} if self.central is None else self.central.state_dict(),
-        }
+        return {**super().state_dict(), "central": {} if self.central is None else self.central.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        if state["stage"] != self.stage:
-            self._prepare_network(state["stage"])
-        self._restore(state)
+        super().load_state_dict(state)
         if self.central is not None:
             self.central.load_state_dict(state["central"])
-
-    def _restore(self, state: dict) -> None:
-        """Weights, average and optimiser of a state, in its stage; learning rate and decay are the configuration's."""
-        load_weights(self.network, state["network"], "checkpoint")
-        self._start_stage(state["stage"])
-        self.step = state["step"]
-        self.ema.load_state_dict(state["ema"])
-        if self.optimizer is not None:
-            moments = state["optimizer"]["state"]
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
     # --dry_run
 

@@ -1,0 +1,143 @@
+"""A network that passes through stages: where it starts, its average and optimiser, and what a checkpoint holds.
+
+Every stage starts from the EMA weights of the one before, with a fresh EMA and optimiser. A run may start from the
+checkpoint of another one (`model.ckpt`), whose private cost it takes over.
+"""
+
+import abc
+
+from torch import nn
+
+from models.diffusion.checkpoint import chosen_weights, load_weights, read_checkpoint, require_fit
+from models.nn.ema import EMA
+from models.synthesizer import Synthesizer
+from opacus_ext.private_data import PrivateData
+
+
+class StagedNetwork(Synthesizer, abc.ABC):
+    """The network, its EMA and its optimiser in `stage` after `step` steps. The constructor of a subclass calls
+    `_make_network` when what its seams depend on is known."""
+
+    def _make_network(self) -> None:
+        """A new network, or that of model.ckpt."""
+        path = self.config.model.ckpt
+        checkpoint, self.inherited = (None, []) if path is None else read_checkpoint(path)
+        with self.runtime.seeded("network"):
+            network = self._build_network(
+                self._label_dim() if checkpoint is None else checkpoint["label_dim"]
+            )
+        self.network = self.runtime.place(network)
+        if checkpoint is not None:
+            self._start_from(checkpoint, f"model.ckpt: {path}")
+        self._start_stage("start")
+        self._steps_before = 0  # of the pretraining that this run goes on with
+        if checkpoint is not None and self._goes_on(checkpoint):
+            self._steps_before = checkpoint["step"]
+            self._restore(checkpoint)
+
+    # Seams
+
+    @property
+    @abc.abstractmethod
+    def network_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network sees."""
+
+    @abc.abstractmethod
+    def _label_dim(self) -> int:
+        """Rows of a new network's label table, without that of no label."""
+
+    @abc.abstractmethod
+    def _build_network(self, label_dim: int) -> nn.Module:
+        """A new network. Called once, with seeded global generators."""
+
+    @abc.abstractmethod
+    def _stages(self) -> dict[str, object]:
+        """Stage -> its section of the configuration, with `optim`; in order, "train" last."""
+
+    @abc.abstractmethod
+    def _goes_on(self, checkpoint: dict) -> bool:
+        """This run's pretraining is a continuation of the checkpoint's."""
+
+    def _require_labels(self, checkpoint: dict, source: str) -> None:
+        """Raise UserError where a stage would show the checkpoint's network labels that it does not know."""
+
+    def _trained_parameters(self) -> set[str]:
+        """Names of the network's parameters that the private stage trains; it freezes all others."""
+        return {name for name, _ in self.network.named_parameters()}
+
+    def _prepare_network(self, stage: str) -> None:
+        """Change the network for a stage that is about to start, or to be restored: put adapters on it."""
+
+    # The start
+
+    def _start_from(self, checkpoint: dict, source: str) -> None:
+        """Take over the chosen weights; UserError where they were made for other inputs, labels or layers."""
+        require_fit(checkpoint, source, self.network_shape, self.spec.num_classes)
+        self._require_labels(checkpoint, source)
+        load_weights(self.network, chosen_weights(checkpoint, self.config.model.ckpt_weights), source)
+
+    def _book_inherited(self, private: PrivateData | None) -> None:
+        """What the checkpoint's own run asked the private images is part of what this run's samples reveal."""
+        for release in self.inherited:
+            left = release.num_steps - private.ledger.executed(release.name)
+            private.ledger.book(release.name, left)
+
+    # From stage to stage
+
+    def _is_past(self, stage: str) -> bool:
+        """A later stage has begun: a resumed run has this one behind it."""
+        order = ["start", *self._stages()]
+        return order.index(self.stage) > order.index(stage)
+
+    def _begin(self, stage: str) -> int:
+        """Enter a stage from the EMA weights of the one before, or where `load_state_dict` left it; returns the step
+        to go on from."""
+        if self.stage != stage:
+            self.ema.copy_to(self.network)
+            self._prepare_network(stage)
+            self._start_stage(stage)
+        return self.step
+
+    def _start_stage(self, stage: str) -> None:
+        """A fresh EMA, and an optimiser of what the stage trains.
+
+        The EMA holds the frozen parameters too, whose average is their value: so its weights are a whole network,
+        which another method or stage can start from without knowing what was trained here.
+        """
+        self.stage, self.step = stage, 0
+        trained = self._trained_parameters() if stage == "train" else None
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(trained is None or name in trained)
+        self.ema = EMA(self.network, self.config.model.ema_rate)
+        section = self._stages().get(stage)
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        self.optimizer = None if section is None else section.optim.make(parameters)
+
+    # State
+
+    def state_dict(self) -> dict:
+        """Raw weights ("network") and their average ("ema"), by name; a later stage starts from the latter."""
+        return {
+            "stage": self.stage,
+            "step": self.step,
+            "label_dim": self.network.null_label,
+            "shape": list(self.network_shape),
+            "network": self.network.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["stage"] != self.stage:
+            self._prepare_network(state["stage"])
+        self._restore(state)
+
+    def _restore(self, state: dict) -> None:
+        """Weights, average and optimiser of a state, in its stage; learning rate and decay are the configuration's."""
+        load_weights(self.network, state["network"], "checkpoint")
+        self._start_stage(state["stage"])
+        self.step = state["step"]
+        self.ema.load_state_dict(state["ema"])
+        if self.optimizer is not None:
+            moments = state["optimizer"]["state"]
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
