@@ -17,6 +17,7 @@ from data.convert import resized, to_channels
 from data.public import has_public_images
 from data.spec import DataSpec, PublicData, Samples
 from models.apis.api import Candidates, ImageAPI, checked
+from models.central_images import MEAN, MODE
 from models.embeddings import Embedding, build_embedding
 from models.evolution.population import class_labels, class_sizes, consecutive, survivors
 from models.evolution.voting import NearestCandidates, ballots, choose_backend
@@ -29,6 +30,7 @@ from utils.errors import Unavailable, UserError
 from utils.images import to_uint8
 from utils.progress import progress
 from utils.runtime import Runtime
+from utils.sections import check
 from utils.seeding import numpy_rng
 
 VOTES = "votes"
@@ -42,7 +44,13 @@ class PrivateEvolution(Synthesizer, abc.ABC):
 
     def __init__(self, config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
-        settings = config.train
+        public, settings = config.public_data.name, config.train
+        check(
+            public not in (MEAN, MODE),
+            "public_data.name",
+            public,
+            "a public set or null: nothing here is trained on central images",
+        )
         settings.check_sizes(spec.num_classes)
         self.api = self.make_api()
         for degree in settings.variation_degree_schedule[settings.initial_variation_fold == 0 :]:
