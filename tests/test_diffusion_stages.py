@@ -151,6 +151,22 @@ def test_fine_tuning_from_a_checkpoint_of_the_query_pays_for_it_again(make_trial
     assert tuned.private.report()["noise_seeded"] is True  # what the query added can still be taken away
 
 
+@pytest.mark.parametrize("name", ["DP-FETA", "DP-FETA-Pro"])
+def test_fine_tuning_from_a_checkpoint_of_the_warm_ups_pays_for_them_again(name, make_trial, tmp_path):
+    """And is the second half of a run, to the last bit."""
+    whole = make_trial(name, noise_seed=5)
+    whole.run()
+    checkpoint = saved(pretrained(make_trial, name), tmp_path)
+    tuned = make_trial(name, f"model.ckpt={checkpoint}", "pretrain.n_epochs=0", noise_seed=5)
+    tuned.run()
+    assert same(weights(tuned), weights(whole))
+    plans = [trial.private.ledger.report()["releases"] for trial in (whole, tuned)]
+    assert [release["name"].removeprefix("checkpoint: ") for release in plans[1]] == [
+        release["name"] for release in plans[0]
+    ]
+    assert [release["executed"] for release in plans[1]] == [release["executed"] for release in plans[0]]
+
+
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_pretraining_goes_on_as_one_long_pretraining(name, make_trial, tmp_path):
     """Order of the images, random draws, optimiser and average included."""

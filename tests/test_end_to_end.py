@@ -366,6 +366,55 @@ def test_a_checkpoint_of_private_training_brings_its_cost_along(tmp_path):
     assert after["spent"] == pytest.approx(before["spent"]) and after["spent"] > 1
 
 
+def documented(method: str) -> list[list[str]]:
+    """The settings of every command of docs/checkpoints.md for a method."""
+    lines = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8").splitlines()
+    commands = [line.split() for line in lines if line.startswith(f"python run.py --method {method} ")]
+    return [[word for word in command if "=" in word] for command in commands]
+
+
+def final_state(folder: Path, stage: str) -> dict:
+    path = folder / stage / "checkpoints/final_checkpoint.pth"
+    return torch.load(path, weights_only=True)["state"]
+
+
+def same_network(one: dict, other: dict) -> bool:
+    weights = one["network"], other["network"]
+    return weights[0].keys() == weights[1].keys() and all(
+        torch.equal(weights[0][name], weights[1][name]) for name in weights[0]
+    )
+
+
+def test_the_documented_starts_from_a_checkpoint_give_what_one_run_gives(tmp_path):
+    def ran(settings: list[str], start: Path | None = None) -> Path:
+        words = [word.replace("<run>", str(start)) for word in settings]
+        argv = arguments("PDP-Diffusion", tmp_path, "privacy.noise_seed=1", "eval=none", *words)
+        outcome = call(run_program.main, argv)
+        assert outcome.code == 0, outcome.err
+        return outcome.folder
+
+    alone, tuned, longer, sampled = documented("PDP-Diffusion")
+    whole = ran([])
+    public = ran(alone)
+    assert same_network(final_state(public, "pretrain"), final_state(whole, "pretrain"))
+    assert same_network(final_state(ran(tuned, public), "train"), final_state(whole, "train"))
+    steps = [final_state(folder, "pretrain")["step"] for folder in (public, ran(longer, public))]
+    assert steps[1] == 2 * steps[0] > 0
+    images = [read_samples(folder / "gen/gen.npz").images for folder in (whole, ran(sampled, whole))]
+    assert np.array_equal(*images)
+
+
+def test_the_documented_merging_of_adapters_gives_the_trained_network(tmp_path):
+    (settings,) = documented("DP-LoRA")
+    trained = call(run_program.main, arguments("DP-LoRA", tmp_path, "eval=none")).folder
+    words = [word.replace("<run>", str(trained)) for word in settings]
+    merged = call(run_program.main, arguments("DP-LoRA", tmp_path, "eval=none", *words))
+    assert merged.code == 0, merged.err
+    assert same_network(final_state(merged.folder, "train"), final_state(trained, "train"))
+    spent = [strict_json(folder / "privacy.json")["spent"] for folder in (trained, merged.folder)]
+    assert spent[1] == pytest.approx(spent[0])
+
+
 def test_evaluating_nothing(tmp_path):
     outcome = call(run_program.main, arguments("Noise", tmp_path, "eval=none"))
     assert outcome.code == 0, outcome.err

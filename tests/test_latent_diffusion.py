@@ -450,6 +450,22 @@ def test_public_checkpoints_are_interchangeable(first, second, make_trial, make_
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_pretraining_goes_on_as_one_long_pretraining(name, make_trial, tmp_path):
+    """The autoencoder is the checkpoint's, and is not trained again."""
+    fewer, more = (["pretrain.batch_size=8", f"pretrain.n_epochs={epochs}"] for epochs in (1, 2))
+    whole, first = (make_trial(name, *settings) for settings in (more, fewer))
+    for trial in (whole, first):
+        trial.synthesizer.pretrain(trial.public, trial.private)
+    again = make_trial(name, *fewer, f"model.ckpt={saved(first, tmp_path, 'pretrain')}")
+    again.synthesizer.pretrain(again.public, again.private)
+    assert again.synthesizer.step == whole.synthesizer.step > first.synthesizer.step
+    assert same_network(again.synthesizer, whole.synthesizer)
+    kept, trained = (trial.synthesizer.latents.state_dict() for trial in (again, first))
+    assert kept["scale"] == trained["scale"] and kept["step"] == trained["step"]
+    assert all(torch.equal(kept["weights"][name], trained["weights"][name]) for name in kept["weights"])
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_trained_checkpoint_gives_the_same_samples_and_costs_what_it_did(
     name, make_trial, make_method, tmp_path
 ):
