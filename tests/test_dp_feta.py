@@ -24,8 +24,12 @@ TRAINING = Release("dp-sgd", None, 1.0, 4)
 PLANS = {"DP-FETA": [CENTRAL, TRAINING], "DP-FETA-Pro": [CENTRAL, EMBEDDING, TRAINING]}
 
 
+def flat(network: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in network.parameters()]).clone()
+
+
 def weights(method) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in method.network.parameters()]).clone()
+    return flat(method.network)
 
 
 # ------------------------------------------------------------------------------------------ plans
@@ -105,6 +109,37 @@ def test_central_images_warm_up_dp_merf(kind, make_trial):
     assert not torch.equal(before, trial.synthesizer.fitted.generator.first.bias)
     trial.synthesizer.train(trial.private)
     assert trial.private.ledger.complete
+
+
+def warmed_up(method) -> torch.nn.Module:
+    """The network that samples come from."""
+    if hasattr(method, "fitted"):
+        return method.fitted.generator
+    return method.network if hasattr(method, "network") else method.generator
+
+
+LATENTS = ["model.autoencoder=pixels", "model.network.attn_resolutions=[4]"]
+WARMED_UP = {
+    "DP-LDM-SD": ["pretrain.warm_up.n_epochs=1"],
+    "DP-LDM": ["pretrain.warm_up.n_epochs=1", *LATENTS],
+    "DP-LoRA": ["pretrain.warm_up.n_epochs=1", *LATENTS],
+    "DP-Kernel": ["pretrain.batch_size=3"],
+    "GS-WGAN": ["pretrain.batch_size=3"],
+}
+
+
+@pytest.mark.parametrize("name", WARMED_UP)
+def test_central_images_warm_up_other_networks_too(name, make_trial):
+    central = [f"public_data.central.{key}" for key in ("sample_num=2", "sigma=50.0", "batch_size=60")]
+    trial = make_trial(name, "public_data.name=central_mean", *central, *WARMED_UP[name])
+    method, ledger = trial.synthesizer, trial.private.ledger
+    assert trial.public is None and ledger.releases()[0] == CENTRAL
+    before = flat(warmed_up(method))
+    method.pretrain(trial.public, trial.private)
+    assert not torch.equal(before, flat(warmed_up(method)))
+    assert [ledger.executed(release.name) for release in ledger.releases()] == [2, 0]
+    method.train(trial.private)
+    assert ledger.complete
 
 
 def test_public_images_come_before_the_warm_up(make_trial, monkeypatch):

@@ -91,6 +91,10 @@ def test_the_query_finds_the_look_alikes(make_trial, shaded, public, by_brightne
     assert trial.private.ledger.executed("semantic query") == 1
     chosen = public.select([[0], [2], [5]], trial.private.spec.class_names)
     assert sorted(set(chosen.samples.labels.tolist())) == [0, 1, 2] and len(chosen) == 24
+    for label, selected in enumerate([0, 2, 5]):  # relabelled with the class that chose them
+        images = [samples.images[samples.labels == number] for samples, number in
+                  ((chosen.samples, label), (public.samples, selected))]  # fmt: skip
+        assert np.array_equal(*images)
 
 
 def test_the_price_is_in_the_plan(make_method):
