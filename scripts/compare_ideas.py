@@ -1,7 +1,8 @@
 """Do the ideas of the methods pay? python scripts/compare_ideas.py --markdown docs/comparison.md
 
 Runs each variant with several seeds and budgets, and compares pairs that differ in one idea, seed by seed. Runs that
-are done are kept, so the script can be stopped and started again; --table_only writes the table of what is there.
+are done are kept, so the script can be stopped and started again; --table_only writes the table of what is there. Rows
+that the file of --json has of runs whose folder has gone are kept too.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     failed = [] if arguments.table_only else run_all(arguments)
-    rows = collect(arguments)
+    rows = with_kept(arguments.json, collect(arguments))
     text = as_markdown(rows, arguments.data_name)
     print(text)
     if arguments.json:
@@ -142,6 +143,16 @@ def collect(arguments: argparse.Namespace) -> list[dict]:
                          "fid": fid, "seconds": seconds, "git": results["git"]}
                     )  # fmt: skip
     return rows
+
+
+def with_kept(path: Path | None, rows: list[dict]) -> list[dict]:
+    """The rows, and those of an earlier file that they do not replace, in the order of the table."""
+    earlier = read_json(path) if path is not None and path.exists() else []
+    merged = {(row["variant"], row["epsilon"], row["seed"]): row for row in [*earlier, *rows]}
+    order = list(VARIANTS)
+    return sorted(
+        merged.values(), key=lambda row: (order.index(row["variant"]), -row["epsilon"], row["seed"])
+    )
 
 
 def as_markdown(rows: list[dict], data_name: str) -> str:

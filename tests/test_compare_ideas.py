@@ -1,12 +1,14 @@
 """scripts/compare_ideas.py: its commands compose, and its table compares what differs in one idea."""
 
+import shutil
+
 import pytest
 from tiny_runs import call
 
 from models import METHODS
 from scripts import compare_ideas
 from utils.config import load_config
-from utils.run_dir import write_json
+from utils.run_dir import read_json, write_json
 
 
 def parsed(tmp_path, *argv: str):
@@ -47,3 +49,15 @@ def test_variants_of_one_method_are_told_apart_and_the_latest_run_counts(tmp_pat
     write_result(tmp_path, "random classes", 0, 50.0)
     rows = compare_ideas.collect(parsed(tmp_path))
     assert {row["variant"]: row["accuracy"] for row in rows} == {"PrivImage": 91.0, "random classes": 50.0}
+
+
+def test_rows_of_runs_whose_folder_has_gone_are_kept(tmp_path):
+    file = tmp_path / "rows.json"
+    arguments = ["--exp_root", str(tmp_path), "--table_only", "--json", str(file)]
+    write_result(tmp_path, "DPDM", 0, 20.0)
+    write_result(tmp_path, "DPDM", 1, 30.0)
+    assert call(compare_ideas.main, arguments).code == 0
+    shutil.rmtree(tmp_path / "dpdm")
+    write_result(tmp_path, "DPDM", 0, 40.0)  # replaces its row
+    assert "| DPDM | 10 | 2 | 35.0 ± 7.1 |" in call(compare_ideas.main, arguments).out
+    assert [row["accuracy"] for row in read_json(file)] == [40.0, 30.0]
