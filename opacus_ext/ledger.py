@@ -9,6 +9,8 @@ from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from utils.errors import UserError
 from utils.sections import check
 
+LEAST_SHARE = 1e-3  # of epsilon, that fixed releases must leave for the open one: with less it is noise alone
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -58,7 +60,8 @@ class Ledger:
     def adopt(self, plan: list[Release]) -> None:
         """Take over a plan, solving the one open noise multiplier so that all of it together meets the budget.
 
-        Raises BudgetExceeded, with the numbers, if the fixed releases alone cost more than the budget.
+        Raises BudgetExceeded, with the numbers, if the fixed releases alone cost more than the budget, or leave nothing
+        of it for the open one.
         """
         if self._adopted:
             raise RuntimeError("a ledger adopts one plan")
@@ -94,8 +97,14 @@ class Ledger:
                 for r in plan
             ]
 
-        if all(release.noise_multiplier is not None or not release.num_steps for release in plan):
+        unsolved = [r.name for r in plan if r.noise_multiplier is None and r.num_steps]
+        if not unsolved:
             return with_noise(0.0)  # nothing is left open but releases that take no step
+        if cost > self.budget.epsilon * (1 - LEAST_SHARE):
+            raise BudgetExceeded(
+                f"the other releases cost epsilon {cost:.4g} of {self.budget.epsilon:g}, which leaves nothing that "
+                f"'{unsolved[0]}' could be asked with; raise their noise_multiplier or --epsilon"
+            )
         return with_noise(
             calibrate(with_noise, self.budget.epsilon, self.budget.delta, self.accountant, self.relation)
         )

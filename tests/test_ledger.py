@@ -1,5 +1,6 @@
 """The account: plans, bookings, refusals, and what survives a resumption."""
 
+import dataclasses
 import json
 import math
 
@@ -52,6 +53,14 @@ def test_fixed_releases_above_the_budget_are_refused_with_the_numbers():
         ledger_with(Release("other", 9.0), Release("query", 0.5), OPEN, epsilon=1.0)
     for part in (f"{cost:.4g}", "of 1 ", "1e-05", "'query'", "noise_multiplier 0.5"):
         assert part in str(refused.value), (part, str(refused.value))
+
+
+def test_fixed_releases_must_leave_something_for_the_open_one():
+    """As when a run starts from a checkpoint of one that has spent the same budget."""
+    inherited = dataclasses.replace(ledger_with(OPEN).planned("dp-sgd"), name="inherited")
+    with pytest.raises(BudgetExceeded, match="leaves nothing that 'dp-sgd' could be asked with"):
+        ledger_with(inherited, OPEN)
+    assert ledger_with(inherited).planned_epsilon() <= 10  # nothing more is asked
 
 
 def test_fixed_releases_that_use_up_the_budget_are_refused_when_more_is_planned():
