@@ -1,5 +1,6 @@
 """Judge samples: run the metrics of the config on inputs that are computed once, and report."""
 
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from evaluation.registry import METRICS, Metric, Value, check_classifiers, check
 from evaluation.report import Report
 from evaluation.selection import NoisySelection
 from utils.errors import Unavailable, UserError
+from utils.runtime import log
 from utils.sections import EvalConfig
 
+# What a computation can fail with, memory that a GPU lacks included; anything else is no failure of a metric.
+FAILURES = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 __all__ = ["Evaluator", "NoisySelection"]
 
 
@@ -94,11 +98,29 @@ def _outcomes(
     """Names without extractor and what became of them, and what real images score."""
     try:
         _check_floor(metric, inputs)
-        found = metric.compute(*(inputs.given(need, extractor) for need in metric.needs))
-        floor = real_floor(metric, inputs, extractor) if metric.uses_extractor else {}
+        # Outside of `_guarded`: a failure of classifiers, and of the mechanism that selects them, ends the run.
+        given = [inputs.given(need, extractor) for need in metric.needs]
+        found = _guarded(metric, lambda: metric.compute(*given))
+        floor = (
+            _guarded(metric, lambda: real_floor(metric, inputs, extractor)) if metric.uses_extractor else {}
+        )
     except Unavailable as reason:
         return dict.fromkeys(metric.better, reason), {}
     return found if isinstance(found, dict) else {metric.name: found}, floor
+
+
+def _guarded(metric: Metric, compute: Callable):
+    """What `compute` returns; Unavailable if it fails, so that hours of the other metrics are not lost with it."""
+    try:
+        return compute()
+    except UserError:
+        raise
+    except FAILURES as error:
+        log.warning(f"metric {metric.name} failed", exc_info=error)
+        reason = " ".join(str(error).split()) or "no message"
+        raise Unavailable(
+            f"failed with {type(error).__name__}: {reason}; the traceback is in the log"
+        ) from error
 
 
 def check_samples(what: str, samples: Samples, spec: DataSpec) -> None:

@@ -19,6 +19,7 @@ from evaluation.selection import split_samples
 from extractors import inception, random_conv, weights
 from utils.errors import Unavailable, UserError
 from utils.images import to_float
+from utils.runtime import log
 from utils.sections import EvalConfig
 
 SPEC = DataSpec("digits_8", 8, 1, 10, 1437, tuple("0123456789"))
@@ -290,13 +291,26 @@ def test_too_few_images_are_refused_with_the_number_needed(digits):
     assert np.isfinite(report.metrics["accuracy/small_cnn/last_epoch"])
 
 
-def test_a_bug_in_a_metric_is_not_hidden(digits, monkeypatch):
+def test_a_metric_that_fails_is_said_and_hides_no_other(digits, monkeypatch, caplog):
     def broken(*_):
-        raise ZeroDivisionError
+        return 1 / 0
 
     monkeypatch.setattr("evaluation.metrics.fid.frechet_distance", broken)
-    with pytest.raises(ZeroDivisionError):
-        evaluate(digits, metrics=["fid"])
+    monkeypatch.setattr(log, "propagate", True)  # a program that ran in this process has switched it off
+    with caplog.at_level("WARNING"):
+        report = evaluate(digits, metrics=["fid", "recall"])
+    assert report.missing["fid/random_conv"].startswith("failed with ZeroDivisionError: division by zero")
+    assert set(report.metrics) == {"recall/random_conv"}
+    assert "return 1 / 0" in caplog.text  # the traceback, so that a bug can be found
+
+
+def test_a_failure_of_the_private_selection_ends_the_run(digits):
+    class Broken:
+        def choose(self, name, correct):
+            raise RuntimeError("no noise")
+
+    with pytest.raises(RuntimeError, match="no noise"):
+        evaluate(digits, mode="val", select=Broken(), metrics=["accuracy", "fid"])
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 
 from data.spec import DataSpec, Samples
 from evaluation.features import extract
-from evaluation.metrics.image_reward import image_reward
+from evaluation.metrics.image_reward import image_reward, import_package
 from extractors.vision_transformer import ClipExtractor, Dinov2Extractor
 from utils.errors import MissingWeights, Unavailable
 
@@ -103,8 +103,8 @@ def reward_model(monkeypatch, tmp_path) -> RewardModel:
     model = RewardModel()
     package = types.ModuleType("ImageReward")
 
-    def load(path, device, med_config):
-        assert Path(path).is_file() and Path(med_config).is_file()
+    def load(name, device, med_config):
+        assert Path(name).is_file() and Path(med_config).is_file()
         return model
 
     package.load = load
@@ -133,3 +133,23 @@ def test_image_reward_without_weights_or_package(reward_model, tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "ImageReward", None)
     with pytest.raises(Unavailable, match="pip install image-reward"):
         image_reward(samples, SPEC, "{}", "cpu", tmp_path)
+
+
+def test_image_reward_is_imported_without_the_clip_that_no_registry_has(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "ImageReward", raising=False)
+    (tmp_path / "ImageReward.py").write_text("import clip\nload = None\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert import_package().load is None
+    assert "clip" not in sys.modules
+    monkeypatch.delitem(sys.modules, "ImageReward")
+
+
+def test_a_tokenizer_that_cannot_be_fetched_is_said(reward_model, tmp_path, monkeypatch):
+    def offline(**_):
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(sys.modules["ImageReward"], "load", offline)
+    samples = Samples(np.zeros((2, 1, 8, 8), np.uint8), np.zeros(2, np.int64))
+    with pytest.raises(Unavailable, match="hf download bert-base-uncased") as caught:
+        image_reward(samples, SPEC, "{}", "cpu", tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,7 +1,9 @@
 """Every command that README.md shows works: python lines compose, make lines name a target."""
 
+import ast
 import re
 import shlex
+import sys
 from itertools import pairwise
 
 import pytest
@@ -71,3 +73,63 @@ def placeholder(argv: list[str]) -> str | None:
     named = [value for flag, value in pairwise(argv) if flag in ("--data_name", "-dn")]
     own = [word for word in argv if "<" in word] + [name for name in named if name not in known]
     return own[0] if own else None
+
+
+# ------------------------------------------------------------------------------------------------- optional packages
+
+OPTIONAL = {
+    "ImageReward": "image-reward",
+    "faiss": "faiss-cpu",
+}  # module -> package, where they are not the same
+# What comes with a package of requirements.txt, and packages whose modules have another name.
+REQUIRED = {
+    "PIL": "pillow",
+    "hydra": "hydra-core",
+    "omegaconf": "hydra-core",
+    "sklearn": "scikit-learn",
+    "threadpoolctl": "scikit-learn",
+    "yaml": "hydra-core",
+}
+
+
+def install_lines(text: str) -> set[str]:
+    """Every `pip install ...` of optional packages in a text, as the words after it."""
+    found = re.findall(
+        r"pip install (?!-)((?:[\w-]+|'[\w<>=.-]+')(?: (?:[a-z]+\b(?=[\s`\"])|'[\w<>=.-]+'))*)", text
+    )
+    return set(found)
+
+
+def program_files() -> list:
+    return [path for folder in ("data", "evaluation", "extractors", "models", "opacus_ext", "utils", "scripts")
+            for path in (ROOT / folder).rglob("*.py")]  # fmt: skip
+
+
+def imported_modules() -> set[str]:
+    found = set()
+    for path in program_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+                found |= {word.value for word in node.args if isinstance(word, ast.Constant)}
+    return {name.split(".")[0] for name in found}
+
+
+def test_every_package_is_required_or_optional_and_messages_give_the_lines_of_the_table():
+    readme = README.read_text(encoding="utf-8")
+    table = readme[readme.index("## Optional packages") : readme.index("## Add a method")]
+    offered = install_lines(table)
+    said = set().union(*(install_lines(path.read_text(encoding="utf-8")) for path in program_files()))
+    assert said == offered
+    required = {re.split(r"[<>= ]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    known = {name.replace("-", "_") for name in required} | {
+        name for name in REQUIRED if REQUIRED[name] in required
+    }
+    known |= sys.stdlib_module_names | {path.stem for path in ROOT.iterdir()}
+    optional = {OPTIONAL.get(module, module) for module in imported_modules() - known}
+    assert optional == {"diffusers", "transformers", "faiss-cpu", "image-reward"}
+    assert all(any(package in line.split() for line in offered) for package in optional)
+    assert "optional-dependencies" not in (ROOT / "pyproject.toml").read_text()

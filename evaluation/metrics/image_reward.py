@@ -1,5 +1,8 @@
 """ImageReward (Xu et al. 2023, arXiv:2304.05977): how well images fit a text that names their class."""
 
+import importlib.util
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +12,13 @@ from utils.errors import MissingWeights, Unavailable
 from utils.progress import progress
 
 BATCH_SIZE = 64
+TOKENIZER = "bert-base-uncased"
 MAX_TOKENS = 35  # of a prompt, as the authors' model was trained
 
 
 def check_weights(weights_root: Path) -> Path:
     """The folder of the weights. Raises Unavailable with what to install or fetch; nothing is downloaded here."""
-    try:
-        import ImageReward  # noqa: F401
-    except ImportError as error:
-        raise Unavailable(
-            f"the package image-reward cannot be imported ({error}); install it: pip install image-reward"
-        ) from error
+    import_package()
     folder = weights_root / "image-reward"
     for name in ("ImageReward.pt", "med_config.json"):
         if not (folder / name).is_file():
@@ -48,11 +47,34 @@ def image_reward(samples, spec, prompt: str, device: str, weights_root: Path) ->
 def load_model(device: str, weights_root: Path):
     """The authors' model from <weights_root>/image-reward. Raises Unavailable with what to install or fetch."""
     folder = check_weights(weights_root)
-    import ImageReward
+    files = {"name": str(folder / "ImageReward.pt"), "med_config": str(folder / "med_config.json")}
+    try:
+        return import_package().load(**files, device=device)
+    except OSError as error:  # the package takes its tokenizer from the hub or from the hub's cache
+        reason = str(error).strip().partition("\n")[0]
+        fix = f"fetch it: hf download {TOKENIZER}"
+        raise Unavailable(f"the tokenizer {TOKENIZER} cannot be had ({reason}); {fix}") from error
 
-    return ImageReward.load(
-        str(folder / "ImageReward.pt"), device=device, med_config=str(folder / "med_config.json")
-    )
+
+def import_package():
+    """The module ImageReward. Raises Unavailable with what to install.
+
+    It imports OpenAI's clip too, for scores that nobody asks for here, and no registry has that package: where it is
+    missing, an empty module stands in for it.
+    """
+    stand_in = "clip" not in sys.modules and importlib.util.find_spec("clip") is None
+    if stand_in:
+        sys.modules["clip"] = types.ModuleType("clip")
+    try:
+        return importlib.import_module("ImageReward")
+    except ImportError as error:
+        raise Unavailable(
+            f"the package image-reward cannot be imported ({error}); install it: "
+            f"pip install image-reward 'transformers<4.50'"
+        ) from error
+    finally:
+        if stand_in:
+            del sys.modules["clip"]
 
 
 def _rewards(model, prompt: str, images: np.ndarray, device: str) -> float:

@@ -1,4 +1,4 @@
-"""Published networks, loaded through the diffusers library, which is an optional extra: pip install diffusers.
+"""Published networks, loaded through the diffusers library, which is an optional package: pip install diffusers.
 
 A network is named "diffusers:<name on the Hugging Face hub, or folder>". A folder may hold the network itself or a
 pipeline with the network in its usual place ("vae", "unet"). Legend: B batch, Z latent channels, h w latent pixels.
