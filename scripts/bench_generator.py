@@ -29,12 +29,17 @@ def plain_forward(generator: Generator, noise: torch.Tensor, labels: torch.Tenso
     embedded = generator.embedding(labels)
     for block, attention, chunk in zip(generator.blocks, generator.attention, chunks[1:], strict=True):
         condition = torch.cat([embedded, chunk], dim=1)
-        inner = F.interpolate(F.relu(block.norm_in(h, condition)), scale_factor=2)
-        inner = block.conv_out(F.relu(block.norm_out(block.conv_in(inner), condition)))
+        inner = F.interpolate(_normed(block.norm_in, h, condition), scale_factor=2)
+        inner = block.conv_out(_normed(block.norm_out, block.conv_in(inner), condition))
         h = inner + block.shortcut(F.interpolate(h, scale_factor=2))
         if not isinstance(attention, torch.nn.Identity):
             h = h + attention.scale * _attended(attention, h)
     return torch.tanh(generator.output(F.relu(generator.norm(h))))
+
+
+def _normed(layer: torch.nn.Module, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    gain, bias = layer.gain(condition)[:, :, None, None], layer.bias(condition)[:, :, None, None]
+    return F.relu(layer.norm(x) * (1 + gain) + bias)
 
 
 def _attended(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
