@@ -1,0 +1,62 @@
+"""scripts/kernel_methods.py: a cell is run once, with its command; the table sets it beside the published number."""
+
+import itertools
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from tiny_runs import call
+
+from models import METHODS
+from scripts import kernel_methods
+from utils.config import load_config
+from utils.run_dir import write_json
+
+
+def arguments_of(tmp_path) -> list[str]:
+    return [
+        "--exp_root", str(tmp_path / "runs"), "--json", str(tmp_path / "rows.json"),
+        "--markdown", str(tmp_path / "table.md"), "--epsilons", "10",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch) -> list[list[str]]:
+    """Of the runs that were started; DP-NTK's fail, the others leave results behind."""
+    started = []
+
+    def run(command, cwd):
+        started.append(command)
+        method, data = command[command.index("--method") + 1], command[command.index("--data_name") + 1]
+        if method != "DP-NTK":
+            folder = tmp_path / "runs" / method.lower() / f"{data}_eps10.0-2026-01-01-00-00-00"
+            folder.mkdir(parents=True)
+            metrics = {kernel_methods.ACCURACY: 61.84, "fid/random_conv": 0.5}
+            write_json(folder / "results.json", {"metrics": metrics, "seed": 0, "git": "abc"})
+        return subprocess.CompletedProcess(command, 1 if method == "DP-NTK" else 0)
+
+    monkeypatch.setattr(kernel_methods.subprocess, "run", run)
+    return started
+
+
+def test_every_cell_of_a_budget_is_run_and_tabled(tmp_path, commands):
+    outcome = call(kernel_methods.main, arguments_of(tmp_path))
+    assert outcome.code == 1 and outcome.err.count("failed: DP-NTK") == 2
+    for command in commands:
+        config = load_config(command[2:], METHODS)
+        assert (config.preset, config.epsilon) == ("quick", 10.0)
+    table = Path(tmp_path / "table.md").read_text()
+    assert "| DP-Kernel | fmnist_28 | 10 | 61.8 | 70.0 | 0.500 |" in table
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 4 and len(commands) == 6
+
+
+def test_cells_that_are_done_are_kept(tmp_path, commands):
+    for _ in range(2):
+        call(kernel_methods.main, arguments_of(tmp_path))
+    assert len(commands) == 8  # the second time those alone that failed
+
+
+def test_the_published_numbers_are_of_every_cell():
+    methods, data = ("DP-MERF", "DP-NTK", "DP-Kernel"), ("mnist_28", "fmnist_28")
+    assert set(kernel_methods.PUBLISHED) == set(itertools.product(methods, data, (1.0, 10.0)))
