@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from models.features.random_fourier import FeatureConfig, FourierEmbedding
 from models.mean_embedding import EmbeddingSynthesizer, Schedule
 from models.nn.generator import GeneratorConfig
+from models.semantic_query import QueryConfig
 from utils.sections import GenConfig, PublicDataConfig, check_field
 
 
@@ -52,6 +53,7 @@ class FitConfig:
 class PretrainConfig(FitConfig):
     n_epochs: int  # of (number of public images) // batch_size steps
     cond: bool  # False: public labels are ignored
+    query: QueryConfig  # classifier of the semantic query
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from models.features.random_fourier import FourierConfig, FourierEmbedding
 from models.mean_embedding import EmbeddingSynthesizer, FitConfig, Schedule
 from models.nn.generator import GeneratorConfig
+from models.semantic_query import QueryConfig
 from utils.sections import GenConfig, PublicDataConfig
 
 
@@ -23,6 +24,7 @@ class ModelConfig(FourierConfig):
 @dataclass(frozen=True)
 class PretrainConfig(FitConfig):
     cond: bool  # False: public labels are ignored
+    query: QueryConfig  # classifier of the semantic query
 
 
 class DPMERF(EmbeddingSynthesizer):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from models.features.ntk import NTKConfig, NTKEmbedding
 from models.mean_embedding import EmbeddingSynthesizer, Schedule
 from models.nn.generator import GeneratorConfig
+from models.semantic_query import QueryConfig
 from utils.sections import GenConfig, PublicDataConfig, check_field
 
 
@@ -52,6 +53,7 @@ class FitConfig:
 @dataclass(frozen=True)
 class PretrainConfig(FitConfig):
     cond: bool  # False: public labels are ignored
+    query: QueryConfig  # classifier of the semantic query
 
 
 class DPNTK(EmbeddingSynthesizer):

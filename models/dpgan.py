@@ -6,7 +6,6 @@ generator learns from the discriminator alone: post-processing.
 """
 
 import copy
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +14,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.spec import DataSpec, PublicData, Samples
-from models.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
 from models.nn.discriminator import Discriminator
 from models.nn.ema import EMA
 from models.nn.generator import Generator, GeneratorConfig
+from models.pretraining_images import PretrainingImages
 from models.public_batches import public_batches
+from models.semantic_query import QueryConfig
 from models.synthesizer import Cost, Synthesizer, balanced_labels
+from models.timing import seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps
 from opacus_ext.private_data import PrivateData
@@ -95,6 +96,7 @@ class GANStage:
 @dataclass(frozen=True)
 class PretrainConfig(GANStage):
     cond: bool  # False: public labels are ignored
+    query: QueryConfig  # classifier of the semantic query
     batch_size: int
 
     def __post_init__(self) -> None:
@@ -109,6 +111,8 @@ class TrainConfig(GANStage):
 
 
 class DPGAN(Synthesizer):
+    selects_public_classes = True
+
     @dataclass(frozen=True)
     class Config:
         model: ModelConfig
@@ -119,16 +123,17 @@ class DPGAN(Synthesizer):
 
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
-        public = config.public_data
-        num_labels = max(spec.num_classes, public.n_classes or 0)
+        pretrain = config.pretrain
+        self.images = PretrainingImages(
+            config.public_data, pretrain.query, pretrain.n_epochs > 0, spec, runtime
+        )
+        num_labels = self.images.num_labels
         with runtime.seeded("generator"):
             generator = Generator(config.model.Generator, spec.resolution, spec.channels, num_labels)
         with runtime.seeded("discriminator"):
             width = config.model.Discriminator.d_conv_dim
             discriminator = Discriminator(spec.resolution, spec.channels, num_labels, width)
         self.generator, self.discriminator = runtime.place(generator), runtime.place(discriminator)
-        asks = public.name in (MEAN, MODE) and config.pretrain.n_epochs
-        self.central = CentralImages(public.name, public.central, spec, runtime) if asks else None
         self._start_stage("start")
 
     def privacy_plan(self) -> list[Release]:
@@ -137,15 +142,13 @@ class DPGAN(Synthesizer):
         return [*self.pretraining_plan(), dpsgd_release(DP_SGD, *sizes)]
 
     def pretraining_plan(self) -> list[Release]:
-        return [] if self.central is None else [self.central.release()]
+        return self.images.plan()
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
         """The same GAN on public images, without noise."""
         if self.stage == "train":
             return
-        if self.central is not None:
-            public = PublicData(CENTRAL_IMAGES, self.central.ask(private), self.spec.class_names)
-            self.runtime.snapshot("pretrain")
+        public = self.images.ask(public, private)
         if public is None or not self.config.pretrain.n_epochs:
             return
         config = self.config.pretrain
@@ -257,7 +260,7 @@ class DPGAN(Synthesizer):
             "ema": self.ema.state_dict(),
             "d_optimizer": self.d_optimizer.state_dict()["state"],
             "g_optimizer": self.g_optimizer.state_dict()["state"],
-            "central": {} if self.central is None else self.central.state_dict(),
+            "central": self.images.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -269,8 +272,7 @@ class DPGAN(Synthesizer):
         for name in ("d_optimizer", "g_optimizer"):
             optimizer = getattr(self, name)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state[name]})
-        if self.central is not None:
-            self.central.load_state_dict(state["central"])
+        self.images.load_state_dict(state["central"])
 
     # --dry_run
 
@@ -278,9 +280,33 @@ class DPGAN(Synthesizer):
         networks = {"generator": self.generator, "discriminator": self.discriminator}
         return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
+    def public_costs(self, num_images: int) -> list[Cost]:
+        if not self.config.pretrain.n_epochs:
+            return []
+        query, left = self.images.costs(num_images)
+        return [*query, self._pretraining_cost(left)]
+
+    def _pretraining_cost(self, num_images: int) -> Cost:
+        config = self.config.pretrain
+        size = min(config.batch_size, num_images)
+        return self._cost("pretrain", config, config.n_epochs * (num_images // size), size)
+
     def costs(self) -> list[Cost]:
-        config, release = self.config.train, self.privacy_plan()[-1]
+        release, central = self.privacy_plan()[-1], self.images.central
         images = round(self.spec.num_train * release.sample_rate)
+        answers = self.config.public_data.central.sample_num * self.spec.num_classes
+        return [
+            *([] if central is None else [self._pretraining_cost(answers)]),
+            self._cost("train", self.config.train, release.num_steps, images),
+        ]
+
+    def _cost(self, stage: str, config: GANStage, steps: int, images: int) -> Cost:
+        fakes = steps // config.d_updates * config.g_batch_size
+        text = f"{steps} steps x {images} images, {steps // config.d_updates} x {config.g_batch_size} fakes"
+        return Cost(stage, text, (steps * images + fakes) * self._seconds_per_image())
+
+    def _seconds_per_image(self) -> float:
+        """Of one image and its fake in one step."""
         rows, device = 8, self.runtime.device
         loss = PairedLoss(copy.deepcopy(self.generator), self.spec.num_classes, self.runtime.autocast)
         inputs = (
@@ -288,16 +314,8 @@ class DPGAN(Synthesizer):
             torch.zeros(rows, dtype=torch.int64, device=device),
         )
         discriminator = copy.deepcopy(self.discriminator)
-        for _ in range(2):  # the first call also allocates and chooses kernels
-            start = time.perf_counter()
-            loss(discriminator, *inputs, self.runtime.draws("cost", rows)).sum().backward()
-            seconds = (time.perf_counter() - start) / rows
-        steps = release.num_steps
-        description = (
-            f"{steps} steps x {images} images, {steps // config.d_updates} x {config.g_batch_size} fakes"
-        )
-        work = steps * images + steps // config.d_updates * config.g_batch_size
-        return [Cost("train", description, work * seconds)]
+        draws = self.runtime.draws("cost", rows)
+        return seconds_of(lambda: loss(discriminator, *inputs, draws).sum().backward()) / rows
 
 
 class PairedLoss:

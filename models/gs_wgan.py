@@ -3,19 +3,20 @@ arXiv:2006.08265). The critics see private records without noise; what they answ
 where it stands what the mechanism is, why it is private, and where it differs from the published code."""
 
 import copy
-import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from data.spec import DataSpec, PublicData, Samples
-from models.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
 from models.nn.ema import EMA
 from models.nn.shard_critics import BETAS, CriticLoss, CriticSchedule, ShardCritics, WarmUpConfig
 from models.nn.sn_gan import ConvCritic, ResNetGenerator
 from models.nn.stack import Stack
+from models.pretraining_images import PretrainingImages
+from models.semantic_query import QueryConfig
 from models.synthesizer import Cost, Synthesizer, balanced_labels
+from models.timing import seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from opacus_ext.sanitize import SanitisedGradients, sanitised_release
@@ -82,6 +83,7 @@ class Stage(CriticLoss):
 @dataclass(frozen=True)
 class PretrainConfig(Stage):
     cond: bool  # False: public labels are ignored
+    query: QueryConfig  # classifier of the semantic query
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class TrainConfig(Stage):
 
 
 class GSWGAN(Synthesizer):
+    selects_public_classes = True
+
     @dataclass(frozen=True)
     class Config:
         model: ModelConfig
@@ -109,16 +113,17 @@ class GSWGAN(Synthesizer):
 
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
-        public = config.public_data
-        self.num_labels = max(spec.num_classes, public.n_classes or 0)
+        pretrain = config.pretrain
+        self.images = PretrainingImages(
+            config.public_data, pretrain.query, pretrain.iterations > 0, spec, runtime
+        )
+        self.num_labels = self.images.num_labels
         self.generator = self._new_generator("generator")
         with runtime.seeded("critic"):
             width = config.model.Discriminator.d_conv_dim
             critic = ConvCritic(spec.resolution, spec.channels, self.num_labels, width)
         # What all critics start as. It has seen public images only.
         self.first_critic = critic.to(runtime.device)
-        asks = public.name in (MEAN, MODE) and config.pretrain.iterations
-        self.central = CentralImages(public.name, public.central, spec, runtime) if asks else None
         self._start_stage("start")
 
     def _new_generator(self, stream: str) -> ResNetGenerator:
@@ -134,15 +139,13 @@ class GSWGAN(Synthesizer):
         return [*self.pretraining_plan(), sanitised_release(SANITISED, shards, steps)]
 
     def pretraining_plan(self) -> list[Release]:
-        return [] if self.central is None else [self.central.release()]
+        return self.images.plan()
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
         """Generator and critic on public images, without noise: an ordinary Wasserstein GAN."""
         if self.stage == "train":
             return
-        if self.central is not None:
-            public = PublicData(CENTRAL_IMAGES, self.central.ask(private), self.spec.class_names)
-            self.runtime.snapshot("pretrain")
+        public = self.images.ask(public, private)
         config = self.config.pretrain
         if public is None or not config.iterations:
             return
@@ -265,7 +268,7 @@ class GSWGAN(Synthesizer):
             "first_critic": self.first_critic.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],
-            "central": {} if self.central is None else self.central.state_dict(),
+            "central": self.images.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -275,8 +278,7 @@ class GSWGAN(Synthesizer):
         self.step = state["step"]
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
-        if self.central is not None:
-            self.central.load_state_dict(state["central"])
+        self.images.load_state_dict(state["central"])
 
     # --dry_run
 
@@ -284,38 +286,53 @@ class GSWGAN(Synthesizer):
         networks = {"generator": self.generator, "each critic": self.first_critic}
         return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
+    def public_costs(self, num_images: int) -> list[Cost]:
+        query, _ = self.images.costs(num_images)
+        return [*query, *self._pretraining_cost()]
+
+    def _pretraining_cost(self) -> list[Cost]:
+        config = self.config.pretrain
+        if not config.iterations:
+            return []
+        critic, generator = self._seconds_per_step(config)
+        text = f"{config.iterations} x {config.critic_iters} critic steps x {config.batch_size} images"
+        return [Cost("pretrain", text, config.iterations * (config.critic_iters * critic + generator))]
+
     def costs(self) -> list[Cost]:
         config, count = self.config.train, self.config.model.num_discriminators
-        warm_up, size = config.pretrain, config.pretrain.batch_size
-        seconds, generator_seconds = self._seconds_per_step(size)
+        warm_up = config.pretrain
         steps = count * warm_up.iterations * warm_up.critic_iters
         refreshes = -(-config.iterations // config.refresh_every) * count * config.refresh_iters
-        answers = config.iterations * config.critic_iters
+        critic, generator = self._seconds_per_step(config)
+        alone = critic * warm_up.batch_size / config.batch_size
+        learnt = config.iterations * config.critic_iters + refreshes
         return [
+            *(self._pretraining_cost() if self.images.central is not None else []),
             Cost(
                 "critics' warm-up",
-                f"{count} critics x {warm_up.iterations * warm_up.critic_iters} steps x {size} images",
-                steps * (seconds + generator_seconds / 3),
+                f"{count} critics x {steps // count} steps x {warm_up.batch_size} images",
+                steps * alone,
             ),
             Cost(
                 "train",
-                f"{config.iterations} answers, {answers + refreshes} critic steps x {config.batch_size} images",
-                ((answers + refreshes) * (seconds + generator_seconds / 3) + config.iterations * generator_seconds)
-                * config.batch_size / size,
+                f"{config.iterations} answers, {learnt} critic steps x {config.batch_size} images",
+                learnt * critic + config.iterations * generator,
             ),
-        ]  # fmt: skip
+        ]
 
-    def _seconds_per_step(self, size: int) -> tuple[float, float]:
-        """Of one critic's step, and of one generator step, on `size` images; one after the other."""
+    def _seconds_per_step(self, config: Stage) -> tuple[float, float]:
+        """Of one critic's step, fakes included, and of one generator step; one after the other."""
         critic, device = Stack.copies(copy.deepcopy(self.first_critic), 1), self.runtime.device
-        generator = copy.deepcopy(self.generator)
-        images = torch.zeros(1, size, *self.spec.image_shape, device=device)
+        generator, size = copy.deepcopy(self.generator), config.batch_size
         labels = torch.zeros(1, size, dtype=torch.int64, device=device)
-        for _ in range(2):  # the first call also allocates and chooses kernels
-            start = time.perf_counter()
-            rng = self.runtime.draws("cost", 1)
-            self.config.train(critic, images, images, labels, torch.ones(1, device=device), rng).backward()
-            middle = time.perf_counter()
-            generator(self._latent(rng, size)[0], labels[0]).sum().backward()
-            times = middle - start, time.perf_counter() - middle
-        return times
+        rng = self.runtime.draws("cost", 1)
+
+        def fakes() -> torch.Tensor:
+            return generator(self._latent(rng, size)[0], labels[0])
+
+        def learn() -> None:
+            with torch.no_grad():
+                images = fakes()[None]
+            config(critic, images, images, labels, torch.ones(1, device=device), rng).backward()
+
+        return seconds_of(learn), seconds_of(lambda: fakes().sum().backward())

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from data.spec import PublicData, Samples
-from models.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
 from models.nn.generator import Generator, GeneratorConfig
+from models.pretraining_images import PretrainingImages
 from models.synthesizer import Cost, Synthesizer, balanced_labels
 from models.timing import seconds_of
 from opacus_ext.accounting import Release
@@ -214,19 +214,24 @@ class EmbeddingSynthesizer(Synthesizer):
     """One release over all private images trains a generator; public or noisy central images may train it before.
 
     A method says with which features, and for how many steps. Sections of its Config: model (with a Generator),
-    pretrain (with cond), train, gen, public_data.
+    pretrain (with cond and query), train, gen, public_data.
     """
+
+    selects_public_classes = True
 
     def __init__(self, config, spec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
-        public = config.public_data
-        num_labels = max(spec.num_classes, public.n_classes or 0)
+        pretrains = self._pretraining(1).num_steps > 0
+        self.images = PretrainingImages(config.public_data, config.pretrain.query, pretrains, spec, runtime)
         self.embedding = self._embedding()
         self.fitted = EmbeddingGenerator(
-            config.model.Generator, self.embedding, spec.resolution, spec.channels, num_labels, runtime
+            config.model.Generator,
+            self.embedding,
+            spec.resolution,
+            spec.channels,
+            self.images.num_labels,
+            runtime,
         )
-        warms_up = public.name in (MEAN, MODE) and self._pretraining(1).num_steps
-        self.central = CentralImages(public.name, public.central, spec, runtime) if warms_up else None
         self.noisy_embedding: torch.Tensor | None = None  # (num_classes, D)
 
     @abc.abstractmethod
@@ -245,12 +250,10 @@ class EmbeddingSynthesizer(Synthesizer):
         return [*self.pretraining_plan(), Release(MEAN_EMBEDDING, None)]
 
     def pretraining_plan(self) -> list[Release]:
-        return [] if self.central is None else [self.central.release()]
+        return self.images.plan()
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
-        if self.central is not None:
-            public = PublicData(CENTRAL_IMAGES, self.central.ask(private), self.spec.class_names)
-            self.runtime.snapshot("pretrain")
+        public = self.images.ask(public, private)
         if public is not None and self._pretraining(len(public)).num_steps:
             target = self.fitted.public_mean(public, self.config.pretrain.cond)
             self._fit("pretrain", target, self._pretraining(len(public)))
@@ -276,21 +279,21 @@ class EmbeddingSynthesizer(Synthesizer):
         return {
             "fit": self.fitted.state_dict(),
             "noisy_embedding": self.noisy_embedding,
-            "central": {} if self.central is None else self.central.state_dict(),
+            "central": self.images.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.fitted.load_state_dict(state["fit"])
         embedding = state["noisy_embedding"]
         self.noisy_embedding = None if embedding is None else embedding.to(self.runtime.device)
-        if self.central is not None:
-            self.central.load_state_dict(state["central"])
+        self.images.load_state_dict(state["central"])
 
     def parameter_counts(self) -> dict[str, int]:
         return {"generator": self.fitted.num_parameters()}
 
     def public_costs(self, num_images: int) -> list[Cost]:
-        return [self._cost("pretrain", self._pretraining(num_images))]
+        query, left = self.images.costs(num_images)
+        return [*query, self._cost("pretrain", self._pretraining(left))]
 
     def costs(self) -> list[Cost]:
         return [self._cost("train", self._training())]

@@ -40,15 +40,24 @@ DIFFUSION = [
     "train.dp.max_physical_batch_size=32",
     "gen.batch_size=8",
 ]
+QUERY = [
+    "pretrain.query.network=small_cnn",
+    "pretrain.query.image_size=8",
+    "pretrain.query.n_epochs=1",
+    "pretrain.query.batch_size=16",
+]
+QUERIED = [
+    "public_data.name=glyphs",
+    "public_data.selective.ratio=0.5",
+    "public_data.selective.sigma=100.0",
+    *QUERY,
+]
 PRETRAIN = [
     "public_data.name=glyphs",
     "pretrain.n_epochs=1",
     "pretrain.batch_size=16",
     "pretrain.snapshot_freq=2",
-    "pretrain.query.network=small_cnn",
-    "pretrain.query.image_size=8",
-    "pretrain.query.n_epochs=1",
-    "pretrain.query.batch_size=16",
+    *QUERY,
 ]
 CENTRAL = [
     "public_data.central.sample_num=2",

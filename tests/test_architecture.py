@@ -66,6 +66,8 @@ def test_a_method_imports_no_other_method():
         "models.semantic_query",
         "models.central_images",
         "models.mean_embedding",
+        "models.pretraining_images",
+        "models.timing",
         "models.public_batches",
         "models.apis",
         "models.embeddings",

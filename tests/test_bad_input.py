@@ -94,7 +94,7 @@ def test_a_mistake_is_one_line_of_the_process_too(tmp_path):
         ),
         ("PrivImage", ["public_data.selective.ratio=0.01"], ["public_data.selective.ratio", "0.01"]),
         (
-            "DPGAN",
+            "PE-SD",
             ["public_data.selective.ratio=0.2"],
             ["public_data.selective.ratio: 0.2", "all public classes"],
         ),

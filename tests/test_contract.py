@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import QUERIED
 from torch import nn
 
 from models import METHODS
 from models.diffusion.autoencoder_training import AutoencoderTraining
 from models.diffusion.ddpm import NoiseLoss
 from models.diffusion.loss import EDMLoss
+from models.semantic_query import QUERY, SemanticQuery
 from opacus_ext import dpsgd
 from opacus_ext.accounting import Release
 from opacus_ext.errors import BudgetExceeded, UnplannedRelease
@@ -431,6 +433,49 @@ def test_dpmerf_killed_after_its_release_asks_no_second_time(make_trial, tmp_pat
         trial, restored = resumed_run(make_trial, tmp_path, "DP-MERF")
     assert restored == "train (snapshot)"
     assert_same_samples(trial.synthesizer.generate(7), whole.synthesizer.generate(7))
+
+
+SELECTING = {
+    "DPGAN": ["pretrain.n_epochs=2", "pretrain.batch_size=8", "pretrain.g_batch_size=8"],
+    "GS-WGAN": [],
+    "DP-MERF": ["pretrain.epochs=1", "pretrain.batch_size=10"],
+    "DP-NTK": ["pretrain.n_iter=2", "pretrain.batch_size=10"],
+    "DP-Kernel": ["pretrain.n_epochs=1", "pretrain.batch_size=10"],
+}
+
+
+@pytest.mark.parametrize("name", SELECTING)
+def test_generators_may_pretrain_on_the_public_classes_that_a_query_selects(
+    name, make_trial, tmp_path, monkeypatch
+):
+    """The query is planned and booked, its answer alone labels the public images; a run begun again asks no more."""
+    selected = []
+
+    def select(self, public, private):
+        selected.append(original(self, public, private))
+        return selected[-1]
+
+    original = SemanticQuery.select
+    monkeypatch.setattr(SemanticQuery, "select", select)
+    settings = [*QUERIED, *SELECTING[name]]
+    trial = make_trial(name, *settings, epsilon=math.inf, noise_seed=5, runtime=Runtime(folder=tmp_path))
+    assert trial.synthesizer.privacy_plan()[0] == Release(QUERY, 100.0)
+    assert trial.synthesizer.pretraining_plan() == [Release(QUERY, 100.0)]
+    trial.run()
+    assert trial.private.ledger.complete and trial.private.ledger.executed(QUERY) == 1
+    assert len(selected) == 1 and len(selected[0]) == 24  # half of 48 images
+    assert set(selected[0].samples.labels) == {0, 1, 2}
+    monkeypatch.setattr(PrivateData, "noisy_histogram", lambda *_, **__: pytest.fail("asked again"))
+    again = make_trial(name, *settings, epsilon=math.inf, noise_seed=5, runtime=Runtime(folder=tmp_path))
+    again.synthesizer.pretrain(again.public, again.private)
+    assert again.private.ledger.executed(QUERY) == 1
+    assert np.array_equal(selected[1].samples.images, selected[0].samples.images)
+
+
+@pytest.mark.parametrize("name", SELECTING)
+def test_a_generator_that_does_not_pretrain_asks_nothing(name, make_method):
+    steps = {"GS-WGAN": "iterations", "DP-MERF": "epochs", "DP-NTK": "n_iter"}.get(name, "n_epochs")
+    assert make_method(name, *QUERIED, f"pretrain.{steps}=0").pretraining_plan() == []
 
 
 @pytest.mark.parametrize("name", DIFFUSION)

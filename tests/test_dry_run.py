@@ -17,14 +17,31 @@ PUBLIC_COSTS = {
     },
     "DP-LDM": {"autoencoder": "3 steps x 16 images", "pretrain": "3 steps x 16 images"},
     "DP-MERF": {"pretrain": "4 steps x 10 images"},
+    "DPGAN": {
+        "query classifier": "3 steps x 16 images, unless it is in the cache",
+        "pretrain": "2 steps x 16 images, 1 x 8 fakes",
+    },
+    "GS-WGAN": {"pretrain": "2 x 2 critic steps x 8 images"},
     "Noise": {},
 }
-MERF = ["pretrain.epochs=1", "pretrain.batch_size=10"]
+MORE = {
+    "DP-MERF": ["pretrain.epochs=1", "pretrain.batch_size=10"],
+    "DPGAN": [
+        "public_data.name=glyphs",
+        "public_data.selective.ratio=0.5",
+        "pretrain.query.n_epochs=1",
+        "pretrain.query.batch_size=16",
+        "pretrain.n_epochs=2",
+        "pretrain.batch_size=16",
+        "pretrain.g_batch_size=8",
+    ],
+    "GS-WGAN": ["public_data.name=glyphs"],
+}
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC_COSTS))
 def test_the_public_stages_have_a_cost(name, make_method):
-    method = make_method(name, *(MERF if name == "DP-MERF" else []))
+    method = make_method(name, *MORE.get(name, []))
     costs = method.public_costs(48)
     assert {cost.stage: cost.description for cost in costs} == PUBLIC_COSTS[name]
     assert all(cost.seconds > 0 for cost in costs)

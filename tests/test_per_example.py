@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.diffusion.denoiser import denoise
-from models.nn.discriminator import Discriminator, WideResNetCritic, WSConv2d
+from models.nn.discriminator import Discriminator
 from models.nn.lora import LoRALinear
 from models.nn.unet import Attention, UNet
 from opacus_ext import conv_gradients, per_example, planner
@@ -28,6 +28,7 @@ from opacus_ext.gradient_rules import (
 )
 from opacus_ext.per_example import clip_coefficients, clipped_sum, per_example_gradients
 from opacus_ext.validate import validate_independence
+from scripts.dpsgd_bench.wide_resnet import WideResNetCritic, WSConv2d
 from utils.errors import UserError
 
 

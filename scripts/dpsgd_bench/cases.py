@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.diffusion.loss import EDMLoss, LossConfig
-from models.nn.discriminator import Discriminator, WideResNetCritic
+from models.nn.discriminator import Discriminator
 from models.nn.lora import add_adapters
 from models.nn.unet import UNet
 from opacus_ext.per_example import PerExampleLoss
+from scripts.dpsgd_bench.wide_resnet import WideResNetCritic
 from utils.draws import Draws
 
 NUM_CLASSES = 10

@@ -1,0 +1,62 @@
+"""What a generator is pretrained on: a public set, the part of it that the semantic query selects, or noisy central
+images of the private set."""
+
+from data.public import has_public_images
+from data.spec import DataSpec, PublicData
+from models.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
+from models.semantic_query import QueryConfig, SemanticQuery, words_per_class
+from models.synthesizer import Cost
+from opacus_ext.accounting import Release
+from opacus_ext.private_data import PrivateData
+from utils.runtime import Runtime
+from utils.sections import PublicDataConfig
+
+
+class PretrainingImages:
+    """Plan, ask, keep. `used`: there is a pretraining at all; nothing is asked for one that takes no step."""
+
+    def __init__(
+        self, public: PublicDataConfig, query: QueryConfig, used: bool, spec: DataSpec, runtime: Runtime
+    ) -> None:
+        self.public, self.spec, self.runtime = public, spec, runtime
+        self.central, self.query = None, None
+        if used and public.name in (MEAN, MODE):
+            self.central = CentralImages(public.name, public.central, spec, runtime)
+        elif used and has_public_images(public) and public.selective.ratio < 1:
+            words = words_per_class(public, spec.num_classes)
+            self.query = SemanticQuery(query, public.selective, words, spec, runtime)
+
+    @property
+    def num_labels(self) -> int:
+        """Labels that a generator needs: the private classes, and the public ones where those are trained."""
+        public_classes = 0 if self.query is not None else self.public.n_classes or 0
+        return max(self.spec.num_classes, public_classes)
+
+    def plan(self) -> list[Release]:
+        return [query.release() for query in (self.query, self.central) if query is not None]
+
+    def ask(self, public: PublicData | None, private: PrivateData | None) -> PublicData | None:
+        """The images, from the public set or none; labelled with private classes where those were asked."""
+        if self.central is not None:
+            images = PublicData(CENTRAL_IMAGES, self.central.ask(private), self.spec.class_names)
+            self.runtime.snapshot("pretrain")
+            return images
+        if self.query is not None and public is not None:
+            return self.query.select(public, private)
+        return public
+
+    def costs(self, num_images: int) -> tuple[list[Cost], int]:
+        """What choosing takes, and how many of `num_images` public images are left to pretrain on."""
+        if self.query is None:
+            return [], num_images
+        num_classes = self.public.n_classes
+        left = num_images * self.query.words * self.spec.num_classes // num_classes
+        return [self.query.cost(num_images, num_classes)], left
+
+    def state_dict(self) -> dict:
+        """The central images; a query's answer is in a file of its own."""
+        return {} if self.central is None else self.central.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.central is not None:
+            self.central.load_state_dict(state)
