@@ -20,6 +20,6 @@ def nearest_training(passes: Passes, labels: np.ndarray, device: str) -> dict[in
     rows = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     rows = [of_class[np.argsort(closeness[of_class], kind="stable")[:PER_CLASS]] for of_class in rows]
     chosen = np.concatenate(rows)[:MAX_ROWS]
-    squared = squared_distances(centred(fake[chosen], centre, device), train)
+    squared = squared_distances(centred(fake[chosen], centre, device)[:], train[:])
     found = squared.topk(min(NEIGHBOURS, len(train)), largest=False).indices
     return {int(row): neighbours for row, neighbours in zip(chosen, found.tolist(), strict=True)}

@@ -1,6 +1,6 @@
 """Distances between feature sets, in blocks of bounded memory, for the metrics that look at nearest neighbours.
 
-Legend: N, M points, D features. Points are float32 tensors that `centred` has shifted.
+Legend: N, M points, D features.
 """
 
 import math
@@ -16,11 +16,30 @@ MAX_DISTANCES = 2**21  # distances held at a time: 8 MiB each copy
 ROUNDING = 1e-6
 
 
-def centred(points: np.ndarray, centre: np.ndarray, device: str):
-    """(N, D), (D,) -> float32 tensor (N, D). Distances do not change, and less of them is lost to cancellation."""
-    import torch
+class Points:
+    """Points (N, D) that are shifted by a centre where they are sliced, into float32 tensors: a shifted copy of all
+    would be as large as they are. Distances do not change, and less of them is lost to cancellation."""
 
-    return torch.as_tensor(points.astype(np.float32, copy=False) - centre.astype(np.float32), device=device)
+    def __init__(self, points: np.ndarray, centre: np.ndarray, device: str) -> None:
+        import torch
+
+        self.device = torch.device(device)
+        self._points, self._centre = points.astype(np.float32, copy=False), centre.astype(np.float32)
+        if self.device.type != "cpu":
+            parts = (np.ascontiguousarray(self._points), self._centre)
+            self._points, self._centre = (torch.as_tensor(part, device=self.device) for part in parts)
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def __getitem__(self, rows: slice):
+        import torch
+
+        return torch.as_tensor(self._points[rows] - self._centre)
+
+
+def centred(points: np.ndarray, centre: np.ndarray, device: str) -> Points:
+    return Points(points, centre, device)
 
 
 def centre_of(points: np.ndarray) -> np.ndarray:
@@ -64,7 +83,7 @@ def distance_blocks(first: np.ndarray, second, centre: np.ndarray, description: 
     """
     for rows, columns in blocks(len(first), len(second), description):
         if columns.start == 0:
-            points = centred(first[rows], centre, second.device)
+            points = centred(first[rows], centre, second.device)[:]
         yield rows, columns, squared_distances(points, second[columns])
 
 

@@ -1,5 +1,7 @@
 """The benchmark of the evaluator: both ways to the Frechet distance agree, and what is measured is written."""
 
+import pickle
+
 import pytest
 from tiny_runs import call, strict_json
 
@@ -42,7 +44,11 @@ def test_the_cache_gives_the_same_features():
 def test_the_layout_of_memory_does_not_change_the_loss(monkeypatch):
     monkeypatch.setattr(bench_eval, "STEPS", 1)
     monkeypatch.setattr(bench_eval, "STEP_IMAGES", 4)
-    losses = [
-        bench_eval.training_in(layout)(None, None).value for layout in ("channels_last", "contiguous_format")
-    ]
+    cases = (bench_eval.train_channels_last, bench_eval.train_default_layout)
+    losses = [case(None, None).value for case in cases]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_every_case_can_go_to_a_process_of_its_own():
+    for case in bench_eval.CASES.values():
+        assert pickle.loads(pickle.dumps(case)) is case

@@ -35,7 +35,7 @@ def fld(train: np.ndarray, test: np.ndarray, fake: np.ndarray, device: str = "cp
     scale[scale == 0] = 1
     width = scale.astype(np.float32)
     train, test, fake = (
-        centred(in_own_order(points) / width, centre / scale, device) for points in (train, test, fake)
+        centred(in_own_order(points) / width, centre / scale, device)[:] for points in (train, test, fake)
     )
     half = len(train) // 2
     baseline = Mixture(train[:half][:MAX_CENTRES], train[half:]).nll(test)
