@@ -166,9 +166,9 @@ def evaluate(config: Config) -> int:
     """Read the run's samples and privacy report, and judge; returns the exit code."""
     from data.samples_file import read_samples
     from data.sensitive import load_sensitive, spec_of
+    from opacus_ext.disclosure import Disclosure
     from opacus_ext.ledger import Budget, Ledger
     from opacus_ext.noise import NoiseSource
-    from opacus_ext.private_data import PrivateData
     from utils.device import prepare_device
 
     folder = config.exp_path
@@ -199,13 +199,12 @@ def evaluate(config: Config) -> int:
     # Nothing is asked of the training images here, so their ledger has an empty plan.
     ledger = Ledger(Budget(config.epsilon, config.privacy.delta or 0.0))
     ledger.adopt([])
-    train = PrivateData(sensitive.train, spec, ledger)
     noise = NoiseSource(config.privacy.noise_seed)
     real = RealData(
-        train.reveal(REVEALED),
+        Disclosure(sensitive.train, ledger).reveal(REVEALED),
         sensitive.test,
         validation_data(config, spec, sensitive.validation, noise, runtime.device),
-        oracle_data(config, spec, sensitive.validation),
+        oracle_data(config, sensitive.validation),
     )
     return judge(config, spec, runtime, folder, samples, real, read_json(report), timing={})
 

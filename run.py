@@ -281,6 +281,7 @@ def work(parts: Parts, folder: Path, public, sensitive, private, noise) -> int:
 def deliver(parts: Parts, folder: Path, samples, sensitive, private, noise, timing: dict[str, float]) -> int:
     """Write the samples down and judge them. Returns the exit code."""
     from data.samples_file import write_samples
+    from opacus_ext.disclosure import Disclosure
     from utils.images import save_grid
 
     path, grid = folder / SAMPLES, folder / GRID
@@ -290,10 +291,10 @@ def deliver(parts: Parts, folder: Path, samples, sensitive, private, noise, timi
         save_grid(samples.images, samples.labels, grid)
     held_out = validation_data(parts.config, parts.spec, sensitive.validation, noise, parts.runtime.device)
     real = RealData(
-        private.reveal(REVEALED),
+        Disclosure(sensitive.train, parts.ledger).reveal(REVEALED),
         sensitive.test,
         held_out,
-        oracle_data(parts.config, parts.spec, sensitive.validation),
+        oracle_data(parts.config, sensitive.validation),
     )
     return judge(parts.config, parts.spec, parts.runtime, folder, samples, real, private.report(), timing)
 
@@ -442,7 +443,7 @@ class RealData:
     validation: (
         object  # PrivateData with a plan of one noisy choice per classifier; None in modes syn and sen
     )
-    oracle: object = None  # PrivateData of the same images without a plan, where eval.oracles asks for them
+    oracle: object = None  # Disclosure of the same images, where eval.oracles asks for them
 
 
 class NoisyChoice:
@@ -474,16 +475,16 @@ def validation_data(config: Config, spec, images, noise, device: str):
     return PrivateData(images, dataclasses.replace(spec, num_train=len(images)), ledger, noise, device)
 
 
-def oracle_data(config: Config, spec, images):
-    """The validation images behind a ledger with nothing planned, for eval.oracles; or None."""
+def oracle_data(config: Config, images):
+    """The door to the validation images, for eval.oracles; or None."""
+    from opacus_ext.disclosure import Disclosure
     from opacus_ext.ledger import Budget, Ledger
-    from opacus_ext.private_data import PrivateData
 
     if images is None or not config.eval.oracles:
         return None
     ledger = Ledger(Budget(config.eval.selection_epsilon, 0.0))
     ledger.adopt([])
-    return PrivateData(images, dataclasses.replace(spec, num_train=len(images)), ledger)
+    return Disclosure(images, ledger)
 
 
 if __name__ == "__main__":

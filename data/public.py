@@ -47,7 +47,7 @@ def require_public(section: PublicDataConfig, data_root: Path) -> None:
     if (
         not has_public_images(section)
         or section.name in EMBEDDED_PUBLIC
-        or _stored_folders(section, data_root)
+        or stored_folders(section, data_root)
     ):
         return
     if section.train_path is None:
@@ -70,7 +70,7 @@ def num_public_images(section: PublicDataConfig, data_root: Path) -> int | None:
         return num_public_classes(section, data_root) * (
             DEFAULT_PER_CLASS if per_class is None else per_class
         )
-    stored = _stored_folders(section, data_root)
+    stored = stored_folders(section, data_root)
     if stored:
         count = read_meta(stored[0]).num_train
     elif section.train_path is not None and Path(section.train_path).exists():
@@ -104,7 +104,7 @@ def _count_classes(section: PublicDataConfig, data_root: Path) -> int | None:
             return None
         source = open_source(Path(section.train_path))
         return len(source.class_names or np.unique(source.train.labels))
-    stored = _stored_folders(section, data_root)
+    stored = stored_folders(section, data_root)
     return len(read_meta(stored[0]).class_names) if stored else None
 
 
@@ -149,7 +149,7 @@ def _load_stored(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> 
     return PublicData(section.name, train, meta.class_names)
 
 
-def _stored_folders(section: PublicDataConfig, data_root: Path) -> list[Path]:
+def stored_folders(section: PublicDataConfig, data_root: Path) -> list[Path]:
     """Prepared folders of this set: train_path, or <data_root>/<name> and <name>_<resolution>."""
     if section.train_path is not None:
         candidates = [Path(section.train_path)]
@@ -165,7 +165,7 @@ def _is_size_variant(folder_name: str, name: str) -> bool:
 
 def _prepared_by_name(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> Prepared:
     """The smallest stored size that is at least the wanted one, else the largest, which is then enlarged."""
-    stored = _stored_folders(section, data_root)
+    stored = stored_folders(section, data_root)
     sizes = {read_meta(folder).resolution: folder for folder in reversed(stored)}
     enough = [size for size in sizes if size >= spec.resolution]
     if not enough:

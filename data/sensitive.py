@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta, read_prepared
+from data.public import has_public_images, stored_folders
 from data.registry import EMBEDDED_SENSITIVE, prepare_command
 from data.spec import DataSpec, Samples
 from data.splits import validation_split
@@ -61,13 +62,21 @@ def require_prepared(section: SensitiveDataConfig, data_root: Path) -> None:
 
 
 def require_apart(public: PublicDataConfig, section: SensitiveDataConfig, data_root: Path) -> None:
-    """Raise UserError where public_data.train_path holds the private images, or what a run has made of private images,
-    which is not public either: nothing would add up what it has cost."""
-    if public.name is None or public.train_path is None:
+    """Raise UserError where the public data are the private images, or what a run has made of private images, which is
+    not public either: nothing would add up what it has cost."""
+    if not has_public_images(public):
+        return
+    private = None if _is_embedded(section) else _folder(section, data_root).resolve()
+    named = public.train_path is None
+    for path in stored_folders(public, data_root) if named else [Path(public.train_path)]:
+        if private is not None and path.resolve().is_relative_to(private):
+            key = "name" if named else "train_path"
+            raise UserError(
+                f"public_data.{key}: {path.resolve()} holds the private images; give a public set"
+            )
+    if named:
         return
     path = Path(public.train_path).resolve()
-    if not _is_embedded(section) and path == _folder(section, data_root).resolve():
-        raise UserError(f"public_data.train_path: {path} holds the private images; give a public set")
     if any((folder / PRIVACY).exists() for folder in path.parents):
         raise UserError(
             f"public_data.train_path: {path} was made of private images by a run, and its cost would be forgotten; "

@@ -92,7 +92,10 @@ class SemanticQuery:
         if self.saved is None:
             return Release(QUERY, self.selective.sigma)
         return Release(
-            QUERY, self.saved["noise_multiplier"], noise_seeded=self.saved.get("noise_seeded", False)
+            QUERY,
+            self.saved["noise_multiplier"],
+            noise_seeded=self.saved.get("noise_seeded", False),
+            inherited=True,
         )
 
     def cost(self, num_images: int, num_classes: int) -> Cost:
@@ -239,6 +242,8 @@ class SemanticQuery:
             raise UserError(f"{key}: {path} cannot be read as a saved query ({error})") from error
         if saved.get("private_classes") != list(self.spec.class_names):
             raise UserError(f"{key}: {path} was made for the classes {saved.get('private_classes')}")
+        if not isinstance(saved.get("noise_multiplier"), int | float):  # null would let the ledger choose it
+            raise UserError(f"{key}: {path} does not say what it has cost (it has no 'noise_multiplier')")
         return saved
 
 

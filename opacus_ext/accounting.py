@@ -36,7 +36,7 @@ class Release:
     of one of 1 / sample_rate disjoint shards (see shard_accounting.py). max_batch_size: of a larger sample a uniformly
     random subset of this size is taken (truncated Poisson sampling); its cost depends on num_records, the public size
     of the data set. noise_seeded: an earlier run has made it with noise from a known seed (tests), so that the cost
-    says nothing.
+    says nothing. inherited: an earlier run has made it, which may have split the records into other parts.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Release:
     max_batch_size: int | None = None
     num_records: int | None = None
     noise_seeded: bool = False
+    inherited: bool = False
 
     def __post_init__(self) -> None:
         assert self.mechanism in ("gaussian", "report_noisy_max", CHOSEN_SHARD), self.mechanism

@@ -25,6 +25,7 @@ def privacy_card(report: dict) -> str:
     if not report["releases"]:
         lines += ["No stage asks the private images.", ""]
     lines += _selection_lines(report.get("selection", []))
+    lines += _revealed_lines(report.get("revealed", []))
     lines += ["**Assumed public**", "", *(f"- {line}" for line in report["assumptions"]), ""]
     lines += ["**What this does not cover**", "", *(f"- {line}" for line in _caveats(report)), ""]
     return "\n".join(lines)
@@ -62,6 +63,11 @@ def _warnings(report: dict) -> list[str]:
     if report["noise_seeded"] or any(selection["noise_seeded"] for selection in report.get("selection", [])):
         lines.append(
             "**the noise was seeded (privacy.noise_seed): anyone can remove it; the guarantee is void**"
+        )
+    if report.get("selection") and any(release.get("inherited") for release in report["releases"]):
+        lines.append(
+            "**the validation images may be among those that the earlier runs asked whose answers are used here: for "
+            "them the epsilons of training and of choosing classifiers add up**"
         )
     if report["private"] and "num_records" in report:  # which older reports lack
         weak = weak_delta(report["budget"]["delta"], report["num_records"])
@@ -107,8 +113,19 @@ def _selection_lines(selections: list[dict]) -> list[str]:
     total = sum(selection["spent"] for selection in selections)
     return [
         f"**Choosing classifiers** spent epsilon {total:.4g} (delta 0) on held-out validation images, in "
-        f"{len(selections)} evaluation(s). No image is in both sets; the reported accuracies carry this cost, the "
-        f"samples do not.",
+        f"{len(selections)} evaluation(s). No image is in both sets of this run; the reported accuracies carry this "
+        f"cost, the samples do not.",
+        "",
+    ]
+
+
+def _revealed_lines(reasons: list[str]) -> list[str]:
+    if not reasons:
+        return []
+    return [
+        "**Shown as they are, without noise**, to the program that evaluates, after training:",
+        "",
+        *(f"- {reason}" for reason in dict.fromkeys(reasons)),
         "",
     ]
 

@@ -53,6 +53,7 @@ class Ledger:
         self.noise_seeded = (
             False  # the noise of some answer comes from a known seed, here or in an earlier run
         )
+        self.revealed: list[str] = []  # why the raw records were shown after training, for evaluation
         self._adopted = False
         self._planned: dict[str, Release] = {}
         self._executed: dict[str, int] = {}
@@ -188,12 +189,14 @@ class Ledger:
                     "max_batch_size": r.max_batch_size,
                     "planned": r.num_steps,
                     "executed": self._executed[r.name],
+                    "inherited": r.inherited,
                     "epsilon_alone": self._cost([r]),
                 }
                 for r in self._planned.values()
             ],
             "spent": self.spent(),
             "spent_by_accountant": self.spent_by_accountant(),
+            "revealed": list(self.revealed),
         }
 
     def state_dict(self) -> dict:

@@ -15,7 +15,7 @@ from opacus_ext.ledger import Ledger
 from opacus_ext.mechanisms import clipped_sum, vote_sum
 from opacus_ext.noise import GridNoise, NoiseSource
 from opacus_ext.outer_products import OuterProducts
-from opacus_ext.row_by_row import require_row_by_row
+from opacus_ext.row_by_row import require_row_by_row, require_same_choices
 from utils import distributed
 from utils.draws import Draws
 from utils.images import to_float
@@ -23,6 +23,9 @@ from utils.progress import progress
 
 # images (B, C, H, W) float32 in [-1, 1], labels (B,) int64 -> per-example values (B, ...), or these in factors
 PerExample = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | OuterProducts]
+
+COARSE = 4  # pixels of the random images on which functions are tried, before these are enlarged
+NUM_TRIED = {"values": 3, "choices": 16}  # records on which functions are tried
 
 
 class PrivateData:
@@ -49,8 +52,8 @@ class PrivateData:
         self._labels = torch.from_numpy(samples.labels)
         self._noise = noise or NoiseSource()
         ledger.noise_seeded |= self._noise.seeded
-        self._batch_size = batch_size
-        self._revealed: list[str] = []
+        self._batch_size = _equal_parts(spec.num_train, batch_size)
+        self._source: PrivateData | None = None  # of mapped records
 
     def noisy_sum(self, name: str, fn: PerExample, l2_bound: float, by_class: bool = False) -> torch.Tensor:
         """Sum over all records of fn(image, label), clipped to `l2_bound` each, plus Gaussian noise.
@@ -92,16 +95,48 @@ class PrivateData:
         batches = self._batches(distributed.share(len(chosen)), chosen)
         return self._noisy_sum_over(batches, release, fn, l2_bound, by_class, clipped_sum)
 
-    def _require_row_by_row(
-        self, name: str, fn: PerExample, images: torch.Tensor, labels: torch.Tensor
-    ) -> None:
-        """Of the first records of a release: that fn mixes no records, as far as few of them show."""
+    def _try_on_public_images(self, release: Release, fn: PerExample, choosing: bool) -> None:
+        """Before the first answer of a release: that fn mixes no records, as far as a few images show, none of them
+        private."""
+        if self.ledger.executed(release.name) != 1:
+            return
+        if choosing:
+            require_same_choices(release.name, fn, *self._public_batch(NUM_TRIED["choices"]))
+            return
 
         def rows(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             own_group = torch.arange(len(labels), device=labels.device)
             return clipped_sum(fn(images, labels), math.inf, own_group, len(labels))
 
-        require_row_by_row(name, rows, images, labels)
+        require_row_by_row(release.name, rows, *self._public_batch(NUM_TRIED["values"]))
+
+    def _public_batch(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random images as fn would see the records, the same at every call, and labels, equal and different ones."""
+        if self._source is not None:
+            images, labels = self._source._public_batch(count)
+            return self._fn(images), labels
+        rng = torch.Generator().manual_seed(0)
+        shape = (count, self.spec.channels, COARSE, COARSE)
+        coarse = torch.randint(256, shape, generator=rng, dtype=torch.uint8)
+        images = F.interpolate(to_float(coarse.numpy(), self.device), size=(self.spec.resolution,) * 2)
+        return images, torch.arange(count, device=self.device) % min(2, self.spec.num_classes)
+
+    def _filled_up(self, fn: PerExample) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """fn, which is given batches of one size alone, with blank records in the places that are left.
+
+        How a library rounds depends on the size of what it is given. Where nearly equal numbers decide, one record
+        more in a batch could so change what all others choose.
+        """
+
+        def filled(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            missing = max(0, self._batch_size - len(labels))
+            whole = F.pad(images, (0, 0) * (images.dim() - 1) + (0, missing))
+            values = fn(whole, F.pad(labels, (0, missing)))
+            if len(values) != len(whole):
+                raise ValueError(f"{len(values)} values for {len(whole)} records")
+            return values[: len(labels)]
+
+        return filled
 
     def _booked(self, name: str) -> Release:
         release = self.ledger.book(name)
@@ -119,11 +154,11 @@ class PrivateData:
     ) -> torch.Tensor:
         """What both kinds of noisy sum do with this process's batches of (images, labels)."""
         num_groups = self.spec.num_classes if by_class else 1
+        choosing = bounded_sum is not clipped_sum
+        self._try_on_public_images(release, fn, choosing)
+        fn = self._filled_up(fn) if choosing else fn
         total = None
         for images, labels in batches:
-            # Not of votes: rounding alone may move one.
-            if total is None and self.ledger.executed(release.name) == 1 and bounded_sum is clipped_sum:
-                self._require_row_by_row(release.name, fn, images[:3], labels[:3])
             groups = labels if by_class else torch.zeros_like(labels)
             part = bounded_sum(fn(images, labels), l2_bound, groups, num_groups)
             total = part if total is None else total + part
@@ -163,8 +198,11 @@ class PrivateData:
         """
         release = self.ledger.book(name)
         _require_mechanism(release, "report_noisy_max")
+        ballots = functools.partial(_ballots, fn)
+        self._try_on_public_images(release, ballots, choosing=True)
         own = distributed.share(len(self._labels))
-        parts = [_ballots(fn, *batch).sum(0).cpu() for batch in self._batches(own)]
+        filled = self._filled_up(ballots)
+        parts = [filled(*batch).sum(0).cpu() for batch in self._batches(own)]
         step = self.ledger.executed(name) - 1
 
         def winner(totals: torch.Tensor) -> torch.Tensor:
@@ -184,15 +222,8 @@ class PrivateData:
         mapped._images, mapped._source, mapped._fn = None, self, fn
         return mapped
 
-    def reveal(self, reason: str) -> Samples:
-        """The raw records, for evaluation only, once every planned release has been made; listed in the report."""
-        if not self.ledger.complete:
-            raise UnplannedRelease(f"reveal('{reason}') before training has finished")
-        self._revealed.append(reason)
-        return Samples(self._images, self._labels.numpy())
-
     def report(self) -> dict:
-        """The ledger's report plus what concerns this set: assumptions, seeding of the noise, reveals."""
+        """The ledger's report plus what concerns this set: assumptions, seeding of the noise."""
         return {
             **self.ledger.report(),
             "num_records": self.spec.num_train,
@@ -202,7 +233,6 @@ class PrivateData:
                 "the hyperparameters: choosing them by looking at these records is not accounted for",
             ],
             "noise_seeded": self.ledger.noise_seeded,
-            "revealed": list(self._revealed),
         }
 
     def _batches(
@@ -230,11 +260,14 @@ class PrivateData:
         batches = self._source._batches(slice(0, len(self._labels)))
         shown = progress(batches, "map", num_batches, unit="batch") if num_batches > 10 else batches
         rows, start = None, 0
-        require_row_by_row(
-            "map", lambda images, _: self._fn(images).nan_to_num(), *self._source._take(slice(0, 3))
-        )
-        for images, _ in shown:  # in place: side by side with its parts the whole would take twice the memory
-            part = self._fn(images).cpu()
+        tried = self._source._public_batch(NUM_TRIED["values"])
+        require_row_by_row("map", lambda images, _: self._fn(images).nan_to_num(), *tried)
+        mapped = self._filled_up(lambda images, _: self._fn(images))
+        for (
+            images,
+            labels,
+        ) in shown:  # in place: side by side with its parts the whole would take twice the memory
+            part = mapped(images, labels).cpu()
             rows = part.new_empty(len(self._labels), *part.shape[1:]) if rows is None else rows
             rows[start : start + len(part)] = part
             start += len(part)
@@ -255,6 +288,11 @@ class PrivateData:
 
     def _gradient_noise(self, name: str, size: int, std: float, step: int) -> GridNoise:
         return self._noise.gaussian(size, std, name, step)
+
+
+def _equal_parts(count: int, most: int) -> int:
+    """The size of parts of at most `most`, the last of which falls short of it by little."""
+    return -(-count // -(-count // most))
 
 
 def _require_mechanism(release: Release, mechanism: str) -> None:

@@ -12,13 +12,16 @@ from opacus_ext.row_by_row import moved
 from utils.draws import Draws
 from utils.errors import UserError
 
+BATCHES_BETWEEN = 8  # of images that are not those of before
+
 
 def validate_independence(
     network: nn.Module, per_example_loss: PerExampleLoss, images: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, set[int]]:
     """Raise UserError if changing or leaving out one of these (public) examples moves the gradients of the others, if
     a parameter is used where its gradient cannot be told apart by example, or if looking at examples changes the
-    network. Returns the rows per example of each layer, to which training is held.
+    network, or what the loss says of others later. Returns the rows per example of each layer, to which training is
+    held.
 
     Finds what no list of layers can: batch statistics computed by hand, layouts in which the rows of a layer do not
     belong to one example, a loss that compares examples or divides by their number, a weight that is used outside
@@ -75,7 +78,24 @@ def _validated(network, per_example_loss, images, labels) -> dict[str, set[int]]
             raise UserError(
                 f"network: '{name}' changes when examples are seen, and would keep them without noise"
             )
+    _require_same_again(network, per_example_loss, images, labels, draws, before, tolerance)
     return rows_of_layers(network, per_example_loss, images, labels, draws[:])
+
+
+def _require_same_again(
+    network, per_example_loss, images, labels, draws, before: dict[str, torch.Tensor], tolerance: float
+) -> None:
+    """After some other batches the loss must say of these examples what it said `before`: else it keeps what it has
+    seen, in a list or a running mean outside of the network, and one example's gradient depends on earlier ones."""
+    with torch.no_grad():
+        for call in range(2, BATCHES_BETWEEN + 2):
+            per_example_loss(network, images / call, labels, draws[:])
+    for name, rows in per_example_gradients(network, per_example_loss, images, labels, draws[:]).items():
+        if moved(rows, before[name], tolerance):
+            raise UserError(
+                f"network: the gradient of '{name}' of the same examples moves from call to call; the loss must not "
+                f"keep what it has seen, nor count its calls, and must draw from its rng alone"
+            )
 
 
 def _state(network: nn.Module) -> dict[str, torch.Tensor]:

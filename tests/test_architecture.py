@@ -155,11 +155,13 @@ def test_reaching_inside_would_be_seen(breach):
 
 
 def test_records_are_revealed_to_the_programs_alone():
+    """Nobody else holds the door, and what a method is given has none (test_mechanisms.py)."""
     for path in EVERYTHING:
         calls = [
             ast.unparse(node)
             for node in ast.walk(tree(path))
-            if isinstance(node, ast.Attribute) and node.attr == "reveal"
+            if (isinstance(node, ast.Attribute) and node.attr == "reveal")
+            or (isinstance(node, ast.ImportFrom) and node.module == "opacus_ext.disclosure")
         ]
         if name(path) not in ("run.py", "eval.py") and not name(path).startswith("scripts/"):
             assert not calls, (name(path), calls)

@@ -308,6 +308,15 @@ def test_private_images_as_public_ones(tmp_path, prepared):
     assert "holds the private images" in refused(tmp_path, *more, method="DP-MERF")
 
 
+def test_private_images_as_public_ones_by_name(tmp_path, prepared):
+    """Some sets are known as private and as public ones, and lie in one folder."""
+    shutil.copytree(prepared / "mine", prepared / "emnist")
+    public = ["public_data.name=emnist", "public_data.n_classes=null", "pretrain.epochs=1"]
+    private = [*MINE, f"sensitive_data.path={prepared / 'emnist'}"]
+    more = [*private, "--data_root", str(prepared), "gen.data_num=4", *public]
+    assert "public_data.name: " in refused(tmp_path, *more, method="DP-MERF")
+
+
 def test_samples_of_a_run_as_public_images(tmp_path):
     run = call(run_program.main, arguments("Noise", tmp_path / "runs", "eval=none")).folder
     for made in ("gen/gen.npz", "gen"):

@@ -475,7 +475,9 @@ def test_a_trained_checkpoint_gives_the_same_samples_and_costs_what_it_did(
     later = make_method("DP-LDM", *FROM_CHECKPOINT, "train.n_epochs=0", f"model.ckpt={path}")
     assert np.array_equal(later.generate(5).images, trial.synthesizer.generate(5).images)
     spent = trial.private.ledger.planned("dp-sgd")
-    assert later.privacy_plan()[0] == Release("checkpoint: dp-sgd", spent.noise_multiplier, 1.0, 4)
+    assert later.privacy_plan()[0] == Release(
+        "checkpoint: dp-sgd", spent.noise_multiplier, 1.0, 4, inherited=True
+    )
 
 
 def test_adapters_are_merged_on_demand_and_cost_what_they_did(make_trial, make_method, tmp_path):

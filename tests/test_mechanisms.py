@@ -12,6 +12,7 @@ from scipy import stats
 from data.spec import DataSpec, Samples
 from opacus_ext import private_data
 from opacus_ext.accounting import Release, noisy_max_release
+from opacus_ext.disclosure import Disclosure
 from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from opacus_ext.ledger import Budget, Ledger
 from opacus_ext.mechanisms import clip_rows, clipped_sum, vote_sum
@@ -36,7 +37,8 @@ def matrices(min_rows: int = 0, max_rows: int = 6):
 
 
 def private_of(values: torch.Tensor, plan, labels=None, num_classes=1, epsilon=math.inf, noise=None):
-    """PrivateData whose i-th record stands for the i-th row of `values`; fn `read` gives that row back."""
+    """PrivateData whose i-th record stands for the i-th row of `values`; fn `read` gives that row back, and one of them
+    for any other image."""
     count = len(values)
     labels = np.zeros(count, np.int64) if labels is None else np.asarray(labels, np.int64)
     pixels = np.zeros((count, 3, 2, 2), np.uint8)
@@ -46,7 +48,11 @@ def private_of(values: torch.Tensor, plan, labels=None, num_classes=1, epsilon=m
     names = tuple(str(label) for label in range(num_classes))
     spec = DataSpec("values", 2, 3, num_classes, max(2, count), names)
     private = PrivateData(Samples(pixels, labels), spec, ledger, noise or NoiseSource(0), batch_size=4)
-    return private, lambda images, _: values[((images[:, 0, 0, 0] + 1) * 127.5).round().long()]
+
+    def read(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return values[((images[:, 0, 0, 0] + 1) * 127.5).round().long() % max(1, count)]
+
+    return private, read
 
 
 # ------------------------------------------------------------------------------------------ clipping
@@ -245,17 +251,19 @@ def test_there_is_no_way_to_hold_the_records():
     shown = {name for name in dir(private) if not name.startswith("_")}
     assert shown == {
         "spec", "ledger", "device", "noisy_sum", "sampled_noisy_sum", "noisy_histogram", "report_noisy_max", "map",
-        "reveal", "report",
+        "report",
     }  # fmt: skip
 
 
 def test_reveal_waits_for_the_end_and_is_reported():
     private, read = private_of(torch.zeros(3, 1), [SUM])
+    records = Samples(np.zeros((3, 3, 2, 2), np.uint8), np.zeros(3, np.int64))
+    door = Disclosure(records, private.ledger)
     with pytest.raises(UnplannedRelease, match="before training has finished"):
-        private.reveal("a look")
+        door.reveal("a look")
     assert private.report()["revealed"] == []
     private.noisy_sum("sum", read, 1.0)
-    assert private.reveal("a look").images.shape == (3, 3, 2, 2)
+    assert door.reveal("a look") is records
     assert private.report()["revealed"] == ["a look"]
 
 
@@ -353,30 +361,82 @@ def test_map_is_asked_once_and_sees_each_image_once():
     assert seen == []
     for _ in range(2):
         mapped.noisy_sum("sum", lambda x, y: x[:, 0, :1, 0], 1.0)
-    assert sum(seen) == (3 + 2) + 7  # with three it is tried whether they mix
+    tried_on_public = (3 + 3 * 2) + 3  # whether three mix, and what the first question is tried on
+    assert sum(seen) == tried_on_public + 4 + 4
 
 
-@pytest.mark.parametrize("ask", ["noisy_sum", "sampled_noisy_sum", "map"])
-def test_functions_that_mix_records_are_refused(ask):
-    """For instance a network in training mode: bounding each row then bounds nothing."""
-    values = torch.arange(9.0)[:, None]
-    private, _ = private_of(values, [Release("sum", 1.0, sample_rate=1.0, num_steps=2)])
-    layer = torch.nn.BatchNorm1d(1, affine=False)
+def normalised(images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """A network in training mode: bounding each row then bounds nothing."""
+    return torch.nn.BatchNorm1d(1, affine=False)(images.flatten(1)[:, :1])
 
-    def normalised(images, labels=None):
-        return layer(images.flatten(1)[:, :1])
 
+def against_the_first(images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows that keep their value when any but the first is left out."""
+    return images.flatten(1)[:, :1] - images.flatten(1)[:1, :1]
+
+
+def within_a_class(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    values = images.flatten(1)[:, :1]
+    return values - torch.stack([values[labels == label].mean(0) for label in labels])
+
+
+QUESTIONS = {
+    "noisy_sum": lambda private, fn: private.noisy_sum("sum", fn, 1.0),
+    "sampled_noisy_sum": lambda private, fn: private.sampled_noisy_sum("sum", fn, 1.0),
+    "map": lambda private, fn: private.map(fn).noisy_sum("sum", lambda x, y: x, 1.0),
+    "noisy_histogram": lambda private, fn: private.noisy_histogram(
+        "sum", lambda *r: (fn(*r) > 0).long(), 2, 1
+    ),
+    "report_noisy_max": lambda private, fn: private.report_noisy_max("max", lambda *r: fn(*r) > 0),
+}
+
+
+@pytest.mark.parametrize("mixing", [normalised, against_the_first, within_a_class])
+@pytest.mark.parametrize("ask", QUESTIONS)
+def test_functions_that_mix_records_are_refused_before_one_is_shown(ask, mixing):
+    """Whether a run ends with an error must tell nothing of the records: functions are tried on public images."""
+    if ask == "map" and mixing is within_a_class:
+        pytest.skip("a map is given no labels")
+    plan = [SUM, noisy_max_release("max", 1.0, "add_or_remove_one")]
+    private, _ = private_of(torch.zeros(9, 1), plan, np.arange(9) % 2, num_classes=2)
+
+    class Hidden:
+        def __getitem__(self, which):
+            raise AssertionError("a record was shown")
+
+    private._images = Hidden()
     with pytest.raises(UserError, match="the value of one record depends on another's"):
-        if ask == "map":
-            private.map(normalised).noisy_sum("sum", lambda x, y: x, 1.0)
-        else:
-            getattr(private, ask)("sum", normalised, 1.0)
-    layer.eval()
-    for _ in range(2 - private.ledger.executed("sum")):
-        private.noisy_sum("sum", normalised, 1.0)
+        QUESTIONS[ask](private, mixing)
 
 
-def test_map_changes_the_images_and_keeps_ledger_noise_and_reveals():
+@pytest.mark.parametrize("ask", QUESTIONS)
+def test_functions_of_one_record_are_not_refused(ask):
+    plan = [SUM, noisy_max_release("max", 1.0, "add_or_remove_one")]
+    private, _ = private_of(torch.zeros(9, 1), plan, np.arange(9) % 2, num_classes=2)
+    QUESTIONS[ask](private, lambda images, labels=None: images.flatten(1)[:, :1] * 2 + 1)
+
+
+@pytest.mark.parametrize("ask", ["map", "noisy_histogram", "report_noisy_max"])
+def test_choices_are_always_computed_for_the_same_number_of_records(ask):
+    """Libraries round by the size of what they are given: one record more could move what all others choose."""
+
+    def sizes(num_records: int) -> set[int]:
+        plan = [SUM, noisy_max_release("max", 1.0, "add_or_remove_one")]
+        private, _ = private_of(torch.zeros(num_records, 1), plan, np.arange(num_records) % 2, num_classes=2)
+        private._batch_size = 4  # as follows from the public number of records, which both sets have
+        seen = []
+
+        def fn(images, labels=None):
+            seen.append(len(images))
+            return images.flatten(1)[:, :1]
+
+        QUESTIONS[ask](private, fn)
+        return set(seen)
+
+    assert sizes(8) == sizes(9) == sizes(11)
+
+
+def test_map_changes_the_images_and_keeps_ledger_and_noise():
     private, _ = private_of(torch.zeros(3, 1), [Release("sum", 1.0, num_steps=2)])
     halved = private.map(lambda images: images[:, :1] / 2)
     assert halved.ledger is private.ledger
@@ -385,7 +445,7 @@ def test_map_changes_the_images_and_keeps_ledger_noise_and_reveals():
     torch.testing.assert_close(after, before / 2)
     with pytest.raises(BudgetExceeded):
         private.noisy_sum("sum", lambda x, y: x, 1.0)
-    private.reveal("a look")
+    private.ledger.revealed.append("a look")
     assert halved.report()["revealed"] == ["a look"]
 
 
@@ -504,7 +564,11 @@ def test_the_winner_is_found_before_votes_are_rounded(monkeypatch):
     """2^24 and 2^24 + 1 are one number in float32."""
     private, _ = private_of(torch.zeros(1, 1), [noisy_max_release("choice", math.inf, "add_or_remove_one")])
     votes = torch.tensor([[2.0**24, 2.0**24 + 1]], dtype=torch.float64)
-    monkeypatch.setattr(private_data, "_ballots", lambda *_: votes)
+    monkeypatch.setattr(
+        private_data,
+        "_ballots",
+        lambda fn, images, _: torch.cat([votes, votes.new_zeros(len(images) - 1, 2)]),
+    )
     assert private.report_noisy_max("choice", None) == 1
 
 

@@ -162,7 +162,7 @@ def private_of(products: OuterProducts, plan, labels, epsilon=math.inf, noise=No
     spec = DataSpec("values", 2, 3, num_classes, max(2, count), tuple("abc"[:num_classes]))
     samples = Samples(pixels, np.asarray(labels, np.int64))
     private = PrivateData(samples, spec, ledger, noise or NoiseSource(0), batch_size=4)
-    return private, lambda x, _: some(products, ((x[:, 0, 0, 0] + 1) * 127.5).round().long())
+    return private, lambda x, _: some(products, ((x[:, 0, 0, 0] + 1) * 127.5).round().long() % max(1, count))
 
 
 def answer(products, labels, ask="noisy_sum", rate=1.0, **more):

@@ -135,14 +135,53 @@ def test_records_vote_within_their_class(backend):
     assert votes.flatten().tolist() == [1, 0, 1]
 
 
-def test_backends_are_chosen_by_what_is_installed(monkeypatch):
+class Rounding:
+    """A library whose results are off by rounding, differently in every place, and anew for every size of batch."""
+
+    def __init__(self, monkeypatch):
+        exact, self.sizes = torch.addmm, set()
+
+        def addmm(offsets, records, features, **options):
+            found = exact(offsets, records, features, **options)
+            self.sizes.add(len(records))
+            rng = torch.Generator().manual_seed(len(records))
+            off = torch.randint(-2, 3, found.shape, generator=rng)
+            return found * (1 + off * torch.finfo(found.dtype).eps)
+
+        monkeypatch.setattr(torch, "addmm", addmm)
+
+
+@pytest.mark.parametrize("mode", ["L2", "IP", "cosine"])
+def test_rounding_does_not_tell_copies_of_a_candidate_apart(mode, monkeypatch):
+    """Which of them wins would be chance: the same for all records of a batch, and another one with one record more."""
+    Rounding(monkeypatch)
+    rng = torch.Generator().manual_seed(0)
+    different = torch.rand(10, 24, generator=rng)
+    search = NearestCandidates(different.repeat(6, 1), mode, 1, "torch")
+    assert int(search(torch.rand(90, 24, generator=rng)).max()) < 10  # the first of the copies
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_no_record_moves_the_votes_of_others_through_the_size_of_a_batch(num_classes, monkeypatch):
+    """Candidates that differ by little more than float32 can tell."""
+    rounding = Rounding(monkeypatch)
+    rng = torch.Generator().manual_seed(0)
+    near = torch.rand(1, 24, generator=rng) * (1 + 1e-7 * torch.randn(40, 24, generator=rng))
+    records, labels = torch.rand(100, 24, generator=rng), torch.arange(100) % num_classes
+    cast = ballots([NearestCandidates(near.clone(), "L2", 1, "torch") for _ in range(num_classes)], 1)
+    together = cast(records, labels)
+    for count in (1, 2, 31, 32, 33, 64, 65, 99):
+        assert torch.equal(cast(records[:count], labels[:count]), together[:count])
+    assert rounding.sizes == {voting.RECORDS_AT_ONCE}
+
+
+def test_votes_do_not_depend_on_which_backends_are_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert choose_backend("auto", "cpu") == choose_backend("torch", "cpu") == "torch"
+    assert choose_backend("auto") == choose_backend("torch") == "torch"
     with pytest.raises(UserError, match="pip install faiss-cpu"):
-        choose_backend("faiss", "cpu")
+        choose_backend("faiss")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert choose_backend("auto", "cpu") == "faiss"
-    assert choose_backend("auto", "cuda") == "torch"
+    assert choose_backend("auto") == "torch" and choose_backend("faiss") == "faiss"
 
 
 # ------------------------------------------------------------------------------------------ the release

@@ -440,6 +440,21 @@ def test_a_buffer_that_no_checkpoint_holds_is_seen():
         )
 
 
+@pytest.mark.parametrize("late", [0, 6])
+def test_a_loss_that_remembers_is_refused(late):
+    """Outside of the network, where no list of buffers shows it; also where it takes some calls to tell."""
+    seen = []
+
+    def loss(network, images, labels, rng):
+        before = sum(seen) if len(seen) > late else 0.0
+        seen.append(images.detach().mean())
+        return (network(images) - before).square().mean(1)
+
+    network = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(UserError, match=r"of the same examples moves|when another example changes"):
+        validate_independence(network, loss, torch.rand(4, 3), torch.zeros(4, dtype=torch.int64))
+
+
 class Picks(nn.Module):
     """Runs its layer on the rows that are bright."""
 

@@ -57,6 +57,25 @@ def test_a_truncated_stage_names_its_bound():
     assert "| 0.5, at most 30 images | 3 of 3 |" in card
 
 
+def test_validation_images_that_an_earlier_run_may_have_asked_are_named():
+    """It may have trained on them: then no set of images is free of the training's epsilon."""
+    chosen = report_of([noisy_max_release("selection/wrn", 0.5, "add_or_remove_one")])
+    for inherited in (False, True):
+        plan = [Release("checkpoint: dp-sgd", 10.0, inherited=inherited), Release("training", None)]
+        report = {**report_of(plan), "selection": [chosen]}
+        for text in (privacy_card(report), privacy_summary(report)):
+            assert ("add up" in text) == inherited
+
+
+def test_what_was_shown_without_noise_is_named(two_stages):
+    assert "Shown as they are" not in privacy_card(two_stages)
+    card = privacy_card(
+        {**two_stages, "revealed": ["fidelity metrics compare", "fidelity metrics compare", "else"]}
+    )
+    assert "Shown as they are, without noise" in card
+    assert card.count("- fidelity metrics compare\n") == 1 and "- else\n" in card
+
+
 def test_unit_delta_assumptions_and_caveats_are_named(two_stages):
     card = privacy_card(two_stages)
     assert "one record more or less" in card

@@ -156,12 +156,26 @@ def test_a_saved_answer_costs_the_same_again(make_trial, public, by_brightness, 
     path = tmp_path / "pretrain" / "semantic_query.json"
     reuse = f"public_data.selective.semantic_path={path}"
     second = make_trial(NAME, reuse, "public_data.selective.sigma=7", epsilon=10)
-    assert second.synthesizer.privacy_plan()[0] == Release(
-        "semantic query", 100.0
-    )  # its noise, not this run's
+    # Its noise, not this run's.
+    assert second.synthesizer.privacy_plan()[0] == Release("semantic query", 100.0, inherited=True)
     assert answered(second, public) == chosen
     assert answered(second, public) == chosen  # also after a resumption, which books nothing more
     assert second.private.ledger.executed("semantic query") == 1
+
+
+@pytest.mark.parametrize("cost", [None, "missing"])
+def test_a_saved_answer_that_does_not_say_its_cost_is_refused(
+    make_trial, public, by_brightness, tmp_path, cost
+):
+    """With null the ledger would choose the noise of an answer that has been given."""
+    answered(make_trial(NAME, epsilon=10), public, tmp_path)
+    path = tmp_path / "pretrain" / "semantic_query.json"
+    saved = json.loads(path.read_text()) | {"noise_multiplier": None}
+    if cost == "missing":
+        del saved["noise_multiplier"]
+    path.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="does not say what it has cost"):
+        make_trial(NAME, f"public_data.selective.semantic_path={path}", epsilon=10)
 
 
 def test_an_answer_without_noise_is_never_reused_as_a_noisy_one(make_trial, public, by_brightness, tmp_path):

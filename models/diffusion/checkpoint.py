@@ -35,6 +35,7 @@ def spent_releases(content: dict, label: str) -> list[Release]:
             name=f"{label}: {release.name}",
             num_steps=steps,
             noise_seeded=ledger.get("noise_seeded", False),
+            inherited=True,
         )
         for release, steps in taken
         if steps

@@ -60,7 +60,7 @@ class PrivateEvolution(Synthesizer, abc.ABC):
                 f"public_data.name: {config.public_data.name}, but {type(self.api).__name__} needs public images"
             )
         self.num_blocks = spec.num_classes if settings.cond else 1
-        self.backend = choose_backend(settings.nn_backend, runtime.device)
+        self.backend = choose_backend(settings.nn_backend)
         self.iteration = 0
         self.population: Candidates | None = None
         self.votes: torch.Tensor | None = None  # (blocks, candidates of the largest block), noisy

@@ -13,22 +13,24 @@ MODES = ("L2", "IP", "cosine")  # Euclidean distance, inner product, angle
 BACKENDS = ("auto", "faiss", "torch")
 LARGEST_FEATURE = 1e6  # beyond it squares could overflow, and a record would find nobody
 CANDIDATES_AT_ONCE = 8192  # whose scores for a batch of records are in memory together
+RECORDS_AT_ONCE = 32  # always so many, with blank ones in the places that are left
 
 
-def choose_backend(name: str, device: str) -> str:
-    """faiss or torch; "auto" takes faiss where it is installed, unless the features lie on a GPU."""
-    installed = importlib.util.find_spec("faiss") is not None
-    if name == "auto":
-        return "faiss" if installed and torch.device(device).type == "cpu" else "torch"
-    if name == "faiss" and not installed:
+def choose_backend(name: str) -> str:
+    """faiss or torch; "auto" is torch, whose votes rounding does not move."""
+    if name == "faiss" and importlib.util.find_spec("faiss") is None:
         raise UserError("train.nn_backend: faiss is not installed; pip install faiss-cpu, or set it to torch")
-    return name
+    return "torch" if name == "auto" else name
 
 
 class NearestCandidates:
     """The k nearest of n candidates, nearest first, for any number of records; of equally near ones the first.
 
     The candidates are synthetic; what a record's features make of them is for a mechanism alone to see.
+
+    A record's votes must be its own. Libraries choose by the size of a batch how they add up, and a population holds
+    many a candidate twice: where rounding tells its copies apart, one record more of a class could move the votes of
+    all others. So distances are always computed for RECORDS_AT_ONCE records, in float64, and compared in float32.
     """
 
     def __init__(self, features: torch.Tensor, mode: str, num_neighbors: int, backend: str) -> None:
@@ -42,7 +44,9 @@ class NearestCandidates:
 
     def __call__(self, records: torch.Tensor) -> torch.Tensor:
         """(B, D) -> (B, k) int64 indices of candidates; every record votes, whatever its features are."""
-        return self._search(self._prepared(records), self._num_neighbors)
+        missing = -len(records) % RECORDS_AT_ONCE
+        whole = self._prepared(F.pad(records, (0, 0, 0, missing)))
+        return self._search(whole, self._num_neighbors)[: len(records)]
 
     def _prepared(self, features: torch.Tensor, in_place: bool = False) -> torch.Tensor:
         """Finite, of moderate size, and of norm 1 where angles are compared."""
@@ -71,16 +75,15 @@ class _TorchSearch:
     """Matrix products over blocks of candidates; on the CPU or a GPU."""
 
     def __init__(self, features: torch.Tensor, by_distance: bool) -> None:
-        self._features = features
-        # |x - y|^2 orders the candidates y like |y|^2 / 2 - x.y.
-        self._offsets = features.square().sum(1) / 2 if by_distance else features.new_zeros(len(features))
+        self._features, self._by_distance = features, by_distance
+        # Added to all scores: near 0 float32 would tell apart what float64 cannot.
+        self._typical = torch.linalg.vector_norm(features, dim=1, dtype=torch.float64).square().mean()
 
     def __call__(self, records: torch.Tensor, num_neighbors: int) -> torch.Tensor:
         scores = records.new_empty(len(records), 0)
         indices = torch.empty(len(records), 0, dtype=torch.int64, device=records.device)
         for start in range(0, len(self._features), CANDIDATES_AT_ONCE):
-            block = slice(start, start + CANDIDATES_AT_ONCE)
-            found = torch.addmm(self._offsets[block], records, self._features[block].T, alpha=-1)
+            found = self._scores(records, self._features[start : start + CANDIDATES_AT_ONCE])
             best, where = _smallest(found, num_neighbors)
             scores, order = torch.cat([scores, best], 1).sort(
                 dim=1, stable=True
@@ -88,6 +91,17 @@ class _TorchSearch:
             indices = torch.cat([indices, where + start], 1).gather(1, order)
             scores, indices = scores[:, :num_neighbors], indices[:, :num_neighbors]
         return indices
+
+    def _scores(self, records: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """(B, n) float32, smaller for nearer ones: -x.y, or |y|^2 / 2 - x.y, which orders candidates y as |x - y|^2."""
+        features = features.double()
+        squares = features.square().sum(1) if self._by_distance else features.new_zeros(len(features))
+        offsets = squares / 2 + self._typical
+        found = records.new_empty(len(records), len(features))
+        for start in range(0, len(records), RECORDS_AT_ONCE):
+            part = records[start : start + RECORDS_AT_ONCE].double()
+            found[start : start + RECORDS_AT_ONCE] = torch.addmm(offsets, part, features.T, alpha=-1)
+        return found
 
 
 def _smallest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +116,8 @@ def _smallest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
 
 
 class _FaissSearch:
-    """Exact search by the faiss library (Douze et al. 2024), on the CPU."""
+    """Search by the faiss library (Douze et al. 2024), on the CPU, in float32: of copies of a candidate rounding may
+    choose another one for every record, though the same one in every batch."""
 
     def __init__(self, features: torch.Tensor, by_distance: bool) -> None:
         import faiss
@@ -112,5 +127,10 @@ class _FaissSearch:
         self._index.add(np.ascontiguousarray(features.cpu().numpy(), dtype=np.float32))
 
     def __call__(self, records: torch.Tensor, num_neighbors: int) -> torch.Tensor:
-        _, indices = self._index.search(np.ascontiguousarray(records.cpu().numpy()), num_neighbors)
-        return torch.from_numpy(indices).to(records.device)
+        found = torch.empty(len(records), num_neighbors, dtype=torch.int64)
+        for start in range(0, len(records), RECORDS_AT_ONCE):
+            part = np.ascontiguousarray(records[start : start + RECORDS_AT_ONCE].cpu().numpy())
+            found[start : start + RECORDS_AT_ONCE] = torch.from_numpy(
+                self._index.search(part, num_neighbors)[1]
+            )
+        return found.to(records.device)
