@@ -186,6 +186,7 @@ def evaluate(config: Config) -> int:
     require_run_of(folder, config)
     samples = read_samples(folder / "gen" / "gen.npz")
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
+    require_same_split(folder, config, spec.num_train)
     for line in (*config.notes, *lines):
         log.info(line)
     if config.dry_run:
@@ -222,6 +223,17 @@ def require_run_of(folder: Path, config: Config) -> None:
         raise UserError(
             f"eval.mode: val, but {folder} was trained with eval.mode={run.get('eval.mode')} on the validation images "
             f"too; use eval.mode=syn or sen"
+        )
+
+
+def require_same_split(folder: Path, config: Config, num_train: int) -> None:
+    """Raise UserError where the data have changed since the run: others are held out then, and some that it was trained
+    on would be asked as validation images."""
+    trained_on = read_json(folder / PRIVACY).get("num_records", num_train)
+    if config.eval.mode == "val" and trained_on != num_train:
+        raise UserError(
+            f"eval.mode: val, but {folder} was trained on {trained_on:,} images, and {num_train:,} are left for "
+            f"training now; the data have changed, and with them which images are held out"
         )
 
 

@@ -281,6 +281,10 @@ class PrivateData:
 
     def _sampled_indices(self, release: Release, step: int) -> torch.Tensor:
         rate, max_size = release.sample_rate, release.max_batch_size
+        if max_size is not None and release.num_records != self.spec.num_train:
+            raise UnplannedRelease(
+                f"'{release.name}' is planned for {release.num_records} records, but there are {self.spec.num_train}"
+            )
         return self._noise.sample(len(self._labels), rate, release.name, step, max_size)
 
     def _loss_draws(self, name: str, step: int, num_examples: int) -> Draws:

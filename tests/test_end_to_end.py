@@ -1,5 +1,6 @@
 """The programs from the command line to the last file: every method, interruptions, evaluation, and exit codes."""
 
+import json
 import re
 from pathlib import Path
 
@@ -171,6 +172,10 @@ def test_a_run_is_judged_by_its_folder_alone(tmp_path):
     for setting in ("sensitive_data.num_val=137", "privacy.relation=replace_one"):
         refusal = call(eval_program.main, ["--exp_path", str(folder), setting]).refusal
         assert refusal.startswith(f"error: {setting.partition('=')[0]}: ") and "leave " in refusal
+    privacy = strict_json(folder / "privacy.json")
+    (folder / "privacy.json").write_text(json.dumps(privacy | {"num_records": privacy["num_records"] + 1}))
+    refusal = call(eval_program.main, ["--exp_path", str(folder), "eval=none", "eval.mode=val"]).refusal
+    assert "the data have changed" in refusal
 
 
 def test_resuming_a_finished_run_is_one_line(finished):

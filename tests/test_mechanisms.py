@@ -530,6 +530,14 @@ def test_a_truncated_release_answers_no_sampled_sum():
         private.sampled_noisy_sum("sum", read, 1.0)
 
 
+def test_a_truncated_release_planned_for_other_records_takes_no_sample():
+    """What truncation costs hangs on their number."""
+    plan = [Release("sum", 1.0, sample_rate=0.5, max_batch_size=2, num_records=300)]
+    private, _ = private_of(torch.zeros(3, 1), plan)
+    with pytest.raises(UnplannedRelease, match="planned for 300 records, but there are 3"):
+        private._sampled_indices(private.ledger.planned("sum"), 0)
+
+
 # ------------------------------------------------------------------------------------------ noisy max
 
 
