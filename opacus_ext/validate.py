@@ -12,7 +12,7 @@ from opacus_ext.row_by_row import moved
 from utils.draws import Draws
 from utils.errors import UserError
 
-BATCHES_BETWEEN = 8  # of images that are not those of before
+BATCHES_BETWEEN = 4  # of images that are not those of before
 
 
 def validate_independence(
