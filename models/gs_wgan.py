@@ -72,9 +72,11 @@ class Stage(CriticLoss):
     critic_iters: int  # critic steps for each; in private training the chosen critic's, which it forgets
     batch_size: int  # of critics and of the generator
     snapshot_freq: int
+    g_lr: float  # of the generator; lr is that of the critics
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_field(self.g_lr > 0, "g_lr", self.g_lr, "greater than 0")
         for field in ("critic_iters", "batch_size", "snapshot_freq"):
             check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
         check_field(self.iterations >= 0, "iterations", self.iterations, "0 or more")
@@ -257,7 +259,7 @@ class GSWGAN(Synthesizer):
         self.stage, self.step = stage, 0
         self.ema = EMA(self.generator, self.config.model.ema_rate)
         section = self.config.pretrain if stage == "pretrain" else self.config.train
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=section.lr, betas=BETAS)
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=section.g_lr, betas=BETAS)
 
     def state_dict(self) -> dict:
         """Everything but the critics, which are private: a resumed run trains new ones."""

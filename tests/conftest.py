@@ -174,6 +174,7 @@ SMALL: dict[str, list[str]] = {
         "train.pretrain.at_once=3",
         "gen.batch_size=8",
         "public_data.name=null",
+        "public_data.selective.ratio=1.0",
     ],
     "DP-Kernel": [
         "model.Generator.z_dim=6",

@@ -440,7 +440,14 @@ def test_the_networks_have_the_published_sizes(size, channels, classes, generato
     assert critic_found == pytest.approx(critic_size, abs=0.006e6)
 
 
-@pytest.mark.parametrize("size", [8, 28, 32])
+@pytest.mark.parametrize(("size", "base"), [(8, 4), (12, 3), (16, 4), (28, 4), (32, 4), (64, 8)])
+def test_small_images_start_from_a_grid_too(size, base):
+    """From a single pixel no place differs from another, and training ends with one image for all labels."""
+    with torch.device("meta"):
+        assert ResNetGenerator(size, 1, 2, 4, 2).base == base
+
+
+@pytest.mark.parametrize("size", [8, 12, 28, 32])
 def test_images_have_the_size_of_the_private_ones(size):
     images = ResNetGenerator(size, 3, 2, 4, 2)(torch.rand(5, 4), torch.tensor([0, 1, 1, 0, 1]))
     assert images.shape == (5, 3, size, size)
@@ -485,6 +492,16 @@ def test_the_generator_learns_from_the_answers_alone(make_trial, samples, monkey
     assert np.array_equal(*found)
 
 
+def test_the_generator_has_a_learning_rate_of_its_own(make_trial, monkeypatch):
+    trial = make_trial("GS-WGAN", "train.lr=0.5", "train.g_lr=0.25", epsilon=math.inf)
+    rates, optimizer = [], CriticLoss.optimizer
+    monkeypatch.setattr(
+        CriticLoss, "optimizer", lambda self, rows: rates.append(self.lr) or optimizer(self, rows)
+    )
+    trial.run()
+    assert trial.synthesizer.optimizer.param_groups[0]["lr"] == 0.25 and set(rates) == {0.5}
+
+
 def test_a_resumed_run_trains_new_critics_and_asks_only_what_is_left(make_trial, tmp_path, monkeypatch):
     warmed, warm_up = [], ShardCritics.warm_up
 
@@ -523,6 +540,7 @@ def test_public_pretraining_gives_the_generator_and_the_first_critic_their_start
         "train.pretrain.at_once=0",
         "train.refresh_every=0",
         "train.lr=0",
+        "pretrain.g_lr=0",
         "pretrain.L_gp=-1",
     ],
 )

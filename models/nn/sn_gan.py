@@ -11,20 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-BLOCKS = 3  # of either network; each changes the resolution by a factor of 2
+BLOCKS = 3  # of either network; each changes the resolution by a factor of 2, unless the image is too small for that
+SMALLEST = 4  # pixels that a generator starts from: it tells places apart by the borders of its convolutions
 
 
 class ResNetGenerator(nn.Module):
     """(noise (B, Z), labels (B,)) -> images (B, C, H, W) in [0, 1]. Three upsampling residual blocks, 4 * g_conv_dim
-    wide, with pixel norm; images whose size is not a multiple of 8 are cut out of the next larger one."""
+    wide, with pixel norm; images whose size is not a multiple of 8 are cut out of the next larger one. Below 32 pixels
+    (not among the published sizes but for 28) only the last blocks upsample."""
 
     def __init__(self, image_size: int, channels: int, num_classes: int, z_dim: int, g_conv_dim: int) -> None:
         super().__init__()
         width = 4 * g_conv_dim
         self.image_size, self.num_classes, self.z_dim = image_size, num_classes, z_dim
-        self.base = math.ceil(image_size / 2**BLOCKS)
+        upsampling = min(BLOCKS, max(0, math.ceil(math.log2(image_size / SMALLEST))))
+        self.base = math.ceil(image_size / 2**upsampling)
         self.first = SNLinear(z_dim + num_classes, width * self.base**2)
-        self.blocks = nn.ModuleList(_UpBlock(width) for _ in range(BLOCKS))
+        self.blocks = nn.ModuleList(_UpBlock(width, BLOCKS - block <= upsampling) for block in range(BLOCKS))
         self.output = SNConv2d(width, channels, 3, padding=1)
 
     def forward(self, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -38,16 +41,17 @@ class ResNetGenerator(nn.Module):
 
 
 class _UpBlock(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, upsamples: bool) -> None:
         super().__init__()
+        self.scale = 2 if upsamples else 1
         self.conv_in, self.conv_out = (SNConv2d(width, width, 3, padding=1) for _ in range(2))
         self.shortcut = SNConv2d(width, width, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv_in(_upsample(F.relu(_pixel_norm(x))))
+        h = self.conv_in(_upsample(F.relu(_pixel_norm(x)), self.scale))
         h = self.conv_out(F.relu(_pixel_norm(h)))
         # A 1x1 convolution and nearest upsampling commute; convolving first is four times cheaper.
-        return h + _upsample(self.shortcut(x))
+        return h + _upsample(self.shortcut(x), self.scale)
 
 
 class ConvCritic(nn.Module):
@@ -121,5 +125,5 @@ def _pixel_norm(x: torch.Tensor) -> torch.Tensor:
     return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
 
 
-def _upsample(x: torch.Tensor) -> torch.Tensor:
-    return F.interpolate(x, scale_factor=2)
+def _upsample(x: torch.Tensor, scale: int) -> torch.Tensor:
+    return x if scale == 1 else F.interpolate(x, scale_factor=scale)
