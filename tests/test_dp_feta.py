@@ -89,6 +89,7 @@ def test_any_diffusion_method_can_be_warmed_up(make_trial):
     settings = [
         "public_data.central.sample_num=2", "public_data.central.sigma=50.0", "public_data.central.batch_size=60",
         "public_data.name=central_mean", "pretrain.warm_up.batch_size=4", "pretrain.warm_up.n_epochs=3",
+        "train.batch_size=null", "train.optim.params.lr=2e-3",
     ]  # fmt: skip
     trials = [make_trial(name, *settings, noise_seed=2) for name in ("DPDM", "PDP-Diffusion", "DP-FETA")]
     for trial in trials:

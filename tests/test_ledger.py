@@ -158,6 +158,7 @@ def test_the_report_states_the_account():
         "noise_multiplier": 5.0,
         "sample_rate": 1.0,
         "max_batch_size": None,
+        "inherited": False,
         "planned": 1,
         "executed": 1,
         "epsilon_alone": epsilon_of([QUERY], DELTA),
