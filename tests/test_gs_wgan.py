@@ -442,7 +442,7 @@ def test_the_networks_have_the_published_sizes(size, channels, classes, generato
 
 @pytest.mark.parametrize(("size", "base"), [(8, 4), (12, 3), (16, 4), (28, 4), (32, 4), (64, 8)])
 def test_small_images_start_from_a_grid_too(size, base):
-    """From a single pixel no place differs from another, and training ends with one image for all labels."""
+    """From a single pixel no place differs from another."""
     with torch.device("meta"):
         assert ResNetGenerator(size, 1, 2, 4, 2).base == base
 
