@@ -263,10 +263,8 @@ class PrivateData:
         tried = self._source._public_batch(NUM_TRIED["values"])
         require_row_by_row("map", lambda images, _: self._fn(images).nan_to_num(), *tried)
         mapped = self._filled_up(lambda images, _: self._fn(images))
-        for (
-            images,
-            labels,
-        ) in shown:  # in place: side by side with its parts the whole would take twice the memory
+        # In place: side by side with its parts the whole would take twice the memory.
+        for images, labels in shown:
             part = mapped(images, labels).cpu()
             rows = part.new_empty(len(self._labels), *part.shape[1:]) if rows is None else rows
             rows[start : start + len(part)] = part
