@@ -14,7 +14,7 @@ from pathlib import Path
 
 from models import METHODS
 from run import INCOMPLETE, REVEALED, RealData, judge, oracle_data, validation_data
-from utils.command_line import read_command_line
+from utils.command_line import read_command_line, short_help
 from utils.config import COMMAND_LINE, Config, format_config, load_config
 from utils.config_files import flatten
 from utils.environment import values_of
@@ -36,6 +36,9 @@ FIXED = ("sensitive_data.num_val", "privacy.relation")
 
 def main(argv: list[str]) -> int:
     to_terminal()
+    if not argv:
+        print(short_help("eval"), file=sys.stderr)
+        return 2
     try:
         with sigterm_interrupts():
             return start(argv)
@@ -103,9 +106,11 @@ def show_parts(config: Config) -> int:
 def evaluate_images(config: Config) -> int:
     """Judge the images of --images against all training and test images; returns the exit code."""
     from data.sensitive import load_sensitive, spec_of
+    from evaluation.earlier import earlier_report, facts_of
     from evaluation.evaluator import Evaluator
     from evaluation.images import read_images
     from evaluation.page import REPORT, write_page
+    from evaluation.report import Report
     from utils.device import prepare_device
     from utils.results import write_results
 
@@ -118,6 +123,12 @@ def evaluate_images(config: Config) -> int:
     samples, notes = read_images(config.images, spec)
     for line in (*lines, *notes):
         log.info(line)
+    facts = facts_of(samples, spec)
+    earlier = Report() if config.out is None else earlier_report(config.out, config.data_name, facts)
+    if earlier is None:
+        raise UserError(
+            f"--out: {config.out} holds the results of other images or of another dataset; give another folder"
+        )
     if config.dry_run:
         log.info(
             f"{len(samples):,} images of {config.images} would be judged by {', '.join(config.eval.metrics)}"
@@ -138,9 +149,10 @@ def evaluate_images(config: Config) -> int:
         "noise_seeded": False,
     }
     title = f"{config.images.name} on {spec.name}"
-    write_page(folder, report, samples, sensitive.train, spec, title, None, config.eval.gallery)
-    write_results(folder, config, unknown, report, {"evaluate": time.perf_counter() - start})
-    log.info(f"\n{report.table()}\n\nreport: {folder / REPORT}\nnumbers: {folder / RESULTS}")
+    written = report.after(earlier)
+    write_page(folder, written, samples, sensitive.train, spec, title, None, config.eval.gallery)
+    write_results(folder, config, unknown, written, {"evaluate": time.perf_counter() - start}, facts)
+    log.info(f"\n{written.table()}\n\nreport: {folder / REPORT}\nnumbers: {folder / RESULTS}")
     return INCOMPLETE if report.missing else 0
 
 

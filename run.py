@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 
     to_terminal()
     if not argv:
-        print(short_help(METHODS), file=sys.stderr)
+        print(f"{short_help('run')}\n\nmethods: {', '.join(METHODS)}", file=sys.stderr)
         return 2
     try:
         with sigterm_interrupts(), distributed.main_process_first():
@@ -104,9 +104,10 @@ def as_started(config: Config, argv: list[str]) -> Config:
 
 
 def dry_run(config: Config) -> str:
-    """The plan, its cost, which data are missing, and what is left to do of the run of --resume_exp."""
+    """The plan, its cost, which data and weights are missing, and what is left to do of the run of --resume_exp."""
     from data.public import num_public_images, require_public
     from data.sensitive import require_prepared
+    from evaluation.listing import lacking
     from utils.dry_run import describe
 
     parts = compose(config)
@@ -122,6 +123,11 @@ def dry_run(config: Config) -> str:
             require(section, config.data_root)
         except UserError as error:
             lines.append(f"missing: {error}{more}")
+    if parts.ledger is not None:
+        judged = config.eval
+        lines += [
+            f"missing: {line}" for line in lacking(judged.metrics, judged.extractor, config.weights_root)
+        ]
     return "\n".join(lines)
 
 
@@ -396,11 +402,13 @@ def judge(
     training: dict,
     timing: dict[str, float],
 ) -> int:
-    """Evaluate `samples`; write privacy.json, the card and (last) results.json into `folder`, and print them.
+    """Evaluate `samples`; write privacy.json, the card and (last) results.json into `folder`, and print them. What an
+    earlier evaluation of the same samples found, and this one is not asked for, stays in the files.
 
     `real` holds the training images (revealed for this), the test images, and the validation images behind their
     own ledger; `training` is the report of the training ledger.
     """
+    from evaluation.earlier import earlier_report, facts_of
     from evaluation.evaluator import Evaluator
     from evaluation.page import REPORT, write_page
     from opacus_ext.card import privacy_card, privacy_summary
@@ -426,9 +434,14 @@ def judge(
     card = privacy_card(privacy)
     write_text(folder / CARD, card)
     title = f"{config.method} on {spec.name}, epsilon {config.epsilon:g}"
-    write_page(folder, report, samples, real.train, spec, title, card, config.eval.gallery)
-    write_results(folder, config, privacy, report, timing)
-    log.info(f"\n{privacy_summary(privacy)}\n\n{report.table()}\n")
+    facts = facts_of(samples, spec)
+    earlier = earlier_report(folder, config.data_name, facts)
+    if earlier is None:
+        log.info("the earlier evaluation was of other samples; it is replaced")
+    written = report if earlier is None else report.after(earlier)
+    write_page(folder, written, samples, real.train, spec, title, card, config.eval.gallery)
+    write_results(folder, config, privacy, written, timing, facts)
+    log.info(f"\n{privacy_summary(privacy)}\n\n{written.table()}\n")
     places = {"report": REPORT, "samples": GRID, "privacy card": CARD, "numbers": RESULTS}
     log.info("\n".join(f"{what}: {folder / name}" for what, name in places.items()))
     return INCOMPLETE if report.missing else 0

@@ -13,7 +13,7 @@ import numpy as np
 from data.convert import to_channels
 from data.download import download
 from data.labels import resolve
-from data.prepared import PreparedMeta, new_prepared, read_prepared
+from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta, read_prepared
 from data.registry import (
     EMBEDDED_PUBLIC,
     EMBEDDED_SENSITIVE,
@@ -55,15 +55,21 @@ def prepare(
     resolution: int | None = None,
     channels: int | None = None,
     public: bool = False,
+    force: bool = False,
 ) -> tuple[Path, PreparedMeta, list[str]]:
     """Write `<data_root>/<data_name>` and return that folder, its meta, and lines to tell the user.
 
     Without `source` the published files are downloaded. `resolution` (pixels) and `channels` (1 or 3) are for custom
     and public sets; a known public set at another resolution than its usual one goes to `<data_name>_<resolution>`.
-    `public` keeps every image of a custom set for training. Any bad input raises UserError and leaves nothing behind.
+    `public` keeps every image of a custom set for training. A prepared set of the same name is replaced with `force`
+    only; without it and without `source` it is kept. Any bad input raises UserError and leaves nothing behind.
     """
     data_name = canonical_name(data_name)
     known = _known_set(data_name, source)
+    if not force:
+        folder = data_root / _folder_name(data_name, known, resolution)
+        if is_prepared(folder):
+            return folder, *_kept(folder, source, channels)
     source = source or _download_all(known, data_root)
     found = open_source(source, known.quirks if known else NO_QUIRKS)
     if test_source is not None:
@@ -75,7 +81,7 @@ def prepare(
     if not target.public and found.test is None:
         found, note = _split_off_test(found, data_name, known)
         notes.append(note)
-    folder = data_root / _folder_name(target, known)
+    folder = data_root / _folder_name(data_name, known, target.resolution)
     meta, more = convert_source(found, target, folder, str(source))
     return folder, meta, [f"{data_name}: {note}" for note in notes + more]
 
@@ -200,9 +206,20 @@ def _refuse_change(data_name: str, flag: str, value: int | None, fixed: int) -> 
         )
 
 
-def _folder_name(target: Target, known: KnownSet | None) -> str:
-    usual = known is None or target.resolution == known.resolution
-    return target.name if usual else f"{target.name}_{target.resolution}"
+def _folder_name(data_name: str, known: KnownSet | None, resolution: int | None) -> str:
+    usual = known is None or resolution in (None, known.resolution)
+    return data_name if usual else f"{data_name}_{resolution}"
+
+
+def _kept(folder: Path, source: Path | None, channels: int | None) -> tuple[PreparedMeta, list[str]]:
+    """The set that `folder` holds, where it is what is asked for: the published files of a known set."""
+    meta = read_meta(folder)
+    if source is not None or channels not in (None, meta.channels):
+        raise UserError(
+            f"{folder} holds a prepared set already, made from {meta.source}; add --force to replace it, or choose "
+            f"another --data_name"
+        )
+    return meta, [f"{meta.name}: prepared already, from {meta.source}; --force makes it again"]
 
 
 # ------------------------------------------------------------------------------------------------------ pixels

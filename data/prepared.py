@@ -153,11 +153,11 @@ def read_meta(folder: Path) -> PreparedMeta:
         valid = meta.resolution > 0 and meta.channels in (1, 3) and meta.num_train > 0 <= meta.num_test
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{path}: not the meta.json of prepared data ({error}); run scripts/prepare_data.py again"
+            f"{path}: not the meta.json of prepared data ({error}); run scripts/prepare_data.py again, with --force"
         ) from error
     if not valid:
         raise UserError(
-            f"{path}: resolution, channels or counts are out of range; run scripts/prepare_data.py again"
+            f"{path}: resolution, channels or counts are out of range; run scripts/prepare_data.py again, with --force"
         )
     return meta
 
@@ -186,7 +186,7 @@ def _read_part(folder: Path, meta: PreparedMeta, part: str, count: int) -> Sampl
 
 
 def _read_array(path: Path, dtype: type, shape: tuple[int, ...], meta: PreparedMeta) -> np.ndarray:
-    advice = "run scripts/prepare_data.py again"
+    advice = "run scripts/prepare_data.py again, with --force"
     if not path.is_file():
         raise UserError(f"{path}: missing; {advice}")
     mapped = path.stat().st_size > MEMORY_MAP_ABOVE

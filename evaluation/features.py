@@ -34,7 +34,7 @@ def extract(
     """
     if cache_dir is None:
         return _forward(extractor, images, batch_size, description)
-    path = cache_dir / f"{extractor.name}-{_content_hash(images, extractor.identity)}.npz"
+    path = cache_dir / f"{extractor.name}-{content_hash(images, extractor.identity)}.npz"
     if path.exists():
         with np.load(path) as stored:
             return Features(stored["features"], stored.get("logits"))
@@ -58,10 +58,11 @@ def _forward(extractor: Extractor, images: np.ndarray, batch_size: int, descript
     return Features(np.concatenate(features), None if logits[0] is None else np.concatenate(logits))
 
 
-def _content_hash(images: np.ndarray, identity: str) -> str:
-    digest = hashlib.sha256(f"{identity} {images.shape}".encode())
-    for start in range(0, len(images), 1024):
-        digest.update(np.ascontiguousarray(images[start : start + 1024]))
+def content_hash(array: np.ndarray, identity: str) -> str:
+    """A digest that changes with any value of `array`, with its shape, and with `identity`."""
+    digest = hashlib.sha256(f"{identity} {array.shape}".encode())
+    for start in range(0, len(array), 1024):
+        digest.update(np.ascontiguousarray(array[start : start + 1024]))
     return digest.hexdigest()[:32]
 
 

@@ -19,6 +19,18 @@ def listing(weights_root: Path) -> str:
     return "\n".join(lines)
 
 
+def lacking(names: list[str], extractor: str, weights_root: Path) -> list[str]:
+    """Of these metrics those that cannot be computed on this machine, one line each: its name, and what would help."""
+    load_metrics()
+    lines = []
+    for entry in dict.fromkeys(METRICS.resolve(name) for name in names):
+        needed = entry.extractor or (extractor if entry.uses_extractor else None)
+        checks = [EXTRACTORS.resolve(needed).check if needed else None, entry.check]
+        reasons = filter(None, (_reason(check, weights_root) for check in checks if check))
+        lines += [f"{entry.name}: {reason}" for reason in reasons]
+    return lines
+
+
 def _metric_lines(entry: Metric, weights_root: Path) -> list[str]:
     """One line per value of the metric."""
     check = EXTRACTORS.resolve(entry.extractor).check if entry.extractor else entry.check
@@ -30,8 +42,13 @@ def _metric_lines(entry: Metric, weights_root: Path) -> list[str]:
 
 
 def _state(check, weights_root: Path) -> str:
+    reason = _reason(check, weights_root)
+    return "ready" if reason is None else f"missing: {reason}"
+
+
+def _reason(check, weights_root: Path) -> str | None:
     try:
         check(weights_root)
     except Unavailable as reason:
-        return f"missing: {reason}"
-    return "ready"
+        return str(reason)
+    return None

@@ -60,19 +60,19 @@ def write_page(
     write_json(folder / DETAILS, report.details)
     shown = _gallery(report, samples, train) if report.nearest else None
     embedded = shown is not None and gallery == "report"
+    if shown is not None and not embedded:
+        page = _document(f"{title}: nearest training images", f"<p class='red'>{CONTAINS_PRIVATE}</p>{shown}")
+        write_text(folder / GALLERY, page)
     sections = [
         f"<p class='red'>{CONTAINS_PRIVATE}</p>" if embedded else "",
         _head(samples, spec),
         _metrics(report),
         _grid(samples, spec),
         *_classes(report, spec),
-        _nearest(report, gallery, shown if embedded else None),
+        _nearest(report, shown if embedded else None, (folder / GALLERY).exists()),
         "" if card is None else f"<h2>Privacy</h2>{markdown(card)}",
     ]
     write_text(folder / REPORT, _document(title, "\n".join(sections)))
-    if shown is not None and not embedded:
-        page = _document(f"{title}: nearest training images", f"<p class='red'>{CONTAINS_PRIVATE}</p>{shown}")
-        write_text(folder / GALLERY, page)
 
 
 def markdown(text: str) -> str:
@@ -140,7 +140,7 @@ def _metrics(report: Report) -> str:
     text += "hope for. Their number differs from that of the samples, and some metrics depend on it. "
     text += "scripts/test_classifier.py measures the accuracy that real training images reach."
     if any("private" in info for info in report.metric_info.values()):
-        text += " * reads private or test data without noise to compute or choose the value."
+        text += " * reads private training images, or chooses by private or test images, without noise."
     text += "</p>"
     if report.missing:
         items = "".join(
@@ -162,6 +162,7 @@ def _metric_row(name: str, value: float, info: dict) -> str:
     elif "std" in info and "classifiers" not in info:
         remarks.append(f"deviation {info['std']:.3g} over subsets")
     remarks += [f"epoch {info['epoch']} of {info['num_epochs']}"] if "epoch" in info else []
+    remarks += ["found by an earlier evaluation"] if "evaluation" in info else []
     remarks += ["fewer images than features: biased upwards"] if info.get("n_below_dim") else []
     remarks += [f"weights {info['weights_sha256'][:8]}"] if "weights_sha256" in info else []
     floor = f"{info['real_floor']:.4g}" if "real_floor" in info else ""
@@ -244,16 +245,15 @@ def _confusion(counts: np.ndarray, spec: DataSpec) -> str:
     return f"{note}<div class='scroll'><table class='confusion'>{''.join(rows)}</table></div>"
 
 
-def _nearest(report: Report, gallery: str | None, shown: str | None) -> str:
-    """The section about copies: the metrics of memorisation, and the gallery itself or where it is."""
-    if shown is None and report.nearest:
-        where = f"The gallery of samples beside their nearest training images is in {GALLERY}; it contains private "
-        where += "images, so it is no part of this page. Do not share it."
-    elif shown is None:
-        where = "The gallery of samples beside their nearest training images is not there: "
-        where += (
-            "eval.gallery could not be computed." if gallery else f"eval.gallery=private writes {GALLERY}."
-        )
+def _nearest(report: Report, gallery: str | None, beside: bool) -> str:
+    """The section about copies: the metrics of memorisation, and the gallery or, with `beside`, where it is."""
+    where = "The gallery of samples beside their nearest training images is "
+    if beside:
+        where += f"in {GALLERY}; it contains private images, so it is no part of this page. Do not share it."
+    elif "gallery" in report.missing:
+        where += "not there: eval.gallery could not be computed."
+    else:
+        where += f"not there: eval.gallery=private writes {GALLERY}."
     head = (
         "<tr><th>metric</th><th class='n'>value</th><th class='n'>real test images</th><th>reads as</th></tr>"
     )
@@ -267,7 +267,7 @@ def _nearest(report: Report, gallery: str | None, shown: str | None) -> str:
         text += (
             f"<p class='note'>Not computed: {', '.join(absent)}; --metrics or eval.metrics asks for them.</p>"
         )
-    return text + (shown or f"<p class='note'>{where}</p>")
+    return text + (gallery or f"<p class='note'>{where}</p>")
 
 
 def _memorisation_row(name: str, report: Report) -> str:

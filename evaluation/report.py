@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 class Report:
     """metrics: name -> value; accuracies in percent.
 
-    metric_info: name -> {"better", "n_real", "n_fake", ...}; "private" is there when the number comes from private
-    data without noise, and says how. missing: name -> reason, with the command that helps. details: name -> tables
+    metric_info: name -> {"better", "n_real", "n_fake", ...}; "private" is there when the number comes from private or
+    test data without noise, and says how; "evaluation" when an earlier evaluation found it, with the settings of that
+    one. missing: name -> reason, with the command that helps. details: name -> tables
     that are too large for metric_info. nearest: sample -> nearest training images (rows), for the gallery.
     """
 
@@ -19,7 +20,8 @@ class Report:
     nearest: dict[int, list[int]] = field(default_factory=dict)
 
     def table(self) -> str:
-        """An aligned table for the terminal, missing values last. A star marks non-private numbers."""
+        """An aligned table for the terminal, missing values last. A star marks non-private numbers, a caret those of an
+        earlier evaluation."""
         header = ("metric", "value", "better", "# real", "# samples")
         rows = [self._row(name) for name in self.metrics]
         widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
@@ -30,9 +32,26 @@ class Report:
                 "accuracy: percent of real test images that a classifier trained on the samples recognises"
             )
         if any("private" in info for info in self.metric_info.values()):
-            lines.append("* reads private or test data without noise to compute or choose the value")
+            lines.append(
+                "* reads private training images, or chooses by private or test images, without noise"
+            )
+        if any("evaluation" in info for info in self.metric_info.values()):
+            lines.append("^ found by an earlier evaluation of the same samples")
         lines += [f"missing: {name}: {reason}" for name, reason in self.missing.items()]
         return "\n".join(lines)
+
+    def after(self, earlier: "Report") -> "Report":
+        """This report, with what `earlier` found about the same samples and this evaluation was not asked for."""
+        judged = {*self.metrics, *self.missing}
+        kept = {name: value for name, value in earlier.metrics.items() if name not in judged}
+        absent = {name: reason for name, reason in earlier.missing.items() if name not in judged}
+        return Report(
+            {**kept, **self.metrics},
+            {**{name: earlier.metric_info[name] for name in kept}, **self.metric_info},
+            {**absent, **self.missing},
+            {**{name: earlier.details[name] for name in kept if name in earlier.details}, **self.details},
+            self.nearest,
+        )
 
     def to_dict(self) -> dict:
         """What results.json holds."""
@@ -40,7 +59,7 @@ class Report:
 
     def _row(self, name: str) -> tuple[str, ...]:
         info = self.metric_info[name]
-        star = " *" if "private" in info else ""
+        star = (" *" if "private" in info else "") + (" ^" if "evaluation" in info else "")
         value = f"{self.metrics[name]:.2f}" if name.startswith("accuracy/") else f"{self.metrics[name]:.4g}"
         return name + star, value, info["better"], f"{info['n_real']:,}", f"{info['n_fake']:,}"
 

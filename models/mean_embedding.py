@@ -19,7 +19,7 @@ from data.spec import PublicData, Samples
 from models.nn.generator import Generator, GeneratorConfig
 from models.pretraining_images import PretrainingImages
 from models.synthesizer import Cost, Synthesizer, balanced_labels
-from models.timing import seconds_of
+from models.timing import batch_rows, seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.images import to_float, to_uint8
@@ -94,6 +94,7 @@ class EmbeddingGenerator:
     ) -> None:
         self.runtime = runtime
         self.embedding = embedding
+        self.image_shape = (channels, image_size, image_size)
         with runtime.seeded("generator"):
             self.generator = Generator(config, image_size, channels, num_labels)
         self.generator.to(runtime.device)
@@ -190,6 +191,14 @@ class EmbeddingGenerator:
         self.generator.load_state_dict(before)
         self.generator.zero_grad(set_to_none=True)
         return seconds / rows
+
+    def seconds_per_embedded_image(self) -> float:
+        """Of a mean embedding on this machine."""
+        rows, device = batch_rows(self.image_shape[-1]), self.runtime.device
+        images = torch.zeros(rows, *self.image_shape, device=device)
+        labels = torch.zeros(rows, dtype=torch.int64, device=device)
+        with torch.no_grad():
+            return seconds_of(lambda: self.embedding.mean(images, labels, 1)) / rows
 
     def _start(self, stage: str) -> None:
         self.stage, self.step = stage, 0
@@ -293,12 +302,15 @@ class EmbeddingSynthesizer(Synthesizer):
 
     def public_costs(self, num_images: int) -> list[Cost]:
         query, left = self.images.costs(num_images)
-        return [*query, self._cost("pretrain", self._pretraining(left))]
+        schedule = self._pretraining(left)
+        return [*query, self._cost("pretrain", schedule, left)] if schedule.num_steps else query
 
     def costs(self) -> list[Cost]:
-        return [self._cost("train", self._training())]
+        return [self._cost("train", self._training(), self.spec.num_train)]
 
-    def _cost(self, stage: str, schedule: Schedule) -> Cost:
-        images = schedule.num_steps * schedule.batch_size
-        text = f"{schedule.num_steps} steps x {schedule.batch_size} images"
-        return Cost(stage, text, images * self.fitted.seconds_per_image())
+    def _cost(self, stage: str, schedule: Schedule, num_images: int) -> Cost:
+        """Of the mean embedding of `num_images` images, and of fitting the generator to it."""
+        text = f"embedding of {num_images} images, {schedule.num_steps} steps x {schedule.batch_size} images"
+        seconds = num_images * self.fitted.seconds_per_embedded_image()
+        seconds += schedule.num_steps * schedule.batch_size * self.fitted.seconds_per_image()
+        return Cost(stage, text, seconds)

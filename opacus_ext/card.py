@@ -1,6 +1,7 @@
 """The privacy card: what a run's guarantee says, in plain words."""
 
 from opacus_ext.ledger import weak_delta
+from utils.bounds import at_most
 
 _RELATION = {
     "add_or_remove_one": "one record more or less",
@@ -14,8 +15,8 @@ def privacy_card(report: dict) -> str:
     lines += [
         f"- **Unit of protection**: one image with its label; neighbouring data sets differ by "
         f"{_RELATION[report['relation']]}.",
-        f"- **delta**: {report['budget']['delta']:.3g}, the chance that the bound on epsilon fails.",
-        f"- **Accountant**: {report['accountant']}; {_second_opinions(report)}.",
+        f"- **delta**: {at_most(report['budget']['delta'])}, by which a probability may exceed what epsilon allows.",
+        f"- **Accountant**: {_accountants(report)}.",
         "",
         "| stage that asks the private images | mechanism | noise multiplier | sampling rate | steps | epsilon alone |",
         "|---|---|---|---|---|---|",
@@ -40,8 +41,8 @@ def privacy_summary(report: dict) -> str:
         lines = ["privacy: the samples do not depend on the private images at all; nothing was spent"]
     else:
         lines = [
-            f"privacy: the samples are ({report['spent']:.4g}, {budget['delta']:.3g})-differentially private for each "
-            f"image with its label ({_RELATION[report['relation']]})"
+            f"privacy: the samples are ({at_most(report['spent'])}, {at_most(budget['delta'])})-differentially private "
+            f"for each image with its label ({_RELATION[report['relation']]})"
         ]
         lines += [
             f"  {release['name']}: {release['executed']:,} of {release['planned']:,} steps, epsilon "
@@ -82,16 +83,26 @@ def _headline(report: dict) -> str:
         return "The samples do not depend on the private images at all."
     budget = report["budget"]
     return (
-        f"The samples are **({report['spent']:.4g}, {budget['delta']:.3g})-differentially private** with respect to "
-        f"the private training images (budget: epsilon {budget['epsilon']:g}). Whatever anyone computes from them, the "
-        f"presence of one image changes the odds of any outcome by a factor of at most e^epsilon, up to delta."
+        f"The samples are **({at_most(report['spent'])}, {at_most(budget['delta'])})-differentially private** with "
+        f"respect to the private training images (budget: epsilon {budget['epsilon']:g}). Whatever anyone computes "
+        f"from them, the presence of one image changes the odds of any outcome by a factor of at most e^epsilon, up "
+        f"to delta."
     )
 
 
-def _second_opinions(report: dict) -> str:
-    values = report["spent_by_accountant"]
-    said = [f"{name} says {value:.4g}" for name, value in values.items() if isinstance(value, float)]
-    return ", ".join(said) or "no accountant bounds this run"
+def _accountants(report: dict) -> str:
+    """Whose bound is the claim, and what others bound the same queries by; a looser bound takes nothing from it."""
+    name, values = report["accountant"], report["spent_by_accountant"]
+    found = {name: value for name, value in values.items() if isinstance(value, float)}
+    if not found:
+        return f"{name}; no accountant bounds this run"
+    others = [f"{other} {at_most(value)}" for other, value in found.items() if other != name]
+    more = (
+        f"; other bounds on the same queries, which need not be as sharp: {', '.join(others)}"
+        if others
+        else ""
+    )
+    return f"{name}, whose bound is claimed above{more}"
 
 
 def _row(release: dict) -> str:
@@ -133,7 +144,8 @@ def _revealed_lines(reasons: list[str]) -> list[str]:
 def _caveats(report: dict) -> list[str]:
     return [
         *_warnings(report),
-        "several images of one person count as several records: protect a person by dividing epsilon by their number",
+        "several images of one person count as several records: for k of them epsilon becomes k x epsilon, and delta "
+        "k x exp((k - 1) x epsilon) x delta; to protect a person choose both for that",
         "the noise comes from a generator keyed by the operating system and is rounded to a grid together with the "
         "sums, against attacks on floating-point rounding; duration and memory of the run are not protected",
         "the metrics in results.json compare with real images without noise; publish them only if that is acceptable",

@@ -17,10 +17,34 @@ failures=()
 case "${1:-}" in
     "") ;;
     --dry_run) DRY_RUN=--dry_run ;;
+    --help | -h)
+        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "scripts/$(basename "$0")"
+        echo
+        sed -n '/^[^#]/q;/^# Environment/,$s/^# \{0,1\}//p' scripts/grid.sh
+        exit
+        ;;
     *)
-        echo "error: $1: the only argument is --dry_run; all else is set by variables, see the head of $0" >&2
+        echo "error: $1: allowed are --dry_run and --help; all else is set by variables" >&2
         exit 2
         ;;
+esac
+
+known() { # method ... -> ends the script if one of them is in no table of methods
+    "$PYTHON" - "$@" <<'END' || exit 2
+import sys
+from models import METHODS
+from utils.errors import UserError
+try:
+    for name in sys.argv[1:]:
+        METHODS.canonical(name)
+except UserError as error:
+    sys.exit(f"error: {error}")
+END
+}
+
+case " $SETTINGS " in
+    *" --plugin"*) ;; # brings methods of its own
+    *) known ${METHODS:-} ${SELECTIVE:-} ${CENTRAL:-} ;;
 esac
 
 registered() { # [method ...] -> those of them that are in the table of methods; all of the table if none is named
@@ -43,7 +67,7 @@ cell() { # method data epsilon name [key=value ...]
         echo "done already: $label"
         return
     fi
-    echo "running: $label"
+    echo "${DRY_RUN:+not }running: $label"
     # shellcheck disable=SC2086  # SETTINGS is a list of words, DRY_RUN one or none
     "$PYTHON" run.py --method "$method" --data_name "$data" --epsilon "$epsilon" \
         --exp_description "$name" --exp_root "$EXP_ROOT" $DRY_RUN "$@" $SETTINGS

@@ -26,11 +26,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--test_source", type=Path, metavar="PATH", help="test part, where it is a file of its own"
     )
-    default_root = Path(os.environ.get("DPIB_DATA_ROOT", "dataset"))
     parser.add_argument(
         "--data_root",
         type=Path,
-        default=default_root,
+        default=default_root(),
         metavar="DIR",
         help="default: $DPIB_DATA_ROOT or dataset",
     )
@@ -39,6 +38,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--public", action="store_true", help="a public set of your own: no test part is put aside"
     )
+    parser.add_argument("--force", action="store_true", help="replace a prepared set of this name")
     return parser.parse_args(argv)
 
 
@@ -56,15 +56,20 @@ def main(argv: list[str] | None = None) -> int:
         f"{meta.resolution}x{meta.resolution}, {'grey' if meta.channels == 1 else 'RGB'}"
     )
     if known_set(meta.name) is None:
-        print(usage_line(folder, meta, arguments["public"]))
+        print(usage_line(folder, meta, arguments["public"], default_root()))
     return 0
 
 
-def usage_line(folder: Path, meta: PreparedMeta, public: bool) -> str:
+def default_root() -> Path:
+    return Path(os.environ.get("DPIB_DATA_ROOT", "dataset"))
+
+
+def usage_line(folder: Path, meta: PreparedMeta, public: bool, usual_root: Path) -> str:
     """How run.py is told to use a set of the user's own."""
     if public:
         return f"use it: python run.py ... public_data.name={meta.name} public_data.train_path={folder}"
-    return f"use it: python run.py --data_name {meta.name} ..."
+    place = "" if folder.parent == usual_root else f" --data_root {folder.parent}"
+    return f"use it: python run.py --data_name {meta.name}{place} ..."
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def measure(config: Config) -> int:
     without_privacy = {
         "budget": {"delta": None}, "private": False, "spent": math.inf, "selection": [], "noise_seeded": False
     }  # fmt: skip
-    write_results(folder, config, without_privacy, report, {"evaluate": time.perf_counter() - start})
+    write_results(folder, config, without_privacy, report, {"evaluate": time.perf_counter() - start}, {})
     log.info(f"\n{report.table()}\n\nNOT private: the classifiers were trained on the private images")
     log.info(f"run folder: {folder}")
     return 3 if report.missing else 0

@@ -1,12 +1,16 @@
 """--dry_run: the plan and its cost, which data are missing, and what is left of an interrupted run."""
 
+import dataclasses
+
 import pytest
 from tiny_runs import arguments, call
 
 import run as run_program
 from data.public import num_public_images
+from models import METHODS
 from models.timing import seconds_of
 from utils.config import load_config
+from utils.dry_run import cost_lines
 
 # Of 48 public images in 6 classes: the query keeps one public class for each of the 3 private ones.
 PUBLIC_COSTS = {
@@ -16,7 +20,7 @@ PUBLIC_COSTS = {
         "pretrain": "1 steps x 16 images",
     },
     "DP-LDM": {"autoencoder": "3 steps x 16 images", "pretrain": "3 steps x 16 images"},
-    "DP-MERF": {"pretrain": "4 steps x 10 images"},
+    "DP-MERF": {"pretrain": "embedding of 48 images, 4 steps x 10 images"},
     "DPGAN": {
         "query classifier": "3 steps x 16 images, unless it is in the cache",
         "pretrain": "2 steps x 16 images, 1 x 8 fakes",
@@ -74,6 +78,7 @@ def test_the_plan_is_told_in_full(tmp_path):
     assert "on samples; costs no epsilon (eval.mode=syn)" in out
     stages = [line.partition(":")[0] for line in out.splitlines() if line.endswith(" here")]
     assert stages == ["query classifier", "pretrain", "train", "generate", "together, without evaluation"]
+    assert "preset=quick" not in out
     assert "missing" not in out and "resume" not in out
 
 
@@ -85,7 +90,7 @@ def test_held_out_validation_images_are_told(tmp_path):
 
 def test_missing_data_are_told_with_the_command_that_prepares_them(tmp_path):
     root = str(tmp_path / "none")
-    names = ["--data_name", "mnist_28", "--data_root", root, "public_data.name=emnist"]
+    names = ["--data_name", "mnist_28", "--data_root", root, "public_data.name=emnist", "eval=none"]
     out = dry_run(tmp_path, "DP-MERF", *names)
     missing = [line for line in out.splitlines() if line.startswith("missing: ")]
     assert len(missing) == 2
@@ -94,9 +99,39 @@ def test_missing_data_are_told_with_the_command_that_prepares_them(tmp_path):
     assert missing[1].endswith("the time of pretraining is unknown")
 
 
-def test_public_images_are_counted_without_rendering(tmp_path):
-    from models import METHODS
+def test_missing_weights_of_metrics_are_told(tmp_path):
+    empty = [
+        "--weights_root",
+        str(tmp_path / "none"),
+        "eval.metrics=[accuracy,fid]",
+        "eval.extractor=inception",
+    ]
+    missing = [
+        line for line in dry_run(tmp_path, "Noise", *empty).splitlines() if line.startswith("missing: ")
+    ]
+    assert (
+        len(missing) == 1 and missing[0].startswith("missing: fid: ") and "prepare_weights.py" in missing[0]
+    )
 
+
+def test_a_run_without_private_data_is_timed_without_a_private_stage(tmp_path):
+    out = dry_run(tmp_path, "PDP-Diffusion", "sensitive_data.name=null")
+    stages = [line.partition(":")[0] for line in out.splitlines() if line.endswith(" here")]
+    assert stages == ["pretrain", "together, without evaluation"]
+
+
+def test_a_resumed_run_is_timed_as_a_whole_and_a_long_one_has_a_shorter_way(tmp_path):
+    class Long:
+        stage, description, seconds = "train", "many steps", 1e6
+
+    config = load_config(["--method", "Noise", "--data_name", "digits_8"], METHODS)
+    lines = cost_lines([Long()], dataclasses.replace(config, preset="paper", resume="some-run"))
+    assert "together, without evaluation, from the start of the run: about 11.6 days here" in lines
+    assert lines[-1].startswith("preset=quick")
+    assert not any("preset=quick" in line for line in cost_lines([Long()], config))
+
+
+def test_public_images_are_counted_without_rendering(tmp_path):
     argv = ["--method", "PrivImage", "--data_name", "digits_8", "public_data.per_class=20"]
     assert num_public_images(load_config(argv, METHODS).public_data, tmp_path) == 62 * 20
     assert not list(tmp_path.iterdir())

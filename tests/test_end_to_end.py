@@ -202,14 +202,24 @@ def test_a_dry_run_of_judging_asks_nothing(finished):
     assert kept == {name: (folder / name).read_text() for name in kept}
 
 
-def test_judging_again_keeps_what_describes_the_training(finished):
+def test_judging_again_adds_to_what_was_found(finished):
+    """Only what is asked for is computed anew; the rest stays, with the settings it was found with."""
     folder = finished["DP-MERF"].folder
     before = strict_json(folder / "results.json")
     argv = ["--method", "dp-merf", "--exp_path", str(folder), "seed=7", "preset=paper", "eval=quick"]
     outcome = call(eval_program.main, [*argv, "eval.metrics=[accuracy]", "eval.extractor=random_conv"])
     assert outcome.code == 0, outcome.err
     after = strict_json(folder / "results.json")
-    assert {name.split("/")[0] for name in after["metrics"]} == {"accuracy"}
+    asked = {name for name in before["metrics"] if name.startswith("accuracy/")}
+    others = set(before["metrics"]) - asked
+    assert asked and others and set(after["metrics"]) == asked | others
+    for name in others:
+        assert after["metrics"][name] == before["metrics"][name]
+        assert after["metric_info"][name]["evaluation"] == before["evaluation"]
+    assert all("evaluation" not in after["metric_info"][name] for name in asked)
+    assert "found by an earlier evaluation" in outcome.out
+    assert "found by an earlier evaluation" in (folder / "report.html").read_text()
+    assert sum(after["class_counts"]) == 100 and after["samples_digest"] == before["samples_digest"]
     assert (after["seed"], after["preset"]) == (before["seed"], before["preset"]) == (0, "quick")
     assert after["evaluation"]["seed"] == 7
     assert after["spent_epsilon"] == before["spent_epsilon"]

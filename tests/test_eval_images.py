@@ -249,7 +249,7 @@ def test_missing_parts_do_not_hide_the_others_and_the_exit_code_tells(layouts, t
         (["--images", "absent.npz"], ["absent.npz", "no such file"]),
         (["--image", "x.npz"], ["did you mean '--images'"]),
         (["--out", "somewhere"], ["--out", "--images"]),
-        ([], ["--exp_path", "--images"]),
+        (["--metrics", "fid"], ["--exp_path", "--images"]),
     ],
 )
 def test_mistakes_are_one_line(argv, words):
@@ -260,6 +260,25 @@ def test_mistakes_are_one_line(argv, words):
 def test_a_run_is_not_overwritten(layouts, tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     assert "is the folder of a run" in evaluate("--images", str(layouts["nchw"]), out=tmp_path).refusal
+
+
+def test_a_judgement_is_added_to_and_never_replaced(layouts, tmp_path):
+    out = tmp_path / "out"
+    assert evaluate("--images", str(layouts["zip"]), "--metrics", "fid", out=out).code == 0
+    assert (
+        evaluate("--images", str(layouts["nchw"]), "--dry_run", out=out).code == 2
+    )  # another order of images
+    other = bad_npz(tmp_path / "other.npz")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert (
+        f"--out: {out} holds the results of other images" in evaluate("--images", str(other), out=out).refusal
+    )
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+    again = evaluate("--images", str(layouts["zip"]), "--metrics", "precision", out=out)
+    results = strict_json(out / "results.json")
+    assert set(results["metrics"]) == {"fid/random_conv", "precision/random_conv"}
+    assert results["metric_info"]["fid/random_conv"]["evaluation"]["metrics"] == ["fid"]
+    assert "fid/random_conv * ^" in again.out and "selection_epsilon" not in results["evaluation"]
 
 
 def test_the_folder_of_a_run_is_sent_to_exp_path(tmp_path):
@@ -280,6 +299,12 @@ def test_dry_run_writes_nothing(layouts, tmp_path):
     outcome = evaluate("--images", str(layouts["nchw"]), "--dry_run", out=tmp_path / "out")
     assert outcome.code == 0 and "60 images" in outcome.out
     assert not (tmp_path / "out").exists()
+
+
+def test_without_a_word_examples_are_shown():
+    outcome = call(eval_program.main, [])
+    assert outcome.code == 2 and not outcome.out
+    assert "--exp_path" in outcome.err and "--images" in outcome.err and "--list" in outcome.err
 
 
 def test_list_says_what_is_there_and_what_is_missing(tmp_path):

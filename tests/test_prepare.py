@@ -10,6 +10,7 @@ import tarfile
 import threading
 import zipfile
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from PIL import Image
 
 from data import prepared as prepared_module
 from data.download import RemoteFile, download
-from data.prepare import prepare, read_prepared
+from data.prepare import prepare
+from data.prepared import read_meta, read_prepared
 from data.registry import known_names, known_set
 from data.sources import open_source
 from scripts.prepare_data import main
@@ -223,7 +225,8 @@ def test_archive_order_does_not_matter(tmp_path):
     write_tar(tmp_path / "a.tar", files)
     write_tar(tmp_path / "b.tar", dict(reversed(files.items())))
     hashes = {
-        prepare_custom(tmp_path, tmp_path / f"{n}.tar", resolution=8)[0].meta.content_hash for n in "ab"
+        prepare_custom(tmp_path, tmp_path / f"{n}.tar", resolution=8, force=True)[0].meta.content_hash
+        for n in "ab"
     }
     assert len(hashes) == 1
 
@@ -495,12 +498,26 @@ def test_full_disk_is_named_before_anything_is_written(tmp_path, monkeypatch):
     assert list((tmp_path / "root").iterdir()) == []
 
 
-def test_preparing_again_replaces_the_old_folder(tmp_path):
-    for count in (14, 28):
+def test_a_prepared_set_is_replaced_when_that_is_asked_for_and_only_then(tmp_path):
+    for count, force in ((14, False), (28, True)):
         np.savez(tmp_path / "a.npz", x=colour_images(count), y=np.arange(count) % 2)
-        result, _ = prepare_custom(tmp_path, tmp_path / "a.npz", public=True)
-        assert len(result.train) == count
+        folder, meta, _ = prepare("mine", tmp_path / "root", source=tmp_path / "a.npz", force=force)
+        assert meta.num_train + meta.num_test == count
+        with pytest.raises(UserError, match=f"{folder} holds a prepared set already, made from .*--force"):
+            prepare("mine", tmp_path / "root", source=tmp_path / "a.npz")
+        assert read_meta(folder) == meta
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["mine"]
+
+
+def test_a_published_set_that_is_there_is_kept(tmp_path):
+    """No second download: the command may stand in a script that is started again."""
+    files = {"train-images-idx3-ubyte": idx_bytes(np.zeros((20, 28, 28), np.uint8))}
+    files["train-labels-idx1-ubyte"] = idx_bytes(np.arange(20) % 10)
+    files |= {name.replace("train", "t10k"): content for name, content in files.items()}
+    folder, meta, _ = prepare("mnist_28", tmp_path / "root", source=write_files(tmp_path / "raw", files))
+    assert prepare("mnist_28", tmp_path / "root") == (folder, meta, [ANY])
+    with pytest.raises(UserError, match="holds a prepared set already"):
+        prepare("mnist_28", tmp_path / "root", channels=3)
 
 
 def test_script_prints_what_it_did_and_exits_with_2_on_bad_input(tmp_path, capsys):

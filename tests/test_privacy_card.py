@@ -11,6 +11,7 @@ from opacus_ext.card import privacy_card, privacy_summary
 from opacus_ext.ledger import Budget, Ledger
 from opacus_ext.noise import NoiseSource
 from opacus_ext.private_data import PrivateData
+from utils.bounds import at_most
 from utils.run_dir import read_json, write_json
 
 NUM_RECORDS = 50
@@ -37,6 +38,33 @@ def test_the_headline_holds_the_numbers(two_stages):
     assert f"({two_stages['spent']:.4g}, 0.0001)-differentially private" in card
     assert "budget: epsilon 2" in card
     assert two_stages["spent"] <= 2.0
+
+
+@pytest.mark.parametrize(
+    ("bound", "text"),
+    [
+        (9.5711e-5, "9.572e-05"),
+        (1e-4, "0.0001"),
+        (9.99996, "10"),
+        (10.0, "10"),
+        (1.00001, "1.001"),
+        (math.inf, "inf"),
+    ],
+)
+def test_bounds_are_rounded_up(bound, text):
+    """What is printed is a claim: a smaller number than the one that was proven would be a false one."""
+    assert at_most(bound) == text and float(text) >= bound
+
+
+def test_only_one_accountant_makes_the_claim(two_stages):
+    values = {"pld": 1.9, "rdp": 2.5, "prv": None}
+    line = next(
+        line
+        for line in privacy_card({**two_stages, "spent_by_accountant": values}).splitlines()
+        if "pld" in line
+    )
+    assert "pld, whose bound is claimed above" in line and "need not be as sharp: rdp 2.5" in line
+    assert "1.9" not in line and "prv" not in line
 
 
 def test_every_stage_has_a_row_with_its_share(two_stages):
@@ -80,7 +108,7 @@ def test_unit_delta_assumptions_and_caveats_are_named(two_stages):
     card = privacy_card(two_stages)
     assert "one record more or less" in card
     assert f"the number of records, {NUM_RECORDS}, is public" in card
-    assert "the chance that the bound on epsilon fails" in card
+    assert "by which a probability may exceed" in card and "k x exp((k - 1) x epsilon) x delta" in card
     assert "hyperparameters" in card and "floating-point" in card
     assert "seeded (" not in card
 

@@ -259,13 +259,15 @@ def test_selections_add_up_in_privacy_json(tmp_path):
     assert read_json(tmp_path / "privacy.json")["spent"] == math.inf
 
 
-def test_judging_again_replaces_metrics_and_keeps_the_training(tmp_path):
+def test_writing_results_again_keeps_what_describes_the_training(tmp_path):
     privacy = {**TRAINING, "selection": [{"spent": 0.5}, {"spent": 0.25}]}
-    write_results(tmp_path, RunConfig(), privacy, Report({"fid/a": 1.0}, {"fid/a": {}}, {}), {"train": 5.123})
+    write_results(tmp_path, RunConfig(), privacy, Report({"fid/a": 1.0}, {"fid/a": {}}), {"train": 5.123}, {})
     again = RunConfig(seed=9, preset="paper", borrowed=False)
-    write_results(tmp_path, again, privacy, Report({"fid/b": 2.0}, {"fid/b": {}}, {}), {"evaluate": 1.0})
+    write_results(
+        tmp_path, again, privacy, Report({"fid/b": 2.0}, {"fid/b": {}}), {"evaluate": 1.0}, {"n": 7}
+    )
     results = read_json(tmp_path / "results.json")
-    assert results["metrics"] == {"fid/b": 2.0}
+    assert results["metrics"] == {"fid/b": 2.0} and results["n"] == 7
     assert (results["seed"], results["preset"], results["borrowed"]) == (3, "quick", True)
     assert results["evaluation"] == {"mode": "syn", "seed": 9}
     assert results["timing"] == {"train": 5.12, "evaluate": 1.0}

@@ -151,9 +151,9 @@ def grid(tmp_path):
 
 
 def test_the_grid_goes_on_after_a_failed_cell_and_skips_what_is_done(grid, tmp_path):
-    code, out, err = grid(METHODS="Nonsense Noise")
+    code, out, err = grid(DATA="nonsense digits_8")
     assert code == 1
-    assert "failed: Nonsense digits_8 epsilon 10 (exit code 2)" in err
+    assert "failed: Noise nonsense epsilon 10 (exit code 2)" in err
     assert [row["method"] for row in table(tmp_path / "table.csv").values()] == ["Noise"]
     code, out, err = grid(METHODS="Noise")
     assert code == 0, err
@@ -225,9 +225,18 @@ def test_whole_grids_compose(commands, script):
         load_config(cell, METHODS)
 
 
-def test_a_grid_has_one_argument(commands):
-    done = subprocess.run(["bash", str(ROOT / "scripts/rq2.sh"), "--dryrun"], capture_output=True, text=True)
-    assert done.returncode == 2 and "--dryrun" in done.stderr and "--dry_run" in done.stderr
+def test_a_grid_says_what_it_does_and_refuses_other_words(grid):
+    code, out, err = grid("--help")
+    assert code == 0 and out.startswith("Which method is best") and "EPSILONS=" in out and "SETTINGS, " in out
+    assert "#" not in out and "METHODS=$" not in out
+    code, out, err = grid("--dryrun")
+    assert code == 2 and "--dryrun" in err and "--dry_run" in err
+
+
+def test_a_grid_refuses_an_unknown_method_before_any_cell(grid, tmp_path):
+    code, out, err = grid(METHODS="Noise DPDN")
+    assert code == 2 and "'DPDN'" in err and "did you mean 'DPDM'" in err
+    assert not out and not list(tmp_path.iterdir())
 
 
 def test_a_dry_grid_writes_nothing(grid, tmp_path):

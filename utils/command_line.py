@@ -5,7 +5,6 @@ Nothing is guessed: an unknown flag, a stray word, and a setting that is given t
 
 import argparse
 import re
-from collections.abc import Iterable
 
 from utils.errors import UserError, unknown
 from utils.sections import check
@@ -139,20 +138,28 @@ def parser(program: str) -> argparse.ArgumentParser:
     return result
 
 
-def short_help(methods: Iterable[str]) -> str:
-    """What run.py says to a command line without a word."""
-    return "\n".join(
-        (
-            "usage: python run.py [flags] [key=value ...]",
-            "",
-            "  python run.py --method PrivImage --data_name digits_8 --epsilon 10    a whole run, minutes on a CPU",
-            "  python run.py --method DPDM --data_name mnist_28 --dry_run            its privacy plan and its time",
-            "  python run.py --method DPDM --data_name mnist_28 --print_config       all settings",
-            "  python run.py --help                                                  all flags",
-            "",
-            f"methods: {', '.join(methods)}",
-        )
-    )
+EXAMPLES = {
+    "run": (
+        ("--method PrivImage --data_name digits_8 --epsilon 10", "a whole run, minutes on a CPU"),
+        ("--method DPDM --data_name mnist_28 --dry_run", "its privacy plan and its time"),
+        ("--method DPDM --data_name mnist_28 --print_config", "all settings"),
+        ("--help", "all flags"),
+    ),
+    "eval": (
+        ("--exp_path exp/privimage/<run>", "a finished run again"),
+        ("--exp_path exp/privimage/<run> --metrics fid,kid", "more metrics of it"),
+        ("--images my_samples.zip --data_name digits_8 --out judged", "images of any origin"),
+        ("--list", "all metrics, and what they need"),
+        ("--help", "all flags"),
+    ),
+}
+
+
+def short_help(program: str) -> str:
+    """What `program` says to a command line without a word."""
+    width = max(len(words) for words, _ in EXAMPLES[program])
+    lines = [f"  python {program}.py {words:<{width}}    {what}" for words, what in EXAMPLES[program]]
+    return "\n".join((f"usage: python {program}.py [flags] [key=value ...]", "", *lines))
 
 
 def read_command_line(argv: list[str], program: str) -> tuple[argparse.Namespace, dict[str, str], set[str]]:

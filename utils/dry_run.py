@@ -1,6 +1,9 @@
 """Lines for a person about a run that has not begun: its privacy plan, its networks, what it will cost."""
 
+from utils.bounds import at_most
 from utils.progress import duration
+
+LONG = 86400  # seconds after which a shorter way is pointed out
 
 
 def describe(config, spec, ledger, synthesizer, num_public: int | None) -> str:
@@ -12,7 +15,9 @@ def describe(config, spec, ledger, synthesizer, num_public: int | None) -> str:
     else:
         lines += [*plan_lines(ledger, spec.num_train), _evaluation(config)]
     lines += [f"parameters: {name} {count:,}" for name, count in synthesizer.parameter_counts().items()]
-    return "\n".join([*lines, *_cost_lines(synthesizer, num_public)])
+    costs = [] if num_public is None else synthesizer.public_costs(num_public)
+    costs += [] if ledger is None else synthesizer.costs()
+    return "\n".join([*lines, *cost_lines(costs, config)])
 
 
 def plan_lines(ledger, num_train: int) -> list[str]:
@@ -23,8 +28,8 @@ def plan_lines(ledger, num_train: int) -> list[str]:
     rows.append(("together", "", "", "", f"{ledger.planned_epsilon():.4g}"))
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     return [
-        f"privacy budget: epsilon {budget.epsilon:g}, delta {budget.delta:.4g}, for N = {num_train:,} private images "
-        f"({ledger.relation}, accountant {ledger.accountant})",
+        f"privacy budget: epsilon {budget.epsilon:g}, delta {at_most(budget.delta)}, for N = {num_train:,} private "
+        f"images ({ledger.relation}, accountant {ledger.accountant})",
         *("  " + _aligned(row, widths) for row in [header, *rows]),
     ]
 
@@ -58,8 +63,15 @@ def _evaluation(config) -> str:
     )
 
 
-def _cost_lines(synthesizer, num_public: int | None) -> list[str]:
-    costs = [*([] if num_public is None else synthesizer.public_costs(num_public)), *synthesizer.costs()]
+def cost_lines(costs: list, config) -> list[str]:
+    """The time of each stage, from a few steps that were measured just now."""
+    if not costs:
+        return []
     lines = [f"{cost.stage}: {cost.description}, about {duration(cost.seconds)} here" for cost in costs]
     total = sum(cost.seconds for cost in costs)
-    return [*lines, f"together, without evaluation: about {duration(total)} here"] if costs else []
+    whole = "" if config.resume is None else ", from the start of the run"
+    lines.append(f"together, without evaluation{whole}: about {duration(total)} here")
+    lines.append("(measured on a few steps; other work on this machine makes it longer)")
+    if total > LONG and config.preset != "quick":
+        lines.append("preset=quick scales the method down to minutes on a CPU")
+    return lines

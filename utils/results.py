@@ -21,10 +21,11 @@ def write_privacy(folder: Path, training: dict, selection: dict | None = None) -
     return privacy
 
 
-def write_results(folder: Path, config, privacy: dict, report, timing: dict[str, float]) -> None:
-    """Write results.json; its presence means that the run is done. `timing` is in seconds per stage.
+def write_results(folder: Path, config, privacy: dict, report, timing: dict[str, float], facts: dict) -> None:
+    """Write results.json; its presence means that the run is done. `timing` is in seconds per stage, `facts` is what
+    it says of the samples.
 
-    Judging a finished run again replaces the metrics; what describes its training stays as it was.
+    Judging a finished run again writes what `report` then holds; what describes its training stays as it was.
     """
     path = folder / RESULTS
     before = read_json(path) if path.exists() else {}
@@ -44,12 +45,21 @@ def write_results(folder: Path, config, privacy: dict, report, timing: dict[str,
         "preset": config.preset,
         "preset_tier": config.preset_tier,
         "borrowed": config.borrowed,
+        **facts,
         "metrics": evaluated["metrics"],
         "metric_info": evaluated["metric_info"],
         "missing": evaluated["missing"],
-        "evaluation": {**dataclasses.asdict(config.eval), "seed": config.seed},
+        "evaluation": _settings(config),
         "timing": {**before.get("timing", {}), **{stage: round(taken, 2) for stage, taken in timing.items()}},
         "git": git_commit(),
         "versions": versions(),
     }
     write_json(path, {**content, **{key: before[key] for key in OF_TRAINING if key in before}})
+
+
+def _settings(config) -> dict:
+    """The settings of the evaluation; without the price of private choices where none is made."""
+    settings = {**dataclasses.asdict(config.eval), "seed": config.seed}
+    if config.eval.mode != "val":
+        settings.pop("selection_epsilon", None)
+    return settings
