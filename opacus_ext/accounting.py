@@ -4,6 +4,7 @@ Three accountants: `pld` (dp-accounting, the default and the tightest), `rdp` an
 tables. All are upper bounds up to the discretisation stated at PLD_GRID.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -236,7 +237,20 @@ def _merge_full_batch(releases: Sequence[Release], relation: str) -> tuple[float
     return (merged / 2 if relation == REPLACE_ONE else merged), sampled
 
 
-def _pld_epsilon(releases: Sequence[Release], delta: float, relation: str, grid: float = PLD_GRID) -> float:
+def _remembered(bound: Callable[..., float]) -> Callable[..., float]:
+    """`bound`, a slow function of releases and numbers alone, computed once for the same ones: calibration, plan,
+    report and card ask for the same."""
+    remembered = functools.lru_cache(maxsize=1024)(bound)
+
+    @functools.wraps(bound)
+    def asked(releases: Sequence[Release], *rest) -> float:
+        return remembered(tuple(releases), *rest)
+
+    return asked
+
+
+@_remembered
+def _pld_epsilon(releases: Sequence[Release], delta: float, relation: str, grid: float) -> float:
     import dp_accounting
 
     full, sampled = _merge_full_batch(releases, relation)
@@ -294,6 +308,7 @@ def _require_plain_poisson(accountant: str, releases: Sequence[Release]) -> None
             )
 
 
+@_remembered
 def _rdp_epsilon(releases: Sequence[Release], delta: float, relation: str) -> float:
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
@@ -313,6 +328,7 @@ def _rdp_epsilon(releases: Sequence[Release], delta: float, relation: str) -> fl
     return float(accountant.get_epsilon(delta))
 
 
+@_remembered
 def _prv_epsilon(releases: Sequence[Release], delta: float, relation: str) -> float:
     from opacus.accountants import PRVAccountant
 
@@ -337,7 +353,7 @@ def _prv_epsilon(releases: Sequence[Release], delta: float, relation: str) -> fl
 
 
 _ACCOUNTANTS: dict[str, Callable[[Sequence[Release], float, str], float]] = {
-    "pld": _pld_epsilon,
+    "pld": lambda releases, delta, relation: _pld_epsilon(releases, delta, relation, PLD_GRID),
     "rdp": _rdp_epsilon,
     "prv": _prv_epsilon,
 }

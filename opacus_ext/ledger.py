@@ -173,6 +173,23 @@ class Ledger:
     def _booked(self) -> list[Release]:
         return [dataclasses.replace(r, num_steps=self._executed[name]) for name, r in self._planned.items()]
 
+    def rows(self) -> list[dict]:
+        """What is planned and booked of every release, and its epsilon if it were alone."""
+        return [
+            {
+                "name": r.name,
+                "mechanism": r.mechanism,
+                "noise_multiplier": r.noise_multiplier,
+                "sample_rate": r.sample_rate,
+                "max_batch_size": r.max_batch_size,
+                "planned": r.num_steps,
+                "executed": self._executed[r.name],
+                "inherited": r.inherited,
+                "epsilon_alone": self._cost([r]),
+            }
+            for r in self._planned.values()
+        ]
+
     def report(self) -> dict:
         """What privacy.json says of this account; plain containers."""
         return {
@@ -180,20 +197,7 @@ class Ledger:
             "relation": self.relation,
             "accountant": self.accountant,
             "private": self.budget.private,
-            "releases": [
-                {
-                    "name": r.name,
-                    "mechanism": r.mechanism,
-                    "noise_multiplier": r.noise_multiplier,
-                    "sample_rate": r.sample_rate,
-                    "max_batch_size": r.max_batch_size,
-                    "planned": r.num_steps,
-                    "executed": self._executed[r.name],
-                    "inherited": r.inherited,
-                    "epsilon_alone": self._cost([r]),
-                }
-                for r in self._planned.values()
-            ],
+            "releases": self.rows(),
             "spent": self.spent(),
             "spent_by_accountant": self.spent_by_accountant(),
             "revealed": list(self.revealed),

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import copy
+import functools
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -151,6 +153,12 @@ def readable_errors() -> Iterator[None]:
 
 def read_yaml(path: Path) -> dict:
     """A YAML file as plain containers, by OmegaConf's reader (plain YAML reads 1e-3 as text)."""
+    return copy.deepcopy(_read_yaml(path, path.stat().st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_yaml(path: Path, changed: int) -> dict:
+    """The reader is slow, and composing one configuration reads some files several times."""
     from omegaconf import OmegaConf
 
     with readable_errors():

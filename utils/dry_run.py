@@ -24,7 +24,7 @@ def plan_lines(ledger, num_train: int) -> list[str]:
     """The budget, and a table of the planned queries: noise, rate, steps and epsilon of each."""
     budget = ledger.budget
     header = ("private query", "noise_multiplier", "sample_rate", "steps", "epsilon alone")
-    rows = [_release_row(release) for release in ledger.report()["releases"]] or [("none", *[""] * 4)]
+    rows = [_release_row(release) for release in ledger.rows()] or [("none", *[""] * 4)]
     rows.append(("together", "", "", "", f"{ledger.planned_epsilon():.4g}"))
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     return [
