@@ -4,7 +4,7 @@ VENV := .venv
 export OMP_WAIT_POLICY ?= PASSIVE
 RUN := $(VENV)/bin/python
 
-.PHONY: setup quickstart test test-slow bench lint
+.PHONY: browser setup quickstart test test-slow bench lint
 
 setup: $(VENV)/.installed
 
@@ -32,3 +32,8 @@ bench: setup
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# For the test that opens report.html; where it cannot be installed, that test is skipped.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 || echo "no chromium: the page's test is skipped"

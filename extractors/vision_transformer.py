@@ -10,7 +10,10 @@ from utils.errors import MissingWeights, Unavailable
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+)  # a publisher has one or both; the first is preferred
 
 
 class TransformersExtractor:
@@ -26,13 +29,15 @@ class TransformersExtractor:
     def __init__(self, spec: DataSpec, weights_root: Path, device: str) -> None:
         import torch
 
-        folder = self.check(weights_root)
+        weights = self.check(weights_root)
         import transformers
 
-        self.identity = sha256_of(folder / WEIGHTS_FILE)
+        self.identity = sha256_of(weights)
         self.info = {"weights_sha256": self.identity, "transformers": transformers.__version__}
         self.device = device
-        self._network = getattr(transformers, self.MODEL).from_pretrained(folder, local_files_only=True)
+        self._network = getattr(transformers, self.MODEL).from_pretrained(
+            weights.parent, local_files_only=True
+        )
         self._network.eval().to(device)
         self._mean, self._std = (
             torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (self.MEAN, self.STD)
@@ -40,7 +45,7 @@ class TransformersExtractor:
 
     @classmethod
     def check(cls, weights_root: Path) -> Path:
-        """The folder of the weights. Raises Unavailable with what to install or fetch; nothing is downloaded here."""
+        """The weights file. Raises Unavailable with what to install or fetch; nothing is downloaded here."""
         try:
             import transformers  # noqa: F401
         except ImportError as error:
@@ -48,11 +53,11 @@ class TransformersExtractor:
                 f"the package transformers cannot be imported ({error}); install it: pip install transformers"
             ) from error
         folder = weights_root / cls.SOURCE.rpartition("/")[2]
-        if not (folder / WEIGHTS_FILE).is_file():
-            raise MissingWeights(
-                f"no weights file {folder / WEIGHTS_FILE}; fetch it: hf download {cls.SOURCE} --local-dir {folder}"
-            )
-        return folder
+        found = [folder / name for name in WEIGHTS_FILES if (folder / name).is_file()]
+        if not found:
+            fix = f"python scripts/prepare_weights.py --name {cls.name} --weights_root {weights_root}"
+            raise MissingWeights(f"no weights file {folder / WEIGHTS_FILES[0]}; fetch it: {fix}")
+        return found[0]
 
     def __call__(self, images: "torch.Tensor") -> tuple:
         import torch

@@ -1,18 +1,37 @@
-"""Fetch the weights of a feature extractor: python scripts/prepare_weights.py --name inception"""
+"""Fetch the weights that a metric needs: python scripts/prepare_weights.py --name inception"""
 
 import argparse
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.download import RemoteFile, download
 from data.prepared import sha256_of
+from evaluation.metrics import image_reward
+from extractors.vision_transformer import WEIGHTS_FILES, ClipExtractor, Dinov2Extractor
 from utils.errors import UserError
 
-# The last part of a file's name is the beginning of its SHA-256.
+DIGESTS = "SHA256SUMS"  # beside files of the hub: what they were when they came
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """Files of a repository of the Hugging Face hub; of alternatives the first that is there."""
+
+    repository: str
+    folder: str  # below the weights root
+    files: tuple[tuple[str, ...], ...]
+
+
+def of_transformers(extractor) -> HubFiles:
+    return HubFiles(extractor.SOURCE, extractor.SOURCE.rpartition("/")[2], (("config.json",), WEIGHTS_FILES))
+
+
+# The last part of a remote file's name is the beginning of its SHA-256.
 WEIGHTS = {
     "inception": RemoteFile(
         "weights-inception-2015-12-05-6726825d.pth",
@@ -20,6 +39,11 @@ WEIGHTS = {
             "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
             "weights-inception-2015-12-05-6726825d.pth",
         ),
+    ),
+    "dinov2": of_transformers(Dinov2Extractor),
+    "clip": of_transformers(ClipExtractor),
+    "image_reward": HubFiles(
+        image_reward.SOURCE, "image-reward", tuple((name,) for name in image_reward.FILES)
     ),
 }
 
@@ -29,8 +53,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description="Put the weights that a metric needs where run.py and eval.py look for them. Without --source they "
         "are downloaded from their publisher; with it, a file that you have is checked and copied."
     )
-    parser.add_argument("--name", required=True, choices=sorted(WEIGHTS), help="feature extractor")
-    parser.add_argument("--source", type=Path, metavar="FILE", help="the weights file, if you have it")
+    parser.add_argument("--name", required=True, choices=sorted(WEIGHTS), help="whose weights")
+    parser.add_argument(
+        "--source", type=Path, metavar="PATH", help="the file, or the folder of the files, if you have it"
+    )
     default_root = os.environ.get("DPIB_WEIGHTS_ROOT") or "~/.cache/dp-image-bench"
     parser.add_argument(
         "--weights_root",
@@ -45,7 +71,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
-        path = prepare(WEIGHTS[arguments.name], arguments.weights_root.expanduser(), arguments.source)
+        wanted, root = WEIGHTS[arguments.name], arguments.weights_root.expanduser()
+        get = prepare if isinstance(wanted, RemoteFile) else prepare_hub
+        path = get(wanted, root, arguments.source)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -72,6 +100,65 @@ def prepare(remote: RemoteFile, weights_root: Path, source: Path | None) -> Path
         )
     arrived.replace(target)
     return target
+
+
+def prepare_hub(wanted: HubFiles, weights_root: Path, source: Path | None) -> Path:
+    """The folder of the files below `weights_root`, fetched from the hub or copied from the folder `source`.
+
+    The hub states no digest beforehand: what came is written to SHA256SUMS, and files that are there are checked
+    against it. Raises UserError for a file that is missing or has changed.
+    """
+    folder = weights_root / wanted.folder
+    sums = folder / DIGESTS
+    if sums.is_file():
+        for line in sums.read_text().splitlines():
+            digest, _, name = line.partition("  ")
+            if not (folder / name).is_file() or sha256_of(folder / name) != digest:
+                raise UserError(
+                    f"{folder / name}: is not what was fetched; remove {folder} and fetch it again"
+                )
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    names = _from_hub(wanted, folder) if source is None else _from_folder(wanted, source, folder)
+    sums.write_text("".join(f"{sha256_of(folder / name)}  {name}\n" for name in names))
+    return folder
+
+
+def _from_hub(wanted: HubFiles, folder: Path) -> list[str]:
+    try:
+        from huggingface_hub import hf_hub_download, list_repo_files
+    except ImportError as error:
+        raise UserError(
+            f"the package huggingface_hub cannot be imported ({error}); install it: pip install huggingface_hub"
+        ) from error
+    try:
+        names = _chosen(wanted, set(list_repo_files(wanted.repository)), wanted.repository)
+        for name in names:
+            hf_hub_download(wanted.repository, name, local_dir=folder)
+    except OSError as error:  # what the package raises without a network, too
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{wanted.repository}: cannot be fetched from the hub ({reason}); fetch its files by other means and give "
+            f"their folder as --source"
+        ) from error
+    return names
+
+
+def _from_folder(wanted: HubFiles, source: Path, folder: Path) -> list[str]:
+    names = _chosen(wanted, {path.name for path in source.glob("*")}, str(source))
+    for name in names:
+        _copy(source / name, folder / name)
+    return names
+
+
+def _chosen(wanted: HubFiles, there: set[str], place: str) -> list[str]:
+    names = []
+    for alternatives in wanted.files:
+        found = [name for name in alternatives if name in there]
+        if not found:
+            raise UserError(f"{place}: has no {' and no '.join(alternatives)}")
+        names.append(found[0])
+    return names
 
 
 def hash_matches(path: Path, name: str) -> bool:

@@ -325,4 +325,6 @@ def test_list_says_what_is_there_and_what_is_missing(tmp_path):
     assert "from 20 images" in lines["fld"] and "lower is better" in lines["fid"]
     assert "prepare_weights.py --name inception" in lines["inception"]
     for name in ("dinov2", "clip", "fd_dinov2", "cmmd", "image_reward"):
-        assert "missing: " in lines[name] and ("pip install" in lines[name] or "hf download" in lines[name])
+        assert "missing: " in lines[name] and (
+            "pip install" in lines[name] or "prepare_weights.py" in lines[name]
+        )

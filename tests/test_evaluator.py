@@ -1,7 +1,6 @@
 """The evaluator: what is reported, what is missing and why, and what the test set may influence."""
 
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from evaluation.evaluator import Evaluator
 from evaluation.registry import check_metrics
 from evaluation.report import Report
 from evaluation.selection import split_samples
-from extractors import inception, random_conv, weights
+from extractors import inception, random_conv
 from utils.errors import Unavailable, UserError
 from utils.images import to_float
 from utils.runtime import log
@@ -413,45 +412,6 @@ def test_report_survives_json_and_prints_every_name(digits):
     assert lines[2].startswith("fid/random_conv *")
     assert len(lines[0].rstrip()) == len(lines[1])
     assert lines[-1].startswith("missing: inception_score/random_conv: ")
-
-
-# ------------------------------------------------------------------------------------ scripts/prepare_weights.py
-
-
-@pytest.fixture
-def script():
-    path = Path(__file__).parents[1] / "scripts" / "prepare_weights.py"
-    module_spec = importlib.util.spec_from_file_location("prepare_weights", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module
-
-
-def test_script_and_extractor_mean_the_same_file(script):
-    assert script.WEIGHTS["inception"].name == inception.INCEPTION_WEIGHTS
-    assert script.expected_hash(inception.INCEPTION_WEIGHTS) == weights.expected_hash(
-        inception.INCEPTION_WEIGHTS
-    )
-    assert script.WEIGHTS["inception"].urls == (torch_fidelity_inception.URL_INCEPTION_V3,)
-
-
-def test_a_local_weights_file_is_checked_and_copied(script, tmp_path, monkeypatch, capsys):
-    source, root = tmp_path / "mine.pth", tmp_path / "weights"
-    source.write_bytes(b"weights")
-    arguments = ["--name", "inception", "--weights_root", str(root), "--source", str(source)]
-    assert script.main(arguments) == 2
-    assert "not the published file" in capsys.readouterr().err
-    assert [path for path in root.rglob("*") if path.is_file()] == []
-
-    name = f"weights-{hashlib.sha256(b'weights').hexdigest()[:8]}.pth"
-    monkeypatch.setitem(script.WEIGHTS, "inception", script.RemoteFile(name, ("file:///absent",)))
-    assert script.main(arguments) == 0
-    assert (root / name).read_bytes() == b"weights"
-    source.unlink()
-    assert script.main(arguments) == 0  # what is there and intact is kept
-    (root / name).write_bytes(b"broken")
-    assert script.main(arguments) == 2
-    assert "there is no such file" in capsys.readouterr().err
 
 
 def test_a_torchvision_that_does_not_load_is_said_in_one_line_with_the_fix(monkeypatch):

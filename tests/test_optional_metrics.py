@@ -65,7 +65,9 @@ def test_an_extractor_of_transformers(kind, transformers, tmp_path):
 
 @pytest.mark.parametrize("kind", [Dinov2Extractor, ClipExtractor])
 def test_without_weights_or_package_the_way_to_them_is_said(kind, transformers, tmp_path, monkeypatch):
-    with pytest.raises(MissingWeights, match=f"hf download {kind.SOURCE} --local-dir {tmp_path}"):
+    with pytest.raises(
+        MissingWeights, match=f"prepare_weights.py --name {kind.name} --weights_root {tmp_path}"
+    ):
         kind(SPEC, tmp_path, "cpu")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(Unavailable, match="pip install transformers"):
@@ -128,7 +130,7 @@ def test_image_reward_asks_in_batches_with_the_names_of_the_classes(reward_model
 
 def test_image_reward_without_weights_or_package(reward_model, tmp_path, monkeypatch):
     samples = Samples(np.zeros((2, 1, 8, 8), np.uint8), np.zeros(2, np.int64))
-    with pytest.raises(MissingWeights, match="hf download THUDM/ImageReward"):
+    with pytest.raises(MissingWeights, match=r"prepare_weights\.py --name image_reward"):
         image_reward(samples, SPEC, "{}", "cpu", tmp_path / "absent")
     monkeypatch.setitem(sys.modules, "ImageReward", None)
     with pytest.raises(Unavailable, match="pip install image-reward"):

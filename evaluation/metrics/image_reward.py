@@ -12,6 +12,8 @@ from utils.errors import MissingWeights, Unavailable
 from utils.progress import progress
 
 BATCH_SIZE = 64
+SOURCE = "THUDM/ImageReward"  # where the weights are published
+FILES = ("ImageReward.pt", "med_config.json")
 TOKENIZER = "bert-base-uncased"
 MAX_TOKENS = 35  # of a prompt, as the authors' model was trained
 
@@ -20,11 +22,10 @@ def check_weights(weights_root: Path) -> Path:
     """The folder of the weights. Raises Unavailable with what to install or fetch; nothing is downloaded here."""
     import_package()
     folder = weights_root / "image-reward"
-    for name in ("ImageReward.pt", "med_config.json"):
+    for name in FILES:
         if not (folder / name).is_file():
-            raise MissingWeights(
-                f"no file {folder / name}; fetch it: hf download THUDM/ImageReward --local-dir {folder}"
-            )
+            fix = f"python scripts/prepare_weights.py --name image_reward --weights_root {weights_root}"
+            raise MissingWeights(f"no file {folder / name}; fetch it: {fix}")
     return folder
 
 
@@ -47,7 +48,7 @@ def image_reward(samples, spec, prompt: str, device: str, weights_root: Path) ->
 def load_model(device: str, weights_root: Path):
     """The authors' model from <weights_root>/image-reward. Raises Unavailable with what to install or fetch."""
     folder = check_weights(weights_root)
-    files = {"name": str(folder / "ImageReward.pt"), "med_config": str(folder / "med_config.json")}
+    files = dict(zip(("name", "med_config"), (str(folder / name) for name in FILES), strict=True))
     try:
         return import_package().load(**files, device=device)
     except OSError as error:  # the package takes its tokenizer from the hub or from the hub's cache
