@@ -133,7 +133,7 @@ def _metrics(report: Report) -> str:
     head = "<tr><th>metric</th><th class='n'>value</th><th>better</th><th class='n'>real test images</th>"
     head += "<th class='n'># real</th><th class='n'># samples</th><th>remarks</th></tr>"
     rows = "".join(
-        _metric_row(name, value, report.metric_info[name]) for name, value in report.metrics.items()
+        _metric_row(name, report.metrics[name], report.metric_info[name]) for name in report.shown()
     )
     text = f"<h2>Metrics</h2><div class='scroll'><table>{head}{rows}</table></div>"
     text += "<p class='note'>Real test images: what they score in the place of the samples, the best to "

@@ -23,7 +23,7 @@ class Report:
         """An aligned table for the terminal, missing values last. A star marks non-private numbers, a caret those of an
         earlier evaluation."""
         header = ("metric", "value", "better", "# real", "# samples")
-        rows = [self._row(name) for name in self.metrics]
+        rows = [self._row(name) for name in self.shown()]
         widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
         lines = [_aligned(row, widths) for row in [header, *rows]]
         lines.insert(1, "-" * len(lines[0]))
@@ -52,6 +52,10 @@ class Report:
             {**{name: earlier.details[name] for name in kept if name in earlier.details}, **self.details},
             self.nearest,
         )
+
+    def shown(self) -> list[str]:
+        """The names for a person: a mean over one classifier only says its accuracy again."""
+        return [name for name in self.metrics if len(self.metric_info[name].get("classifiers", [])) != 1]
 
     def to_dict(self) -> dict:
         """What results.json holds."""

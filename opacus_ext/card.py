@@ -93,6 +93,8 @@ def _headline(report: dict) -> str:
 def _accountants(report: dict) -> str:
     """Whose bound is the claim, and what others bound the same queries by; a looser bound takes nothing from it."""
     name, values = report["accountant"], report["spent_by_accountant"]
+    if not report["releases"]:
+        return name
     found = {name: value for name, value in values.items() if isinstance(value, float)}
     if not found:
         return f"{name}; no accountant bounds this run"

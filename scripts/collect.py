@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     for row in kept:
         print(f"kept from the table, its folder is not there: {row[RUN]}", file=sys.stderr)
     write_text(output, as_csv(sorted(kept + rows, key=lambda row: row[RUN])))
-    print(f"{output}: {len(kept) + len(rows)} runs")
+    count = len(kept) + len(rows)
+    print(f"{output}: {count} run{'' if count == 1 else 's'}")
     return UNREADABLE if damaged else 0
 
 
