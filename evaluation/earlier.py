@@ -15,7 +15,7 @@ def facts_of(samples: Samples, spec: DataSpec) -> dict:
     """What results.json says of the samples: by which digest they are recognised, and how many each class has."""
     digest = content_hash(samples.images, content_hash(samples.labels, "labels"))
     counts = np.bincount(samples.labels, minlength=spec.num_classes)
-    return {"samples_digest": digest, "class_counts": counts.tolist()}
+    return {"samples_digest": digest, "samples_per_class": counts.tolist()}
 
 
 def earlier_report(folder: Path, data_name: str, facts: dict) -> Report | None:
