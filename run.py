@@ -426,11 +426,13 @@ def judge(
         training = {**training, "revealed": [*training["revealed"], ORACLE]}
     if config.eval.gallery == "report":
         training = {**training, "revealed": [*training["revealed"], SHOWN]}
-    report = evaluator.evaluate(
-        samples, train=real.train, test=real.test, select=selection, validation=oracle
-    )
+    try:
+        report = evaluator.evaluate(
+            samples, train=real.train, test=real.test, select=selection, validation=oracle
+        )
+    finally:  # what was asked is paid for, whatever becomes of the rest
+        privacy = write_privacy(folder, training, selection and selection.report())
     timing = {**timing, "evaluate": time.perf_counter() - start}
-    privacy = write_privacy(folder, training, None if selection is None else real.validation.report())
     card = privacy_card(privacy)
     write_text(folder / CARD, card)
     title = f"{config.method} on {spec.name}, epsilon {config.epsilon:g}"
@@ -467,6 +469,11 @@ class NoisyChoice:
 
     def choose(self, name: str, correct) -> int:
         return self._validation.report_noisy_max(name, correct)
+
+    def report(self) -> dict | None:
+        """What privacy.json says of the choices; None if none was asked for."""
+        report = self._validation.report()
+        return report if any(release["executed"] for release in report["releases"]) else None
 
 
 def validation_data(config: Config, spec, images, noise, device: str):

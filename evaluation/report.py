@@ -44,7 +44,9 @@ class Report:
         """This report, with what `earlier` found about the same samples and this evaluation was not asked for."""
         judged = {*self.metrics, *self.missing}
         kept = {name: value for name, value in earlier.metrics.items() if name not in judged}
-        absent = {name: reason for name, reason in earlier.missing.items() if name not in judged}
+        # Where all of them failed, accuracies were missing under one name.
+        found = {name.split("/")[0] for name in self.metrics} | ({"gallery"} if self.nearest else set())
+        absent = {name: reason for name, reason in earlier.missing.items() if name not in judged | found}
         return Report(
             {**kept, **self.metrics},
             {**{name: earlier.metric_info[name] for name in kept}, **self.metric_info},

@@ -46,14 +46,14 @@ def privacy_summary(report: dict) -> str:
         ]
         lines += [
             f"  {release['name']}: {release['executed']:,} of {release['planned']:,} steps, epsilon "
-            f"{release['epsilon_alone']:.4g} if it were alone"
+            f"{at_most(release['epsilon_alone'])} if it were alone"
             for release in report["releases"]
         ]
     selections = report.get("selection", [])
     if selections:
         total = sum(selection["spent"] for selection in selections)
         lines.append(
-            f"  choosing classifiers spent epsilon {total:.4g} on other private images, held out for it"
+            f"  choosing classifiers spent epsilon {at_most(total)} on other private images, held out for it"
         )
     return "\n".join([*lines, *(f"  warning: {line.replace('**', '')}" for line in _warnings(report))])
 
@@ -85,15 +85,15 @@ def _headline(report: dict) -> str:
     return (
         f"The samples are **({at_most(report['spent'])}, {at_most(budget['delta'])})-differentially private** with "
         f"respect to the private training images (budget: epsilon {budget['epsilon']:g}). Whatever anyone computes "
-        f"from them, the presence of one image changes the odds of any outcome by a factor of at most e^epsilon, up "
-        f"to delta."
+        f"from them, {_RELATION[report['relation']]} changes the odds of any outcome by a factor of at most e^epsilon, "
+        f"up to delta."
     )
 
 
 def _accountants(report: dict) -> str:
     """Whose bound is the claim, and what others bound the same queries by; a looser bound takes nothing from it."""
     name, values = report["accountant"], report["spent_by_accountant"]
-    if not report["releases"]:
+    if not (report["private"] and report["releases"]):
         return name
     found = {name: value for name, value in values.items() if isinstance(value, float)}
     if not found:
@@ -111,7 +111,7 @@ def _row(release: dict) -> str:
     return (
         f"| {release['name']} | {release['mechanism'].replace('_', ' ')} | {release['noise_multiplier']:.4g} | "
         f"{_sampling(release)} | {release['executed']} of {release['planned']} | "
-        f"{release['epsilon_alone']:.4g} |"
+        f"{at_most(release['epsilon_alone'])} |"
     )
 
 
@@ -125,7 +125,7 @@ def _selection_lines(selections: list[dict]) -> list[str]:
         return []
     total = sum(selection["spent"] for selection in selections)
     return [
-        f"**Choosing classifiers** spent epsilon {total:.4g} (delta 0) on held-out validation images, in "
+        f"**Choosing classifiers** spent epsilon {at_most(total)} (delta 0) on held-out validation images, in "
         f"{len(selections)} evaluation(s). No image is in both sets of this run; the reported accuracies carry this "
         f"cost, the samples do not.",
         "",

@@ -147,6 +147,21 @@ def test_choosing_a_classifier_is_booked_and_adds_up(finished):
     assert set(results["timing"]) > {"train", "evaluate"}
 
 
+def test_a_choice_of_an_evaluation_that_was_stopped_is_paid_for(tmp_path, monkeypatch):
+    settings = ["eval.mode=val", "sensitive_data.num_val=137", "eval.metrics=[accuracy]"]
+    argv = arguments("Noise", tmp_path, *settings)
+    with monkeypatch.context() as patched:
+        patched.setattr("evaluation.metrics.accuracy._percent", _stop)
+        stopped = call(run_program.main, argv)
+    assert stopped.code == 130
+    selection = strict_json(stopped.folder / "privacy.json")["selection"]
+    assert [choice["spent"] for choice in selection] == [pytest.approx(1.0)]
+    resumed = call(run_program.main, [*argv, "--resume_exp", stopped.folder.name])
+    assert resumed.code == 0, resumed.err
+    assert len(strict_json(stopped.folder / "privacy.json")["selection"]) == 2
+    assert strict_json(stopped.folder / "results.json")["selection_epsilon"] == pytest.approx(2.0)
+
+
 def test_a_run_ends_with_privacy_then_metrics_then_paths(finished):
     outcome = finished["PrivImage"]
     lines = outcome.out.splitlines()

@@ -405,6 +405,17 @@ def test_unknown_names_are_refused_before_anything_runs(changes, words):
         Evaluator(config(**changes), SPEC, Path("absent"), "cpu", 0)
 
 
+def test_what_was_missing_and_is_there_now_is_missing_no_more():
+    """Where all classifiers failed, one line stood for all their accuracies."""
+    earlier = Report(
+        missing={"accuracy": "no memory", "gallery": "no weights", "fid/inception": "no weights"}
+    )
+    found = {"accuracy/mlp/syn_val": 50.0, "fid/random_conv": 2.0}
+    written = Report(found, {name: {} for name in found}, nearest={0: [1]}).after(earlier)
+    assert set(written.metrics) == set(found) and set(written.missing) == {"fid/inception"}
+    assert set(Report().after(earlier).missing) == set(earlier.missing)
+
+
 def test_report_survives_json_and_prints_every_name(digits):
     report = evaluate(digits, metrics=["fid", "inception_score"])
     assert Report(**json.loads(json.dumps(report.to_dict()))) == report

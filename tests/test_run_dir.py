@@ -247,6 +247,7 @@ TRAINING = {
     "private": False,
     "spent": math.inf,
     "noise_seeded": False,
+    "revealed": [],
 }
 
 
@@ -259,8 +260,18 @@ def test_selections_add_up_in_privacy_json(tmp_path):
     assert read_json(tmp_path / "privacy.json")["spent"] == math.inf
 
 
+def test_what_was_shown_stays_in_privacy_json(tmp_path):
+    """Also where the evaluation that was shown it did not come to its end, and the run is resumed."""
+    write_privacy(tmp_path, {**TRAINING, "revealed": ["fidelity", "oracle"]})
+    assert write_privacy(tmp_path, {**TRAINING, "revealed": ["fidelity"]})["revealed"] == [
+        "fidelity",
+        "oracle",
+    ]
+
+
 def test_writing_results_again_keeps_what_describes_the_training(tmp_path):
-    privacy = {**TRAINING, "selection": [{"spent": 0.5}, {"spent": 0.25}]}
+    choices = [{"spent": 0.5, "noise_seeded": False}, {"spent": 0.25, "noise_seeded": True}]
+    privacy = {**TRAINING, "selection": choices}
     write_results(tmp_path, RunConfig(), privacy, Report({"fid/a": 1.0}, {"fid/a": {}}), {"train": 5.123}, {})
     again = RunConfig(seed=9, preset="paper", borrowed=False)
     write_results(
@@ -273,3 +284,4 @@ def test_writing_results_again_keeps_what_describes_the_training(tmp_path):
     assert results["timing"] == {"train": 5.12, "evaluate": 1.0}
     assert results["epsilon"] == results["spent_epsilon"] == math.inf
     assert results["selection_epsilon"] == 0.75
+    assert results["noise_seeded"] is True, "the noise of one choice was known"

@@ -25,7 +25,7 @@ def plan_lines(ledger, num_train: int) -> list[str]:
     budget = ledger.budget
     header = ("private query", "noise_multiplier", "sample_rate", "steps", "epsilon alone")
     rows = [_release_row(release) for release in ledger.rows()] or [("none", *[""] * 4)]
-    rows.append(("together", "", "", "", f"{ledger.planned_epsilon():.4g}"))
+    rows.append(("together", "", "", "", at_most(ledger.planned_epsilon())))
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     return [
         f"privacy budget: epsilon {budget.epsilon:g}, delta {at_most(budget.delta)}, for N = {num_train:,} private "
@@ -41,7 +41,7 @@ def _release_row(release: dict) -> tuple[str, ...]:
         f"{release['noise_multiplier']:.5g}",
         f"{release['sample_rate']:.5g}" + ("" if bound is None else f", at most {bound} images"),
         f"{release['planned']:,}",
-        f"{release['epsilon_alone']:.4g}",
+        at_most(release["epsilon_alone"]),
     )
 
 

@@ -13,10 +13,15 @@ OF_TRAINING = ("epsilon", "seed", "preset", "preset_tier", "borrowed")  # what a
 
 def write_privacy(folder: Path, training: dict, selection: dict | None = None) -> dict:
     """Write and return privacy.json: the training ledger's report, and one entry in `selection` per evaluation that
-    asked the private validation images. Earlier entries stay: judging a run again spends again."""
+    asked the private validation images. Earlier entries stay: judging a run again spends again. So does what was
+    `revealed` before, by an evaluation that was interrupted, too."""
     path = folder / PRIVACY
-    before = read_json(path)["selection"] if path.exists() else []
-    privacy = {**training, "selection": before + ([] if selection is None else [selection])}
+    before = read_json(path) if path.exists() else {"selection": [], "revealed": []}
+    privacy = {
+        **training,
+        "selection": before["selection"] + ([] if selection is None else [selection]),
+        "revealed": list(dict.fromkeys([*before["revealed"], *training["revealed"]])),
+    }
     write_json(path, privacy)
     return privacy
 
@@ -40,7 +45,7 @@ def write_results(folder: Path, config, privacy: dict, report, timing: dict[str,
         "private": privacy["private"],
         "spent_epsilon": privacy["spent"],
         "selection_epsilon": sum(selection["spent"] for selection in privacy["selection"]),
-        "noise_seeded": privacy["noise_seeded"],
+        "noise_seeded": any(part["noise_seeded"] for part in (privacy, *privacy["selection"])),
         "seed": config.seed,
         "preset": config.preset,
         "preset_tier": config.preset_tier,
