@@ -198,7 +198,7 @@ def evaluate(config: Config) -> int:
     require_run_of(folder, config)
     samples = read_samples(folder / "gen" / "gen.npz")
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
-    require_same_split(folder, config, spec.num_train)
+    require_same_split(folder, config, spec)
     for line in (*config.notes, *lines):
         log.info(line)
     if config.dry_run:
@@ -238,14 +238,21 @@ def require_run_of(folder: Path, config: Config) -> None:
         )
 
 
-def require_same_split(folder: Path, config: Config, num_train: int) -> None:
+def require_same_split(folder: Path, config: Config, spec) -> None:
     """Raise UserError where the data have changed since the run: others are held out then, and some that it was trained
     on would be asked as validation images."""
-    trained_on = read_json(folder / PRIVACY).get("num_records", num_train)
-    if config.eval.mode == "val" and trained_on != num_train:
+    if config.eval.mode != "val":
+        return
+    run = read_json(folder / PRIVACY)
+    if run["num_records"] != spec.num_train:
         raise UserError(
-            f"eval.mode: val, but {folder} was trained on {trained_on:,} images, and {num_train:,} are left for "
-            f"training now; the data have changed, and with them which images are held out"
+            f"eval.mode: val, but {folder} was trained on {run['num_records']:,} images, and {spec.num_train:,} are "
+            f"left for training now; the data have changed, and with them which images are held out"
+        )
+    if run["data_identity"] != spec.identity:
+        raise UserError(
+            f"eval.mode: val, but {spec.name} was prepared again since {folder} was trained; which images are held out "
+            f"may have changed; use eval.mode=syn"
         )
 
 

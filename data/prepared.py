@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ META_NAME = "meta.json"
 
 @dataclass(frozen=True)
 class PreparedMeta:
-    """What meta.json says; `sha256` maps each file name to the digest of its bytes."""
+    """What meta.json says; `sha256` maps each file name to the digest of its bytes. `identity` is random: it changes
+    when the folder is made again, and says nothing of its content, so that runs may keep it."""
 
     name: str
     resolution: int
@@ -38,6 +40,7 @@ class PreparedMeta:
     num_test: int  # 0: a set without a test part (public data)
     source: str
     sha256: dict[str, str]
+    identity: str = ""
 
     @property
     def content_hash(self) -> str:
@@ -96,6 +99,7 @@ class PreparedWriter:
             self._counts["test"],
             source,
             digests,
+            secrets.token_hex(8),
         )
         text = json.dumps(asdict(meta), indent=2, ensure_ascii=False)
         (self.folder / META_NAME).write_text(text + "\n", encoding="utf-8")

@@ -50,6 +50,7 @@ def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[D
         len(class_names),
         num_private,
         class_names,
+        "" if meta is None else meta.identity,
     )
     return spec, _count_notes(section, available, num_private)
 

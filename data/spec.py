@@ -10,6 +10,7 @@ class DataSpec:
     """What everyone may know about a sensitive dataset. Images are square; class names are for prompts and plots.
 
     `num_train` is the number of private training records; it is treated as public, and the ledger records that.
+    `identity` is a random name of the prepared folder; empty: images that come with the toolkit.
     """
 
     name: str
@@ -18,6 +19,7 @@ class DataSpec:
     num_classes: int
     num_train: int
     class_names: tuple[str, ...]
+    identity: str = ""
 
     def __post_init__(self) -> None:
         assert self.channels in (1, 3), self.channels

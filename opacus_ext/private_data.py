@@ -227,6 +227,7 @@ class PrivateData:
         return {
             **self.ledger.report(),
             "num_records": self.spec.num_train,
+            "data_identity": self.spec.identity,
             "assumptions": [
                 f"the number of records, {self.spec.num_train}, is public",
                 f"the image size and the {self.spec.num_classes} classes are public",

@@ -191,6 +191,9 @@ def test_a_run_is_judged_by_its_folder_alone(tmp_path):
     (folder / "privacy.json").write_text(json.dumps(privacy | {"num_records": privacy["num_records"] + 1}))
     refusal = call(eval_program.main, ["--exp_path", str(folder), "eval=none", "eval.mode=val"]).refusal
     assert "the data have changed" in refusal
+    (folder / "privacy.json").write_text(json.dumps(privacy | {"data_identity": "another folder's"}))
+    refusal = call(eval_program.main, ["--exp_path", str(folder), "eval=none", "eval.mode=val"]).refusal
+    assert "digits_8 was prepared again" in refusal
 
 
 def test_resuming_a_finished_run_is_one_line(finished):

@@ -499,13 +499,16 @@ def test_full_disk_is_named_before_anything_is_written(tmp_path, monkeypatch):
 
 
 def test_a_prepared_set_is_replaced_when_that_is_asked_for_and_only_then(tmp_path):
-    for count, force in ((14, False), (28, True)):
+    names = set()
+    for count, force in ((14, False), (28, True), (28, True)):
         np.savez(tmp_path / "a.npz", x=colour_images(count), y=np.arange(count) % 2)
         folder, meta, _ = prepare("mine", tmp_path / "root", source=tmp_path / "a.npz", force=force)
         assert meta.num_train + meta.num_test == count
+        names.add(meta.identity)
         with pytest.raises(UserError, match=f"{folder} holds a prepared set already, made from .*--force"):
             prepare("mine", tmp_path / "root", source=tmp_path / "a.npz")
         assert read_meta(folder) == meta
+    assert len(names) == 3, "the random name of the same images made again"
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["mine"]
 
 
