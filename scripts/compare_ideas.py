@@ -61,10 +61,10 @@ PUBLIC = {"mnist_28": LETTERS, "fmnist_28": LETTERS}
 CAVEATS = {
     "digits_8": "The presets were not tuned alike: batch size and learning rate of DPDM, and the frequency stage of "
     "DP-FETA-Pro at epsilon 1, were chosen for these data, with one seed, after test accuracies had been seen.",
-    "mnist_28": "One seed. The warm-up of DP-FETA was made three times as long, with three times the learning rate, after a "
-    "run of 19.1 percent had been seen; held-out training images and grids of samples before DP-SGD chose it. DPDM and "
-    "PDP-Diffusion were run before that, DPDM at a learning rate of 1e-3; the preset's 1e-2 gives 23 percent on held-out "
-    "training images.",
+    "mnist_28": "One seed. The warm-up of DP-FETA was made three times as long, with three times the learning rate, "
+    "after a run of 19.1 percent had been seen; held-out training images and grids of samples before DP-SGD chose it. "
+    "DPDM and PDP-Diffusion were run before that, DPDM at a learning rate of 1e-3; the preset's 1e-2 gives 23 percent "
+    "on held-out training images.",
 }
 TEN_LETTERS = "public_data.selective.ratio=0.25"  # PrivImage: one for each private class
 WITHOUT_PUBLIC_SET = ("DPDM", "DP-FETA", "DP-FETA-Pro")
