@@ -181,7 +181,9 @@ def load(toy_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", SHIPPED_METHODS)
-@pytest.mark.parametrize(("preset", "epsilon"), [("paper", 1), ("paper", 10), ("quick", 10)])
+@pytest.mark.parametrize(
+    ("preset", "epsilon"), [pytest.param("paper", 1, marks=pytest.mark.slow), ("paper", 10), ("quick", 10)]
+)
 def test_every_cell_composes_and_types(method, preset, epsilon):
     for data in DATASETS:
         arguments = ["-m", method, "-dn", data, "-e", str(epsilon), f"preset={preset}"]
