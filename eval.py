@@ -197,7 +197,9 @@ def evaluate(config: Config) -> int:
         )
     require_run_of(folder, config)
     samples = read_samples(folder / "gen" / "gen.npz")
-    spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
+    # Split as in the run: images that it held out are no training images, however its samples are judged now.
+    split = values_of(folder)["eval.mode"]
+    spec, lines = spec_of(config.sensitive_data, split, config.data_root)
     require_same_split(folder, config, spec)
     for line in (*config.notes, *lines):
         log.info(line)
@@ -208,7 +210,7 @@ def evaluate(config: Config) -> int:
         prepare_device(config.setup), config.seed, config.setup.precision, folder, config.data_root / ".cache"
     )
     also_to(folder / "stdout.txt")
-    sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
+    sensitive = load_sensitive(config.sensitive_data, split, config.data_root)
     # Nothing is asked of the training images here, so their ledger has an empty plan.
     ledger = Ledger(Budget(config.epsilon, config.privacy.delta or 0.0))
     ledger.adopt([])

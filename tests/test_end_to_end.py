@@ -182,8 +182,11 @@ def test_a_run_is_judged_by_its_folder_alone(tmp_path):
     values = {line.split()[0]: line.split()[1] for line in asked.out.splitlines() if line[:1].strip()}
     assert values["sensitive_data.num_val"] == "100" and values["preset"] == "quick"
     assert (values["method"], values["data_name"], values["privacy.epsilon"]) == ("Noise", "digits_8", "3.0")
-    outcome = call(eval_program.main, ["--exp_path", str(folder), "eval=none"])
+    fid = ["eval=none", "eval.metrics=[fid]", "eval.extractor=random_conv", "eval.mode=syn"]
+    outcome = call(eval_program.main, ["--exp_path", str(folder), *fid])
     assert outcome.code == 0 and f"numbers: {folder / 'results.json'}" in outcome.out, outcome.err
+    found = strict_json(folder / "results.json")["metric_info"]["fid/random_conv"]
+    assert found["n_real"] == 1337, "images that the run held out are compared with"
     for setting in ("sensitive_data.num_val=137", "privacy.relation=replace_one"):
         refusal = call(eval_program.main, ["--exp_path", str(folder), setting]).refusal
         assert refusal.startswith(f"error: {setting.partition('=')[0]}: ") and "leave " in refusal
