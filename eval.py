@@ -211,6 +211,7 @@ def evaluate(config: Config) -> int:
     )
     also_to(folder / "stdout.txt")
     sensitive = load_sensitive(config.sensitive_data, split, config.data_root)
+    held_out = sensitive.validation if config.eval.mode == "val" else None  # other modes have no use for them
     # Nothing is asked of the training images here, so their ledger has an empty plan.
     ledger = Ledger(Budget(config.epsilon, config.privacy.delta or 0.0))
     ledger.adopt([])
@@ -218,8 +219,8 @@ def evaluate(config: Config) -> int:
     real = RealData(
         Disclosure(sensitive.train, ledger).reveal(REVEALED),
         sensitive.test,
-        validation_data(config, spec, sensitive.validation, noise, runtime.device),
-        oracle_data(config, sensitive.validation),
+        validation_data(config, spec, held_out, noise, runtime.device),
+        oracle_data(config, held_out),
     )
     return judge(config, spec, runtime, folder, samples, real, read_json(report), timing={})
 
