@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from models import METHODS
-from run import INCOMPLETE, REVEALED, RealData, judge, oracle_data, validation_data
+from run import INCOMPLETE, REVEALED, SAMPLES, RealData, judge, oracle_data, validation_data
+from utils.bounds import at_most
 from utils.command_line import read_command_line, short_help
 from utils.config import COMMAND_LINE, Config, format_config, load_config
 from utils.config_files import flatten
@@ -32,6 +33,14 @@ RUN_FLAGS = {
 }  # flag -> key of config.yaml
 # Another value than the run's would let eval.mode=val ask records that were trained on, or account for it wrongly.
 FIXED = ("sensitive_data.num_val", "privacy.relation")
+USED = (
+    "eval",
+    "sensitive_data",
+    "privacy",
+    "setup",
+    "seed",
+    "preset",
+)  # sections and keys that judging looks at
 
 
 def main(argv: list[str]) -> int:
@@ -59,26 +68,49 @@ def start(argv: list[str]) -> int:
         return 0
     if config.list_parts:
         return show_parts(config)
+    if not config.eval.metrics and config.eval.gallery is None:
+        raise UserError(
+            "--metrics: names none; give at least one, for example --metrics accuracy,fid (see --list)"
+        )
     return evaluate(config) if config.images is None else evaluate_images(config)
 
 
 def with_run(argv: list[str]) -> list[str]:
-    """The command line, with what it leaves out about the run of --exp_path taken from the run's folder."""
+    """The command line, with what it leaves out about the run of --exp_path taken from the run's folder.
+
+    The run is judged as it was before, but for eval.mode=val, which costs the validation images once more: only who
+    asks for it gets it.
+    """
     flags, settings, given = read_command_line(argv, "eval")
+    for key in settings:
+        if key.split(".")[0] not in USED:
+            raise UserError(f"{key}={settings[key]}: judging samples does not use it; leave it out")
     if flags.exp_path is None:
         return argv
     run = values_of(Path(flags.exp_path).expanduser())
     words = []
     for flag, key in RUN_FLAGS.items():
         words += [] if flag in given else [f"--{flag}", str(run[key])]
-    for key, value in run.items():
-        of_data = (
-            key.startswith("sensitive_data.") and "data_name" not in given
-        )  # a name that is given is checked later
-        of_run = key in ("preset", *FIXED) or of_data
-        if of_run and key not in settings and not isinstance(value, list):
-            words.append(f"{key}={'null' if value is None else value}")
+    keys = ["seed", "preset", *FIXED]
+    # A name of data that is given is checked later; a run that judged nothing says nothing about how to.
+    keys += (
+        []
+        if "data_name" in given
+        else [key for key in run if key.startswith("sensitive_data.") and not isinstance(run[key], list)]
+    )
+    judged = run["eval.metrics"] and not {"eval", "preset"} & set(settings)
+    keys += [key for key in run if key.startswith("eval.")] if judged else ["eval.mode"]
+    for key in dict.fromkeys(keys):
+        if key not in settings:
+            words.append(f"{key}={'syn' if (key, run[key]) == ('eval.mode', 'val') else as_text(run[key])}")
     return [*argv, *words]
+
+
+def as_text(value: object) -> str:
+    """A value of config.yaml as the command line spells it."""
+    if isinstance(value, list):
+        return f"[{', '.join(value)}]"
+    return "null" if value is None else str(value)
 
 
 def without_method(argv: list[str]) -> list[str]:
@@ -105,14 +137,14 @@ def show_parts(config: Config) -> int:
 
 def evaluate_images(config: Config) -> int:
     """Judge the images of --images against all training and test images; returns the exit code."""
-    from data.sensitive import load_sensitive, spec_of
+    from data.sensitive import load_sensitive, require_prepared, spec_of
     from evaluation.earlier import earlier_report, facts_of
     from evaluation.evaluator import Evaluator
     from evaluation.images import read_images
     from evaluation.page import REPORT, write_page
     from evaluation.report import Report
     from utils.device import prepare_device
-    from utils.results import write_results
+    from utils.results import evaluation_settings, write_results
 
     config = as_images(config)
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
@@ -120,6 +152,7 @@ def evaluate_images(config: Config) -> int:
         config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed,
         config.data_root / ".cache", config.sensitive_data.prompt,
     )  # fmt: skip
+    require_prepared(config.sensitive_data, config.data_root)  # before images are read, which takes time
     samples, notes = read_images(config.images, spec)
     for line in (*lines, *notes):
         log.info(line)
@@ -130,9 +163,7 @@ def evaluate_images(config: Config) -> int:
             f"--out: {config.out} holds the results of other images or of another dataset; give another folder"
         )
     if config.dry_run:
-        log.info(
-            f"{len(samples):,} images of {config.images} would be judged by {', '.join(config.eval.metrics)}"
-        )
+        log.info(plan_of(config, len(samples), config.images))
         return 0
     sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
     name = "-".join(filter(None, (spec.name, config.description)))
@@ -149,7 +180,7 @@ def evaluate_images(config: Config) -> int:
         "noise_seeded": False,
     }
     title = f"{config.images.name} on {spec.name}"
-    written = report.after(earlier)
+    written = report.after(earlier, evaluation_settings(config))
     write_page(folder, written, samples, sensitive.train, spec, title, None, config.eval.gallery)
     write_results(folder, config, unknown, written, {"evaluate": time.perf_counter() - start}, facts)
     log.info(f"\n{written.table()}\n\nreport: {folder / REPORT}\nnumbers: {folder / RESULTS}")
@@ -162,6 +193,10 @@ def as_images(config: Config) -> Config:
         raise UserError(f"--out: {config.out} is the folder of a run; give another folder")
     if config.out is not None and config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out: {config.out} is a file; give a folder")
+    if config.out is not None and not (config.out / RESULTS).exists():
+        for name in ("report.html", "details.json"):
+            if (config.out / name).exists():
+                raise UserError(f"--out: {config.out / name} is not of an evaluation; give another folder")
     judged = config.eval
     if judged.mode == "val":
         if config.provenance["eval.mode"] == COMMAND_LINE:
@@ -178,6 +213,7 @@ def evaluate(config: Config) -> int:
     """Read the run's samples and privacy report, and judge; returns the exit code."""
     from data.samples_file import read_samples
     from data.sensitive import load_sensitive, spec_of
+    from evaluation.earlier import earlier_report, facts_of
     from opacus_ext.disclosure import Disclosure
     from opacus_ext.ledger import Budget, Ledger
     from opacus_ext.noise import NoiseSource
@@ -196,15 +232,24 @@ def evaluate(config: Config) -> int:
             f"--exp_path: {folder} is not finished; continue it with run.py --resume_exp {folder.name}"
         )
     require_run_of(folder, config)
-    samples = read_samples(folder / "gen" / "gen.npz")
+    samples = read_samples(folder / SAMPLES)
     # Split as in the run: images that it held out are no training images, however its samples are judged now.
     split = values_of(folder)["eval.mode"]
     spec, lines = spec_of(config.sensitive_data, split, config.data_root)
     require_same_split(folder, config, spec)
+    if earlier_report(folder, config.data_name, facts_of(samples, spec)) is None:
+        raise UserError(
+            f"{folder / SAMPLES}: other samples than those that {RESULTS} is about; to judge them: "
+            f"python eval.py --images {folder / SAMPLES} --data_name {config.data_name} --out <folder>"
+        )
     for line in (*config.notes, *lines):
         log.info(line)
+    if (split, config.eval.mode) == ("val", "syn"):
+        log.info(
+            "eval.mode=syn; eval.mode=val would ask the run's validation images again, which costs them epsilon"
+        )
     if config.dry_run:
-        log.info(f"{len(samples):,} samples of {folder} would be judged by {', '.join(config.eval.metrics)}")
+        log.info(plan_of(config, len(samples), folder))
         return 0
     runtime = Runtime(
         prepare_device(config.setup), config.seed, config.setup.precision, folder, config.data_root / ".cache"
@@ -223,6 +268,21 @@ def evaluate(config: Config) -> int:
         oracle_data(config, held_out),
     )
     return judge(config, spec, runtime, folder, samples, real, read_json(report), timing={})
+
+
+def plan_of(config: Config, count: int, source: Path) -> str:
+    """What --dry_run prints: how the images would be judged, what it would cost, and what is missing."""
+    from evaluation.listing import lacking
+    from utils.dry_run import evaluation_line
+
+    judged = config.eval
+    lines = [f"{count:,} images of {source} would be judged", evaluation_line(config)]
+    if judged.mode == "val":
+        spent = sum(selection["spent"] for selection in read_json(source / PRIVACY)["selection"])
+        lines.append(f"so far choices have cost these images epsilon {at_most(spent)}; it adds up")
+    lines += [f"classifiers: {', '.join(judged.classifiers)}; recipe {judged.recipe}, seed {config.seed}"]
+    lines += [f"missing: {line}" for line in lacking(judged.metrics, judged.extractor, config.weights_root)]
+    return "\n".join(lines)
 
 
 def require_run_of(folder: Path, config: Config) -> None:

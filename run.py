@@ -6,8 +6,11 @@ Composes the parts and has no logic of its own: configuration -> data -> ledger 
 """
 
 import dataclasses
+import os
 import sys
 import time
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from models import METHODS
@@ -269,19 +272,23 @@ def work(parts: Parts, folder: Path, public, sensitive, private, noise) -> int:
     """What is done inside the run's folder; all processes train and draw samples. Returns the exit code."""
     from utils.dry_run import plan_lines
     from utils.results import write_privacy
+    from utils.stage_times import StageTimes
 
     if private is not None:
         log.info("\n".join(plan_lines(parts.ledger, parts.spec.num_train)))
-    timing = train(parts, folder, public, private)
+    times = StageTimes(folder)
+    train(parts, folder, public, private, times)
     if private is None:
         log.info(f"pretrained without private data; checkpoints in {folder / 'pretrain' / 'checkpoints'}")
         distributed.leave()
         return 0
     if distributed.is_main():
         write_privacy(folder, private.report())
-    samples = generate(parts, folder, timing)
+    samples = generate(parts, folder, times)
     distributed.leave()
-    return deliver(parts, folder, samples, sensitive, private, noise, timing) if distributed.is_main() else 0
+    if not distributed.is_main():
+        return 0
+    return deliver(parts, folder, samples, sensitive, private, noise, times.seconds())
 
 
 def deliver(parts: Parts, folder: Path, samples, sensitive, private, noise, timing: dict[str, float]) -> int:
@@ -343,33 +350,36 @@ def report_finished(folder: Path) -> int:
     return INCOMPLETE if read_json(folder / RESULTS)["missing"] else 0
 
 
-def train(parts: Parts, folder: Path, public, private) -> dict[str, float]:
-    """Pretrain and train, or what is left of it; returns seconds per stage."""
+def train(parts: Parts, folder: Path, public, private, times) -> None:
+    """Pretrain and train, or what is left of it."""
     from utils.checkpoints import Checkpoints
 
     synthesizer = parts.synthesizer
     checkpoints = Checkpoints(folder, parts.config.method, synthesizer, parts.ledger)
-    parts.runtime.snapshot = lambda stage: checkpoints.save(stage, "snapshot")
+
+    def snapshot(stage: str) -> None:
+        checkpoints.save(stage, "snapshot")
+        times.keep()
+
+    parts.runtime.snapshot = snapshot
     restored = checkpoints.restore() if parts.config.resume else None
     if restored:
         log.info(f"resumed from {restored}")
     stages = {"pretrain": lambda: synthesizer.pretrain(public, private)}
     if private is not None:
         stages["train"] = lambda: synthesizer.train(private)
-    timing = {}
     for stage, take in stages.items():
         if is_past(checkpoints, restored, stage):
             continue
-        start = time.perf_counter()
-        take()
-        timing[stage] = time.perf_counter() - start
-        if timing[stage] >= 0.5:  # a method without this stage has nothing to say about it
-            log.info(f"{stage}: done in {duration(timing[stage])}")
+        with times.of(stage):
+            take()
+        taken = times.seconds()[stage]
+        if taken >= 0.5:  # a method without this stage has nothing to say about it
+            log.info(f"{stage}: done in {duration(taken)}")
         checkpoints.agree()
         checkpoints.save(stage, "final")
     if parts.ledger is not None:
         parts.ledger.require_complete()
-    return timing
 
 
 def is_past(checkpoints, restored: str | None, stage: str) -> bool:
@@ -377,7 +387,7 @@ def is_past(checkpoints, restored: str | None, stage: str) -> bool:
     return checkpoints.finished(stage) or (stage == "pretrain" and (restored or "").startswith("train"))
 
 
-def generate(parts: Parts, folder: Path, timing: dict[str, float]):
+def generate(parts: Parts, folder: Path, times):
     """The samples of the run: those of gen/gen.npz if an earlier start left them, else drawn now."""
     from data.samples_file import read_samples
 
@@ -386,10 +396,8 @@ def generate(parts: Parts, folder: Path, timing: dict[str, float]):
     )
     if kept is not None:
         return kept
-    start = time.perf_counter()
-    samples = parts.synthesizer.generate(parts.config.gen.data_num)
-    timing["generate"] = time.perf_counter() - start
-    return samples
+    with times.of("generate"):
+        return parts.synthesizer.generate(parts.config.gen.data_num)
 
 
 def judge(
@@ -412,14 +420,16 @@ def judge(
     from evaluation.evaluator import Evaluator
     from evaluation.page import REPORT, write_page
     from opacus_ext.card import privacy_card, privacy_summary
-    from utils.results import write_privacy, write_results
+    from utils.results import evaluation_settings, write_privacy, write_results
 
     evaluator = Evaluator(
         config.eval, spec, config.weights_root, runtime.device, config.seed, runtime.cache_dir,
         config.sensitive_data.prompt,
     )  # fmt: skip
     start = time.perf_counter()
-    selection = None if real.validation is None else NoisyChoice(real.validation)
+    selection = None
+    if real.validation is not None:
+        selection = NoisyChoice(real.validation, lambda report: write_privacy(folder, training, report))
     oracle = None
     if real.oracle is not None:
         oracle = real.oracle.reveal(ORACLE)
@@ -440,7 +450,7 @@ def judge(
     earlier = earlier_report(folder, config.data_name, facts)
     if earlier is None:
         log.info("the earlier evaluation was of other samples; it is replaced")
-    written = report if earlier is None else report.after(earlier)
+    written = report if earlier is None else report.after(earlier, evaluation_settings(config))
     write_page(folder, written, samples, real.train, spec, title, card, config.eval.gallery)
     write_results(folder, config, privacy, written, timing, facts)
     log.info(f"\n{privacy_summary(privacy)}\n\n{written.table()}\n")
@@ -462,17 +472,21 @@ class RealData:
 
 
 class NoisyChoice:
-    """Lets the evaluator choose epochs by the private validation images, through report-noisy-max alone."""
+    """Lets the evaluator choose epochs by the private validation images, through report-noisy-max alone. Each choice is
+    written down by `book` before the evaluator learns it, so that one is paid for whose evaluation is killed."""
 
-    def __init__(self, validation) -> None:
-        self._validation = validation
+    def __init__(self, validation, book: Callable[[dict], object]) -> None:
+        self._validation, self._book = validation, book
+        self._id = f"{datetime.now():%Y-%m-%d-%H-%M-%S-%f}-{os.getpid()}"
 
     def choose(self, name: str, correct) -> int:
-        return self._validation.report_noisy_max(name, correct)
+        chosen = self._validation.report_noisy_max(name, correct)
+        self._book(self.report())
+        return chosen
 
     def report(self) -> dict | None:
         """What privacy.json says of the choices; None if none was asked for."""
-        report = self._validation.report()
+        report = {"id": self._id, **self._validation.report()}
         return report if any(release["executed"] for release in report["releases"]) else None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data.spec import DataSpec, Samples
-from evaluation.report import Report
+from evaluation.report import Report, remarks_on_settings
 from utils.run_dir import write_json, write_text
 
 REPORT, DETAILS, GALLERY = "report.html", "details.json", "private/nearest.html"
@@ -158,11 +158,14 @@ def _metric_row(name: str, value: float, info: dict) -> str:
         low, high = info["interval_95"]
         remarks.append(f"95 % interval {low:.2f} to {high:.2f}")
     if len(info.get("classifiers", ())) > 1:
-        remarks.append(f"deviation {info['std']:.3g}, best {info['max']:.4g}")
+        remarks.append(
+            f"of {', '.join(info['classifiers'])}; deviation {info['std']:.3g}, best {info['max']:.4g}"
+        )
     elif "std" in info and "classifiers" not in info:
         remarks.append(f"deviation {info['std']:.3g} over subsets")
     remarks += [f"epoch {info['epoch']} of {info['num_epochs']}"] if "epoch" in info else []
     remarks += ["found by an earlier evaluation"] if "evaluation" in info else []
+    remarks += remarks_on_settings(info)
     remarks += ["fewer images than features: biased upwards"] if info.get("n_below_dim") else []
     remarks += [f"weights {info['weights_sha256'][:8]}"] if "weights_sha256" in info else []
     floor = f"{info['real_floor']:.4g}" if "real_floor" in info else ""

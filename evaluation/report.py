@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+CHANGING = ("recipe", "num_val", "seed")  # settings that change values but not their names
+
 
 @dataclass(frozen=True)
 class Report:
@@ -9,8 +11,9 @@ class Report:
 
     metric_info: name -> {"better", "n_real", "n_fake", ...}; "private" is there when the number comes from private or
     test data without noise, and says how; "evaluation" when an earlier evaluation found it, with the settings of that
-    one. missing: name -> reason, with the command that helps. details: name -> tables
-    that are too large for metric_info. nearest: sample -> nearest training images (rows), for the gallery.
+    one; "before" lists values that other settings gave. missing: name -> reason, with the command that helps.
+    details: name -> tables that are too large for metric_info. nearest: sample -> nearest training images (rows), for
+    the gallery.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -37,21 +40,30 @@ class Report:
             )
         if any("evaluation" in info for info in self.metric_info.values()):
             lines.append("^ found by an earlier evaluation of the same samples")
+        for name in self.shown():
+            lines += [f"  {name}: {remark}" for remark in remarks_on_settings(self.metric_info[name])]
         lines += [f"missing: {name}: {reason}" for name, reason in self.missing.items()]
         return "\n".join(lines)
 
-    def after(self, earlier: "Report") -> "Report":
-        """This report, with what `earlier` found about the same samples and this evaluation was not asked for."""
-        judged = {*self.metrics, *self.missing}
-        kept = {name: value for name, value in earlier.metrics.items() if name not in judged}
-        # Where all of them failed, accuracies were missing under one name.
-        found = {name.split("/")[0] for name in self.metrics} | ({"gallery"} if self.nearest else set())
-        absent = {name: reason for name, reason in earlier.missing.items() if name not in judged | found}
+    def after(self, earlier: "Report", now: dict) -> "Report":
+        """This report, which was found with the settings `now`, with what `earlier` found about the same samples: what
+        this evaluation was not asked for, and values that were different with other settings."""
+        info = {}
+        for name, known in earlier.metric_info.items():
+            words = _unlike(known["evaluation"], now)
+            info[name] = (
+                {**known, "unlike_now": words}
+                if words
+                else {k: v for k, v in known.items() if k != "unlike_now"}
+            )
+        for name, found in self.metric_info.items():
+            before = _before(earlier, name, now | found) if name in earlier.metrics else []
+            info[name] = {**found, "before": before} if before else found
         return Report(
-            {**kept, **self.metrics},
-            {**{name: earlier.metric_info[name] for name in kept}, **self.metric_info},
-            {**absent, **self.missing},
-            {**{name: earlier.details[name] for name in kept if name in earlier.details}, **self.details},
+            {**earlier.metrics, **self.metrics},
+            info,
+            self.missing,
+            {**earlier.details, **self.details},
             self.nearest,
         )
 
@@ -68,6 +80,34 @@ class Report:
         star = (" *" if "private" in info else "") + (" ^" if "evaluation" in info else "")
         value = f"{self.metrics[name]:.2f}" if name.startswith("accuracy/") else f"{self.metrics[name]:.4g}"
         return name + star, value, info["better"], f"{info['n_real']:,}", f"{info['n_fake']:,}"
+
+
+def _unlike(settings: dict, now: dict) -> str:
+    """The settings of an evaluation that may change a value of the same name, where they are not those of `now`."""
+    different = [key for key in CHANGING if key in settings and settings[key] != now.get(key)]
+    return ", ".join(f"{key}={settings[key]}" for key in different)
+
+
+def remarks_on_settings(info: dict) -> list[str]:
+    """What a person must know who compares this value with its neighbours in the table."""
+    remarks = [f"found with {info['unlike_now']}"] if info.get("unlike_now") else []
+    return remarks + [f"{entry['value']:.4g} with {entry['with']}" for entry in info.get("before", [])]
+
+
+def _before(earlier: Report, name: str, now: dict) -> list[dict]:
+    """Values of this name that other settings than `now` gave, the oldest first; the last one of each setting."""
+    info = earlier.metric_info[name]
+    last = {"value": earlier.metrics[name], "evaluation": info["evaluation"]}
+    if "classifiers" in info:
+        last["mean_of"] = info["classifiers"]
+    latest = {}
+    for entry in [*info.get("before", []), last]:
+        words = _unlike(entry["evaluation"], now)
+        if entry.get("mean_of", now.get("classifiers")) != now.get("classifiers"):
+            words = ", ".join(filter(None, (words, f"classifiers={entry['mean_of']}")))
+        if words:
+            latest[words] = entry | {"with": words}
+    return list(latest.values())
 
 
 def _aligned(row: tuple[str, ...], widths: list[int]) -> str:

@@ -63,7 +63,7 @@ def collect(exp_root: Path) -> tuple[list[dict], list[tuple[Path, str]]]:
             results = read_json(path)
             facts = {name: results.get(name) for name in FACTS}
             rows.append({**facts, RUN: path.parent.relative_to(exp_root).as_posix(), **results["metrics"]})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             damaged.append((path, f"{type(error).__name__}: {error}"))
     return rows, damaged
 

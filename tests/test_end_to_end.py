@@ -150,10 +150,19 @@ def test_choosing_a_classifier_is_booked_and_adds_up(finished):
 def test_a_choice_of_an_evaluation_that_was_stopped_is_paid_for(tmp_path, monkeypatch):
     settings = ["eval.mode=val", "sensitive_data.num_val=137", "eval.metrics=[accuracy]"]
     argv = arguments("Noise", tmp_path, *settings)
+    booked = []
+
+    def stop(*_) -> None:
+        booked.extend(strict_json(next(tmp_path.rglob("privacy.json")))["selection"])
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patched:
-        patched.setattr("evaluation.metrics.accuracy._percent", _stop)
+        patched.setattr("evaluation.metrics.accuracy._percent", stop)
         stopped = call(run_program.main, argv)
     assert stopped.code == 130
+    assert len(booked) == 1, (
+        "a choice that was made is not written down yet; a killed process would not pay for it"
+    )
     selection = strict_json(stopped.folder / "privacy.json")["selection"]
     assert [choice["spent"] for choice in selection] == [pytest.approx(1.0)]
     resumed = call(run_program.main, [*argv, "--resume_exp", stopped.folder.name])
@@ -178,6 +187,9 @@ def test_a_run_is_judged_by_its_folder_alone(tmp_path):
     """Everything that is not given comes from the run; another number of validation images would ask training ones."""
     settings = ["--epsilon", "3", "eval=none", "eval.mode=val", "sensitive_data.num_val=100"]
     folder = call(run_program.main, arguments("Noise", tmp_path, *settings)).folder
+    assert (
+        "--metrics: names none" in call(eval_program.main, ["--exp_path", str(folder), "eval=none"]).refusal
+    )
     asked = call(eval_program.main, ["--exp_path", str(folder), "--print_config"])
     values = {line.split()[0]: line.split()[1] for line in asked.out.splitlines() if line[:1].strip()}
     assert values["sensitive_data.num_val"] == "100" and values["preset"] == "quick"
@@ -192,10 +204,10 @@ def test_a_run_is_judged_by_its_folder_alone(tmp_path):
         assert refusal.startswith(f"error: {setting.partition('=')[0]}: ") and "leave " in refusal
     privacy = strict_json(folder / "privacy.json")
     (folder / "privacy.json").write_text(json.dumps(privacy | {"num_records": privacy["num_records"] + 1}))
-    refusal = call(eval_program.main, ["--exp_path", str(folder), "eval=none", "eval.mode=val"]).refusal
+    refusal = call(eval_program.main, ["--exp_path", str(folder), "eval.mode=val"]).refusal
     assert "the data have changed" in refusal
     (folder / "privacy.json").write_text(json.dumps(privacy | {"data_identity": "another folder's"}))
-    refusal = call(eval_program.main, ["--exp_path", str(folder), "eval=none", "eval.mode=val"]).refusal
+    refusal = call(eval_program.main, ["--exp_path", str(folder), "eval.mode=val"]).refusal
     assert "digits_8 was prepared again" in refusal
 
 
@@ -219,7 +231,11 @@ def test_a_dry_run_of_judging_asks_nothing(finished):
     kept = {name: (folder / name).read_text() for name in ("privacy.json", "results.json", "stdout.txt")}
     argv = ["--method", "PrivImage", "eval.mode=val", "--exp_path", str(folder), "--dry_run"]
     outcome = call(eval_program.main, argv)
-    assert outcome.code == 0 and "100 samples" in outcome.out
+    assert outcome.code == 0 and "100 images" in outcome.out
+    assert (
+        "epsilon 1 of their own" in outcome.out
+        and "so far choices have cost these images epsilon" in outcome.out
+    )
     assert kept == {name: (folder / name).read_text() for name in kept}
 
 
@@ -244,6 +260,42 @@ def test_judging_again_adds_to_what_was_found(finished):
     assert (after["seed"], after["preset"]) == (before["seed"], before["preset"]) == (0, "quick")
     assert after["evaluation"]["seed"] == 7
     assert after["spent_epsilon"] == before["spent_epsilon"]
+
+
+def test_a_run_is_judged_as_it_was_unless_that_costs_privacy(finished):
+    """Its own settings hold, but only who asks for eval.mode=val pays for it once more."""
+    folder = finished["PrivImage"].folder
+    before = strict_json(folder / "results.json")["evaluation"]
+    argv = ["--exp_path", str(folder), "--dry_run"]
+    assert "eval.mode=val would ask the run's validation images again" in call(eval_program.main, argv).out
+    shown = call(eval_program.main, ["--exp_path", str(folder), "--print_config"]).out
+    for key in ("recipe", "num_val", "extractor"):
+        assert (
+            f"eval.{key}" in shown and str(before[key]) in shown.partition(f"eval.{key} ")[2].splitlines()[0]
+        )
+    assert "syn" in shown.partition("eval.mode ")[2].splitlines()[0]
+    refusal = call(eval_program.main, [*argv, "gen.data_num=5"]).refusal
+    assert refusal.startswith("error: gen.data_num=5: ")
+
+
+def test_what_cannot_be_judged_again_is_one_line_and_changes_nothing(tmp_path):
+    folder = call(
+        run_program.main, arguments("Noise", tmp_path, "eval.metrics=[fid]", "eval.extractor=random_conv")
+    ).folder
+    results, samples = (folder / "results.json").read_text(), (folder / "gen/gen.npz").read_bytes()
+    (folder / "results.json").write_text(results[:100])
+    assert (
+        f"{folder / 'results.json'}: damaged" in call(eval_program.main, ["--exp_path", str(folder)]).refusal
+    )
+    (folder / "results.json").write_text("{}")
+    assert "damaged (KeyError: 'data')" in call(eval_program.main, ["--exp_path", str(folder)]).refusal
+    (folder / "results.json").write_text(results)
+    with np.load(folder / "gen/gen.npz") as content:
+        np.savez(folder / "gen/gen.npz", x=255 - content["x"], y=content["y"])
+    assert "other samples than those" in call(eval_program.main, ["--exp_path", str(folder)]).refusal
+    assert (folder / "results.json").read_text() == results
+    (folder / "gen/gen.npz").write_bytes(samples)
+    assert call(eval_program.main, ["--exp_path", str(folder)]).code == 0
 
 
 @pytest.mark.parametrize(

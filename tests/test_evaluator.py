@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -405,15 +406,56 @@ def test_unknown_names_are_refused_before_anything_runs(changes, words):
         Evaluator(config(**changes), SPEC, Path("absent"), "cpu", 0)
 
 
-def test_what_was_missing_and_is_there_now_is_missing_no_more():
-    """Where all classifiers failed, one line stood for all their accuracies."""
-    earlier = Report(
-        missing={"accuracy": "no memory", "gallery": "no weights", "fid/inception": "no weights"}
+def test_what_is_missing_is_said_of_this_evaluation_alone():
+    earlier = Report(missing={"accuracy": "no memory", "fid/inception": "no weights"})
+    found = {"fid/random_conv": 2.0}
+    written = Report(found, {name: {} for name in found}, {"kid/inception": "no weights"}).after(earlier, {})
+    assert (set(written.metrics), set(written.missing)) == (set(found), {"kid/inception"})
+
+
+def judged(values: dict, settings: dict | None = None, classifiers=("a", "b")) -> Report:
+    """A report as one evaluation finds it, or with `settings`, as it is read from its file."""
+    known = {"better": "higher", "n_real": 10, "n_fake": 10} | ({"evaluation": settings} if settings else {})
+    means = {"classifiers": list(classifiers)}
+    return Report(values, {name: known | (means if "mean" in name else {}) for name in values})
+
+
+def read_again(report: Report, settings: dict) -> Report:
+    info = {name: {"evaluation": settings} | known for name, known in report.metric_info.items()}
+    return replace(report, metric_info=info)
+
+
+def test_a_value_that_other_settings_gave_is_kept_beside_the_new_one():
+    quick, paper = (
+        {"recipe": "quick", "seed": 0, "mode": "syn"},
+        {"recipe": "paper", "seed": 0, "mode": "val"},
     )
-    found = {"accuracy/mlp/syn_val": 50.0, "fid/random_conv": 2.0}
-    written = Report(found, {name: {} for name in found}, nearest={0: [1]}).after(earlier)
-    assert set(written.metrics) == set(found) and set(written.missing) == {"fid/inception"}
-    assert set(Report().after(earlier).missing) == set(earlier.missing)
+    earlier = judged({"accuracy/a": 50.0, "accuracy/b": 60.0, "fid": 3.0}, quick)
+    written = judged({"accuracy/a": 70.0}).after(earlier, paper)
+    assert list(written.metrics.items()) == [("accuracy/a", 70.0), ("accuracy/b", 60.0), ("fid", 3.0)], (
+        "in their order"
+    )
+    assert written.metric_info["accuracy/a"]["before"][0] | {"evaluation": None} == {
+        "value": 50.0, "with": "recipe=quick", "evaluation": None
+    }  # fmt: skip
+    lines = written.table().splitlines()
+    assert "  accuracy/a: 50 with recipe=quick" in lines and "  accuracy/b: found with recipe=quick" in lines
+    third = judged({"accuracy/a": 71.0, "accuracy/b": 61.0}).after(read_again(written, paper), paper)
+    assert [entry["value"] for entry in third.metric_info["accuracy/a"]["before"]] == [50.0]
+    assert [entry["value"] for entry in third.metric_info["accuracy/b"]["before"]] == [60.0]
+    back = judged({"accuracy/a": 51.0}).after(read_again(third, paper), quick)
+    assert [entry["value"] for entry in back.metric_info["accuracy/a"]["before"]] == [71.0]
+    assert back.metric_info["accuracy/b"]["unlike_now"] == "recipe=paper"
+
+
+def test_a_mean_over_other_classifiers_is_another_value():
+    settings = {"recipe": "quick", "seed": 0}
+    earlier = judged({"accuracy/mean": 50.0}, settings)
+    assert (
+        "before" not in judged({"accuracy/mean": 51.0}).after(earlier, settings).metric_info["accuracy/mean"]
+    )
+    written = judged({"accuracy/mean": 70.0}, classifiers=["c", "d"]).after(earlier, settings)
+    assert "  accuracy/mean: 50 with classifiers=['a', 'b']" in written.table().splitlines()
 
 
 def test_report_survives_json_and_prints_every_name(digits):

@@ -20,6 +20,7 @@ from utils.environment import require_same_config
 from utils.errors import UserError
 from utils.results import write_privacy, write_results
 from utils.run_dir import atomic, create, discard_unstarted, find, read_json, write_json, write_text
+from utils.stage_times import StageTimes
 
 # ------------------------------------------------------------------------------------------------- files
 
@@ -254,9 +255,11 @@ TRAINING = {
 def test_selections_add_up_in_privacy_json(tmp_path):
     write_privacy(tmp_path, TRAINING)
     for number in (1, 2):
-        privacy = write_privacy(tmp_path, read_json(tmp_path / "privacy.json"), {"spent": 0.5})
+        for spent in (0.25, 0.5):  # booked choice by choice
+            choice = {"id": str(number), "spent": spent}
+            privacy = write_privacy(tmp_path, read_json(tmp_path / "privacy.json"), choice)
         assert [choice["spent"] for choice in privacy["selection"]] == [0.5] * number
-    assert write_privacy(tmp_path, TRAINING)["selection"] == [{"spent": 0.5}] * 2
+    assert write_privacy(tmp_path, TRAINING)["selection"] == privacy["selection"]
     assert read_json(tmp_path / "privacy.json")["spent"] == math.inf
 
 
@@ -285,3 +288,17 @@ def test_writing_results_again_keeps_what_describes_the_training(tmp_path):
     assert results["epsilon"] == results["spent_epsilon"] == math.inf
     assert results["selection_epsilon"] == 0.75
     assert results["noise_seeded"] is True, "the noise of one choice was known"
+
+
+def test_the_time_of_a_stage_is_of_all_starts_together(tmp_path):
+    with pytest.raises(KeyboardInterrupt), StageTimes(tmp_path).of("train"):
+        raise KeyboardInterrupt
+    (tmp_path / "timing.json").write_text('{"train": 100.0}')
+    times = StageTimes(tmp_path)
+    with times.of("train"):
+        times.keep()
+        assert StageTimes(tmp_path).seconds()["train"] > 100
+    with times.of("generate"):
+        pass
+    assert set(StageTimes(tmp_path).seconds()) == {"train", "generate"}
+    assert 100 < times.seconds()["train"] < 200

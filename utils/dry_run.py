@@ -13,7 +13,7 @@ def describe(config, spec, ledger, synthesizer, num_public: int | None) -> str:
     if ledger is None:
         lines.append("no private stage (sensitive_data.name=null)")
     else:
-        lines += [*plan_lines(ledger, spec.num_train), _evaluation(config)]
+        lines += [*plan_lines(ledger, spec.num_train), evaluation_line(config)]
     lines += [f"parameters: {name} {count:,}" for name, count in synthesizer.parameter_counts().items()]
     costs = [] if num_public is None else synthesizer.public_costs(num_public)
     costs += [] if ledger is None else synthesizer.costs()
@@ -49,7 +49,8 @@ def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def _evaluation(config) -> str:
+def evaluation_line(config) -> str:
+    """By what the samples are judged, how classifiers choose their epoch, and what that costs."""
     judged = config.eval
     choice = {
         "val": f"on {config.sensitive_data.num_val:,} private images that training does not see; costs these images "

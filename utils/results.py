@@ -13,16 +13,20 @@ OF_TRAINING = ("epsilon", "seed", "preset", "preset_tier", "borrowed")  # what a
 
 def write_privacy(folder: Path, training: dict, selection: dict | None = None) -> dict:
     """Write and return privacy.json: the training ledger's report, and one entry in `selection` per evaluation that
-    asked the private validation images. Earlier entries stay: judging a run again spends again. So does what was
-    `revealed` before, by an evaluation that was interrupted, too."""
+    asked the private validation images, known by its id. Earlier entries stay: judging a run again spends again. So
+    does what was `revealed` before, by an evaluation that was interrupted, too. results.json, if there is one, tells
+    their sum."""
     path = folder / PRIVACY
     before = read_json(path) if path.exists() else {"selection": [], "revealed": []}
+    others = [entry for entry in before["selection"] if selection is None or entry["id"] != selection["id"]]
     privacy = {
         **training,
-        "selection": before["selection"] + ([] if selection is None else [selection]),
+        "selection": others + ([] if selection is None else [selection]),
         "revealed": list(dict.fromkeys([*before["revealed"], *training["revealed"]])),
     }
     write_json(path, privacy)
+    if (folder / RESULTS).exists():
+        write_json(folder / RESULTS, read_json(folder / RESULTS) | _of_selection(privacy))
     return privacy
 
 
@@ -44,8 +48,7 @@ def write_results(folder: Path, config, privacy: dict, report, timing: dict[str,
         "delta": privacy["budget"]["delta"],
         "private": privacy["private"],
         "spent_epsilon": privacy["spent"],
-        "selection_epsilon": sum(selection["spent"] for selection in privacy["selection"]),
-        "noise_seeded": any(part["noise_seeded"] for part in (privacy, *privacy["selection"])),
+        **_of_selection(privacy),
         "seed": config.seed,
         "preset": config.preset,
         "preset_tier": config.preset_tier,
@@ -54,7 +57,7 @@ def write_results(folder: Path, config, privacy: dict, report, timing: dict[str,
         "metrics": evaluated["metrics"],
         "metric_info": evaluated["metric_info"],
         "missing": evaluated["missing"],
-        "evaluation": _settings(config),
+        "evaluation": evaluation_settings(config),
         "timing": {**before.get("timing", {}), **{stage: round(taken, 2) for stage, taken in timing.items()}},
         "git": git_commit(),
         "versions": versions(),
@@ -62,7 +65,15 @@ def write_results(folder: Path, config, privacy: dict, report, timing: dict[str,
     write_json(path, {**content, **{key: before[key] for key in OF_TRAINING if key in before}})
 
 
-def _settings(config) -> dict:
+def _of_selection(privacy: dict) -> dict:
+    """What results.json says of the noisy choices of epochs."""
+    return {
+        "selection_epsilon": sum(selection["spent"] for selection in privacy["selection"]),
+        "noise_seeded": any(part["noise_seeded"] for part in (privacy, *privacy["selection"])),
+    }
+
+
+def evaluation_settings(config) -> dict:
     """The settings of the evaluation; without the price of private choices where none is made."""
     settings = {**dataclasses.asdict(config.eval), "seed": config.seed}
     if config.eval.mode != "val":

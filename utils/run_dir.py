@@ -41,8 +41,11 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> object:
-    """What `write_json` wrote; the strings "inf", "-inf" and "nan" become numbers again."""
-    return _loose(json.loads(path.read_text(encoding="utf-8")))
+    """What `write_json` wrote; the strings "inf", "-inf" and "nan" become numbers again. UserError if it is damaged."""
+    try:
+        return _loose(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); move it away") from error
 
 
 def _loose(value: object) -> object:
