@@ -628,6 +628,24 @@ def test_bad_input_is_one_line_that_names_it(load, arguments):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("method", "key", "suggestion"),
+    [
+        ("DP-MERF", "train.n_epochs", "did you mean 'train.epochs'?"),
+        ("DPDM", "train.lr", "did you mean 'train.optim.params.lr'?"),
+        ("DPDM", "trian.n_epochs", "did you mean 'train.n_epochs'?"),
+        ("DPDM", "train.delta", "did you mean 'privacy.delta'?"),
+        ("DPDM", "network.ch_mult", "did you mean 'model.network.ch_mult'?"),
+        ("PE", "train.n_epochs", "; known: train."),
+        ("DPDM", "lr", "'pretrain.optim.params.lr' or 'pretrain.query.lr' or 'train.optim.params.lr'?"),
+    ],
+)
+def test_an_unknown_key_is_told_the_nearest_one_that_means_the_same(method, key, suggestion):
+    with pytest.raises(UserError) as error:
+        load_config(["--method", method, f"{key}=3"], METHODS)
+    assert suggestion in str(error.value)
+
+
 def test_config_dir_must_exist(tmp_path):
     with pytest.raises(UserError, match="--config_dir: 'nowhere' is not a folder"):
         load_config(["--config_dir", "nowhere"], Registry("method", {"Toy": Toy}))

@@ -44,19 +44,40 @@ def leaf_types(sections: dict[str, object]) -> dict[str, object]:
 
 
 def unknown_key(key: str, known: Iterable[str], source: str = "") -> UserError:
-    """The error for a dotted key that is no setting; names the nearest one."""
+    """The error for a dotted key that is no setting; names the nearest one: in the same section, of the same last name
+    elsewhere, or else the one that is spelled most alike."""
     known = sorted(known)
     parent, _, last = key.rpartition(".")
-    same_last = [name for name in known if name.rpartition(".")[2] == last]
     siblings = {name: f"{parent}.{name}" for name in _children(parent, known)}
-    near = difflib.get_close_matches(key, same_last, n=1, cutoff=0.0)
-    near = near or [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
-    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    near = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
+    near = near or _same_last(key, known) or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     where = f" in {source}" if source else ""
     if near:
-        return UserError(f"unknown key '{key}'{where}; did you mean '{near[0]}'?")
+        return UserError(
+            f"unknown key '{key}'{where}; did you mean {' or '.join(repr(name) for name in near)}?"
+        )
     listed = sorted(siblings.values()) or sorted({name.split(".")[0] for name in known})
     return UserError(f"unknown key '{key}'{where}; known: {', '.join(listed)}")
+
+
+def _same_last(key: str, known: list[str]) -> list[str]:
+    """Settings of the same last name: of a key with a section the nearest in that section, or one of about its name, or
+    right below another; of a key without one all of them, if they are few."""
+    section, _, last = key.rpartition(".")
+    found = [name for name in known if name.rpartition(".")[2] == last]
+    if not section:
+        return found if len(found) <= 4 else []
+    alike = difflib.get_close_matches(
+        section.split(".")[0], {name.split(".")[0] for name in found}, n=1, cutoff=0.75
+    )
+    inside = [name for name in found if name.split(".")[0] in alike]
+    shallow = [name for name in found if name.count(".") == 1]
+    return difflib.get_close_matches(key, inside or shallow or _deeper(section, found), n=1, cutoff=0.0)
+
+
+def _deeper(section: str, found: list[str]) -> list[str]:
+    """Those that have all of `section` within their path, such as model.network.nf for network.nf."""
+    return [name for name in found if f".{section}." in name]
 
 
 def _children(parent: str, known: list[str]) -> set[str]:
