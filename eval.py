@@ -22,7 +22,7 @@ from utils.environment import values_of
 from utils.errors import UserError
 from utils.log import also_to, to_terminal
 from utils.results import PRIVACY
-from utils.run_dir import CONFIG, RESULTS, new_folder, read_json
+from utils.run_dir import CONFIG, RESULTS, new_folder, read_json, write_json
 from utils.runtime import Runtime, log
 from utils.stopping import UNREAD, exit_code, quiet_pipe, sigterm_interrupts
 
@@ -144,7 +144,7 @@ def evaluate_images(config: Config) -> int:
     from evaluation.page import REPORT, write_page
     from evaluation.report import Report
     from utils.device import prepare_device
-    from utils.results import evaluation_settings, write_results
+    from utils.results import evaluation_settings, results_of
 
     config = as_images(config)
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
@@ -181,8 +181,9 @@ def evaluate_images(config: Config) -> int:
     }
     title = f"{config.images.name} on {spec.name}"
     written = report.after(earlier, evaluation_settings(config))
-    write_page(folder, written, samples, sensitive.train, spec, title, None, config.eval.gallery)
-    write_results(folder, config, unknown, written, {"evaluate": time.perf_counter() - start}, facts)
+    results = results_of(folder, config, unknown, written, {"evaluate": time.perf_counter() - start}, facts)
+    write_page(folder, written, samples, sensitive.train, spec, title, None, config.eval.gallery, results)
+    write_json(folder / RESULTS, results)
     log.info(f"\n{written.table()}\n\nreport: {folder / REPORT}\nnumbers: {folder / RESULTS}")
     return INCOMPLETE if report.missing else 0
 

@@ -20,7 +20,7 @@ from utils.config import Config, format_config, load_config
 from utils.config_files import flatten
 from utils.errors import UserError
 from utils.progress import duration
-from utils.run_dir import DISK_FULL, RESULTS, discard_unstarted, read_json, write_text
+from utils.run_dir import DISK_FULL, RESULTS, discard_unstarted, read_json, write_json, write_text
 from utils.runtime import Runtime, log
 from utils.stopping import UNREAD, exit_code, quiet_pipe, sigterm_interrupts
 
@@ -420,7 +420,7 @@ def judge(
     from evaluation.evaluator import Evaluator
     from evaluation.page import REPORT, write_page
     from opacus_ext.card import privacy_card, privacy_summary
-    from utils.results import evaluation_settings, write_privacy, write_results
+    from utils.results import evaluation_settings, results_of, write_privacy
 
     evaluator = Evaluator(
         config.eval, spec, config.weights_root, runtime.device, config.seed, runtime.cache_dir,
@@ -451,8 +451,9 @@ def judge(
     if earlier is None:
         log.info("the earlier evaluation was of other samples; it is replaced")
     written = report if earlier is None else report.after(earlier, evaluation_settings(config))
-    write_page(folder, written, samples, real.train, spec, title, card, config.eval.gallery)
-    write_results(folder, config, privacy, written, timing, facts)
+    results = results_of(folder, config, privacy, written, timing, facts)
+    write_page(folder, written, samples, real.train, spec, title, card, config.eval.gallery, results)
+    write_json(folder / RESULTS, results)
     log.info(f"\n{privacy_summary(privacy)}\n\n{written.table()}\n")
     places = {"report": REPORT, "samples": GRID, "privacy card": CARD, "numbers": RESULTS}
     log.info("\n".join(f"{what}: {folder / name}" for what, name in places.items()))

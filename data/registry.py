@@ -23,6 +23,7 @@ class SourceQuirks:
     nested_classes: bool = False  # a class is the whole folder path below the first level, not its first part
     first_label: int = 0  # the label that the files give to class 0
     transposed: bool = False  # images are stored with rows and columns swapped
+    one_class: bool = False  # a single class folder is enough
     attribute: str = "Male"  # CelebA: the attribute that is the label
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from data.convert import decode, square_array
 from data.registry import NO_QUIRKS, SourceQuirks
-from data.trees import FileTree, open_tree
+from data.trees import FileTree, FolderTree, open_tree
 from utils.errors import UserError
 
 LAYOUTS = (
@@ -137,7 +137,10 @@ def _open_by_layout(path: Path, quirks: SourceQuirks) -> Source:
         return _read_celeba(tree, names, quirks.attribute)
     if "dataset.json" in base_names:
         return _read_dataset_json(tree, names)
-    return _read_image_files(tree, names, quirks)
+    source = _read_image_files(tree, names, quirks)
+    empty = tree.empty_folders if isinstance(tree, FolderTree) else []
+    notes = (f"no file in the folder {name}: it is no class" for name in empty)
+    return replace(source, notes=(*source.notes, *notes))
 
 
 def _single(tree: FileTree, name: str) -> bytes:
@@ -465,13 +468,16 @@ def _labelled_files(tree: FileTree, names: list[str], depth: int, quirks: Source
     if not any(folders):
         if depth and not any("_" in PurePosixPath(name).name for name in names):
             only = PurePosixPath(names[0]).parts[depth - 1]
+            if quirks.one_class:
+                return FilePart(tree, names, np.array([only] * len(names)))
             raise UserError(f"{tree.path}: there is one class, '{only}'; at least 2 class folders are needed")
         labels = [_class_of_flat_file(tree, name) for name in names]
     elif all(folders):
         labels = ["/".join(parts[1:] or parts) if quirks.nested_classes else parts[0] for parts in folders]
     else:
         stray = names[folders.index(())]
-        raise UserError(f"{tree.path}: {stray} lies beside the class folders; move it into one of them")
+        advice = "move it into one of them, or away if it is no image"
+        raise UserError(f"{tree.path}: {stray} lies beside the class folders; {advice}")
     return FilePart(tree, names, np.array(labels))
 
 

@@ -48,6 +48,13 @@ class FolderTree:
         files = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
         self.names = sorted(name for name in files if _is_wanted(name))
 
+    @property
+    def empty_folders(self) -> list[str]:
+        """Folders in which there is nothing that is wanted."""
+        parents = {parent for name in self.names for parent in PurePosixPath(name).parents}
+        folders = (PurePosixPath(folder.relative_to(self.path)) for folder in self.path.rglob("*") if folder.is_dir())
+        return sorted(str(folder) for folder in folders if folder not in parents and _is_wanted(str(folder)))
+
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
         for name in wanted:
             try:

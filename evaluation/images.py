@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.registry import SourceQuirks
 from data.sources import ArrayPart, Part, open_source, sizes_note
 from data.spec import DataSpec, Samples
 from utils.errors import UserError
@@ -29,7 +30,7 @@ def read_images(path: Path, spec: DataSpec) -> tuple[Samples, tuple[str, ...]]:
         raise UserError(
             f"--images: {path} is the folder of a run; give --exp_path {path}, or its gen/gen.npz"
         )
-    part = _read_npz(path) if path.suffix == ".npz" else open_source(path).train
+    part = _read_npz(path) if path.suffix == ".npz" else open_source(path, SourceQuirks(one_class=True)).train
     labels = _as_labels(part.labels, spec, path)
     images, notes = _converted(part, spec, path)
     counts = np.bincount(labels, minlength=spec.num_classes)

@@ -35,8 +35,12 @@ def _metric_lines(entry: Metric, weights_root: Path) -> list[str]:
     """One line per value of the metric."""
     check = EXTRACTORS.resolve(entry.extractor).check if entry.extractor else entry.check
     state = _state(check, weights_root) if check else "ready"
-    if entry.uses_extractor:
-        state += f"; by extractor {entry.extractor}" if entry.extractor else "; by eval.extractor"
+    if entry.extractor:
+        state += f"; by extractor {entry.extractor}"
+    elif "sample_logits" in entry.needs:
+        state = "ready where an extractor with class probabilities is (inception)"
+    elif entry.uses_extractor and state == "ready":
+        state = "ready where eval.extractor is, see below"
     floor = f"; from {entry.min_images} images" if entry.min_images > 1 else ""
     return [f"  {name:<22}{better} is better; {state}{floor}" for name, better in entry.better.items()]
 

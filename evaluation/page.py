@@ -52,10 +52,12 @@ def write_page(
     title: str,
     card: str | None,
     gallery: str | None,
+    results: dict,
 ) -> None:
     """Write report.html and details.json into `folder`, and private/nearest.html for the `gallery` "private".
 
-    `card` is the privacy card of a run, as Markdown. The gallery "report" is in report.html, which is then private too.
+    `card` is the privacy card of a run, as Markdown; `results` is what results.json will say. The gallery "report" is
+    in report.html, which is then private too.
     """
     write_json(folder / DETAILS, report.details)
     shown = _gallery(report, samples, train) if report.nearest else None
@@ -66,6 +68,7 @@ def write_page(
     sections = [
         f"<p class='red'>{CONTAINS_PRIVATE}</p>" if embedded else "",
         _head(samples, spec),
+        _about(results),
         _metrics(report),
         _grid(samples, spec),
         *_classes(report, spec),
@@ -126,6 +129,26 @@ def _head(samples: Samples, spec: DataSpec) -> str:
     if absent:
         line += f"<p class='warn'>No image of class {html.escape(', '.join(absent))}.</p>"
     return line
+
+
+def _about(results: dict) -> str:
+    """What was run and how it was judged, in one table."""
+    judged = results["evaluation"]
+    rows = {}
+    if results["images"] is None:
+        borrowed = f", settings of epsilon {results['preset_tier']}" if results["borrowed"] else ""
+        rows["training"] = f"preset {results['preset']}{borrowed}, seed {results['seed']}"
+    rows["judged"] = f"{results['judged']}, seed {judged['seed']}"
+    if judged["classifiers"]:
+        rows["classifiers"] = (
+            f"{', '.join(judged['classifiers'])}; recipe {judged['recipe']}, eval.mode={judged['mode']}"
+        )
+    rows["extractor"] = judged["extractor"]
+    rows["toolkit"] = (results["git"] or "no checkout")[:12]
+    cells = "".join(
+        f"<tr><td>{key}</td><td class='note'>{html.escape(text)}</td></tr>" for key, text in rows.items()
+    )
+    return f"<table>{cells}</table>"
 
 
 def _metrics(report: Report) -> str:

@@ -19,6 +19,7 @@ FACTS = (
     "method", "data", "epsilon", "delta", "private", "spent_epsilon", "selection_epsilon", "noise_seeded", "seed",
     "preset", "preset_tier", "borrowed", "git",
 )  # fmt: skip
+JUDGED = ("recipe", "eval_seed")  # of the evaluations whose values are in the row, the latest first
 RUN = "run"  # the run's folder, relative to exp_root: the key of a row
 UNREADABLE = 1  # exit code: the table is written, but some results are damaged
 
@@ -62,10 +63,19 @@ def collect(exp_root: Path) -> tuple[list[dict], list[tuple[Path, str]]]:
         try:
             results = read_json(path)
             facts = {name: results.get(name) for name in FACTS}
-            rows.append({**facts, RUN: path.parent.relative_to(exp_root).as_posix(), **results["metrics"]})
+            run = path.parent.relative_to(exp_root).as_posix()
+            rows.append({**facts, **judged(results), RUN: run, **results["metrics"]})
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             damaged.append((path, f"{type(error).__name__}: {error}"))
     return rows, damaged
+
+
+def judged(results: dict) -> dict:
+    """How the values were found; several settings, such as "quick+paper", where evaluations differ."""
+    settings = [results["evaluation"]]
+    settings += [info["evaluation"] for info in results["metric_info"].values() if "evaluation" in info]
+    found = zip(JUDGED, ("recipe", "seed"), strict=True)
+    return {column: "+".join(dict.fromkeys(str(entry[key]) for entry in settings)) for column, key in found}
 
 
 def unfinished(exp_root: Path) -> list[Path]:
@@ -86,9 +96,9 @@ def read_table(path: Path) -> list[dict]:
 
 def as_csv(rows: list[dict]) -> str:
     """Facts first, then the metrics in order of their names; what a run lacks stays empty."""
-    metrics = sorted({name for row in rows for name in row} - {*FACTS, RUN})
+    metrics = sorted({name for row in rows for name in row} - {*FACTS, *JUDGED, RUN})
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*FACTS, RUN, *metrics], lineterminator="\n")
+    writer = csv.DictWriter(text, [*FACTS, *JUDGED, RUN, *metrics], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -18,6 +18,7 @@ from models import METHODS
 from utils.config import Config, format_config, load_config
 from utils.errors import UserError
 from utils.log import also_to, to_terminal
+from utils.run_dir import RESULTS, write_json
 from utils.runtime import log
 
 GROUP = "real"  # folder below exp_root, and the method's name in results.json
@@ -51,7 +52,7 @@ def measure(config: Config) -> int:
     from data.sensitive import load_sensitive, spec_of
     from evaluation.evaluator import Evaluator
     from utils.device import prepare_device
-    from utils.results import write_results
+    from utils.results import results_of
     from utils.run_dir import new_folder
 
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
@@ -72,7 +73,8 @@ def measure(config: Config) -> int:
     without_privacy = {
         "budget": {"delta": None}, "private": False, "spent": math.inf, "selection": [], "noise_seeded": False
     }  # fmt: skip
-    write_results(folder, config, without_privacy, report, {"evaluate": time.perf_counter() - start}, {})
+    timing = {"evaluate": time.perf_counter() - start}
+    write_json(folder / RESULTS, results_of(folder, config, without_privacy, report, timing, {}))
     log.info(f"\n{report.table()}\n\nNOT private: the classifiers were trained on the private images")
     log.info(f"run folder: {folder}")
     return 3 if report.missing else 0

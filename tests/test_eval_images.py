@@ -257,6 +257,20 @@ def test_mistakes_are_one_line(argv, words):
     assert all(word in refusal for word in words), refusal
 
 
+def test_one_class_folder_is_judged_as_an_npz_of_one_class_is(digits, tmp_path):
+    threes = digits.take(np.flatnonzero(digits.labels == 3))
+    write_folder(tmp_path / "images", threes, lambda row, label: f"{label}/{row:03}.png")
+    samples, notes = read_images(tmp_path / "images", SPEC)
+    assert set(samples.labels) == {3} and len(samples) == len(threes)
+    assert any("no image of class 0, 1, 2, 4" in note for note in notes)
+
+
+def test_a_page_of_another_origin_is_not_overwritten(layouts, tmp_path):
+    (tmp_path / "report.html").write_text("my own")
+    refusal = evaluate("--images", str(layouts["nchw"]), out=tmp_path).refusal
+    assert f"{tmp_path / 'report.html'} is not of an evaluation" in refusal
+
+
 def test_a_run_is_not_overwritten(layouts, tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     assert "is the folder of a run" in evaluate("--images", str(layouts["nchw"]), out=tmp_path).refusal

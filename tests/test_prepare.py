@@ -403,6 +403,14 @@ def truncated(make, keep: int):
     return make_truncated
 
 
+def test_an_empty_class_folder_is_said(tmp_path):
+    source = write_files(tmp_path / "raw", class_files())
+    (source / "elk" / "young").mkdir(parents=True)
+    _, meta, notes = prepare("pets", tmp_path / "data", source=source)
+    assert "elk" not in meta.class_names
+    assert [note for note in notes if "no file in the folder elk: it is no class" in note]
+
+
 BAD_SOURCES = {
     "no such path": (lambda path: path / "nothing", "nothing: no such file"),
     "empty folder": (folder_of({}), "empty, there are no images"),

@@ -61,6 +61,12 @@ def report(**changes) -> Report:
     return Report(**values | changes)
 
 
+RESULTS = {
+    "images": None, "preset": "quick", "preset_tier": 10, "borrowed": True, "seed": 3, "judged": "2026-01-01 12:00",
+    "git": None, "evaluation": {"classifiers": ["a"], "recipe": "paper", "mode": "syn", "extractor": "clip", "seed": 7},
+}  # fmt: skip
+
+
 class Checker(HTMLParser):
     """Fails on tags that do not close in order, and collects images and addresses."""
 
@@ -91,6 +97,7 @@ def page(folder, **options) -> str:
         "spec": SPEC,
         "card": CARD,
         "gallery": None,
+        "results": RESULTS,
     }
     given |= options
     write_page(folder, title="a <title>", **given)
@@ -106,6 +113,7 @@ def test_the_page_holds_everything_and_needs_nothing_else(tmp_path):
     checker = Checker(text)
     assert all(address.startswith("data:") for address in checker.addresses)
     assert not re.search(r"https?://|url\(|@import|<script", text)
+    assert "preset quick, settings of epsilon 10, seed 3" in text and "recipe paper, eval.mode=syn" in text
     assert (
         "a &lt;title&gt;" in text
         and "&lt;dog&gt;" in text

@@ -18,7 +18,7 @@ from utils import run_dir
 from utils.checkpoints import Checkpoints, read
 from utils.environment import require_same_config
 from utils.errors import UserError
-from utils.results import write_privacy, write_results
+from utils.results import results_of, write_privacy
 from utils.run_dir import atomic, create, discard_unstarted, find, read_json, write_json, write_text
 from utils.stage_times import StageTimes
 
@@ -275,12 +275,12 @@ def test_what_was_shown_stays_in_privacy_json(tmp_path):
 def test_writing_results_again_keeps_what_describes_the_training(tmp_path):
     choices = [{"spent": 0.5, "noise_seeded": False}, {"spent": 0.25, "noise_seeded": True}]
     privacy = {**TRAINING, "selection": choices}
-    write_results(tmp_path, RunConfig(), privacy, Report({"fid/a": 1.0}, {"fid/a": {}}), {"train": 5.123}, {})
-    again = RunConfig(seed=9, preset="paper", borrowed=False)
-    write_results(
-        tmp_path, again, privacy, Report({"fid/b": 2.0}, {"fid/b": {}}), {"evaluate": 1.0}, {"n": 7}
+    first = results_of(
+        tmp_path, RunConfig(), privacy, Report({"fid/a": 1.0}, {"fid/a": {}}), {"train": 5.123}, {}
     )
-    results = read_json(tmp_path / "results.json")
+    write_json(tmp_path / "results.json", first)
+    again, report = RunConfig(seed=9, preset="paper", borrowed=False), Report({"fid/b": 2.0}, {"fid/b": {}})
+    results = results_of(tmp_path, again, privacy, report, {"evaluate": 1.0}, {"n": 7})
     assert results["metrics"] == {"fid/b": 2.0} and results["n"] == 7
     assert (results["seed"], results["preset"], results["borrowed"]) == (3, "quick", True)
     assert results["evaluation"] == {"mode": "syn", "seed": 9}

@@ -19,7 +19,13 @@ from utils.run_dir import write_json
 def write_run(folder: Path, metrics: dict, **facts) -> None:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("seed: 0\n")
-    write_json(folder / "results.json", {"method": "Noise", "epsilon": 10.0, "metrics": metrics, **facts})
+    write_json(folder / "results.json", {"method": "Noise", "epsilon": 10.0, "metrics": metrics, **JUDGED, **facts})
+
+
+JUDGED = {
+    "evaluation": {"recipe": "quick", "seed": 0},
+    "metric_info": {"fid": {"evaluation": {"recipe": "paper", "seed": 0}}, "kid": {}},
+}
 
 
 def table(path: Path) -> dict[str, dict]:
@@ -80,6 +86,7 @@ def test_collect_makes_one_row_per_run(tmp_path):
     assert rows["noise/a"]["fid/inception"] == "3.0" and rows["noise/a"]["accuracy/mean/syn_val"] == ""
     assert rows["noise/a"]["spent_epsilon"] == "inf" and rows["noise/a"]["borrowed"] == "True"
     assert float(rows["dpdm/b"]["accuracy/mean/syn_val"]) == 81.25
+    assert (rows["dpdm/b"]["recipe"], rows["dpdm/b"]["eval_seed"]) == ("quick+paper", "0")
 
 
 def test_collect_lists_what_it_leaves_out(tmp_path):
@@ -103,7 +110,7 @@ def test_collecting_again_replaces_and_keeps(tmp_path):
     write_run(tmp_path / "noise/b", {"is/inception": 2.0})
     call(collect.main, ["--exp_root", str(tmp_path)])
     (tmp_path / "noise/b").rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
-    write_json(tmp_path / "noise/a/results.json", {"metrics": {"fid/inception": 4.0}})
+    write_json(tmp_path / "noise/a/results.json", {"metrics": {"fid/inception": 4.0}, **JUDGED})
     outcome = call(collect.main, ["--exp_root", str(tmp_path)])
     rows = table(tmp_path / "table.csv")
     assert rows["noise/a"]["fid/inception"] == "4.0"

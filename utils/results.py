@@ -1,6 +1,7 @@
 """results.json and privacy.json: what plots and tables read."""
 
 import dataclasses
+from datetime import datetime
 from pathlib import Path
 
 from utils.environment import git_commit, versions
@@ -30,11 +31,11 @@ def write_privacy(folder: Path, training: dict, selection: dict | None = None) -
     return privacy
 
 
-def write_results(folder: Path, config, privacy: dict, report, timing: dict[str, float], facts: dict) -> None:
-    """Write results.json; its presence means that the run is done. `timing` is in seconds per stage, `facts` is what
-    it says of the samples.
+def results_of(folder: Path, config, privacy: dict, report, timing: dict[str, float], facts: dict) -> dict:
+    """The content of results.json, the last file that is written. `timing` is in seconds per stage, `facts` is what it
+    says of the samples.
 
-    Judging a finished run again writes what `report` then holds; what describes its training stays as it was.
+    Judging a finished run again gives what `report` then holds; what describes its training stays as it was.
     """
     path = folder / RESULTS
     before = read_json(path) if path.exists() else {}
@@ -58,11 +59,12 @@ def write_results(folder: Path, config, privacy: dict, report, timing: dict[str,
         "metric_info": evaluated["metric_info"],
         "missing": evaluated["missing"],
         "evaluation": evaluation_settings(config),
+        "judged": f"{datetime.now():%Y-%m-%d %H:%M}",
         "timing": {**before.get("timing", {}), **{stage: round(taken, 2) for stage, taken in timing.items()}},
         "git": git_commit(),
         "versions": versions(),
     }
-    write_json(path, {**content, **{key: before[key] for key in OF_TRAINING if key in before}})
+    return {**content, **{key: before[key] for key in OF_TRAINING if key in before}}
 
 
 def _of_selection(privacy: dict) -> dict:
