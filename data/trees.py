@@ -52,7 +52,9 @@ class FolderTree:
     def empty_folders(self) -> list[str]:
         """Folders in which there is nothing that is wanted."""
         parents = {parent for name in self.names for parent in PurePosixPath(name).parents}
-        folders = (PurePosixPath(folder.relative_to(self.path)) for folder in self.path.rglob("*") if folder.is_dir())
+        folders = (
+            PurePosixPath(folder.relative_to(self.path)) for folder in self.path.rglob("*") if folder.is_dir()
+        )
         return sorted(str(folder) for folder in folders if folder not in parents and _is_wanted(str(folder)))
 
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:

@@ -20,15 +20,16 @@ def listing(weights_root: Path) -> str:
 
 
 def lacking(names: list[str], extractor: str, weights_root: Path) -> list[str]:
-    """Of these metrics those that cannot be computed on this machine, one line each: its name, and what would help."""
+    """Of these metrics those that cannot be computed on this machine: a line for each reason, with what would help."""
     load_metrics()
-    lines = []
+    found: dict[str, list[str]] = {}
     for entry in dict.fromkeys(METRICS.resolve(name) for name in names):
         needed = entry.extractor or (extractor if entry.uses_extractor else None)
         checks = [EXTRACTORS.resolve(needed).check if needed else None, entry.check]
         reasons = filter(None, (_reason(check, weights_root) for check in checks if check))
-        lines += [f"{entry.name}: {reason}" for reason in reasons]
-    return lines
+        for reason in reasons:
+            found.setdefault(reason, []).append(entry.name)
+    return [f"{', '.join(metrics)}: {reason}" for reason, metrics in found.items()]
 
 
 def _metric_lines(entry: Metric, weights_root: Path) -> list[str]:

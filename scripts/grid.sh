@@ -13,6 +13,7 @@ NAME=${NAME:-$(basename "$0" .sh)}
 EXP_ROOT=${EXP_ROOT:-exp}
 DRY_RUN=
 failures=()
+planned=() # words of all cells of a dry run, each cell's ended by a semicolon
 
 case "${1:-}" in
     "") ;;
@@ -51,26 +52,29 @@ registered() { # [method ...] -> those of them that are in the table of methods;
     "$PYTHON" -c 'import sys; from models import METHODS; print(*[m for m in sys.argv[1:] or METHODS if m in METHODS])' "$@"
 }
 
-is_done() { # method data epsilon name
-    local method epsilon
-    method=$(echo "$1" | tr '[:upper:]' '[:lower:]')
-    epsilon=$("$PYTHON" -c 'import sys; print(float(sys.argv[1]))' "$3")
-    compgen -G "$EXP_ROOT/$method/$2_eps${epsilon}$4-[0-9]*/results.json" >/dev/null
-}
-
 cell() { # method data epsilon name [key=value ...]
-    local method=$1 data=$2 epsilon=$3 name=$4 code
+    local method=$1 data=$2 epsilon=$3 name=$4 code found
     local label="$method $data epsilon $epsilon"
     [ "$name" = "$NAME" ] || label="$label $name"
     shift 4
-    if [ -z "$DRY_RUN" ] && is_done "$method" "$data" "$epsilon" "$name"; then
-        echo "done already: $label"
+    # shellcheck disable=SC2206  # SETTINGS is a list of words
+    local words=("$@" $SETTINGS)
+    local named=(--method "$method" --data_name "$data" --epsilon "$epsilon" --exp_description "$name" --exp_root "$EXP_ROOT")
+    if [ -n "$DRY_RUN" ]; then
+        planned+=("$label" "${named[@]}" "${words[@]}" ";")
         return
     fi
-    echo "${DRY_RUN:+not }running: $label"
-    # shellcheck disable=SC2086  # SETTINGS is a list of words, DRY_RUN one or none
-    "$PYTHON" run.py --method "$method" --data_name "$data" --epsilon "$epsilon" \
-        --exp_description "$name" --exp_root "$EXP_ROOT" $DRY_RUN "$@" $SETTINGS
+    found=$("$PYTHON" scripts/grid_cells.py "done" "$EXP_ROOT" "$method" "$data" "$epsilon" "$name" "${words[@]}")
+    code=$?
+    if [ $code -eq 0 ]; then
+        echo "done already: $label"
+        return
+    elif [ $code -eq 3 ]; then
+        failures+=("$label (was done $found)")
+        return
+    fi
+    echo "running: $label"
+    "$PYTHON" run.py "${named[@]}" "${words[@]}"
     code=$?
     if [ $code -eq 130 ]; then
         echo "stopped" >&2
@@ -83,7 +87,10 @@ cell() { # method data epsilon name [key=value ...]
 }
 
 finish() { # gather what there is in <EXP_ROOT>/table.csv, and tell what has failed
-    if [ -z "$DRY_RUN" ] && [ -d "$EXP_ROOT" ]; then
+    if [ -n "$DRY_RUN" ]; then
+        "$PYTHON" scripts/grid_cells.py dry_run "${planned[@]}"
+        exit
+    elif [ -d "$EXP_ROOT" ]; then
         "$PYTHON" scripts/collect.py --exp_root "$EXP_ROOT" || failures+=("collect.py")
     fi
     if [ ${#failures[@]} -gt 0 ]; then

@@ -33,7 +33,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="default: $DPIB_DATA_ROOT or dataset",
     )
-    parser.add_argument("--resolution", type=int, metavar="R", help="pixels; own and public sets only (default of an own set: 32)")
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        metavar="R",
+        help="pixels; own and public sets only (default of an own set: 32)",
+    )
     parser.add_argument("--channels", type=int, metavar="C", help="1 grey, 3 RGB; own and public sets only")
     parser.add_argument(
         "--public", action="store_true", help="a public set of your own: no test part is put aside"

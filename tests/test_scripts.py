@@ -19,7 +19,9 @@ from utils.run_dir import write_json
 def write_run(folder: Path, metrics: dict, **facts) -> None:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("seed: 0\n")
-    write_json(folder / "results.json", {"method": "Noise", "epsilon": 10.0, "metrics": metrics, **JUDGED, **facts})
+    write_json(
+        folder / "results.json", {"method": "Noise", "epsilon": 10.0, "metrics": metrics, **JUDGED, **facts}
+    )
 
 
 JUDGED = {
@@ -168,13 +170,25 @@ def test_the_grid_goes_on_after_a_failed_cell_and_skips_what_is_done(grid, tmp_p
     assert len(list(tmp_path.glob("noise/*"))) == 1
 
 
+# Stands for Python in a grid: lists what run.py is given, one by one or in a dry run all at once.
+LISTING_PYTHON = f"""
+import os, sys
+words = sys.argv[1:]
+if words[0] == "run.py":
+    print("CELL", *words[1:])
+elif words[:2] == ["scripts/grid_cells.py", "dry_run"]:
+    for cell in " ".join(words[2:]).split(" ;"):
+        print("CELL --method" + cell.partition("--method")[2] if cell else "")
+else:
+    os.execv({sys.executable!r}, [{sys.executable!r}, *words])
+"""
+
+
 @pytest.fixture()
 def commands(tmp_path):
     """commands("rq2", **variables) -> the words after run.py of every cell, which are not run."""
     python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\nif [ "$1" = run.py ]; then shift; echo "CELL $*"; else exec {sys.executable} "$@"; fi\n'
-    )
+    python.write_text(f"#!{sys.executable}\n{LISTING_PYTHON}")
     python.chmod(0o755)
 
     def listed(script: str, *arguments: str, **variables: str) -> list[list[str]]:
@@ -221,7 +235,7 @@ def test_grids_compose(commands, script, variables, count):
     assert len(names) == len(cells) == count
     for cell in cells:
         config = load_config(cell, METHODS)
-        assert config.snapshot["seed"] == 3 and "--dry_run" in cell
+        assert config.snapshot["seed"] == 3
         assert of(cell, "--exp_description").startswith(script)
 
 
@@ -246,7 +260,25 @@ def test_a_grid_refuses_an_unknown_method_before_any_cell(grid, tmp_path):
     assert not out and not list(tmp_path.iterdir())
 
 
-def test_a_dry_grid_writes_nothing(grid, tmp_path):
-    code, out, err = grid("--dry_run")
+def test_a_dry_grid_writes_nothing_and_says_once_what_is_missing(grid, tmp_path):
+    data = {"DPIB_DATA_ROOT": str(tmp_path / "none"), "DPIB_WEIGHTS_ROOT": str(tmp_path / "none")}
+    code, out, err = grid("--dry_run", EPSILONS="3 10", DATA="mnist_28", SETTINGS="preset=quick", **data)
     assert code == 0, err
-    assert "budget: epsilon 10" in out and not list(tmp_path.iterdir())
+    assert (
+        "\nNoise mnist_28 epsilon 3\n" in out and "budget: epsilon 10" in out and not list(tmp_path.iterdir())
+    )
+    assert out.count("missing: mnist_28") == 1 and out.count("missing: fid") == 1
+    code, out, err = grid("--dry_run", DATA="nonsense digits_8")
+    assert code == 1 and "error: unknown dataset 'nonsense'" in err and "budget: epsilon 10" in out
+
+
+def test_a_cell_that_was_done_with_other_settings_is_not_taken_for_done(grid, tmp_path):
+    assert grid()[0] == 0
+    code, out, err = grid(SETTINGS="gen.data_num=200 eval=none")
+    assert code == 1 and "done already" not in out
+    said = (
+        "was done with eval=none gen.data_num=100, now gen.data_num=200 eval=none; another NAME runs it too"
+    )
+    assert f"failed: Noise digits_8 epsilon 10 ({said})" in err
+    assert grid(SETTINGS="gen.data_num=100 eval=none")[0] == 0, "the same settings in another order"
+    assert len(list(tmp_path.glob("noise/*"))) == 1

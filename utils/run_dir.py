@@ -108,7 +108,9 @@ def find(exp_root: Path, method: str, name: str) -> Path:
             return folder
     other = next(exp_root.glob(f"*/{name}/{CONFIG}"), None) if re.fullmatch(r"[^/\\*?\[]+", name) else None
     if other is not None:
-        raise UserError(f"--resume_exp: '{name}' is no run of {method} but of {other.parts[-3]}; give --method too")
+        raise UserError(
+            f"--resume_exp: '{name}' is no run of {method} but of {other.parts[-3]}; give --method too"
+        )
     runs = sorted(path.parent.name for path in (exp_root / method.lower()).glob(f"*/{CONFIG}"))
     known = f"runs of {method}: {', '.join(runs)}" if runs else f"there is no run of {method} in {exp_root}"
     raise UserError(f"--resume_exp: no run '{name}'; {known}")
