@@ -115,8 +115,10 @@ def dry_run(config: Config) -> str:
 
     parts = compose(config)
     num_public = num_public_images(config.public_data, config.data_root)
-    lines = [describe(config, parts.spec, parts.ledger, parts.synthesizer, num_public)]
-    lines += [] if config.resume is None else [what_is_left(parts)]
+    costs = [] if num_public is None else parts.synthesizer.public_costs(num_public)
+    costs += [] if parts.ledger is None else parts.synthesizer.costs()
+    lines = [describe(config, parts.spec, parts.ledger, parts.synthesizer.parameter_counts(), costs)]
+    lines += [] if config.resume is None else [what_is_left(parts, costs)]
     unknown_time = "; until then the time of pretraining is unknown"
     for require, section, more in (
         (require_prepared, config.sensitive_data, ""),
@@ -134,8 +136,9 @@ def dry_run(config: Config) -> str:
     return "\n".join(lines)
 
 
-def what_is_left(parts: Parts) -> str:
-    """Which stages of the run of --resume_exp are done, and how many steps of its private queries."""
+def what_is_left(parts: Parts, costs: list) -> str:
+    """Which stages of the run of --resume_exp are done, how many steps of its private queries, and the time of the
+    rest. `costs` are of the whole run."""
     from utils.checkpoints import Checkpoints
 
     folder = find_folder(parts)
@@ -143,16 +146,26 @@ def what_is_left(parts: Parts) -> str:
         return f"{folder.name} is finished, nothing is left to do"
     checkpoints = Checkpoints(folder, parts.config.method, parts.synthesizer, parts.ledger)
     restored = checkpoints.restore()
-    stages = [
-        f"{stage} {'done' if is_past(checkpoints, restored, stage) else 'not done'}"
-        for stage in checkpoints.STAGES
-    ]
+    left = {stage: 0.0 if is_past(checkpoints, restored, stage) else 1.0 for stage in checkpoints.STAGES}
+    done = [f"{stage} {'not done' if share else 'done'}" for stage, share in left.items()]
     if parts.ledger is not None:
-        stages += [
-            f"'{release.name}' took {parts.ledger.executed(release.name):,} of {release.num_steps:,} steps"
-            for release in parts.ledger.releases()
+        left["generate"] = 0.0 if (folder / SAMPLES).exists() else 1.0
+        done += [f"samples {'not done' if left['generate'] else 'done'}", "evaluation not done"]
+        steps = [
+            (release.num_steps, parts.ledger.executed(release.name)) for release in parts.ledger.releases()
         ]
-    return f"{folder.name}, which goes on from {restored or 'the start'}: {', '.join(stages)}"
+        done += [
+            f"'{release.name}' took {executed:,} of {planned:,} steps"
+            for release, (planned, executed) in zip(parts.ledger.releases(), steps, strict=True)
+        ]
+        planned, executed = max(steps, default=(0, 0))
+        left["train"] *= (planned - executed) / planned if planned > 1 else 1.0
+    # What is neither training nor sampling is part of pretraining.
+    seconds = sum(cost.seconds * left.get(cost.stage, left["pretrain"]) for cost in costs)
+    return (
+        f"{folder.name}, which goes on from {restored or 'the start'}: {', '.join(done)}; left without evaluation: "
+        f"about {duration(seconds)} here"
+    )
 
 
 def require_same_settings(config: Config) -> None:

@@ -12,7 +12,7 @@ from models.diffusion.synthesizer import DiffusionSynthesizer
 from models.features.random_fourier import FourierConfig, FourierEmbedding
 from models.mean_embedding import MEAN_EMBEDDING, EmbeddingGenerator, FitConfig
 from models.nn.generator import GeneratorConfig
-from models.synthesizer import balanced_labels
+from models.synthesizer import Cost, balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.draws import Draws
@@ -112,6 +112,12 @@ class DPFETAPro(DiffusionSynthesizer):
     def _warm_ups(self) -> list[tuple[str, int]]:
         frequency = [(FREQUENCY, self.config.freq.data_num)] if self.has_frequency_stage else []
         return [*super()._warm_ups(), *frequency]
+
+    def costs(self) -> list[Cost]:
+        if not self.has_frequency_stage:
+            return super().costs()
+        schedule = self.config.freq.fit.schedule(self.spec.num_train)
+        return [self.merf.cost("frequency generator", schedule, self.spec.num_train), *super().costs()]
 
     def parameter_counts(self) -> dict[str, int]:
         return {**super().parameter_counts(), "generator of the frequency stage": self.merf.num_parameters()}

@@ -111,6 +111,13 @@ class EmbeddingGenerator:
             total = total + self.embedding.mean(images, labels, num_labels) * len(labels)
         return total / len(public)
 
+    def cost(self, stage: str, schedule: Schedule, num_images: int) -> Cost:
+        """Of the mean embedding of `num_images` images, and of fitting the generator to it."""
+        text = f"embedding of {num_images} images, {schedule.num_steps} steps x {schedule.batch_size} images"
+        seconds = num_images * self.seconds_per_embedded_image()
+        seconds += schedule.num_steps * schedule.batch_size * self.seconds_per_image()
+        return Cost(stage, text, seconds)
+
     def fit(self, stage: str, target: torch.Tensor, schedule: Schedule) -> None:
         """Bring the mean embedding of generated images to `target` (K, D)."""
         for _ in self.steps(stage, target, schedule):
@@ -303,14 +310,7 @@ class EmbeddingSynthesizer(Synthesizer):
     def public_costs(self, num_images: int) -> list[Cost]:
         query, left = self.images.costs(num_images)
         schedule = self._pretraining(left)
-        return [*query, self._cost("pretrain", schedule, left)] if schedule.num_steps else query
+        return [*query, self.fitted.cost("pretrain", schedule, left)] if schedule.num_steps else query
 
     def costs(self) -> list[Cost]:
-        return [self._cost("train", self._training(), self.spec.num_train)]
-
-    def _cost(self, stage: str, schedule: Schedule, num_images: int) -> Cost:
-        """Of the mean embedding of `num_images` images, and of fitting the generator to it."""
-        text = f"embedding of {num_images} images, {schedule.num_steps} steps x {schedule.batch_size} images"
-        seconds = num_images * self.fitted.seconds_per_embedded_image()
-        seconds += schedule.num_steps * schedule.batch_size * self.fitted.seconds_per_image()
-        return Cost(stage, text, seconds)
+        return [self.fitted.cost("train", self._training(), self.spec.num_train)]

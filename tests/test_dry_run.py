@@ -147,10 +147,12 @@ def test_what_is_left_of_an_interrupted_run(tmp_path, monkeypatch):
     resume = [*settings, "--resume_exp", folder.name]
     files = sorted(folder.rglob("*"))
     line = dry_run(tmp_path, "PDP-Diffusion", *resume).splitlines()[-1]
-    assert line == (
-        f"{folder.name}, which goes on from train (snapshot): pretrain done, train not done, "
-        f"'dp-sgd' took 1 of 3 steps"
+    told, _, left = line.partition("; left without evaluation: about ")
+    assert told == (
+        f"{folder.name}, which goes on from train (snapshot): pretrain done, train not done, samples not done, "
+        f"evaluation not done, 'dp-sgd' took 1 of 3 steps"
     )
+    assert left.endswith(" here")
     assert sorted(folder.rglob("*")) == files
     finished = call(run_program.main, arguments("PDP-Diffusion", tmp_path / "exp", *resume))
     assert finished.code == 0, finished.err

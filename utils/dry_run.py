@@ -6,17 +6,15 @@ from utils.progress import duration
 LONG = 86400  # seconds after which a shorter way is pointed out
 
 
-def describe(config, spec, ledger, synthesizer, num_public: int | None) -> str:
-    """What --dry_run prints. `ledger` has adopted the plan, or is None in a run without private data; `num_public` is
-    the number of public images, None where there are none or where it is unknown."""
+def describe(config, spec, ledger, parameter_counts: dict[str, int], costs: list) -> str:
+    """What --dry_run prints. `ledger` has adopted the plan, or is None in a run without private data; `costs` are the
+    method's estimates of its stages (models.synthesizer.Cost)."""
     lines = [f"{config.method} on {config.data_name}, preset {config.preset}"]
     if ledger is None:
         lines.append("no private stage (sensitive_data.name=null)")
     else:
         lines += [*plan_lines(ledger, spec.num_train), evaluation_line(config)]
-    lines += [f"parameters: {name} {count:,}" for name, count in synthesizer.parameter_counts().items()]
-    costs = [] if num_public is None else synthesizer.public_costs(num_public)
-    costs += [] if ledger is None else synthesizer.costs()
+    lines += [f"parameters: {name} {count:,}" for name, count in parameter_counts.items()]
     return "\n".join([*lines, *cost_lines(costs, config)])
 
 
