@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import ROOT, TINY, arguments, call, execute, kill_when, strict_json
+from tiny_runs import ROOT, TINY, arguments, call, data_root, execute, kill_when, strict_json
 
 import eval as eval_program
 import run as run_program
 from data.digits import load_digits_8
 from data.samples_file import read_samples
 from models import METHODS
+from scripts import judge_held_out
 
 PUBLIC = ("PDP-Diffusion", "PrivImage")
 # What a file that anyone may see must not hold; "accountant" may.
@@ -276,6 +277,22 @@ def test_a_run_is_judged_as_it_was_unless_that_costs_privacy(finished):
     assert "syn" in shown.partition("eval.mode ")[2].splitlines()[0]
     refusal = call(eval_program.main, [*argv, "gen.data_num=5"]).refusal
     assert refusal.startswith("error: gen.data_num=5: ")
+
+
+def test_settings_are_compared_on_held_out_images(finished, tmp_path):
+    """Which reads them without noise, is said, and is listed; results.json stays of the test images."""
+    folder = finished["PrivImage"].folder
+    results = (folder / "results.json").read_text()
+    outcome = call(judge_held_out.main, [str(folder), "--data_root", str(data_root())])
+    assert outcome.code == 0, outcome.err
+    line = next(line for line in outcome.out.splitlines() if line.startswith("accuracy/small_cnn/syn_val"))
+    assert line.split()[-2:] == ["137", "90"] and "NOT private" in outcome.out
+    assert judge_held_out.REASON in strict_json(folder / "privacy.json")["revealed"]
+    assert judge_held_out.REASON in (folder / "privacy_card.md").read_text()
+    kept = strict_json(folder / "results.json")
+    assert kept == json.loads(results)
+    refusal = call(judge_held_out.main, [str(folder), str(finished["DP-MERF"].folder)]).refusal
+    assert "a run of eval.mode=syn, which held no images out" in refusal
 
 
 def test_what_cannot_be_judged_again_is_one_line_and_changes_nothing(tmp_path):

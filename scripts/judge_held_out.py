@@ -1,0 +1,102 @@
+"""Compare settings without a look at the test images: python scripts/judge_held_out.py exp/dpdm/<run> exp/dpdm/<run>
+
+Judges runs of eval.mode=val by the private images that they held out, in the place of the test images. That reads these
+images without noise and is NOT private: it is for choosing presets on data that are public. privacy.json of each run
+lists it, and nothing else in its folder changes.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from eval import require_same_split, with_run
+from models import METHODS
+from run import CARD, SAMPLES
+from utils.config import Config, load_config
+from utils.environment import values_of
+from utils.errors import UserError
+from utils.log import to_terminal
+from utils.results import PRIVACY, write_privacy
+from utils.run_dir import RESULTS, read_json, write_text
+
+REASON = "scripts/judge_held_out.py: accuracies on the private validation images without noise"
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=" ".join(__doc__.splitlines()[2:])
+    )
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run of eval.mode=val"
+    )
+    parser.add_argument("--data_root", type=Path, metavar="DIR", help="default: $DPIB_DATA_ROOT or dataset")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    to_terminal()
+    place = [] if arguments.data_root is None else ["--data_root", str(arguments.data_root)]
+    try:
+        configs = [
+            load_config(with_run(["--exp_path", str(run), *place]), METHODS, "eval") for run in arguments.runs
+        ]
+        for config in configs:  # all of them before any is judged
+            require_held_out(config)
+        for config in configs:
+            report = judge(config)
+            print(
+                f"\n{config.exp_path}, on images that it held out: NOT private\n{report.table()}", flush=True
+            )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def require_held_out(config: Config) -> None:
+    folder = config.exp_path
+    if not (folder / RESULTS).exists():
+        raise UserError(f"{folder}: not a finished run (it has no {RESULTS})")
+    mode = values_of(folder)["eval.mode"]
+    if mode != "val":
+        raise UserError(
+            f"{folder}: a run of eval.mode={mode}, which held no images out; needed is eval.mode=val"
+        )
+    if not config.eval.metrics:
+        raise UserError(
+            f"{folder}: a run without metrics; run it with eval=quick or another file of configs/eval"
+        )
+
+
+def judge(config: Config):
+    """The report on the run's samples, with the images that it held out in the place of the test images."""
+    from data.samples_file import read_samples
+    from data.sensitive import load_sensitive, spec_of
+    from evaluation.evaluator import Evaluator
+    from opacus_ext.card import privacy_card
+    from opacus_ext.disclosure import Disclosure
+    from opacus_ext.ledger import Budget, Ledger
+    from utils.device import prepare_device
+
+    folder = config.exp_path
+    spec, _ = spec_of(config.sensitive_data, "val", config.data_root)
+    require_same_split(
+        folder, dataclasses.replace(config, eval=dataclasses.replace(config.eval, mode="val")), spec
+    )
+    sensitive = load_sensitive(config.sensitive_data, "val", config.data_root)
+    ledger = Ledger(Budget(config.epsilon, config.privacy.delta or 0.0))
+    ledger.adopt([])
+    shown = Disclosure(sensitive.validation, ledger).reveal(REASON)
+    training = read_json(folder / PRIVACY)
+    privacy = write_privacy(folder, {**training, "revealed": [*training["revealed"], REASON]})
+    write_text(folder / CARD, privacy_card(privacy))
+    evaluator = Evaluator(config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed)
+    return evaluator.evaluate(read_samples(folder / SAMPLES), train=sensitive.train, test=shown, select=None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
