@@ -187,7 +187,7 @@ def _metric_row(name: str, value: float, info: dict) -> str:
     elif "std" in info and "classifiers" not in info:
         remarks.append(f"deviation {info['std']:.3g} over subsets")
     remarks += [f"epoch {info['epoch']} of {info['num_epochs']}"] if "epoch" in info else []
-    remarks += ["found by an earlier evaluation"] if "evaluation" in info else []
+    remarks += ["found by an earlier evaluation"] if "evaluation" in info and "unlike_now" not in info else []
     remarks += remarks_on_settings(info)
     remarks += ["fewer images than features: biased upwards"] if info.get("n_below_dim") else []
     remarks += [f"weights {info['weights_sha256'][:8]}"] if "weights_sha256" in info else []

@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass, field
 
-CHANGING = ("recipe", "num_val", "seed")  # settings that change values but not their names
+CHANGING = (
+    "recipe",
+    "num_val",
+    "seed",
+)  # settings that change what classifiers find, but not the values' names
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,15 @@ class Report:
         this evaluation was not asked for, and values that were different with other settings."""
         info = {}
         for name, known in earlier.metric_info.items():
-            words = _unlike(known["evaluation"], now)
+            words = _unlike(known["evaluation"], now) if _of_classifiers(known) else ""
             info[name] = (
                 {**known, "unlike_now": words}
                 if words
                 else {k: v for k, v in known.items() if k != "unlike_now"}
             )
         for name, found in self.metric_info.items():
-            before = _before(earlier, name, now | found) if name in earlier.metrics else []
+            known = name in earlier.metrics and _of_classifiers(found)
+            before = _before(earlier, name, now | found) if known else []
             info[name] = {**found, "before": before} if before else found
         return Report(
             {**earlier.metrics, **self.metrics},
@@ -82,6 +87,11 @@ class Report:
         return name + star, value, info["better"], f"{info['n_real']:,}", f"{info['n_fake']:,}"
 
 
+def _of_classifiers(info: dict) -> bool:
+    """Is the value about a trained classifier, or a mean over such?"""
+    return "epoch" in info or "classifiers" in info
+
+
 def _unlike(settings: dict, now: dict) -> str:
     """The settings of an evaluation that may change a value of the same name, where they are not those of `now`."""
     different = [key for key in CHANGING if key in settings and settings[key] != now.get(key)]
@@ -90,7 +100,7 @@ def _unlike(settings: dict, now: dict) -> str:
 
 def remarks_on_settings(info: dict) -> list[str]:
     """What a person must know who compares this value with its neighbours in the table."""
-    remarks = [f"found with {info['unlike_now']}"] if info.get("unlike_now") else []
+    remarks = [f"found earlier with {info['unlike_now']}"] if "unlike_now" in info else []
     return remarks + [f"{entry['value']:.4g} with {entry['with']}" for entry in info.get("before", [])]
 
 

@@ -416,8 +416,10 @@ def test_what_is_missing_is_said_of_this_evaluation_alone():
 def judged(values: dict, settings: dict | None = None, classifiers=("a", "b")) -> Report:
     """A report as one evaluation finds it, or with `settings`, as it is read from its file."""
     known = {"better": "higher", "n_real": 10, "n_fake": 10} | ({"evaluation": settings} if settings else {})
-    means = {"classifiers": list(classifiers)}
-    return Report(values, {name: known | (means if "mean" in name else {}) for name in values})
+    of_classifier = {"mean": {"classifiers": list(classifiers)}, "fid": {}}
+    return Report(
+        values, {name: known | of_classifier.get(name.split("/")[-1], {"epoch": 1}) for name in values}
+    )
 
 
 def read_again(report: Report, settings: dict) -> Report:
@@ -439,7 +441,11 @@ def test_a_value_that_other_settings_gave_is_kept_beside_the_new_one():
         "value": 50.0, "with": "recipe=quick", "evaluation": None
     }  # fmt: skip
     lines = written.table().splitlines()
-    assert "  accuracy/a: 50 with recipe=quick" in lines and "  accuracy/b: found with recipe=quick" in lines
+    assert (
+        "  accuracy/a: 50 with recipe=quick" in lines
+        and "  accuracy/b: found earlier with recipe=quick" in lines
+    )
+    assert "  fid" not in written.table(), "classifiers have nothing to do with it"
     third = judged({"accuracy/a": 71.0, "accuracy/b": 61.0}).after(read_again(written, paper), paper)
     assert [entry["value"] for entry in third.metric_info["accuracy/a"]["before"]] == [50.0]
     assert [entry["value"] for entry in third.metric_info["accuracy/b"]["before"]] == [60.0]
