@@ -21,8 +21,7 @@ from utils.config_files import flatten
 from utils.environment import values_of
 from utils.errors import UserError
 from utils.log import also_to, to_terminal
-from utils.results import PRIVACY
-from utils.run_dir import CONFIG, RESULTS, new_folder, read_json, write_json
+from utils.run_dir import CONFIG, PRIVACY, RESULTS, new_folder, read_json, working_in, write_json
 from utils.runtime import Runtime, log
 from utils.stopping import UNREAD, exit_code, quiet_pipe, sigterm_interrupts
 
@@ -268,7 +267,8 @@ def evaluate(config: Config) -> int:
         validation_data(config, spec, held_out, noise, runtime.device),
         oracle_data(config, held_out),
     )
-    return judge(config, spec, runtime, folder, samples, real, read_json(report), timing={})
+    with working_in(folder):
+        return judge(config, spec, runtime, folder, samples, real, read_json(report), timing={})
 
 
 def plan_of(config: Config, count: int, source: Path) -> str:

@@ -5,6 +5,7 @@
 Composes the parts and has no logic of its own: configuration -> data -> ledger -> method -> evaluation.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -20,7 +21,16 @@ from utils.config import Config, format_config, load_config
 from utils.config_files import flatten
 from utils.errors import UserError
 from utils.progress import duration
-from utils.run_dir import DISK_FULL, RESULTS, discard_unstarted, read_json, write_json, write_text
+from utils.run_dir import (
+    DISK_FULL,
+    PRIVACY,
+    RESULTS,
+    discard_unstarted,
+    read_json,
+    working_in,
+    write_json,
+    write_text,
+)
 from utils.runtime import Runtime, log
 from utils.stopping import UNREAD, exit_code, quiet_pipe, sigterm_interrupts
 
@@ -253,11 +263,19 @@ def run(parts: Parts) -> int:
     if with_private:
         private = PrivateData(sensitive.train, parts.spec, parts.ledger, noise, parts.runtime.device)
     folder = distributed.from_main(lambda: find_folder(parts))
-    if distributed.from_main(lambda: is_finished(folder)):
-        distributed.leave()
-        return report_finished(folder) if distributed.is_main() else 0
-    if not distributed.is_main():
-        return work(parts, folder, public, sensitive, private, noise)
+    with contextlib.ExitStack() as claims:
+        distributed.from_main(lambda: claims.enter_context(working_in(folder)))
+        if distributed.from_main(lambda: is_finished(folder)):
+            distributed.leave()
+            return report_finished(folder) if distributed.is_main() else 0
+        if not distributed.is_main():
+            return work(parts, folder, public, sensitive, private, noise)
+        return lead(parts, folder, public, sensitive, private, noise)
+
+
+def lead(parts: Parts, folder: Path, public, sensitive, private, noise) -> int:
+    """The main process's work, and what it says and leaves behind if it ends early. Returns the exit code."""
+    config = parts.config
     try:
         describe_run(parts, folder)
         return work(parts, folder, public, sensitive, private, noise)
@@ -284,7 +302,6 @@ def run(parts: Parts) -> int:
 def work(parts: Parts, folder: Path, public, sensitive, private, noise) -> int:
     """What is done inside the run's folder; all processes train and draw samples. Returns the exit code."""
     from utils.dry_run import plan_lines
-    from utils.results import write_privacy
     from utils.stage_times import StageTimes
 
     if private is not None:
@@ -296,7 +313,7 @@ def work(parts: Parts, folder: Path, public, sensitive, private, noise) -> int:
         distributed.leave()
         return 0
     if distributed.is_main():
-        write_privacy(folder, private.report())
+        write_account(folder, private.report())
     samples = generate(parts, folder, times)
     distributed.leave()
     if not distributed.is_main():
@@ -336,6 +353,7 @@ def find_folder(parts: Parts) -> Path:
         )
     folder = run_dir.find(config.exp_root, config.method, config.resume)
     environment.require_same_config(folder, config)
+    environment.require_same_data(folder, parts.spec.identity)
     return folder
 
 
@@ -348,7 +366,7 @@ def describe_run(parts: Parts, folder: Path) -> None:
     logs.also_to(folder / "stdout.txt")
     log.info(f"run folder: {folder}")
     if parts.config.resume is None:
-        environment.write(folder, parts.config)
+        environment.write(folder, parts.config, parts.spec.identity)
 
 
 def is_finished(folder: Path) -> bool:
@@ -433,7 +451,7 @@ def judge(
     from evaluation.evaluator import Evaluator
     from evaluation.page import REPORT, write_page
     from opacus_ext.card import privacy_card, privacy_summary
-    from utils.results import evaluation_settings, results_of, write_privacy
+    from utils.results import evaluation_settings, results_of
 
     evaluator = Evaluator(
         config.eval, spec, config.weights_root, runtime.device, config.seed, runtime.cache_dir,
@@ -442,22 +460,19 @@ def judge(
     start = time.perf_counter()
     selection = None
     if real.validation is not None:
-        selection = NoisyChoice(real.validation, lambda report: write_privacy(folder, training, report))
+        selection = NoisyChoice(real.validation, lambda report: write_account(folder, training, report))
     oracle = None
     if real.oracle is not None:
         oracle = real.oracle.reveal(ORACLE)
         training = {**training, "revealed": [*training["revealed"], ORACLE]}
     if config.eval.gallery == "report":
         training = {**training, "revealed": [*training["revealed"], SHOWN]}
-    try:
-        report = evaluator.evaluate(
-            samples, train=real.train, test=real.test, select=selection, validation=oracle
-        )
-    finally:  # what was asked is paid for, whatever becomes of the rest
-        privacy = write_privacy(folder, training, selection and selection.report())
+    write_account(folder, training)  # before anything is shown, whatever becomes of the rest
+    report = evaluator.evaluate(
+        samples, train=real.train, test=real.test, select=selection, validation=oracle
+    )
     timing = {**timing, "evaluate": time.perf_counter() - start}
-    card = privacy_card(privacy)
-    write_text(folder / CARD, card)
+    privacy = read_json(folder / PRIVACY)
     title = f"{config.method} on {spec.name}, epsilon {config.epsilon:g}"
     facts = facts_of(samples, spec)
     earlier = earlier_report(folder, config.data_name, facts)
@@ -465,12 +480,22 @@ def judge(
         log.info("the earlier evaluation was of other samples; it is replaced")
     written = report if earlier is None else report.after(earlier, evaluation_settings(config))
     results = results_of(folder, config, privacy, written, timing, facts)
-    write_page(folder, written, samples, real.train, spec, title, card, config.eval.gallery, results)
+    write_page(
+        folder, written, samples, real.train, spec, title, privacy_card(privacy), config.eval.gallery, results
+    )
     write_json(folder / RESULTS, results)
     log.info(f"\n{privacy_summary(privacy)}\n\n{written.table()}\n")
     places = {"report": REPORT, "samples": GRID, "privacy card": CARD, "numbers": RESULTS}
     log.info("\n".join(f"{what}: {folder / name}" for what, name in places.items()))
     return INCOMPLETE if report.missing else 0
+
+
+def write_account(folder: Path, training: dict, selection: dict | None = None) -> None:
+    """Write privacy.json (utils.results.write_privacy says how) and the card that says the same in words."""
+    from opacus_ext.card import privacy_card
+    from utils.results import write_privacy
+
+    write_text(folder / CARD, privacy_card(write_privacy(folder, training, selection)))
 
 
 @dataclasses.dataclass(frozen=True)

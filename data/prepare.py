@@ -25,6 +25,7 @@ from data.registry import (
 )
 from data.sources import ArrayPart, Part, Source, open_source, sizes_note
 from data.splits import random_test_rows, stratified_test_rows
+from utils.environment import require_no_run
 from utils.errors import UserError, unknown
 from utils.progress import progress
 
@@ -70,6 +71,8 @@ def prepare(
         folder = data_root / _folder_name(data_name, known, resolution)
         if is_prepared(folder):
             return folder, *_kept(folder, source, channels)
+    if source is not None and (public or (known is not None and known.public)):
+        require_no_run(source, "--source")
     source = source or _download_all(known, data_root)
     found = open_source(source, known.quirks if known else NO_QUIRKS)
     if test_source is not None:

@@ -11,8 +11,8 @@ from data.public import has_public_images, stored_folders
 from data.registry import EMBEDDED_SENSITIVE, prepare_command
 from data.spec import DataSpec, Samples
 from data.splits import validation_split
+from utils.environment import require_no_run
 from utils.errors import UserError
-from utils.results import PRIVACY
 from utils.sections import PublicDataConfig, SensitiveDataConfig
 
 ROWS_AT_ONCE = 4096  # copied at a time where a split of mapped images is written to disk
@@ -77,12 +77,7 @@ def require_apart(public: PublicDataConfig, section: SensitiveDataConfig, data_r
             )
     if named:
         return
-    path = Path(public.train_path).resolve()
-    if any((folder / PRIVACY).exists() for folder in path.parents):
-        raise UserError(
-            f"public_data.train_path: {path} was made of private images by a run, and its cost would be forgotten; "
-            f"if these were other images than now, copy it out of the run's folder"
-        )
+    require_no_run(Path(public.train_path), "public_data.train_path")
 
 
 def load_sensitive(section: SensitiveDataConfig, mode: str, data_root: Path) -> SensitiveData:

@@ -21,6 +21,10 @@ PER_CLASS = 12  # samples shown of a class
 CELL = 48  # least height of an image on the screen, in CSS pixels
 GAP = 1  # pixels between the images of a strip
 CONTAINS_PRIVATE = "<b>Contains training images: do not share, unless they are public.</b>"
+CARD_NOTE = (
+    "<p class='note'>The card as it was when this page was written; privacy_card.md and privacy.json beside it know "
+    "also what was asked since then.</p>"
+)
 MEMORISATION = {
     "authpct": "about 50 for fresh images, 0 for copies of training images",
     "nn_ratio": "1 where the training images left no trace, lower for copies",
@@ -73,7 +77,7 @@ def write_page(
         _grid(samples, spec),
         *_classes(report, spec),
         _nearest(report, shown if embedded else None, (folder / GALLERY).exists()),
-        "" if card is None else f"<h2>Privacy</h2>{markdown(card)}",
+        "" if card is None else f"<h2>Privacy</h2>{CARD_NOTE}{markdown(card)}",
     ]
     write_text(folder / REPORT, _document(title, "\n".join(sections)))
 

@@ -94,7 +94,7 @@ def _of_classifiers(info: dict) -> bool:
 
 def _unlike(settings: dict, now: dict) -> str:
     """The settings of an evaluation that may change a value of the same name, where they are not those of `now`."""
-    different = [key for key in CHANGING if key in settings and settings[key] != now.get(key)]
+    different = [key for key in CHANGING if key in settings and key in now and settings[key] != now[key]]
     return ", ".join(f"{key}={settings[key]}" for key in different)
 
 

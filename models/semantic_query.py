@@ -26,6 +26,7 @@ from utils import distributed
 from utils.errors import UserError, unknown
 from utils.images import to_float
 from utils.progress import progress
+from utils.run_dir import QUERY_ANSWER
 from utils.runtime import Runtime, log
 from utils.sections import PublicDataConfig, SelectiveConfig, check
 from utils.seeding import numpy_rng
@@ -132,9 +133,7 @@ class SemanticQuery:
             if not private.ledger.executed(QUERY):
                 private.ledger.book(QUERY)
             return self.saved["selected"]
-        path = (
-            None if self.runtime.folder is None else self.runtime.folder / "pretrain" / "semantic_query.json"
-        )
+        path = None if self.runtime.folder is None else self.runtime.folder / QUERY_ANSWER
         kept = distributed.from_main(
             lambda: self._read_saved(path) if path is not None and path.exists() else None
         )

@@ -14,13 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import require_same_split, with_run
 from models import METHODS
-from run import CARD, SAMPLES
+from run import SAMPLES, write_account
 from utils.config import Config, load_config
 from utils.environment import values_of
 from utils.errors import UserError
 from utils.log import to_terminal
-from utils.results import PRIVACY, write_privacy
-from utils.run_dir import RESULTS, read_json, write_text
+from utils.run_dir import PRIVACY, RESULTS, read_json, working_in
 
 REASON = "scripts/judge_held_out.py: accuracies on the private validation images without noise"
 
@@ -47,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         for config in configs:  # all of them before any is judged
             require_held_out(config)
         for config in configs:
-            report = judge(config)
+            with working_in(config.exp_path):
+                report = judge(config)
             print(
                 f"\n{config.exp_path}, on images that it held out: NOT private\n{report.table()}", flush=True
             )
@@ -77,7 +77,6 @@ def judge(config: Config):
     from data.samples_file import read_samples
     from data.sensitive import load_sensitive, spec_of
     from evaluation.evaluator import Evaluator
-    from opacus_ext.card import privacy_card
     from opacus_ext.disclosure import Disclosure
     from opacus_ext.ledger import Budget, Ledger
     from utils.device import prepare_device
@@ -92,8 +91,7 @@ def judge(config: Config):
     ledger.adopt([])
     shown = Disclosure(sensitive.validation, ledger).reveal(REASON)
     training = read_json(folder / PRIVACY)
-    privacy = write_privacy(folder, {**training, "revealed": [*training["revealed"], REASON]})
-    write_text(folder / CARD, privacy_card(privacy))
+    write_account(folder, {**training, "revealed": [*training["revealed"], REASON]})
     evaluator = Evaluator(config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed)
     return evaluator.evaluate(read_samples(folder / SAMPLES), train=sensitive.train, test=shown, select=None)
 

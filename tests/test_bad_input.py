@@ -237,8 +237,18 @@ def image_folder(root: Path, classes: dict[str, int]) -> Path:
     return root
 
 
-def prepare(source: Path, root: Path):
-    argv = ["--data_name", "mine", "--source", str(source), "--data_root", str(root), "--resolution", "8"]
+def prepare(source: Path, root: Path, *flags: str):
+    argv = [
+        *flags,
+        "--data_name",
+        "mine",
+        "--source",
+        str(source),
+        "--data_root",
+        str(root),
+        "--resolution",
+        "8",
+    ]
     return call(prepare_data.main, argv)
 
 
@@ -322,6 +332,28 @@ def test_samples_of_a_run_as_public_images(tmp_path):
     for made in ("gen/gen.npz", "gen"):
         more = ["public_data.name=other", f"public_data.train_path={run / made}", "pretrain.epochs=1"]
         assert "its cost would be forgotten" in refused(tmp_path, *more, method="DP-MERF")
+        outcome = prepare(run / made, tmp_path / "data", "--public")
+        assert "--source: " in outcome.refusal and "its cost would be forgotten" in outcome.refusal
+    (run / "privacy.json").unlink()  # as in a run that still trains, whose previews are there
+    assert "its cost would be forgotten" in refused(tmp_path, *more, method="DP-MERF")
+
+
+def test_a_run_does_not_go_on_with_data_that_were_prepared_again(tmp_path, prepared, monkeypatch):
+    """Another split would ask images as validation images that the run was trained on."""
+    settings = ["--data_root", str(prepared), "eval.mode=val", "sensitive_data.num_val=5", "gen.data_num=4"]
+    argv = arguments("Noise", tmp_path / "exp", *MINE, *settings, "eval.metrics=[accuracy]")
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("evaluation.metrics.accuracy._percent", stop)
+        folder = call(run_program.main, argv).folder
+    assert prepare(tmp_path / "images", prepared, "--force").code == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    refusal = call(run_program.main, [*argv, "--resume_exp", folder.name]).refusal
+    assert "the private images were prepared again" in refusal
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_labels_out_of_range(tmp_path, prepared):

@@ -15,6 +15,7 @@ from data.digits import load_digits_8
 from data.samples_file import read_samples
 from models import METHODS
 from scripts import judge_held_out
+from utils.run_dir import working_in
 
 PUBLIC = ("PDP-Diffusion", "PrivImage")
 # What a file that anyone may see must not hold; "accountant" may.
@@ -170,6 +171,30 @@ def test_a_choice_of_an_evaluation_that_was_stopped_is_paid_for(tmp_path, monkey
     assert resumed.code == 0, resumed.err
     assert len(strict_json(stopped.folder / "privacy.json")["selection"]) == 2
     assert strict_json(stopped.folder / "results.json")["selection_epsilon"] == pytest.approx(2.0)
+
+
+def test_a_choice_is_on_the_card_before_the_evaluation_ends(tmp_path, monkeypatch):
+    """Also where judging again is stopped, which leaves the page of the earlier evaluation."""
+    settings = ["eval.mode=val", "sensitive_data.num_val=137", "eval.metrics=[accuracy]"]
+    folder = call(run_program.main, arguments("Noise", tmp_path, *settings)).folder
+    monkeypatch.setattr("evaluation.metrics.accuracy._percent", _stop)
+    assert call(eval_program.main, ["--exp_path", str(folder), "eval.mode=val"]).code == 130
+    assert "in 2 evaluation(s)" in (folder / "privacy_card.md").read_text()
+    assert strict_json(folder / "results.json")["selection_epsilon"] == pytest.approx(2.0)
+    assert "in 1 evaluation(s)" in (folder / "report.html").read_text()
+
+
+def test_one_process_at_a_time_works_in_a_run(finished, tmp_path):
+    """Two that continue the same run would draw different noise for what is booked once."""
+    folder = finished["DP-MERF"].folder
+    argv = arguments("DP-MERF", folder.parent.parent, "--resume_exp", folder.name)
+    with working_in(folder):
+        for refusal in (
+            call(eval_program.main, ["--exp_path", str(folder)]).refusal,
+            call(run_program.main, argv).refusal,
+        ):
+            assert refusal.startswith(f"error: {folder}: another process works in this run")
+    assert call(run_program.main, argv).code == 0
 
 
 def test_a_run_ends_with_privacy_then_metrics_then_paths(finished):

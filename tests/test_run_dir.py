@@ -89,6 +89,8 @@ def test_only_a_folder_without_checkpoints_is_discarded(tmp_path):
     started, unstarted = tmp_path / "started", tmp_path / "unstarted"
     write_text(started / "train/checkpoints/snapshot_checkpoint.pth", "x")
     write_text(unstarted / "config.yaml", "x")
+    write_text(tmp_path / "answered/pretrain/semantic_query.json", "x")
+    assert not discard_unstarted(tmp_path / "answered"), "the answer would be asked for again"
     assert not discard_unstarted(started) and started.exists()
     assert discard_unstarted(unstarted) and not unstarted.exists()
 
@@ -299,8 +301,8 @@ def test_the_time_of_a_stage_is_of_all_starts_together(tmp_path):
     times = StageTimes(tmp_path)
     with times.of("train"):
         times.keep()
-        assert StageTimes(tmp_path).seconds()["train"] > 100
+        assert StageTimes(tmp_path).seconds()["train"] >= 100
     with times.of("generate"):
         pass
     assert set(StageTimes(tmp_path).seconds()) == {"train", "generate"}
-    assert 100 < times.seconds()["train"] < 200
+    assert 100 <= times.seconds()["train"] < 200

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from utils.config_files import flatten, read_yaml
 from utils.errors import UserError
-from utils.run_dir import CONFIG, write_json, write_text
+from utils.run_dir import CONFIG, PRIVACY, read_json, write_json, write_text
 
 PACKAGES = (
     "torch",
@@ -21,12 +21,15 @@ PACKAGES = (
     "torch-fidelity",
 )
 
+ENVIRONMENT = "environment.json"
+
 # What may differ in a resumed run: how and on what it computes, how it is evaluated, how much it may pay for.
 FREE = ("setup.", "eval.", "model.api_params.openai.max_")
 
 
-def write(folder: Path, config) -> None:
-    """Write config.yaml, provenance.txt and environment.json into a run's folder.
+def write(folder: Path, config, data_identity: str) -> None:
+    """Write config.yaml, provenance.txt and environment.json into a run's folder. `data_identity` is the random name of
+    the prepared private images (DataSpec.identity).
 
     There is no hash of the private data in it: a hash answers, exactly, whether a guess of the whole set is right,
     and so whether one record is in it.
@@ -36,8 +39,29 @@ def write(folder: Path, config) -> None:
     from utils.config import format_config
 
     write_text(folder / "provenance.txt", format_config(config) + "\n")
-    write_json(folder / "environment.json", describe(config.seed))
+    write_json(folder / ENVIRONMENT, {**describe(config.seed), "data_identity": data_identity})
     write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config.snapshot)))
+
+
+def require_same_data(folder: Path, data_identity: str) -> None:
+    """Raise UserError if the private images were prepared again since the run in `folder` began: images that it was
+    trained on might be held out now, and asked as others."""
+    before = read_json(folder / ENVIRONMENT)["data_identity"]
+    if before != data_identity:
+        raise UserError(
+            f"--resume_exp: the private images were prepared again since {folder.name} began; start a new run"
+        )
+
+
+def require_no_run(path: Path, key: str) -> None:
+    """Raise UserError, which names `key`, where `path` is given as public and lies in a run of private images."""
+    for folder in (path.resolve(), *path.resolve().parents):
+        run = (folder / CONFIG).is_file() and values_of(folder).get("sensitive_data.name") is not None
+        if run or (folder / PRIVACY).exists():
+            raise UserError(
+                f"{key}: {path.resolve()} was made of private images by a run, and its cost would be forgotten; if "
+                f"these were other images than now, copy it out of the run's folder"
+            )
 
 
 def require_same_config(folder: Path, config) -> None:

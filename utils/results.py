@@ -5,10 +5,9 @@ from datetime import datetime
 from pathlib import Path
 
 from utils.environment import git_commit, versions
-from utils.run_dir import RESULTS, read_json, write_json
+from utils.run_dir import PRIVACY, RESULTS, read_json, write_json
 
 SCHEMA = 1
-PRIVACY = "privacy.json"
 OF_TRAINING = ("epsilon", "seed", "preset", "preset_tier", "borrowed")  # what a later evaluation leaves alone
 
 

@@ -14,6 +14,10 @@ from pathlib import Path
 from utils.errors import UserError
 
 CONFIG = "config.yaml"  # written first: a folder without it is no run
+PRIVACY = "privacy.json"  # the account of what was asked of private images
+QUERY_ANSWER = (
+    "pretrain/semantic_query.json"  # a noisy answer about private images, before the first checkpoint
+)
 RESULTS = "results.json"  # written last: its presence means "done"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, file larger than allowed
 
@@ -92,9 +96,35 @@ def new_folder(exp_root: Path, group: str, name: str) -> Path:
     raise UserError(f"{exp_root}: no free name for {stem}")
 
 
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the run in `folder` while the block lasts: two that continue the same run would draw
+    different noise for what is booked once. UserError if there is one already.
+
+    The lock goes with the process, however it ends. Where the file system knows no locks, nothing is kept out.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process works in this run; wait until it ends") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def discard_unstarted(folder: Path) -> bool:
-    """Remove the folder of a run that failed before its first checkpoint, with nothing to continue from; was it one?"""
-    unstarted = not any(folder.glob("*/checkpoints/*.pth"))
+    """Remove the folder of a run that failed before its first checkpoint, with nothing to continue from and no answer
+    about private images in it; was it one?"""
+    unstarted = not any(folder.glob("*/checkpoints/*.pth")) and not (folder / QUERY_ANSWER).exists()
     if unstarted:
         shutil.rmtree(folder)
     return unstarted

@@ -3,6 +3,7 @@
 A field without a value in YAML is an error (OmegaConf's MISSING); `None` means what the comment says.
 """
 
+import math
 from dataclasses import dataclass
 
 from utils.errors import FieldError, UserError, unknown
@@ -137,7 +138,8 @@ class EvalConfig:
                 raise unknown(f"eval.{key}", value, known)
         galleries = (None, "private", "report")
         check(self.gallery in galleries, "eval.gallery", self.gallery, "null, private or report")
-        check(self.selection_epsilon > 0, "eval.selection_epsilon", self.selection_epsilon, "greater than 0")
+        finite = 0 < self.selection_epsilon < math.inf  # eval.oracles chooses without noise, and marks it
+        check(finite, "eval.selection_epsilon", self.selection_epsilon, "greater than 0 and finite")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class StageTimes:
         self._kept[stage] = self._kept.get(stage, 0.0) + now - start
         self._running = (stage, now)
         if distributed.is_main():
-            write_json(self._path, self._kept)
+            write_json(self._path, {stage: round(taken, 2) for stage, taken in self._kept.items()})
 
     def seconds(self) -> dict[str, float]:
         return dict(self._kept)
