@@ -88,6 +88,11 @@ def with_run(argv: list[str]) -> list[str]:
         return argv
     run = values_of(Path(flags.exp_path).expanduser())
     words = []
+    missing = [
+        key for key in (*RUN_FLAGS.values(), "seed", "preset", *FIXED, "eval.metrics") if key not in run
+    ]
+    if missing:
+        raise UserError(f"{flags.exp_path}: its {CONFIG} is damaged (it has no {missing[0]})")
     for flag, key in RUN_FLAGS.items():
         words += [] if flag in given else [f"--{flag}", str(run[key])]
     keys = ["seed", "preset", *FIXED]
@@ -119,6 +124,8 @@ def without_method(argv: list[str]) -> list[str]:
         raise UserError("--out: needs --images; a run's results go into its own folder")
     if not {"images", "list"} & given:
         return argv
+    if {"images", "list"} <= given:
+        raise UserError("--images: is not used with --list; leave one of them out")
     for flag in ("method", "epsilon", "exp_path"):
         if flag in given:
             raise UserError(
@@ -159,7 +166,8 @@ def evaluate_images(config: Config) -> int:
     earlier = Report() if config.out is None else earlier_report(config.out, config.data_name, facts)
     if earlier is None:
         raise UserError(
-            f"--out: {config.out} holds the results of other images or of another dataset; give another folder"
+            f"--out: {config.out} holds the results of other images, or of a dataset that is another or was prepared "
+            f"again; give another folder"
         )
     if config.dry_run:
         log.info(plan_of(config, len(samples), config.images))
@@ -167,7 +175,12 @@ def evaluate_images(config: Config) -> int:
     sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
     name = "-".join(filter(None, (spec.name, config.description)))
     folder = config.out or new_folder(config.exp_root, config.method, name)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--out: cannot make {folder} ({error.strerror}); give a folder that can be written"
+        ) from error
     also_to(folder / "stdout.txt")
     start = time.perf_counter()
     report = evaluator.evaluate(samples, train=sensitive.train, test=sensitive.test, select=None)
@@ -193,6 +206,8 @@ def as_images(config: Config) -> Config:
         raise UserError(f"--out: {config.out} is the folder of a run; give another folder")
     if config.out is not None and config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out: {config.out} is a file; give a folder")
+    if config.out is not None and config.out.resolve().is_relative_to(config.images.resolve()):
+        raise UserError(f"--out: {config.out} is among the images; give another folder")
     if config.out is not None and not (config.out / RESULTS).exists():
         for name in ("report.html", "details.json"):
             if (config.out / name).exists():
@@ -239,7 +254,8 @@ def evaluate(config: Config) -> int:
     require_same_split(folder, config, spec)
     if earlier_report(folder, config.data_name, facts_of(samples, spec)) is None:
         raise UserError(
-            f"{folder / SAMPLES}: other samples than those that {RESULTS} is about; to judge them: "
+            f"{folder / SAMPLES}: other samples than those that {RESULTS} is about, or {spec.name} was prepared again; "
+            f"to judge them apart: "
             f"python eval.py --images {folder / SAMPLES} --data_name {config.data_name} --out <folder>"
         )
     for line in (*config.notes, *lines):

@@ -36,7 +36,7 @@ from utils.stopping import UNREAD, exit_code, quiet_pipe, sigterm_interrupts
 
 REVEALED = "fidelity metrics compare with the private training images"
 ORACLE = "eval.oracles=true: epochs of classifiers are chosen on the private validation images without noise"
-SHOWN = "eval.gallery=report: report.html shows training images"
+SHOWN = "eval.gallery=report: report.html was written with training images in it"
 SAMPLES, GRID, CARD = "gen/gen.npz", "gen/sample.png", "privacy_card.md"  # in the run's folder
 INCOMPLETE = 3  # exit code: the run is done, but metrics are missing
 FAILED = 1  # exit code: another process of the run has died
@@ -449,7 +449,7 @@ def judge(
     """
     from evaluation.earlier import earlier_report, facts_of
     from evaluation.evaluator import Evaluator
-    from evaluation.page import REPORT, write_page
+    from evaluation.page import GALLERY, REPORT, write_page
     from opacus_ext.card import privacy_card, privacy_summary
     from utils.results import evaluation_settings, results_of
 
@@ -486,6 +486,8 @@ def judge(
     write_json(folder / RESULTS, results)
     log.info(f"\n{privacy_summary(privacy)}\n\n{written.table()}\n")
     places = {"report": REPORT, "samples": GRID, "privacy card": CARD, "numbers": RESULTS}
+    if report.nearest and config.eval.gallery == "private":
+        places["nearest training images, not to be shared"] = GALLERY
     log.info("\n".join(f"{what}: {folder / name}" for what, name in places.items()))
     return INCOMPLETE if report.missing else 0
 

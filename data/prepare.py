@@ -66,6 +66,8 @@ def prepare(
     only; without it and without `source` it is kept. Any bad input raises UserError and leaves nothing behind.
     """
     data_name = canonical_name(data_name)
+    if source is None and not force and is_prepared(data_root / data_name):
+        return data_root / data_name, *_kept(data_root / data_name, source, channels)
     known = _known_set(data_name, source)
     if not force:
         folder = data_root / _folder_name(data_name, known, resolution)

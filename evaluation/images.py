@@ -33,6 +33,8 @@ def read_images(path: Path, spec: DataSpec) -> tuple[Samples, tuple[str, ...]]:
     part = _read_npz(path) if path.suffix == ".npz" else open_source(path, SourceQuirks(one_class=True)).train
     labels = _as_labels(part.labels, spec, path)
     images, notes = _converted(part, spec, path)
+    if images.max() <= 1:
+        notes.append(f"{path}: no pixel is above 1 of 255; images of 0 to 1 must be floats")
     counts = np.bincount(labels, minlength=spec.num_classes)
     if not counts.all():
         absent = ", ".join(spec.class_names[label] for label in np.flatnonzero(counts == 0))

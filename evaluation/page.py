@@ -143,7 +143,7 @@ def _about(results: dict) -> str:
         borrowed = f", settings of epsilon {results['preset_tier']}" if results["borrowed"] else ""
         rows["training"] = f"preset {results['preset']}{borrowed}, seed {results['seed']}"
     rows["judged"] = f"{results['judged']}, seed {judged['seed']}"
-    if judged["classifiers"]:
+    if {"accuracy", "calibration_error"} & set(judged["metrics"]):
         rows["classifiers"] = (
             f"{', '.join(judged['classifiers'])}; recipe {judged['recipe']}, eval.mode={judged['mode']}"
         )

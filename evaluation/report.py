@@ -60,17 +60,24 @@ class Report:
                 if words
                 else {k: v for k, v in known.items() if k != "unlike_now"}
             )
-        for name, found in self.metric_info.items():
-            known = name in earlier.metrics and _of_classifiers(found)
-            before = _before(earlier, name, now | found) if known else []
-            info[name] = {**found, "before": before} if before else found
+        found = {name: value for name, value in self.metrics.items() if not self._says_less(name, earlier)}
+        for name, value in found.items():
+            before = (
+                _before(earlier, name, value, now | self.metric_info[name]) if name in earlier.metrics else []
+            )
+            info[name] = {**self.metric_info[name], "before": before} if before else self.metric_info[name]
         return Report(
-            {**earlier.metrics, **self.metrics},
+            {**earlier.metrics, **found},
             info,
             self.missing,
             {**earlier.details, **self.details},
             self.nearest,
         )
+
+    def _says_less(self, name: str, earlier: "Report") -> bool:
+        """Is the value a mean over one classifier, where there is one over several?"""
+        means = [report.metric_info.get(name, {}).get("classifiers", []) for report in (self, earlier)]
+        return len(means[0]) == 1 < len(means[1])
 
     def shown(self) -> list[str]:
         """The names for a person: a mean over one classifier only says its accuracy again."""
@@ -104,20 +111,22 @@ def remarks_on_settings(info: dict) -> list[str]:
     return remarks + [f"{entry['value']:.4g} with {entry['with']}" for entry in info.get("before", [])]
 
 
-def _before(earlier: Report, name: str, now: dict) -> list[dict]:
-    """Values of this name that other settings than `now` gave, the oldest first; the last one of each setting."""
+def _before(earlier: Report, name: str, value: float, now: dict) -> list[dict]:
+    """Other values of this name that were found before, the oldest first: with other settings than `now`, by another
+    noisy choice, or of the same samples in another order."""
     info = earlier.metric_info[name]
     last = {"value": earlier.metrics[name], "evaluation": info["evaluation"]}
     if "classifiers" in info:
         last["mean_of"] = info["classifiers"]
-    latest = {}
+    different = {}
     for entry in [*info.get("before", []), last]:
-        words = _unlike(entry["evaluation"], now)
+        words = _unlike(entry["evaluation"], now) if _of_classifiers(info) else ""
         if entry.get("mean_of", now.get("classifiers")) != now.get("classifiers"):
             words = ", ".join(filter(None, (words, f"classifiers={entry['mean_of']}")))
-        if words:
-            latest[words] = entry | {"with": words}
-    return list(latest.values())
+        if words or entry["value"] != value:
+            words = words or "the same settings, before"
+            different[words, entry["value"]] = entry | {"with": words}
+    return list(different.values())
 
 
 def _aligned(row: tuple[str, ...], widths: list[int]) -> str:

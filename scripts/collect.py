@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     for path, reason in damaged:
         print(f"unreadable: {path}: {reason}", file=sys.stderr)
     for row in kept:
-        print(f"kept from the table, its folder is not there: {row[RUN]}", file=sys.stderr)
+        there = (arguments.exp_root / row[RUN]).exists()
+        reason = "its results cannot be read" if there else "its folder is not there"
+        print(f"kept from the table, {reason}: {row[RUN]}", file=sys.stderr)
     write_text(output, as_csv(sorted(kept + rows, key=lambda row: row[RUN])))
     count = len(kept) + len(rows)
     print(f"{output}: {count} run{'' if count == 1 else 's'}")
@@ -85,13 +87,18 @@ def unfinished(exp_root: Path) -> list[Path]:
 
 def read_table(path: Path) -> list[dict]:
     """The rows of an earlier table; none if there is no table."""
+    if path.is_dir():
+        raise UserError(f"--output: {path} is a folder; give a file")
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
         table = csv.DictReader(file)
-        if RUN not in (table.fieldnames or []):
-            raise UserError(f"{path}: not a table of runs (it has no column '{RUN}'); move it away")
-        return list(table)
+        try:
+            if RUN in (table.fieldnames or []):
+                return list(table)
+        except (UnicodeDecodeError, csv.Error):
+            pass
+    raise UserError(f"{path}: not a table of runs (it has no column '{RUN}'); move it away")
 
 
 def as_csv(rows: list[dict]) -> str:

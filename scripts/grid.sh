@@ -70,7 +70,7 @@ cell() { # method data epsilon name [key=value ...]
         echo "done already: $label"
         return
     elif [ $code -eq 3 ]; then
-        failures+=("$label (was done $found)")
+        failures+=("$label ($found)")
         return
     fi
     echo "running: $label"

@@ -15,10 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.errors import UserError
-from utils.run_dir import RESULTS
+from utils.run_dir import RESULTS, read_json
 
 NOT_DONE, DIFFERENT = 1, 3  # exit codes of `done`
 MISSING = "missing: "
+STARTED = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-*"  # how a folder's name ends
 
 
 def main(argv: list[str]) -> int:
@@ -27,17 +28,24 @@ def main(argv: list[str]) -> int:
 
 
 def done(exp_root: str, method: str, data: str, epsilon: str, name: str, *words: str) -> int:
-    runs = Path(exp_root).glob(f"{method.lower()}/{data}_eps{float(epsilon)}{name}-[0-9]*/{RESULTS}")
+    try:
+        stem = f"{data}_eps{float(epsilon)}{name}"
+    except ValueError:  # run.py says what is wrong with it
+        return NOT_DONE
     others = []
-    for run in sorted(runs):
-        others.append(words_of(run.parent))
+    for results in sorted(Path(exp_root).glob(f"{method.lower()}/{stem}-{STARTED}/{RESULTS}")):
+        try:
+            read_json(results)
+        except UserError as error:
+            print(error)
+            return DIFFERENT
+        others.append(words_of(results.parent))
         if sorted(others[-1]) == sorted(words):
             return 0
     if not others:
         return NOT_DONE
-    print(
-        f"with {' '.join(others[-1]) or 'no settings'}, now {' '.join(words) or 'none'}; another NAME runs it too"
-    )
+    print(f"was done with {' '.join(others[-1]) or 'no settings'}, now {' '.join(words) or 'none'}; ", end="")
+    print("another NAME runs it too")
     return DIFFERENT
 
 
@@ -60,6 +68,10 @@ def dry_run(words: list[str]) -> int:
         end = words.index(";")
         (label, *argv), words = words[:end], words[end + 1 :]
         print(f"\n{label}", flush=True)
+        method, data, epsilon, name, exp_root = argv[1:11:2]  # the flags that name the cell
+        if done(exp_root, method, data, epsilon, name, *argv[10:]) == 0:
+            print("done already")
+            continue
         try:
             config = load_config(argv, METHODS)
             distributed.take_place(config.setup)

@@ -1,8 +1,8 @@
 """Compare settings without a look at the test images: python scripts/judge_held_out.py exp/dpdm/<run> exp/dpdm/<run>
 
 Judges runs of eval.mode=val by the private images that they held out, in the place of the test images. That reads these
-images without noise and is NOT private: it is for choosing presets on data that are public. privacy.json of each run
-lists it, and nothing else in its folder changes.
+images without noise and is NOT private: it is for choosing presets on data that are public. privacy.json and the
+privacy card of each run list it; its results stay as they are.
 """
 
 import argparse

@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{meta.resolution}x{meta.resolution}, {'grey' if meta.channels == 1 else 'RGB'}"
     )
     if known_set(meta.name) is None:
+        print(f"classes: {', '.join(meta.class_names[:20])}{', ...' if len(meta.class_names) > 20 else ''}")
         print(usage_line(folder, meta, arguments["public"], default_root()))
     return 0
 

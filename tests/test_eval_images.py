@@ -14,6 +14,7 @@ from data.digits import load_digits_8
 from data.spec import DataSpec
 from evaluation.images import read_images
 from extractors import random_conv
+from scripts import prepare_data
 from utils.errors import UserError
 
 SPEC = DataSpec("digits_8", 8, 1, 10, 1437, tuple("0123456789"))
@@ -249,6 +250,12 @@ def test_missing_parts_do_not_hide_the_others_and_the_exit_code_tells(layouts, t
         (["--images", "absent.npz"], ["absent.npz", "no such file"]),
         (["--image", "x.npz"], ["did you mean '--images'"]),
         (["--out", "somewhere"], ["--out", "--images"]),
+        (["--images", "x.npz", "--list"], ["--images", "--list"]),
+        (["--images", "images", "--out", "images/judged"], ["--out", "is among the images"]),
+        (["--images", "x.npz", "eval.batch_size=0"], ["eval.batch_size", "at least 1"]),
+        (["--images", "x.npz", "eval.num_val=-1"], ["eval.num_val", "0 or more"]),
+        (["--images", "x.npz", "seed=-1"], ["seed", "0 or more"]),
+        (["--images", "x.npz", "eval.selection_epsilon=inf"], ["eval.selection_epsilon", "finite"]),
         (["--metrics", "fid"], ["--exp_path", "--images"]),
     ],
 )
@@ -263,6 +270,40 @@ def test_one_class_folder_is_judged_as_an_npz_of_one_class_is(digits, tmp_path):
     samples, notes = read_images(tmp_path / "images", SPEC)
     assert set(samples.labels) == {3} and len(samples) == len(threes)
     assert any("no image of class 0, 1, 2, 4" in note for note in notes)
+
+
+def test_values_against_other_real_images_are_not_mixed(digits, tmp_path):
+    """The real images were prepared again under the same name, so that values differ in what they compare with."""
+
+    def judge(*more: str):
+        prepare = [
+            "--data_name",
+            "own",
+            "--source",
+            str(tmp_path / "own"),
+            "--data_root",
+            str(tmp_path / "data"),
+        ]
+        assert call(prepare_data.main, [*prepare, "--resolution", "8", "--channels", "1", *more]).code == 0
+        place = ["--data_name", "own", "--data_root", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+        images = [
+            "--images",
+            str(tmp_path / "own"),
+            "preset=quick",
+            "--metrics",
+            "fid",
+            "eval.extractor=random_conv",
+        ]
+        return call(eval_program.main, [*place, *images])
+
+    write_folder(tmp_path / "own", digits, lambda row, label: f"{label}/{row:03}.png")
+    assert judge().code == 0
+    assert "was prepared again" in judge("--force").refusal
+
+
+def test_zeros_and_ones_in_bytes_are_told(tmp_path):
+    np.savez(tmp_path / "x.npz", x=np.ones((10, 8, 8), np.uint8), y=np.arange(10))
+    assert any("no pixel is above 1 of 255" in note for note in read_images(tmp_path / "x.npz", SPEC)[1])
 
 
 def test_a_page_of_another_origin_is_not_overwritten(layouts, tmp_path):

@@ -447,19 +447,20 @@ def test_a_value_that_other_settings_gave_is_kept_beside_the_new_one():
     )
     assert "  fid" not in written.table(), "classifiers have nothing to do with it"
     third = judged({"accuracy/a": 71.0, "accuracy/b": 61.0}).after(read_again(written, paper), paper)
-    assert [entry["value"] for entry in third.metric_info["accuracy/a"]["before"]] == [50.0]
+    assert [entry["value"] for entry in third.metric_info["accuracy/a"]["before"]] == [50.0, 70.0]
     assert [entry["value"] for entry in third.metric_info["accuracy/b"]["before"]] == [60.0]
     back = judged({"accuracy/a": 51.0}).after(read_again(third, paper), quick)
-    assert [entry["value"] for entry in back.metric_info["accuracy/a"]["before"]] == [71.0]
+    assert [entry["value"] for entry in back.metric_info["accuracy/a"]["before"]] == [50.0, 70.0, 71.0]
     assert back.metric_info["accuracy/b"]["unlike_now"] == "recipe=paper"
 
 
 def test_a_mean_over_other_classifiers_is_another_value():
     settings = {"recipe": "quick", "seed": 0}
     earlier = judged({"accuracy/mean": 50.0}, settings)
-    assert (
-        "before" not in judged({"accuracy/mean": 51.0}).after(earlier, settings).metric_info["accuracy/mean"]
-    )
+    same = judged({"accuracy/mean": 50.0}).after(earlier, settings)
+    assert "before" not in same.metric_info["accuracy/mean"]
+    alone = judged({"accuracy/mean": 55.0}, classifiers=["a"]).after(earlier, settings)
+    assert alone.metrics == {"accuracy/mean": 50.0}, "a mean over one takes the place of one over two"
     written = judged({"accuracy/mean": 70.0}, classifiers=["c", "d"]).after(earlier, settings)
     assert "  accuracy/mean: 50 with classifiers=['a', 'b']" in written.table().splitlines()
 
@@ -489,3 +490,12 @@ def test_a_torchvision_that_does_not_load_is_said_in_one_line_with_the_fix(monke
     with pytest.raises(Unavailable, match="pip install --force-reinstall torch torchvision") as caught:
         _inception_network()
     assert "\n" not in str(caught.value)
+
+
+def test_another_answer_to_the_same_question_is_kept_too():
+    """Of a noisy choice, which was paid for, or of the same samples in another order."""
+    settings = {"recipe": "quick", "seed": 0}
+    written = judged({"accuracy/a": 51.0}).after(judged({"accuracy/a": 50.0}, settings), settings)
+    assert "  accuracy/a: 50 with the same settings, before" in written.table().splitlines()
+    third = judged({"accuracy/a": 52.0}).after(read_again(written, settings), settings)
+    assert [entry["value"] for entry in third.metric_info["accuracy/a"]["before"]] == [50.0, 51.0]

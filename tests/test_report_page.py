@@ -63,7 +63,8 @@ def report(**changes) -> Report:
 
 RESULTS = {
     "images": None, "preset": "quick", "preset_tier": 10, "borrowed": True, "seed": 3, "judged": "2026-01-01 12:00",
-    "git": None, "evaluation": {"classifiers": ["a"], "recipe": "paper", "mode": "syn", "extractor": "clip", "seed": 7},
+    "git": None, "evaluation": {"classifiers": ["a"], "recipe": "paper", "mode": "syn", "extractor": "clip", "seed": 7,
+                   "metrics": ["accuracy"]},
 }  # fmt: skip
 
 
@@ -238,7 +239,10 @@ def test_a_run_whose_report_shows_training_images_says_so(tmp_path):
     more = ["eval.gallery=report", "eval.metrics=[authpct]"]
     folder = call(run_program.main, arguments("Noise", tmp_path, *more)).folder
     assert "Contains training images" in (folder / "report.html").read_text()
-    assert any("report.html shows" in reason for reason in strict_json(folder / "privacy.json")["revealed"])
+    assert any(
+        "report.html was written with training images" in reason
+        for reason in strict_json(folder / "privacy.json")["revealed"]
+    )
     assert call(run_program.main, arguments("Noise", tmp_path, "eval.gallery=yes")).refusal
 
 

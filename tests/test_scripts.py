@@ -282,3 +282,26 @@ def test_a_cell_that_was_done_with_other_settings_is_not_taken_for_done(grid, tm
     assert f"failed: Noise digits_8 epsilon 10 ({said})" in err
     assert grid(SETTINGS="gen.data_num=100 eval=none")[0] == 0, "the same settings in another order"
     assert len(list(tmp_path.glob("noise/*"))) == 1
+
+
+def test_a_cell_is_known_by_its_whole_name_and_only_where_its_results_can_be_read(grid, tmp_path):
+    assert grid(NAME="grid-2")[0] == 0
+    assert "running: Noise digits_8 epsilon 10" in grid()[1]
+    assert "\ndone already\n" in grid("--dry_run")[1]
+    results = next(tmp_path.glob("noise/digits_8_eps10.0grid-20*/results.json"))
+    results.write_text("{")
+    code, out, err = grid()
+    assert (
+        code == 1
+        and f"failed: Noise digits_8 epsilon 10 ({results}: damaged" in err
+        and "done already" not in out
+    )
+    assert "kept from the table, its results cannot be read: noise/" in err
+
+
+def test_a_table_that_is_none_is_left_alone(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for output in (tmp_path, tmp_path / "binary"):
+        refusal = call(collect.main, ["--exp_root", str(tmp_path), "--output", str(output)]).refusal
+        assert str(output) in refusal
+    assert (tmp_path / "binary").read_bytes() == b"\xff\xfe\x00"

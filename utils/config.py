@@ -30,6 +30,7 @@ from utils.sections import (
     PublicDataConfig,
     SensitiveDataConfig,
     SetupConfig,
+    check,
 )
 from utils.typed import build, leaf_types, unknown_key
 
@@ -149,6 +150,7 @@ def load_config(argv: list[str], methods: Registry, program: str = "run") -> Con
     cell = _choose_cell(files, schema, flags, choices, command)
     layers = _value_layers(files, cell, schema, given, command, data_root(flags))
     typed = _typed_values(files.compose(cell.files), schema, layers)
+    check(typed["seed"] >= 0, "seed", typed["seed"], "0 or more")
     plain = {name: _plain(value) for name, value in typed.items()}
     snapshot = {"method": method, "data_name": cell.data_name, **plain}
     return Config(

@@ -56,8 +56,10 @@ def evaluation_line(config) -> str:
         "syn": "on samples; costs no epsilon",
         "sen": "on the test images, which is not private",
     }
+    if not {"accuracy", "calibration_error"} & set(judged.metrics):
+        return f"evaluation: {', '.join(judged.metrics) or 'none'}; costs no epsilon"
     return (
-        f"evaluation: {', '.join(judged.metrics) or 'none'}; classifiers choose their epoch {choice[judged.mode]} "
+        f"evaluation: {', '.join(judged.metrics)}; classifiers choose their epoch {choice[judged.mode]} "
         f"(eval.mode={judged.mode})"
     )
 

@@ -136,6 +136,8 @@ class EvalConfig:
         ):
             if value not in known:
                 raise unknown(f"eval.{key}", value, known)
+        check(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
+        check(self.num_val >= 0, "eval.num_val", self.num_val, "0 or more")
         galleries = (None, "private", "report")
         check(self.gallery in galleries, "eval.gallery", self.gallery, "null, private or report")
         finite = 0 < self.selection_epsilon < math.inf  # eval.oracles chooses without noise, and marks it
