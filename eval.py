@@ -226,12 +226,6 @@ def as_images(config: Config) -> Config:
 
 def evaluate(config: Config) -> int:
     """Read the run's samples and privacy report, and judge; returns the exit code."""
-    from data.samples_file import read_samples
-    from data.sensitive import load_sensitive, spec_of
-    from evaluation.earlier import earlier_report, facts_of
-    from opacus_ext.disclosure import Disclosure
-    from opacus_ext.ledger import Budget, Ledger
-    from opacus_ext.noise import NoiseSource
     from utils.device import prepare_device
 
     folder = config.exp_path
@@ -239,25 +233,16 @@ def evaluate(config: Config) -> int:
         raise UserError(
             "--exp_path: missing; give the folder of the run to judge, or --images <npz, folder or zip>"
         )
-    report = folder / PRIVACY
-    if not report.exists():
+    if not (folder / PRIVACY).exists():
         raise UserError(f"--exp_path: {folder} is not the folder of a trained run (it has no {PRIVACY})")
     if not (folder / RESULTS).exists():
         raise UserError(
             f"--exp_path: {folder} is not finished; continue it with run.py --resume_exp {folder.name}"
         )
     require_run_of(folder, config)
-    samples = read_samples(folder / SAMPLES)
     # Split as in the run: images that it held out are no training images, however its samples are judged now.
     split = values_of(folder)["eval.mode"]
-    spec, lines = spec_of(config.sensitive_data, split, config.data_root)
-    require_same_split(folder, config, spec)
-    if earlier_report(folder, config.data_name, facts_of(samples, spec)) is None:
-        raise UserError(
-            f"{folder / SAMPLES}: other samples than those that {RESULTS} is about, or {spec.name} was prepared again; "
-            f"to judge them apart: "
-            f"python eval.py --images {folder / SAMPLES} --data_name {config.data_name} --out <folder>"
-        )
+    samples, spec, lines = samples_of(config, split)
     for line in (*config.notes, *lines):
         log.info(line)
     if (split, config.eval.mode) == ("val", "syn"):
@@ -271,20 +256,47 @@ def evaluate(config: Config) -> int:
         prepare_device(config.setup), config.seed, config.setup.precision, folder, config.data_root / ".cache"
     )
     also_to(folder / "stdout.txt")
+    real = real_images(config, spec, split, runtime.device)
+    with working_in(folder):
+        return judge(config, spec, runtime, folder, samples, real, read_json(folder / PRIVACY), timing={})
+
+
+def samples_of(config: Config, split: str):
+    """The samples of the run, the DataSpec of what it was trained on, and lines to tell the user."""
+    from data.samples_file import read_samples
+    from data.sensitive import spec_of
+    from evaluation.earlier import earlier_report, facts_of
+
+    path = config.exp_path / SAMPLES
+    samples = read_samples(path)
+    spec, lines = spec_of(config.sensitive_data, split, config.data_root)
+    require_same_split(config.exp_path, config, spec)
+    if earlier_report(config.exp_path, config.data_name, facts_of(samples, spec)) is None:
+        raise UserError(
+            f"{path}: other samples than those that {RESULTS} is about, or {spec.name} was prepared again; to judge "
+            f"them apart: python eval.py --images {path} --data_name {config.data_name} --out <folder>"
+        )
+    return samples, spec, lines
+
+
+def real_images(config: Config, spec, split: str, device: str) -> RealData:
+    """What the samples of a run are judged against."""
+    from data.sensitive import load_sensitive
+    from opacus_ext.disclosure import Disclosure
+    from opacus_ext.ledger import Budget, Ledger
+    from opacus_ext.noise import NoiseSource
+
     sensitive = load_sensitive(config.sensitive_data, split, config.data_root)
     held_out = sensitive.validation if config.eval.mode == "val" else None  # other modes have no use for them
     # Nothing is asked of the training images here, so their ledger has an empty plan.
     ledger = Ledger(Budget(config.epsilon, config.privacy.delta or 0.0))
     ledger.adopt([])
-    noise = NoiseSource(config.privacy.noise_seed)
-    real = RealData(
+    return RealData(
         Disclosure(sensitive.train, ledger).reveal(REVEALED),
         sensitive.test,
-        validation_data(config, spec, held_out, noise, runtime.device),
+        validation_data(config, spec, held_out, NoiseSource(config.privacy.noise_seed), device),
         oracle_data(config, held_out),
     )
-    with working_in(folder):
-        return judge(config, spec, runtime, folder, samples, real, read_json(report), timing={})
 
 
 def plan_of(config: Config, count: int, source: Path) -> str:
