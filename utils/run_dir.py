@@ -49,7 +49,7 @@ def read_json(path: Path) -> object:
     try:
         return _loose(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); move it away") from error
+        raise UserError(f"{path}: damaged ({error}); restore it or move it away") from error
 
 
 def _loose(value: object) -> object:
