@@ -61,11 +61,11 @@ PUBLIC = {"mnist_28": LETTERS, "fmnist_28": LETTERS}
 CAVEATS = {
     "digits_8": "The presets were not tuned alike: batch size and learning rate of DPDM, and the frequency stage of "
     "DP-FETA-Pro at epsilon 1, were chosen for these data, with one seed, after test accuracies had been seen.",
-    "mnist_28": "One seed. The quick preset was set for few steps, after runs with former settings had been seen on test "
-    "images (DPDM 11.6 and 28.0, PDP-Diffusion 25.6 and 15.8, DP-FETA 19.1 and 73.3 percent). What chose: for the noise "
-    "levels, whether images are of their class after 300 steps without noise on samples of DP-Kernel; for the warm-up of "
-    "DP-FETA, held-out training images and grids before DP-SGD; for DPDM's learning rate, held-out training images. The "
-    "learning rates of PDP-Diffusion, PrivImage and DP-LDM-SD were not tuned.",
+    "mnist_28": "One seed. The quick preset was set for few steps, after runs with former settings had been seen on "
+    "test images (DPDM 11.6 and 28.0, PDP-Diffusion 25.6 and 15.8, DP-FETA 19.1 and 73.3 percent). What chose: for the "
+    "noise levels, whether images are of their class after 300 steps without noise on samples of DP-Kernel; for the "
+    "warm-up of DP-FETA, held-out training images and grids before DP-SGD; for DPDM's learning rate, held-out training "
+    "images. The learning rates of PDP-Diffusion, PrivImage and DP-LDM-SD were not tuned.",
 }
 TEN_LETTERS = "public_data.selective.ratio=0.25"  # PrivImage: one for each private class
 WITHOUT_PUBLIC_SET = ("DPDM", "DP-FETA", "DP-FETA-Pro")
