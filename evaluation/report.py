@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass, field
 
-CHANGING = (
-    "recipe",
-    "num_val",
-    "seed",
-)  # settings that change what classifiers find, but not the values' names
+# Settings that change what classifiers find, but not the names of the values.
+CHANGING = ("recipe", "num_val", "selection_epsilon", "seed")
 
 
 @dataclass(frozen=True)

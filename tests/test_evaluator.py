@@ -492,6 +492,12 @@ def test_a_torchvision_that_does_not_load_is_said_in_one_line_with_the_fix(monke
     assert "\n" not in str(caught.value)
 
 
+def test_the_price_of_a_choice_is_told_where_it_differs():
+    earlier = judged({"accuracy/a": 50.0}, {"mode": "val", "selection_epsilon": 1.0})
+    written = judged({"accuracy/a": 60.0}).after(earlier, {"mode": "val", "selection_epsilon": 0.01})
+    assert "  accuracy/a: 50 with selection_epsilon=1.0" in written.table().splitlines()
+
+
 def test_another_answer_to_the_same_question_is_kept_too():
     """Of a noisy choice, which was paid for, or of the same samples in another order."""
     settings = {"recipe": "quick", "seed": 0}
