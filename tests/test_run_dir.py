@@ -16,7 +16,7 @@ from opacus_ext.accounting import Release
 from opacus_ext.ledger import Budget, Ledger
 from utils import run_dir
 from utils.checkpoints import Checkpoints, read
-from utils.environment import require_same_config
+from utils.environment import require_no_run, require_same_config
 from utils.errors import UserError
 from utils.results import results_of, write_privacy
 from utils.run_dir import atomic, create, discard_unstarted, find, read_json, write_json, write_text
@@ -306,3 +306,12 @@ def test_the_time_of_a_stage_is_of_all_starts_together(tmp_path):
         pass
     assert set(StageTimes(tmp_path).seconds()) == {"train", "generate"}
     assert 100 <= times.seconds()["train"] < 200
+
+
+def test_a_public_set_may_lie_beside_a_configuration_of_another_program(tmp_path):
+    for text in ("- a\n- b\n", "name: other\n", "sensitive_data: {name: null}\n"):
+        write_text(tmp_path / "config.yaml", text)
+        require_no_run(tmp_path / "images", "--source")
+    write_text(tmp_path / "config.yaml", "sensitive_data: {name: digits_8}\n")
+    with pytest.raises(UserError, match=r"--source: .* its cost would be forgotten"):
+        require_no_run(tmp_path / "images", "--source")

@@ -56,7 +56,9 @@ def require_same_data(folder: Path, data_identity: str) -> None:
 def require_no_run(path: Path, key: str) -> None:
     """Raise UserError, which names `key`, where `path` is given as public and lies in a run of private images."""
     for folder in (path.resolve(), *path.resolve().parents):
-        run = (folder / CONFIG).is_file() and values_of(folder).get("sensitive_data.name") is not None
+        # A config.yaml may also be somebody else's, of any form.
+        content = read_yaml(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+        run = isinstance(content, dict) and flatten(content).get("sensitive_data.name") is not None
         if run or (folder / PRIVACY).exists():
             raise UserError(
                 f"{key}: {path.resolve()} was made of private images by a run, and its cost would be forgotten; if "
