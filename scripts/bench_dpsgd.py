@@ -2,7 +2,7 @@
 
 python scripts/bench_dpsgd.py                          all cases on the CPU, 1 and 2 threads
 python scripts/bench_dpsgd.py --cases 'unet28-*' --rounds 5
-python scripts/bench_dpsgd.py --device cuda
+python scripts/bench_dpsgd.py --device cuda            larger cases on a GPU
 
 Writes a JSON file (rows of other cases in it are kept) and the page docs/bench_dpsgd.md.
 """
@@ -40,11 +40,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="default: 1 2; on cuda 1")
     parser.add_argument(
-        "--cases", nargs="+", default=["*"], metavar="NAME", help="names or patterns (default: all)"
+        "--cases", nargs="+", metavar="NAME", help="names or patterns (default: all; on cuda those for a GPU)"
     )
     parser.add_argument("--competitors", nargs="+", default=["*"], metavar="NAME", help="default: all")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="default: 9")
-    parser.add_argument("--memory", action="store_true", help="peak memory too, each in a fresh process")
+    parser.add_argument("--memory", action="store_true", help="peak memory too; on a CPU each in a fresh process")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: docs/results/bench_dpsgd_<device>.json"
     )
@@ -89,7 +89,9 @@ def run(arguments: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", message="Full backward hook is firing")  # of Opacus, at the first layer
     on_gpu = arguments.device == "cuda"
     known = {name: case for name, case in CASES.items() if on_gpu or not case.gpu_only}
-    names = select("--cases", arguments.cases, list(known))
+    names = [name for name, case in known.items() if case.gpu_only == on_gpu]
+    if arguments.cases:
+        names = select("--cases", arguments.cases, list(known))
     competitors = select("--competitors", arguments.competitors, list(COMPETITORS))
     prepare_backend(arguments)
     for name in names:
@@ -110,7 +112,10 @@ def measure_row(arguments: argparse.Namespace, name: str, competitors: list[str]
     if arguments.memory and threads == arguments.threads[0]:
         options = ["--device", arguments.device, "--dtype", arguments.dtype, "--threads", str(threads)]
         for competitor in competitors:
-            found = peak_in_fresh_process(Path(__file__), name, competitor, options)
+            if device.type == "cuda":  # which counts for itself
+                found = peak(case, competitor, device, autocast)
+            else:
+                found = peak_in_fresh_process(Path(__file__), name, competitor, options)
             facts[competitor] |= {
                 "peak_error" if key == "error" else key: value for key, value in found.items()
             }

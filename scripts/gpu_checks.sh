@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: the engine's tests there, and the benchmark of clipped per-example gradients with peak memory.
-# Writes docs/results/bench_dpsgd_cuda.json and docs/bench_dpsgd.md. Arguments go to the benchmark, e.g. --cases 'unet32-*'.
+# What a GPU must show, but for whole runs (gpu_methods.sh): the tests that need one, the quick preset of every method, and
+# the benchmarks of DP-SGD and of GS-WGAN's critics. Writes docs/results/*_cuda.json and their pages. See grid.sh for
+# METHODS, EXP_ROOT and JOBS; other arguments go to the benchmark of DP-SGD, e.g. --cases 'unet32-*'.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+export PYTHON
 "$PYTHON" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: torch sees no GPU here")'
 
 "$PYTHON" -m pytest tests/test_cuda.py
+DATA=digits_8 EPSILONS=10 NAME=gpu JOBS=${JOBS:-4} SETTINGS="setup.device=cuda" bash scripts/rq1.sh
 "$PYTHON" scripts/bench_dpsgd.py --device cuda --dtype bf16 --memory "$@"
 "$PYTHON" scripts/bench_dpsgd.py --device cuda --dtype float32 "$@"
+"$PYTHON" scripts/bench_gs_wgan.py --device cuda --stack 64 --json docs/results/bench_gs_wgan_cuda.json

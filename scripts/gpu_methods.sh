@@ -1,27 +1,38 @@
 #!/usr/bin/env bash
-# On one GPU: DPDM and DP-FETA at epsilon 10 as published, but with fewer noise draws of each image (K) and fewer
-# sampling steps, so that a run takes minutes instead of a day. Results go to docs/results/gpu_methods.csv. See grid.sh
-# for SETTINGS, NAME, EXP_ROOT and --dry_run.
+# On one GPU, in minutes: DPDM and DP-FETA as published, but with K noise draws of each image, DIFFUSION_EPOCHS epochs and
+# 20 sampling steps; DP-MERF and DP-Kernel as published; DP-NTK with NTK_BATCH generated images in a step. Judged by the
+# quick classifier on GENERATED images. Results go to docs/results/gpu_methods.csv. See grid.sh for SETTINGS, NAME,
+# EXP_ROOT, JOBS and --dry_run.
 #
-#   K=4 DATA="mnist_28" scripts/gpu_methods.sh
+#   K=4 DIFFUSION_EPOCHS=150 METHODS=DPDM DATA=mnist_28 scripts/gpu_methods.sh
 . "$(dirname "$0")/grid.sh"
 
-METHODS=${METHODS:-$(registered DPDM DP-FETA)}
+METHODS=${METHODS:-$(registered DPDM DP-FETA DP-MERF DP-Kernel DP-NTK)}
 DATA=${DATA:-mnist_28 fmnist_28}
 EPSILONS=${EPSILONS:-10}
 K=${K:-1}
+DIFFUSION_EPOCHS=${DIFFUSION_EPOCHS:-30}
+PHYSICAL_BATCH=${PHYSICAL_BATCH:-1024} # of diffusion, so that several cells fit on the GPU
+NTK_BATCH=${NTK_BATCH:-1000}
+GENERATED=${GENERATED:-20000}
 
 if [ -z "$DRY_RUN" ]; then
     "$PYTHON" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: torch sees no GPU here")' || exit 1
 fi
-for data in $DATA; do
-    for epsilon in $EPSILONS; do
+for epsilon in $EPSILONS; do
+    for data in $DATA; do
         for method in $METHODS; do
-            cell "$method" "$data" "$epsilon" "$NAME-k$K" preset=paper setup.precision=bf16 \
-                "train.loss.n_noise_samples=$K" model.sampler_acc.num_steps=50 model.sampler_acc.s_churn=0.0 \
-                "eval.metrics=[accuracy]" "eval.classifiers=[wrn]"
+            case $method in
+                DP-MERF | DP-Kernel) own=() ;;
+                DP-NTK) own=("train.batch_size=$NTK_BATCH" train.n_splits=1 setup.precision=tf32) ;;
+                *) own=("train.loss.n_noise_samples=$K" "train.n_epochs=$DIFFUSION_EPOCHS" setup.precision=bf16
+                    "train.dp.max_physical_batch_size=$PHYSICAL_BATCH" model.sampler_acc.type=dpmpp
+                    model.sampler_acc.num_steps=20 model.sampler_acc.s_churn=0.0) ;;
+            esac
+            cell "$method" "$data" "$epsilon" "$NAME" preset=paper eval=quick "eval.metrics=[accuracy,fid]" \
+                eval.extractor=random_conv "gen.data_num=$GENERATED" ${own[@]+"${own[@]}"}
         done
     done
 done
 finish
-[ -n "$DRY_RUN" ] || "$PYTHON" scripts/collect.py --exp_root "$EXP_ROOT" --output docs/results/gpu_methods.csv
+"$PYTHON" scripts/collect.py --exp_root "$EXP_ROOT" --output docs/results/gpu_methods.csv

@@ -3,7 +3,8 @@
 # nothing is trained: every cell is calibrated, and its noise and cost are printed.
 #
 # Environment: SETTINGS, key=value words for every cell; NAME tells grids with different SETTINGS apart, as it is part of
-# every run folder's name; EXP_ROOT, where the runs go; PYTHON.
+# every run folder's name; EXP_ROOT, where the runs go; PYTHON; JOBS, cells at a time, for networks that leave a GPU or
+# most cores idle: what each of them says is then in <EXP_ROOT>/logs.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -11,8 +12,11 @@ PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 SETTINGS=${SETTINGS:-}
 NAME=${NAME:-$(basename "$0" .sh)}
 EXP_ROOT=${EXP_ROOT:-exp}
+JOBS=${JOBS:-1}
 DRY_RUN=
 failures=()
+running=() # with JOBS: processes of cells, and beside each its label
+labels=()
 planned=() # words of all cells of a dry run, each cell's ended by a semicolon
 
 case "${1:-}" in
@@ -42,6 +46,13 @@ except UserError as error:
     sys.exit(f"error: {error}")
 END
 }
+
+case $JOBS in
+    "" | *[!0-9]* | 0)
+        echo "error: JOBS: $JOBS is not allowed; give at least 1" >&2
+        exit 2
+        ;;
+esac
 
 case " $SETTINGS " in
     *" --plugin"*) ;; # brings methods of its own
@@ -73,16 +84,37 @@ cell() { # method data epsilon name [key=value ...]
         failures+=("$label ($found)")
         return
     fi
+    while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do sleep 0.2; done
     echo "running: $label"
-    "$PYTHON" run.py "${named[@]}" "${words[@]}"
-    code=$?
-    if [ $code -eq 130 ]; then
+    if [ "$JOBS" -eq 1 ]; then
+        "$PYTHON" run.py "${named[@]}" "${words[@]}"
+        judged $? "$label"
+        return
+    fi
+    local log
+    log=$EXP_ROOT/logs/$(date +%F-%H-%M-%S)-${label//[^A-Za-z0-9.]/-}.txt
+    mkdir -p "$EXP_ROOT/logs"
+    "$PYTHON" run.py "${named[@]}" "${words[@]}" >"$log" 2>&1 &
+    running+=($!)
+    labels+=("$label, see $log")
+}
+
+stop_all() { # what runs beside others is not reached by Ctrl-C
+    [ ${#running[@]} -eq 0 ] || kill -TERM "${running[@]}" 2>/dev/null
+    wait
+    echo "stopped" >&2
+    exit 130
+}
+[ "$JOBS" -eq 1 ] || trap stop_all INT TERM
+
+judged() { # exit code of a run, label: ends the script if the run was stopped
+    if [ "$1" -eq 130 ]; then
         echo "stopped" >&2
         exit 130
-    elif [ $code -eq 3 ]; then
-        echo "metrics are missing: $label"
-    elif [ $code -ne 0 ]; then
-        failures+=("$label (exit code $code)")
+    elif [ "$1" -eq 3 ]; then
+        echo "metrics are missing: $2"
+    elif [ "$1" -ne 0 ]; then
+        failures+=("$2 (exit code $1)")
     fi
 }
 
@@ -90,7 +122,13 @@ finish() { # gather what there is in <EXP_ROOT>/table.csv, and tell what has fai
     if [ -n "$DRY_RUN" ]; then
         "$PYTHON" scripts/grid_cells.py dry_run "${planned[@]}"
         exit
-    elif [ -d "$EXP_ROOT" ]; then
+    fi
+    local i
+    for ((i = 0; i < ${#running[@]}; i++)); do
+        wait "${running[i]}"
+        judged $? "${labels[i]}"
+    done
+    if [ -d "$EXP_ROOT" ]; then
         "$PYTHON" scripts/collect.py --exp_root "$EXP_ROOT" || failures+=("collect.py")
     fi
     if [ ${#failures[@]} -gt 0 ]; then

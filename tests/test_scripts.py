@@ -2,8 +2,10 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -170,6 +172,42 @@ def test_the_grid_goes_on_after_a_failed_cell_and_skips_what_is_done(grid, tmp_p
     assert len(list(tmp_path.glob("noise/*"))) == 1
 
 
+def test_cells_run_side_by_side_and_each_has_a_log(grid, tmp_path):
+    code, _, err = grid(DATA="nonsense digits_8", JOBS="2")
+    assert code == 1
+    (failed,) = (line for line in err.splitlines() if line.startswith("failed: "))
+    log = failed.removeprefix("failed: Noise nonsense epsilon 10, see ").removesuffix(" (exit code 2)")
+    assert "nonsense" in Path(log).read_text()
+    assert [row["method"] for row in table(tmp_path / "table.csv").values()] == ["Noise"]
+
+
+@pytest.mark.parametrize("jobs", ["0", "two", "-1"])
+def test_a_wrong_number_of_jobs_is_refused(grid, jobs):
+    code, _, err = grid(JOBS=jobs)
+    assert (code, err.strip()) == (2, f"error: JOBS: {jobs} is not allowed; give at least 1")
+
+
+def test_cells_side_by_side_stop_with_the_grid(tmp_path):
+    """Ctrl-C does not reach processes in the background of a script, so it must pass the word on."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!/bin/bash\nif [ $1 = run.py ]; then echo $$ >>{tmp_path}/pids; exec sleep 100; fi\n"
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    variables = {"PYTHON": str(python), "EXP_ROOT": str(tmp_path / "exp"), "JOBS": "2", "METHODS": "Noise DPDM",
+                 "DATA": "digits_8", "EPSILONS": "10"}  # fmt: skip
+    grid = subprocess.Popen(["bash", str(ROOT / "scripts/rq1.sh")], env={**os.environ, **variables})
+    pids = tmp_path / "pids"
+    while grid.poll() is None and (not pids.exists() or len(pids.read_text().split()) < 2):
+        time.sleep(0.1)
+    grid.send_signal(signal.SIGTERM)
+    assert grid.wait(timeout=60) == 130
+    for pid in pids.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
 # Stands for Python in a grid: lists what run.py is given, one by one or in a dry run all at once.
 LISTING_PYTHON = f"""
 import os, sys
@@ -223,7 +261,7 @@ def test_the_grid_is_of_all_methods(commands):
         ("rq2", {"METHODS": "DPDM DP-LoRA DPGAN", "EPSILONS": "0.2"}, 3 + 5 + 5 + 4),
         ("rq3", {"METHODS": "DPGAN PDP-Diffusion", "DATA": "fmnist_28"}, 2 * 5),
         ("rq4", {"SELECTIVE": "DPDM", "CENTRAL": "DP-MERF", "CKPT": "some/where.pth"}, 3),
-        ("gpu_methods", {}, 2 * 2),
+        ("gpu_methods", {}, 5 * 2),
     ],
 )
 def test_grids_compose(commands, script, variables, count):

@@ -202,6 +202,8 @@ def _paired_hinge(network, images, labels, rng) -> torch.Tensor:
 
 
 SHAPES = ((16, 1), (32, 1), (8, 4), (2, 32))
+# Sizes that keep a GPU busy, without the competitors that take minutes there.
+ON_GPU = {"competitors": ("ordinary", "ours", "hooks", "ghost", "vmap"), "gpu_only": True}
 
 CASES: dict[str, Case] = {
     "digits8-32x4": Case(DIGITS, 32, 4, None),
@@ -218,5 +220,13 @@ CASES: dict[str, Case] = {
     "latent8-17M-32x1": Case(LATENT_17M, 32, 1, None),
     "latent8-17M-8x4": Case(LATENT_17M, 8, 4, None),
     "noise-4M-64x1": Case(UNET_32, 64, 1, 0.05, goal_of="noise", competitors=("ordinary", "ours", "noise")),
-    "unet32-128x32": Case(UNET_32, 128, 32, 1.15, gpu_only=True),
+    "unet28-1024x1": Case(UNET_28, 1024, 1, 1.10, **ON_GPU),
+    "unet28-64x16": Case(UNET_28, 64, 16, 1.10, **ON_GPU),
+    "unet32-512x1": Case(UNET_32, 512, 1, 1.15, **ON_GPU),
+    "unet32-128x32": Case(UNET_32, 128, 32, 1.15, **ON_GPU),
+    "latent8-17M-512x1": Case(LATENT_17M, 512, 1, None, **ON_GPU),
+    "wrn16-4-64x16": Case(wrn_critic, 64, 16, 1.25, **ON_GPU),
+    "dpgan32-512x2": Case(dpgan(32, 3), 512, 2, 1.25, **ON_GPU),
+    "subset32-512x1": Case(subset, 512, 1, 1.10, **ON_GPU),
+    "lora32-512x1": Case(lora, 512, 1, 1.10, **ON_GPU),
 }

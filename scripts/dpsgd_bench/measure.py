@@ -118,7 +118,9 @@ def peak_in_fresh_process(program: Path, case_name: str, competitor: str, option
 
 
 def peak(case: Case, competitor: str, device: torch.device, autocast: torch.dtype | None) -> Facts:
-    """Peak memory of network, batch and steps; on a CPU, of this process over the imported program."""
+    """`peak_bytes` of network, batch and steps; on a CPU, of this process over the imported program. Or `error`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     before = _peak_bytes(device)
     problem = load(case, device, autocast)
     try:
