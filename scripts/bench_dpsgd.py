@@ -44,7 +44,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--competitors", nargs="+", default=["*"], metavar="NAME", help="default: all")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="default: 9")
-    parser.add_argument("--memory", action="store_true", help="peak memory too; on a CPU each in a fresh process")
+    parser.add_argument(
+        "--memory", action="store_true", help="peak memory too; on a CPU each in a fresh process"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: docs/results/bench_dpsgd_<device>.json"
     )
