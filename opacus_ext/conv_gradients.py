@@ -1,4 +1,4 @@
-"""The weight gradient of a 2-d convolution, example by example: four exact ways, of which the planner takes the
+"""The weight gradient of a 2-d convolution, example by example: exact ways, of which the planner takes the
 cheapest. Legend: B examples, K rows each, R = B * K; T = K * H' * W' positions of an example's output."""
 
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from opacus_ext.planner import cheapest, is_small
+from opacus_ext.planner import cheapest, is_small, kernels_for
 
 # Of one im2col buffer: what stays in a core's cache, what a GPU has to spare.
 COLUMN_BYTES = {"cpu": 2**21, "cuda": 2**29}
@@ -59,6 +59,8 @@ def per_example(x: torch.Tensor, g: torch.Tensor, geometry: Geometry, batch: int
         kernels["columns"] = _by_columns
         if geometry.stride == (1, 1) and geometry.dilation == (1, 1):
             kernels["shifts"] = _by_shifts
+        if kernels_for(x.device) is not None and x.dtype != torch.float64:
+            kernels["triton"] = _by_triton
     choices = {
         name: lambda rehearse=False, kernel=kernel: kernel(x, g, geometry, batch)
         for name, kernel in kernels.items()
@@ -74,6 +76,12 @@ def per_example(x: torch.Tensor, g: torch.Tensor, geometry: Geometry, batch: int
     )
     work = g.numel() * geometry.weight_shape[1:].numel()
     return cheapest(key, work, choices, x.device)
+
+
+def _by_triton(x: torch.Tensor, g: torch.Tensor, geometry: Geometry, batch: int) -> torch.Tensor:
+    """The patches of im2col read where they lie, by a kernel of our own."""
+    shape, stride, padding, dilation, _ = geometry
+    return kernels_for(x.device).conv_gradient(x, g, shape, stride, padding, dilation, batch)
 
 
 def by_example(rows: torch.Tensor, batch: int) -> torch.Tensor:

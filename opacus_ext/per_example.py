@@ -241,6 +241,7 @@ def _watching(network: nn.Module, trainable: dict[str, nn.Parameter], record: _R
                 module.forward = partial(_forward_by_row, module, own, copies, path, record)
                 undo.append(partial(delattr, module, "forward"))
             else:
+                undo.append(module.register_forward_pre_hook(_prepared).remove)
                 hook = partial(_attach, rule_for(module, path), own, path, record)
                 undo.append(module.register_forward_hook(hook, with_kwargs=True).remove)
         for parameter in trainable.values():
@@ -264,6 +265,23 @@ def _forward_by_row(
     return ROW_FORWARDS[type(module)](module, x, parameters)
 
 
+def _prepared(module: nn.Module, args: tuple) -> tuple | None:
+    """Forward pre-hook: on a GPU, what autocast and the convolution would make of the input, made once for both them
+    and the gradient rule."""
+    if not args or type(module) not in (nn.Linear, nn.Conv2d) or not args[0].is_cuda:
+        return None
+    x, *rest = args
+    if torch.is_autocast_enabled("cuda") and x.dtype == torch.float32:
+        x = x.to(torch.get_autocast_dtype("cuda"))
+    if _is_channels_last(module.weight):
+        x = x.contiguous(memory_format=torch.channels_last)
+    return (x, *rest)
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
 def _attach(
     rule, own: dict[str, str], path: str, record: _Record, module, args, kwargs, output
 ) -> torch.Tensor:
@@ -274,19 +292,22 @@ def _attach(
         output = _Start.apply(output, torch.zeros((), requires_grad=True))
     features = (args[0] if args else next(iter(kwargs.values()))).detach()
     record.rows_per_example(features, path)
-    version = features._version
+    version, channels_last = features._version, output.is_cuda and _is_channels_last(output)
     held = [features]  # given up when used, so that memory falls as the backward pass goes on
     for name in own.values():
         record.uses[name] += 1
 
-    def receive(output_gradient: torch.Tensor) -> None:
+    def receive(output_gradient: torch.Tensor) -> torch.Tensor:
         if held[0]._version != version:
             raise RuntimeError(
                 f"the input of '{path}' was changed in place after it; use an out-of-place operation"
             )
+        if channels_last:  # as the convolution's own backward pass would make it
+            output_gradient = output_gradient.contiguous(memory_format=torch.channels_last)
         for local, gradient in rule(module, held.pop(), output_gradient, record.batch).items():
             if local in own:  # else a frozen parameter of a partly trained layer
                 record.add(own[local], gradient)
+        return output_gradient
 
     output.register_hook(receive)
     return output

@@ -1,10 +1,17 @@
 """Chooses between exact ways of computing the same thing by their measured cost, once per shape."""
 
+import functools
+import importlib.util
+import logging
 import math
+import subprocess
 import time
 from collections.abc import Callable, Hashable
+from types import ModuleType
 
 import torch
+
+log = logging.getLogger("dpib")
 
 # Multiply-adds below which the first choice is taken unmeasured: nothing is to be gained.
 WORTH_MEASURING = 2_000_000
@@ -45,6 +52,27 @@ def _seconds(choice: Callable, device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def kernels_for(device: torch.device) -> ModuleType | None:
+    """opacus_ext.triton_kernels where they run on the device, else None."""
+    return _triton_kernels(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def _triton_kernels(device: torch.device) -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        from opacus_ext import triton_kernels
+
+        one = torch.ones(1, 1, device=device)
+        triton_kernels.weighted_sum(one, one[0])
+    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        # An old GPU, no C compiler, no room for what is compiled.
+        log.warning("Triton does not run here (%s); stock operations take its place", type(error).__name__)
+        return None
+    return triton_kernels
 
 
 def is_small(batch: int) -> bool:

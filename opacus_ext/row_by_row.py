@@ -45,6 +45,7 @@ def mixing(name: str) -> UserError:
     )
 
 
-def moved(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    """Also where there is no telling: nan is within no bound."""
-    return not bool((found - expected).norm() <= tolerance * expected.norm() + 1e-12)
+def moved(found: torch.Tensor, expected: torch.Tensor, tolerance: float, floor: float = 0.0) -> bool:
+    """By more than `tolerance` times the norm of `expected` or `floor`, whichever is larger. Also where there is no
+    telling: nan is within no bound."""
+    return not bool((found - expected).norm() <= tolerance * expected.norm().clamp_min(floor) + 1e-12)

@@ -1,13 +1,18 @@
 """On a GPU: the gradient engine gives the sums of plain autograd, in every memory layout, without waiting for the
 device; classifiers are trained compiled and in bfloat16."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from data.spec import DataSpec, Samples
 from evaluation.classifiers import training
 from evaluation.classifiers.recipe import Recipe
+from opacus_ext.conv_gradients import Geometry, _by_columns, _by_triton
+from opacus_ext.gradient_rules import _group_norm, weighted_sum
 from opacus_ext.noise import NoiseSource
 from scripts.dpsgd_bench.cases import Case, Problem, dpgan, load, lora, unet, wrn_critic
 from scripts.dpsgd_bench.competitors import loop, ours
@@ -49,10 +54,43 @@ def test_the_sum_is_that_of_plain_autograd(name, layout):
 
 @pytest.mark.parametrize("name", CASES)
 def test_mixed_precision_sums_in_float32(name):
+    """And rounds no worse than plain autograd does in the same precision."""
     case = problem(name, torch.bfloat16)
     found = ours(case)()
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    assert relative_error(found, loop(case)()) < 0.02
+    exact = loop(dataclasses.replace(case, autocast=None))()
+    assert relative_error(found, exact) < 1.5 * relative_error(loop(case)(), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_of_our_own_give_what_stock_operations_do(dtype):
+    torch.manual_seed(0)
+    x, g = (torch.randn(64, width, 14, 14, device="cuda", dtype=dtype) for width in (40, 72))
+    geometry = Geometry(torch.Size((72, 40, 3, 3)), (1, 1), (1, 1), (1, 1), 1)
+    found, expected = (way(x, g, geometry, 32) for way in (_by_triton, _by_columns))
+    assert found.dtype == dtype
+    assert relative_error({"": found}, {"": expected}) < {torch.float32: 1e-5, torch.bfloat16: 5e-3}[dtype]
+    coefficients = torch.rand(32, device="cuda")
+    coefficients[3], found[3] = 0, torch.nan
+    kept = torch.arange(32, device="cuda") != 3
+    exact = torch.tensordot(coefficients[kept].double(), found[kept].double(), dims=1)
+    assert relative_error({"": weighted_sum(found, coefficients, True)}, {"": exact}) < 1e-6
+
+
+def test_group_norms_of_more_groups_than_a_launch_takes():
+    """2**16 groups, the last row of a kind of its own."""
+    norm = torch.nn.GroupNorm(32, 64).cuda()
+    x = torch.randn(2049, 64, 3, 3, device="cuda", requires_grad=True)
+    weight = torch.rand(64, device="cuda").expand(2049, 64).clone().requires_grad_()
+    bias = torch.zeros(2049, 64, device="cuda", requires_grad=True)
+    found = _group_norm(norm, x, {"weight": weight, "bias": bias})
+    expected = F.group_norm(x, 32, eps=norm.eps) * weight[..., None, None] + bias[..., None, None]
+    g = torch.randn_like(x)
+    inputs = (x, weight, bias)
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, g), torch.autograd.grad(expected, inputs, g), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)

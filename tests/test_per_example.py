@@ -779,6 +779,46 @@ def test_the_check_allows_for_low_precision(mixes):
         validate_independence(network, loss, torch.randn(3, 3, 16, 16), torch.zeros(3, dtype=torch.int64))
 
 
+class Rounded(torch.autograd.Function):
+    """bfloat16 as a GPU has it: what rounding does depends on how many rows there are."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        noise = torch.randn(g.shape, generator=torch.Generator().manual_seed(len(g)))
+        return (g * (1 + 2**-9 * noise)).to(g.dtype)
+
+
+class Attending(nn.Module):
+    """The bias of its keys moves all of a query's scores alike, so its gradient is zero but for rounding."""
+
+    def __init__(self, mixes: bool):
+        super().__init__()
+        self.mixes = mixes
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x, labels):
+        key = self.key(x) - (self.key(x).mean(0) if self.mixes else 0.0)
+        scores = Rounded.apply(self.query(x) @ key.transpose(1, 2))
+        return scores.softmax(2) @ self.value(x)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_the_check_allows_for_gradients_that_are_all_rounding(mixes):
+    torch.manual_seed(0)
+
+    def loss(network, images, labels, rng):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = network(images, labels)
+        return output.float().square().mean((1, 2))
+
+    with pytest.raises(UserError, match="clipping bounds nothing") if mixes else nullcontext():
+        validate_independence(Attending(mixes), loss, torch.randn(3, 6, 8), torch.zeros(3, dtype=torch.int64))
+
+
 def test_networks_that_keep_examples_apart_are_accepted():
     torch.manual_seed(0)
     validate_independence(Lonely(), squared_loss(), torch.randn(4, 8, 3), torch.zeros(4, dtype=torch.int64))

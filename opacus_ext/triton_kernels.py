@@ -1,0 +1,132 @@
+"""Kernels for NVIDIA GPUs, in Triton, which comes with PyTorch there: what stock operations do in several passes over
+memory, done in one. Imported only where `available`. Legend: B examples, K rows each, R = B * K; T = K * H' * W'
+positions of an example's output.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+ROWS_AT_ONCE, COLUMNS_AT_ONCE = 8, 512  # of the weighted sum
+PROGRAMS = 2048  # enough to keep any GPU busy
+POSITIONS_AT_ONCE = 32
+MOST_AT_ONCE = 64  # filters, or channels, of a tile
+LAUNCH = {"num_warps": 4, "num_stages": 3}
+GEOMETRY = (  # one compiled kernel for all values of these
+    "rows_each", "height", "width", "out_height", "out_width", "stride_h", "stride_w", "pad_h", "pad_w",
+    "dilation_h", "dilation_w", "kernel_h", "kernel_w",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=GEOMETRY)
+def _conv_gradient(
+    x, g, out, rows_each, height, width, out_height, out_width, channels, filters,
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_h, kernel_w,
+    FILTERS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of one example's gradient: some filters by some channels at one place of the kernel."""
+    channel_tiles = tl.cdiv(channels, CHANNELS)
+    places = kernel_h * kernel_w
+    tiles = tl.cdiv(filters, FILTERS) * places * channel_tiles
+    example = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    channel = tile % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
+    place = tile // channel_tiles % places
+    filter = tile // (channel_tiles * places) * FILTERS + tl.arange(0, FILTERS)
+    shift_h = place // kernel_w * dilation_h - pad_h
+    shift_w = place % kernel_w * dilation_w - pad_w
+
+    area = out_height * out_width
+    positions = rows_each * area
+    x += example * rows_each * height * width * channels
+    g += example * positions * filters
+    total = tl.zeros((FILTERS, CHANNELS), dtype=tl.float32)
+    for start in range(0, positions, POSITIONS):
+        position = start + tl.arange(0, POSITIONS)
+        there = position < positions
+        row, pixel = position // area, position % area
+        h = pixel // out_width * stride_h + shift_h
+        w = pixel % out_width * stride_w + shift_w
+        inside = there & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        pixels = (row * height + h) * width + w
+        values = tl.load(
+            x + pixels[:, None] * channels + channel[None, :],
+            mask=inside[:, None] & (channel < channels)[None, :],
+            other=0.0,
+        )
+        gradients = tl.load(
+            g + position[None, :] * filters + filter[:, None],
+            mask=there[None, :] & (filter < filters)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(gradients, values, total, input_precision=PRECISION)
+    out += (example * filters + filter[:, None]) * (places * channels) + place * channels + channel[None, :]
+    tl.store(
+        out, total.to(out.dtype.element_ty), mask=(filter < filters)[:, None] & (channel < channels)[None, :]
+    )
+
+
+def conv_gradient(
+    x: torch.Tensor,
+    g: torch.Tensor,
+    weight_shape: torch.Size,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    batch: int,
+) -> torch.Tensor:
+    """(R, C, H, W), (R, D, H', W') of one dtype, channels last -> (B, D, C, kh, kw): a convolution's weight gradient of
+    each example, for groups = 1. Products of float32 are rounded to TF32 where the convolutions of PyTorch are."""
+    filters, channels, kernel_h, kernel_w = weight_shape
+    x, g = (part.contiguous(memory_format=torch.channels_last) for part in (x, g))
+    out = x.new_empty(batch, filters, kernel_h, kernel_w, channels)
+    tile_filters, tile_channels = _tile(filters), _tile(channels)
+    tiles = triton.cdiv(filters, tile_filters) * triton.cdiv(channels, tile_channels) * kernel_h * kernel_w
+    _conv_gradient[(batch * tiles,)](
+        x, g, out, len(x) // batch, *x.shape[2:], *g.shape[2:], channels, filters,
+        *stride, *padding, *dilation, kernel_h, kernel_w,
+        FILTERS=tile_filters, CHANNELS=tile_channels, POSITIONS=POSITIONS_AT_ONCE,
+        PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+        **LAUNCH,
+    )  # fmt: skip
+    return out.permute(0, 1, 4, 2, 3)
+
+
+def _tile(size: int) -> int:
+    """A power of two, not below the 16 that a product of tiles needs."""
+    return max(16, min(MOST_AT_ONCE, triton.next_power_of_2(size)))
+
+
+@triton.jit
+def _weighted_sum(rows, coefficients, out, num_rows, num_columns, share,
+                  ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Some columns of the sum over one share of the rows."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, num_rows)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        factor = tl.load(coefficients + row, mask=row < last, other=0.0)
+        taken = (factor > 0)[:, None] & (column < num_columns)[None, :]
+        values = tl.load(
+            rows + row.to(tl.int64)[:, None] * num_columns + column[None, :], mask=taken, other=0.0
+        )
+        total += factor[:, None] * values.to(tl.float32)
+    position = tl.program_id(1).to(tl.int64) * num_columns + column
+    tl.store(out + position, tl.sum(total, axis=0), mask=column < num_columns)
+
+
+def weighted_sum(rows: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """(B, P) contiguous, of at most float32, and (B,) coefficients -> (P,) float32; rows whose coefficient is 0 are not
+    looked at, so they may be nan. One pass over memory, in float32."""
+    num_rows, num_columns = rows.shape
+    blocks = triton.cdiv(num_columns, COLUMNS_AT_ONCE)
+    shares = max(1, min(triton.cdiv(num_rows, ROWS_AT_ONCE), PROGRAMS // blocks))
+    share = triton.cdiv(num_rows, shares)
+    out = torch.empty(shares, num_columns, device=rows.device)
+    _weighted_sum[(blocks, shares)](
+        rows, coefficients.float().contiguous(), out, num_rows, num_columns, share,
+        ROWS=ROWS_AT_ONCE, COLUMNS=COLUMNS_AT_ONCE,
+    )  # fmt: skip
+    return out.sum(0)
