@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from opacus_ext.accounting import Release
@@ -137,10 +138,18 @@ def _probe(private: PrivateData, network: nn.Module, per_example_loss: PerExampl
 
 
 def _clipped(
-    network, per_example_loss, max_grad_norm, layer_rows, images, labels, rng
+    network, per_example_loss, max_grad_norm, layer_rows, images, labels, rng, num_padded
 ) -> dict[str, torch.Tensor]:
+    images, labels = (F.pad(part, (0, 0) * (part.dim() - 1) + (0, num_padded)) for part in (images, labels))
     sums, _ = clipped_sum(
-        network, per_example_loss, images, labels, max_grad_norm, rng, layer_rows=layer_rows
+        network,
+        per_example_loss,
+        images,
+        labels,
+        max_grad_norm,
+        rng,
+        layer_rows=layer_rows,
+        num_padded=num_padded,
     )
     return sums
 
@@ -158,9 +167,11 @@ def _clipped_sum_of_share(
     draws = private._loss_draws(release.name, index, len(indices))[own]
     indices = indices[own]
 
-    def clipped(positions: slice) -> torch.Tensor:
+    def clipped(positions: slice, size: int) -> torch.Tensor:
         images, labels = private._take(indices[positions])
-        return _flat(trainable, gradients(images, labels, draws[positions]))
+        return _flat(
+            trainable, gradients(images, labels, draws[positions].stretched(size), size - len(labels))
+        )
 
     total = torch.zeros(_size(trainable), dtype=torch.float64, device=private.device)
     return parts.add_up(len(indices), clipped, total)

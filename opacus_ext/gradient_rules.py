@@ -17,6 +17,7 @@ from torch import nn
 
 from opacus_ext import conv_gradients
 from opacus_ext.conv_gradients import Geometry
+from opacus_ext.group_norm import group_norm_on_gpu
 from opacus_ext.planner import is_small, kernels_for
 from utils.errors import UserError
 
@@ -256,58 +257,12 @@ def _embedding(module: nn.Embedding, index: torch.Tensor, g: torch.Tensor, batch
     return {"weight": EmbeddingFactors(index, g, module.num_embeddings)}
 
 
-class _GroupNorm(torch.autograd.Function):
-    """Group normalisation on a GPU whose affine gradients come out per row, at no cost over the stock one's."""
-
-    AT_ONCE = 2**16 - 1  # groups in a launch of the stock kernel
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, groups: int, eps: float) -> torch.Tensor:
-        """x (R, C, ...); weight, bias (R, C), all rows alike."""
-        x = x.contiguous()  # as the stock operation does
-        size = (len(x), x.shape[1], x[0, 0].numel())
-        y, mean, rstd = torch.native_group_norm(x, weight[0], bias[0], *size, groups, eps)
-        ctx.save_for_backward(x, weight[0], mean, rstd)
-        ctx.size, ctx.groups = size, groups
-        return y
-
-    @staticmethod
-    def backward(ctx, g: torch.Tensor) -> tuple:
-        """All rows as one, each channel of each row as a channel of its own."""
-        x, weight, mean, rstd = ctx.saved_tensors
-        rows, channels, pixels = ctx.size
-        parts = []
-        at_once = max(1, _GroupNorm.AT_ONCE // ctx.groups)
-        for start in range(0, rows, at_once):
-            part = slice(start, min(start + at_once, rows))
-            count = part.stop - start
-            found = torch.ops.aten.native_group_norm_backward(
-                g[part].contiguous().view(1, count * channels, pixels),
-                x[part].view(1, count * channels, pixels),
-                mean[part].view(1, -1),
-                rstd[part].view(1, -1),
-                weight.repeat(count),
-                1,
-                count * channels,
-                pixels,
-                count * ctx.groups,
-                [True, True, True],
-            )
-            parts.append(found)
-        to_x, to_weight, to_bias = (
-            found[0] if len(parts) == 1 else torch.cat([part.flatten() for part in found])
-            for found in zip(*parts, strict=True)
-        )
-        return to_x.view_as(x), to_weight.view(rows, channels), to_bias.view(rows, channels), None, None
-
-
 def _group_norm(module: nn.GroupNorm, x: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
     """All rows as one, each channel of each row as a channel of its own: the stock kernels' affine gradients then
     come out per row."""
     weight, bias = parameters["weight"], parameters["bias"]
     if x.is_cuda:
-        x = x.float() if torch.is_autocast_enabled("cuda") else x  # as autocast would
-        return _GroupNorm.apply(x, weight, bias, module.num_groups, module.eps)
+        return group_norm_on_gpu(x, weight, bias, module.num_groups, module.eps)
     if x.is_contiguous():
         rows, groups = x.view(1, -1, *x.shape[2:]), len(x) * module.num_groups
         return F.group_norm(rows, groups, weight.reshape(-1), bias.reshape(-1), module.eps).view_as(x)

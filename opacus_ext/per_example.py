@@ -44,13 +44,15 @@ def clipped_sum(
     max_grad_norm: float,
     rng: object,
     layer_rows: dict[str, set[int]] | None = None,
+    num_padded: int = 0,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Sum over examples of the gradient of each one's own loss, clipped jointly over all trainable tensors.
 
     Returns name -> summed gradient, to which one example contributes an L2 norm of at most `max_grad_norm`, and the
     (B,) norms before clipping; these are private. An example whose gradient is not finite contributes zero. No
     example: zeros. `rng` is handed to the loss as it is.
-    layer_rows: rows per example that each layer may be called with (`rows_of_layers`); None: any.
+    layer_rows: rows per example that each layer may be called with (`rows_of_layers`); None: any. num_padded: so many
+    of the last examples are there for the size of the batch alone, and add nothing.
     """
     trainable = _trainable(network)
     if not len(labels):
@@ -61,6 +63,7 @@ def clipped_sum(
     small = record.take_small()
     norms = record.squares(small).sqrt()
     coefficients = clip_coefficients(norms, max_grad_norm)
+    coefficients[len(labels) - num_padded :] = 0
     # Asked once, and not of a GPU: the host would wait for the answer.
     may_drop = coefficients.is_cuda or not bool((coefficients > 0).all())
     sums = {name: torch.zeros_like(p) for name, p in trainable.items()}  # the loss may not reach all of them
@@ -70,7 +73,7 @@ def clipped_sum(
         flat = weighted_sum(small.rows, coefficients, may_drop).split(small.sizes)
         sums.update(zip(small.names, flat, strict=True))
     # In float32 at least, whatever the parameters are: rounding to less would move the sum by more than the bound.
-    return {name: sums[name].view_as(p) for name, p in trainable.items()}, norms
+    return {name: sums[name].view_as(p) for name, p in trainable.items()}, norms[: len(labels) - num_padded]
 
 
 def per_example_gradients(

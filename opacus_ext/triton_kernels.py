@@ -12,6 +12,7 @@ PROGRAMS = 2048  # enough to keep any GPU busy
 POSITIONS_AT_ONCE = 32
 MOST_AT_ONCE = 64  # filters, or channels, of a tile
 LAUNCH = {"num_warps": 4, "num_stages": 3}
+NUMBERS_AT_ONCE = 4096  # of a row, in group normalisation
 GEOMETRY = (  # one compiled kernel for all values of these
     "rows_each", "height", "width", "out_height", "out_width", "stride_h", "stride_w", "pad_h", "pad_w",
     "dilation_h", "dilation_w", "kernel_h", "kernel_w",
@@ -130,3 +131,132 @@ def weighted_sum(rows: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor
         ROWS=ROWS_AT_ONCE, COLUMNS=COLUMNS_AT_ONCE,
     )  # fmt: skip
     return out.sum(0)
+
+
+@triton.jit
+def _of_groups(values, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """(CHANNELS,) sums of channels -> at each channel the sum of its group."""
+    by_group = tl.reshape(values, (CHANNELS // WIDTH, WIDTH))
+    sums = tl.broadcast_to(tl.sum(by_group, axis=1)[:, None], (CHANNELS // WIDTH, WIDTH))
+    return tl.reshape(sums, (CHANNELS,))
+
+
+@triton.jit
+def _group_norm(
+    x, weight, bias, y, mean, rstd, pixels, channels, eps,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """One row. Mean first, then variance: the row stays in the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, CHANNELS)
+    known = channel < channels
+    x += row * pixels * channels
+    y += row * pixels * channels
+    size = pixels * WIDTH
+    total = tl.zeros((CHANNELS,), dtype=tl.float32)
+    for start in range(0, pixels, PIXELS):
+        pixel = start + tl.arange(0, PIXELS)
+        there = (pixel < pixels)[:, None] & known[None, :]
+        values = tl.load(x + pixel[:, None] * channels + channel[None, :], mask=there, other=0.0)
+        total += tl.sum(values.to(tl.float32), axis=0)
+    centre = _of_groups(total, CHANNELS, WIDTH) / size
+    total = tl.zeros((CHANNELS,), dtype=tl.float32)
+    for start in range(0, pixels, PIXELS):
+        pixel = start + tl.arange(0, PIXELS)
+        there = (pixel < pixels)[:, None] & known[None, :]
+        values = tl.load(x + pixel[:, None] * channels + channel[None, :], mask=there, other=0.0)
+        off = tl.where(there, values.to(tl.float32) - centre[None, :], 0.0)
+        total += tl.sum(off * off, axis=0)
+    scale = 1.0 / tl.sqrt(_of_groups(total, CHANNELS, WIDTH) / size + eps)
+    tl.store(mean + row * channels + channel, centre, mask=known)
+    tl.store(rstd + row * channels + channel, scale, mask=known)
+    slope = scale * tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
+    shift = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
+    for start in range(0, pixels, PIXELS):
+        pixel = start + tl.arange(0, PIXELS)
+        there = (pixel < pixels)[:, None] & known[None, :]
+        place = pixel[:, None] * channels + channel[None, :]
+        values = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+        normal = (values - centre[None, :]) * slope[None, :] + shift[None, :]
+        tl.store(y + place, normal.to(y.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _group_norm_backward(
+    g, x, weight, mean, rstd, to_x, to_weight, to_bias, pixels, channels,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """One row: gradients of its own copy of weight and bias, then of its pixels."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, CHANNELS)
+    known = channel < channels
+    g += row * pixels * channels
+    x += row * pixels * channels
+    to_x += row * pixels * channels
+    centre = tl.load(mean + row * channels + channel, mask=known, other=0.0)
+    scale = tl.load(rstd + row * channels + channel, mask=known, other=0.0)
+    of_bias = tl.zeros((CHANNELS,), dtype=tl.float32)
+    of_weight = tl.zeros((CHANNELS,), dtype=tl.float32)
+    for start in range(0, pixels, PIXELS):
+        pixel = start + tl.arange(0, PIXELS)
+        there = (pixel < pixels)[:, None] & known[None, :]
+        place = pixel[:, None] * channels + channel[None, :]
+        gradients = tl.load(g + place, mask=there, other=0.0).to(tl.float32)
+        values = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+        of_bias += tl.sum(gradients, axis=0)
+        of_weight += tl.sum(gradients * (values - centre[None, :]) * scale[None, :], axis=0)
+    tl.store(to_bias + row * channels + channel, of_bias, mask=known)
+    tl.store(to_weight + row * channels + channel, of_weight, mask=known)
+    factor = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
+    size = pixels * WIDTH
+    along_one = _of_groups(factor * of_bias, CHANNELS, WIDTH) / size
+    along_x = _of_groups(factor * of_weight, CHANNELS, WIDTH) / size
+    for start in range(0, pixels, PIXELS):
+        pixel = start + tl.arange(0, PIXELS)
+        there = (pixel < pixels)[:, None] & known[None, :]
+        place = pixel[:, None] * channels + channel[None, :]
+        gradients = tl.load(g + place, mask=there, other=0.0).to(tl.float32)
+        values = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+        normal = (values - centre[None, :]) * scale[None, :]
+        moved = (gradients * factor[None, :] - along_one[None, :] - normal * along_x[None, :]) * scale[
+            None, :
+        ]
+        tl.store(to_x + place, moved.to(to_x.dtype.element_ty), mask=there)
+
+
+def group_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, num_groups: int, eps: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (R, C, H, W) channels last, weight and bias (C,), a power of two channels in each group -> (y of `dtype`, mean,
+    rstd), the last two (R, C) float32: of each channel's group."""
+    rows, channels, height, width = x.shape
+    y = torch.empty_like(x, dtype=dtype)
+    mean, rstd = (torch.empty(rows, channels, device=x.device) for _ in range(2))
+    _group_norm[(rows,)](
+        x, weight, bias, y, mean, rstd, height * width, channels, eps, **_row_tile(channels, num_groups)
+    )
+    return y, mean, rstd
+
+
+def group_norm_backward(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    num_groups: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """g, x (R, C, H, W) channels last -> gradients of x, and (R, C) float32 of each row's copy of weight and bias."""
+    rows, channels, height, width = x.shape
+    to_x = torch.empty_like(x)
+    to_weight, to_bias = (torch.empty(rows, channels, device=x.device) for _ in range(2))
+    _group_norm_backward[(rows,)](
+        g, x, weight, mean, rstd, to_x, to_weight, to_bias, height * width, channels,
+        **_row_tile(channels, num_groups),
+    )  # fmt: skip
+    return to_x, to_weight, to_bias
+
+
+def _row_tile(channels: int, num_groups: int) -> dict[str, int]:
+    wide = triton.next_power_of_2(channels)
+    return {"CHANNELS": wide, "WIDTH": channels // num_groups, "PIXELS": max(1, NUMBERS_AT_ONCE // wide)}

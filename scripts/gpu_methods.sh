@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On one GPU, in minutes: DPDM and DP-FETA as published, but with K noise draws of each image, DIFFUSION_EPOCHS epochs and
-# 20 sampling steps; DP-MERF and DP-Kernel as published; DP-NTK with NTK_BATCH generated images in a step. Judged by the
+# 20 sampling steps; DP-MERF and DP-Kernel as published; DP-NTK with NTK_BATCH generated images in a step; all in short precision. Judged by the
 # quick classifier on GENERATED images. Results go to docs/results/gpu_methods.csv. See grid.sh for SETTINGS, NAME,
 # EXP_ROOT, JOBS and --dry_run.
 #
@@ -23,14 +23,14 @@ for epsilon in $EPSILONS; do
     for data in $DATA; do
         for method in $METHODS; do
             case $method in
-                DP-MERF | DP-Kernel) own=() ;;
-                DP-NTK) own=("train.batch_size=$NTK_BATCH" train.n_splits=1 setup.precision=tf32) ;;
+                DP-MERF | DP-Kernel) own=(setup.precision=tf32) ;;
+                DP-NTK) own=("train.batch_size=$NTK_BATCH" train.n_splits=1 setup.precision=bf16) ;;
                 *) own=("train.loss.n_noise_samples=$K" "train.n_epochs=$DIFFUSION_EPOCHS" setup.precision=bf16
                     "train.dp.max_physical_batch_size=$PHYSICAL_BATCH" model.sampler_acc.type=dpmpp
                     model.sampler_acc.num_steps=20 model.sampler_acc.s_churn=0.0) ;;
             esac
-            cell "$method" "$data" "$epsilon" "$NAME" preset=paper eval=quick "eval.metrics=[accuracy,fid]" \
-                eval.extractor=random_conv "gen.data_num=$GENERATED" ${own[@]+"${own[@]}"}
+            cell "$method" "$data" "$epsilon" "$NAME" preset=paper eval=quick "eval.metrics=[accuracy]" \
+                "gen.data_num=$GENERATED" ${own[@]+"${own[@]}"}
         done
     done
 done

@@ -112,14 +112,56 @@ def test_chunks_do_not_change_what_the_loss_draws(make_private, dp):
 def test_every_position_is_taken_once(count, max_size, n_split, sizes):
     taken = []
 
-    def part(positions):
+    def part(positions, size):
         taken.append(list(range(count))[positions])
-        return torch.ones(1) * len(taken[-1])
+        assert size == len(taken[-1])
+        return torch.ones(1) * size
 
     parts = PhysicalBatches(max_size, n_split, torch.device("cpu"))
     assert parts.add_up(count, part, torch.zeros(1)) == count
     assert [position for positions in taken for position in positions] == list(range(count))
     assert [len(positions) for positions in taken] == sizes
+
+
+def test_on_a_gpu_samples_of_many_sizes_are_computed_at_few():
+    """Within the largest size allowed, and never above one that has not fitted."""
+
+    def sizes(count, max_size=None, n_split=None, room=10**6):
+        found = []
+
+        def part(positions, size):
+            if size > room:
+                raise torch.OutOfMemoryError("full")
+            found.append(size)
+            assert 0 <= size - (positions.stop - positions.start) <= size / 16
+            return torch.ones(1) * (positions.stop - positions.start)
+
+        parts = PhysicalBatches(max_size, n_split, torch.device("cuda"))
+        assert parts.add_up(count, part, torch.zeros(1)) == count
+        return found
+
+    assert {size for count in range(3900, 4100) for size in sizes(count)} == {3968, 4096, 4352}
+    assert sizes(4000, max_size=1000) == [1000] * 4 and sizes(4001, max_size=4001) == [4001]
+    assert sizes(4000, n_split=3) == [1344, 1344, 1344]
+    assert sizes(4000, room=1500) == [1000] * 4
+    assert sizes(5) == [5] and sizes(0) == []
+
+
+def test_padding_adds_nothing(make_private, monkeypatch):
+    """Not even where the gradient of what is padded with is not a number."""
+
+    def breaks_on_grey(model, images, labels, rng):
+        seen = torch.where(images.flatten(1).any(1), 1.0, torch.nan)
+        return loss(model, images, labels, rng) * rng.normal(2)[:, 1] * seen
+
+    def moved():
+        return update(make_private([Release(NAME, None, 0.5, 3)], noise_seed=1), config(), breaks_on_grey)
+
+    plain = moved()
+    seen = []
+    monkeypatch.setattr(PhysicalBatches, "_size_of", lambda self, count: seen.append(count) or count + 3)
+    torch.testing.assert_close(moved(), plain, rtol=1e-4, atol=1e-7)
+    assert len(seen) >= 3
 
 
 @pytest.mark.parametrize("dp", [config(n_split=2), config(max_physical_batch_size=64)])
@@ -146,7 +188,7 @@ def test_out_of_memory_halves_the_parts_and_changes_nothing(make_private, dp):
 def test_running_out_of_memory_is_not_told(caplog, capfd):
     """That a sample was large is private, and what is printed stays in the run's folder."""
 
-    def hungry(positions):
+    def hungry(positions, size):
         if positions.stop - positions.start > 2:
             raise torch.OutOfMemoryError("full")
         return torch.ones(1)
@@ -164,7 +206,7 @@ def test_two_trainings_of_one_release_share_no_step(make_private):
 
 
 def test_a_single_image_that_does_not_fit_is_said():
-    def full(positions):
+    def full(positions, size):
         raise torch.OutOfMemoryError("full")
 
     with pytest.raises(UserError, match="out of memory for a single training image"):

@@ -40,6 +40,12 @@ def test_a_part_of_a_part_keeps_its_positions():
     assert torch.equal(Draws(KEY, 57, 60).normal(), Draws(KEY, 0, 100).normal()[57:60])
 
 
+def test_more_positions_leave_the_first_as_they_are():
+    draws = Draws(KEY, 0, 40)[5:9]
+    assert len(draws.stretched(70)) == 70
+    assert torch.equal(draws.stretched(70).normal(3)[:4], draws.normal(3))
+
+
 def test_a_retry_is_dealt_the_same():
     draws = Draws(KEY, 5, 30)
     used = draws[2:9]

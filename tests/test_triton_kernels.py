@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from tiny_runs import ROOT
 
-from opacus_ext.gradient_rules import _GroupNorm
+from opacus_ext.group_norm import Stock
 
 CHECKS = """
 import torch
+import torch.nn.functional as F
 from opacus_ext import conv_gradients, triton_kernels
+from opacus_ext.group_norm import ChannelsLast
 
 torch.manual_seed(0)
 SHAPES = [  # R, B, C, H, W, D, kernel, stride, padding, dilation
@@ -40,6 +42,22 @@ for batch, size in [(5, 100), (33, 1000), (2, 513)]:
         found = triton_kernels.weighted_sum(given, coefficients)
         assert found.dtype == torch.float32
         assert (found - expected).norm() < tolerance * expected.norm()
+
+def last(tensor):
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+for rows, channels, groups, height, width in [(3, 8, 2, 5, 4), (2, 24, 6, 3, 3), (2, 96, 24, 9, 8), (4, 6, 6, 4, 3)]:
+    x = last(3 + torch.randn(rows, channels, height, width)).requires_grad_()
+    weight, bias = (torch.randn(channels).repeat(rows, 1).requires_grad_() for _ in range(2))
+    expected = F.group_norm(x, groups, eps=1e-5) * weight[..., None, None] + bias[..., None, None]
+    found = ChannelsLast.apply(x, weight, bias, groups, 1e-5, torch.float32, triton_kernels)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    g = last(torch.randn_like(found))
+    pairs = zip(*(torch.autograd.grad(y, (x, weight, bias), g) for y in (found, expected)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    short = ChannelsLast.apply(x.bfloat16(), weight, bias, groups, 1e-5, torch.bfloat16, triton_kernels)
+    assert short.dtype == torch.bfloat16 and (short - expected).norm() < 0.01 * expected.norm()
 print("all are right")
 """
 
@@ -60,14 +78,14 @@ def test_kernels_give_what_stock_operations_do():
 @pytest.mark.parametrize("size", [(5, 4), ()])
 def test_the_affine_gradients_of_group_norm_come_out_per_row(at_once, size, monkeypatch):
     """In one launch and in several, a row each at the least."""
-    monkeypatch.setattr(_GroupNorm, "AT_ONCE", at_once)
+    monkeypatch.setattr(Stock, "AT_ONCE", at_once)
     torch.manual_seed(0)
     rows, groups = 7, 4
     x = torch.randn(rows, 8, *size, dtype=torch.float64, requires_grad=True)
     weight, bias = (torch.randn(8).double().repeat(rows, 1).requires_grad_() for _ in range(2))
     shape = (rows, 8, *[1] * len(size))
     expected = F.group_norm(x, groups, eps=1e-5) * weight.view(shape) + bias.view(shape)
-    found = _GroupNorm.apply(x, weight, bias, groups, 1e-5)
+    found = Stock.apply(x, weight, bias, groups, 1e-5)
     g = torch.randn_like(found)
     torch.testing.assert_close(found, expected)
     inputs = (x, weight, bias)

@@ -5,7 +5,8 @@ import hashlib
 import numpy as np
 import torch
 
-UNIT = 16  # positions that are drawn together: few launches on a GPU, little waste for a small chunk
+# Positions that are drawn together: few launches, little waste for a small chunk.
+UNITS = {"cpu": 16, "cuda": 128}
 
 
 class Draws:
@@ -32,6 +33,10 @@ class Draws:
         first, last, _ = part.indices(len(self))
         return Draws(self._key, self._start + first, self._start + max(first, last), self._device)
 
+    def stretched(self, length: int) -> "Draws":
+        """Of these positions and of those behind them, `length` together."""
+        return Draws(self._key, self._start, self._start + length, self._device)
+
     def normal(self, *shape: int) -> torch.Tensor:
         """(len(self), *shape) float32, independent standard normal."""
         return self._draw(_fill_normal, shape)
@@ -41,13 +46,14 @@ class Draws:
         return self._draw(_fill_uniform, shape)
 
     def _draw(self, fill, shape: tuple[int, ...]) -> torch.Tensor:
-        first, end = self._start // UNIT, -(-self._stop // UNIT)
-        units = torch.empty(end - first, UNIT, *shape, device=self._device)
+        size = UNITS.get(self._device.type, UNITS["cpu"])
+        first, end = self._start // size, -(-self._stop // size)
+        units = torch.empty(end - first, size, *shape, device=self._device)
         for row, unit in enumerate(range(first, end)):
             message = f"{self._calls}/{unit}".encode()
             fill(units[row], hashlib.blake2b(message, key=self._key, digest_size=16).digest())
         self._calls += 1
-        offset = self._start - first * UNIT
+        offset = self._start - first * size
         return units.flatten(0, 1)[offset : offset + len(self)]
 
 
