@@ -1,6 +1,7 @@
 """The weight gradient of a 2-d convolution, example by example: exact ways, of which the planner takes the
 cheapest. Legend: B examples, K rows each, R = B * K; T = K * H' * W' positions of an example's output."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from opacus_ext.planner import cheapest, is_small, kernels_for
 
 # Of one im2col buffer: what stays in a core's cache, what a GPU has to spare.
 COLUMN_BYTES = {"cpu": 2**21, "cuda": 2**29}
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, "Geometry", int], torch.Tensor]
 
 
 class Geometry(NamedTuple):
@@ -54,16 +57,9 @@ def summed(x: torch.Tensor, g: torch.Tensor, geometry: Geometry) -> torch.Tensor
 
 def per_example(x: torch.Tensor, g: torch.Tensor, geometry: Geometry, batch: int) -> torch.Tensor:
     """(R, C, H, W), (R, D, H', W') -> (B, *weight_shape); K rows are summed inside, so memory is B x P."""
-    kernels = {"folded": _folded, "one_by_one": _one_by_one}
-    if geometry.groups == 1:
-        kernels["columns"] = _by_columns
-        if geometry.stride == (1, 1) and geometry.dilation == (1, 1):
-            kernels["shifts"] = _by_shifts
-        if kernels_for(x.device) is not None and x.dtype != torch.float64:
-            kernels["triton"] = _by_triton
     choices = {
         name: lambda rehearse=False, kernel=kernel: kernel(x, g, geometry, batch)
-        for name, kernel in kernels.items()
+        for name, kernel in _kernels(x, geometry).items()
     }
     key = (
         "conv gradient",
@@ -76,6 +72,18 @@ def per_example(x: torch.Tensor, g: torch.Tensor, geometry: Geometry, batch: int
     )
     work = g.numel() * geometry.weight_shape[1:].numel()
     return cheapest(key, work, choices, x.device)
+
+
+def _kernels(x: torch.Tensor, geometry: Geometry) -> dict[str, Kernel]:
+    """The ways that can compute it, by name. Only those that can win: on a GPU a thousand products one by one, or
+    as groups of one convolution, take so long that to time them would be most of a short run."""
+    if geometry.groups > 1:
+        return {"folded": _folded, "one_by_one": _one_by_one}
+    if x.is_cuda and x.dtype != torch.float64 and kernels_for(x.device) is not None:
+        return {"columns": _by_columns, "triton": _by_triton}
+    simple = geometry.stride == (1, 1) and geometry.dilation == (1, 1)
+    on_any = {"columns": _by_columns, "shifts": _by_shifts} if simple else {"columns": _by_columns}
+    return on_any if x.is_cuda else {"folded": _folded, "one_by_one": _one_by_one, **on_any}
 
 
 def _by_triton(x: torch.Tensor, g: torch.Tensor, geometry: Geometry, batch: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Time of a critic step of GS-WGAN's warm-up: python scripts/bench_gs_wgan.py --markdown docs/bench_gs_wgan.md
+"""Time of a critic step of GS-WGAN's warm-up: python scripts/bench_gs_wgan.py --json FILE --markdown docs/bench_gs_wgan.md
 
 Critics trained as one program (models/nn/stack.py) against the same critics one by one, as plain modules. Both take
 turns, so that a busy machine slows both; medians of the processor time (of the time, on a GPU) per critic step.
@@ -44,6 +44,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--case", help="only the cases whose name contains this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a table there")
+    parser.add_argument(
+        "--beside",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="and what these files of --json hold",
+    )
     return parser.parse_args(argv)
 
 
@@ -60,14 +68,21 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(measured(case, count, arguments.repeats, arguments.device))
             print(row_of(rows[-1]), flush=True)
     results = {
-        "machine": platform.machine(), "threads": arguments.threads, "device": arguments.device,
+        "machine": machine(arguments.device), "threads": arguments.threads, "device": arguments.device,
         "repeats": arguments.repeats, "torch": torch.__version__, "rows": rows,
     }  # fmt: skip
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if arguments.markdown:
-        arguments.markdown.write_text(as_markdown(results), encoding="utf-8")
+        every = [results, *(json.loads(path.read_text(encoding="utf-8")) for path in arguments.beside)]
+        arguments.markdown.write_text(as_markdown(every), encoding="utf-8")
     return 0
+
+
+def machine(device: str) -> str:
+    import torch
+
+    return platform.machine() if device == "cpu" else torch.cuda.get_device_name()
 
 
 def measured(case: Case, count: int, repeats: int, device: str) -> dict:
@@ -166,32 +181,38 @@ def row_of(row: dict) -> str:
     )
 
 
-def as_markdown(results: dict) -> str:
-    clock = "processor time" if results["device"] == "cpu" else "time"
+def as_markdown(every: list[dict]) -> str:
     lines = [
         "# Benchmark of GS-WGAN's critics",
         "",
-        f"Made by `python scripts/bench_gs_wgan.py`; do not edit. {results['device']}, {results['machine']}, torch "
-        f"{results['torch']}, CPU threads: {results['threads']}. A step is one update of one critic on a batch, "
-        f"gradient penalty included, fakes given. Medians of {results['repeats']} turns, taken alternately, of "
-        f"{clock}; the ratio is the median of the turns' ratios. The last column is how far the weights of both ways "
-        "are apart in the end, relative.",
-        "",
-        "| critics | at once | stacked (ms) | one by one (ms) | times faster | difference |",
-        "|---|---:|---:|---:|---:|---:|",
-        *(row_of(row) for row in results["rows"]),
-        "",
-        f"Goal: {GOAL} times faster. {verdict(results)}",
+        "Made by `python scripts/bench_gs_wgan.py`; do not edit. A step is one update of one critic on a batch, gradient "
+        "penalty included, fakes given. Medians over turns, taken alternately; the ratio is the median of the turns' "
+        f"ratios. The last column is how far the weights of both ways are apart in the end, relative. Goal: {GOAL} times "
+        "faster.",
         "",
     ]
+    for results in every:
+        clock = "processor time" if results["device"] == "cpu" else "time"
+        lines += [
+            f"## {results['machine']}, torch {results['torch']}",
+            "",
+            f"CPU threads: {results['threads']}; {results['repeats']} turns; {clock}.",
+            "",
+            "| critics | at once | stacked (ms) | one by one (ms) | times faster | difference |",
+            "|---|---:|---:|---:|---:|---:|",
+            *(row_of(row) for row in results["rows"]),
+            "",
+            verdict(results),
+            "",
+        ]
     return "\n".join(lines)
 
 
 def verdict(results: dict) -> str:
     met = [row for row in results["rows"] if row["ratio"] >= GOAL]
     if len(met) == len(results["rows"]):
-        return "It is met."
-    where = f"It is met by {len(met)} of {len(results['rows'])} cases. "
+        return "The goal is met."
+    where = f"The goal is met by {len(met)} of {len(results['rows'])} cases. "
     return where + (
         "Stacking saves the overhead of small operations. It saves no arithmetic: where one critic already keeps the "
         "device busy, as one of the published size does a CPU, there is nothing to gain."
