@@ -1,4 +1,4 @@
-"""Time of a critic step of GS-WGAN's warm-up: python scripts/bench_gs_wgan.py --json FILE --markdown docs/bench_gs_wgan.md
+"""Time of a critic step of GS-WGAN's warm-up: python scripts/bench_gs_wgan.py --markdown docs/bench_gs_wgan.md
 
 Critics trained as one program (models/nn/stack.py) against the same critics one by one, as plain modules. Both take
 turns, so that a busy machine slows both; medians of the processor time (of the time, on a GPU) per critic step.
@@ -185,10 +185,10 @@ def as_markdown(every: list[dict]) -> str:
     lines = [
         "# Benchmark of GS-WGAN's critics",
         "",
-        "Made by `python scripts/bench_gs_wgan.py`; do not edit. A step is one update of one critic on a batch, gradient "
-        "penalty included, fakes given. Medians over turns, taken alternately; the ratio is the median of the turns' "
-        f"ratios. The last column is how far the weights of both ways are apart in the end, relative. Goal: {GOAL} times "
-        "faster.",
+        "Made by `python scripts/bench_gs_wgan.py`; do not edit. A step is one update of one critic on a batch, "
+        "gradient penalty included, fakes given. Medians over turns, taken alternately; the ratio is the median of "
+        "the turns' ratios. The last column is how far the weights of both ways are apart in the end, relative. "
+        f"Goal: {GOAL} times faster.",
         "",
     ]
     for results in every:
