@@ -354,6 +354,9 @@ def test_a_run_does_not_go_on_with_data_that_were_prepared_again(tmp_path, prepa
     refusal = call(run_program.main, [*argv, "--resume_exp", folder.name]).refusal
     assert "the private images were prepared again" in refusal
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (folder / "environment.json").unlink()
+    refusal = call(run_program.main, [*argv, "--resume_exp", folder.name]).refusal
+    assert refusal == f"error: {folder / 'environment.json'}: there is no such file; restore it"
 
 
 def test_labels_out_of_range(tmp_path, prepared):

@@ -45,9 +45,12 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> object:
-    """What `write_json` wrote; the strings "inf", "-inf" and "nan" become numbers again. UserError if it is damaged."""
+    """What `write_json` wrote; the strings "inf", "-inf" and "nan" become numbers again. UserError if it is damaged or
+    missing."""
     try:
         return _loose(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file; restore it") from error
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); restore it or move it away") from error
 
