@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from opacus_ext.planner import cheapest, is_small, kernels_for
+from opacus_ext.planner import LARGEST, cheapest, is_small, kernels_for
 
 # Of one im2col buffer: what stays in a core's cache, what a GPU has to spare.
 COLUMN_BYTES = {"cpu": 2**21, "cuda": 2**29}
@@ -59,7 +59,7 @@ def per_example(x: torch.Tensor, g: torch.Tensor, geometry: Geometry, batch: int
     """(R, C, H, W), (R, D, H', W') -> (B, *weight_shape); K rows are summed inside, so memory is B x P."""
     choices = {
         name: lambda rehearse=False, kernel=kernel: kernel(x, g, geometry, batch)
-        for name, kernel in _kernels(x, geometry).items()
+        for name, kernel in _kernels(x, g, geometry, batch).items()
     }
     key = (
         "conv gradient",
@@ -70,16 +70,17 @@ def per_example(x: torch.Tensor, g: torch.Tensor, geometry: Geometry, batch: int
         g.dtype,
         x.is_contiguous(),
     )
-    work = g.numel() * geometry.weight_shape[1:].numel()
+    work = g.numel() // batch * geometry.weight_shape[1:].numel()
     return cheapest(key, work, choices, x.device)
 
 
-def _kernels(x: torch.Tensor, geometry: Geometry) -> dict[str, Kernel]:
+def _kernels(x: torch.Tensor, g: torch.Tensor, geometry: Geometry, batch: int) -> dict[str, Kernel]:
     """The ways that can compute it, by name. Only those that can win: on a GPU a thousand products one by one, or
     as groups of one convolution, take so long that to time them would be most of a short run."""
     if geometry.groups > 1:
         return {"folded": _folded, "one_by_one": _one_by_one}
-    if x.is_cuda and x.dtype != torch.float64 and kernels_for(x.device) is not None:
+    fits = x.dtype != torch.float64 and max(x.numel(), g.numel()) // batch <= LARGEST
+    if x.is_cuda and fits and kernels_for(x.device) is not None:
         return {"columns": _by_columns, "triton": _by_triton}
     simple = geometry.stride == (1, 1) and geometry.dilation == (1, 1)
     on_any = {"columns": _by_columns, "shifts": _by_shifts} if simple else {"columns": _by_columns}

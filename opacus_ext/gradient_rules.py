@@ -18,7 +18,7 @@ from torch import nn
 from opacus_ext import conv_gradients
 from opacus_ext.conv_gradients import Geometry
 from opacus_ext.group_norm import group_norm_on_gpu
-from opacus_ext.planner import is_small, kernels_for
+from opacus_ext.planner import LARGEST, is_small, kernels_for
 from utils.errors import UserError
 
 NORM_BLOCK = 2**12  # numbers whose squares are added up in float32
@@ -44,8 +44,8 @@ class Factors(abc.ABC):
     """Per-example gradients (B, *shape) that are not formed."""
 
     key: tuple  # what their cost depends on
-    work: float  # multiply-adds of forming them
-    factored_work: float  # multiply-adds of norm and weighted sum without forming them
+    work: float  # multiply-adds of forming one
+    factored_work: float  # multiply-adds of one's norm and share of the weighted sum, without forming it
     device: torch.device
 
     @abc.abstractmethod
@@ -95,7 +95,7 @@ def weighted_sum(
     kernels = kernels_for(rows.device)
     # In float32 at least: coefficients rounded to bfloat16 would let a clipped gradient exceed its bound.
     dtype = _at_least_float32(rows)
-    if kernels is not None and dtype == torch.float32:
+    if kernels is not None and dtype == torch.float32 and 0 < rows[0].numel() <= LARGEST:
         total = kernels.weighted_sum(rows.reshape(len(rows), -1).contiguous(), coefficients)
     else:
         flat = _without_dropped(rows, coefficients, may_drop).reshape(len(rows), -1)
@@ -153,8 +153,8 @@ class LinearFactors(Factors):
         batch, positions, d = g.shape
         p = x.shape[2]
         self.key = ("linear", is_small(batch), positions, p, d, g.dtype)
-        self.work = batch * positions * p * d
-        self.factored_work = 0 if positions == 1 else 2 * batch * positions**2 * (p + d)
+        self.work = positions * p * d
+        self.factored_work = 0 if positions == 1 else 2 * positions**2 * (p + d)
         self.device = g.device
 
     def form(self) -> torch.Tensor:
@@ -178,9 +178,9 @@ class ConvFactors(Factors):
         d, c, kh, kw = geometry.weight_shape
         positions = g.numel() // (batch * d)
         self.key = ("conv", is_small(batch), len(x) // batch, tuple(x.shape[1:]), geometry, g.dtype)
-        self.work = batch * positions * geometry.weight_shape.numel()
+        self.work = positions * geometry.weight_shape.numel()
         grouped = geometry.groups > 1
-        self.factored_work = float("inf") if grouped else 2 * batch * positions**2 * (c * kh * kw + d)
+        self.factored_work = float("inf") if grouped else 2 * positions**2 * (c * kh * kw + d)
         self.device = g.device
 
     def form(self) -> torch.Tensor:
@@ -206,8 +206,8 @@ class EmbeddingFactors(Factors):
         self.index, self.g, self.num_embeddings = index, g, num_embeddings
         batch, positions, d = g.shape
         self.key = ("embedding", is_small(batch), positions, num_embeddings, d, g.dtype)
-        self.work = batch * num_embeddings * d
-        self.factored_work = 2 * batch * positions**2 * d
+        self.work = num_embeddings * d
+        self.factored_work = 2 * positions**2 * d
         self.device = g.device
 
     def form(self) -> torch.Tensor:

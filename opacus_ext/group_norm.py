@@ -4,26 +4,27 @@ Legend: R rows, C channels, G groups.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from opacus_ext.planner import kernels_for
-
-# Below, a program of our own kernel for each row leaves most of a GPU idle.
-FEWEST_ROWS = 64
+from opacus_ext.planner import LARGEST, kernels_for
 
 
 def group_norm_on_gpu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, num_groups: int, eps: float
 ) -> torch.Tensor:
     """x (R, C, ...), weight and bias (R, C), all of whose rows are alike. Under autocast the kernel of our own computes
-    in float32 and answers in the short type, to which the layer that follows would round it."""
+    in float32 and answers in the short type, to which the layer that follows would round it. Which kernel computes
+    does not depend on R, which is secret."""
     kernels = kernels_for(x.device)
     autocast = torch.is_autocast_enabled("cuda")
     width, rest = divmod(x.shape[1], num_groups)
-    fits = not rest and width & (width - 1) == 0 and x.dim() == 4 and len(x) >= FEWEST_ROWS
+    fits = x.dim() == 4 and not rest and width & (width - 1) == 0 and x[0].numel() <= LARGEST
     if kernels is not None and fits and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
         return ChannelsLast.apply(x, weight, bias, num_groups, eps, dtype, kernels)
-    return Stock.apply(x.float() if autocast else x, weight, bias, num_groups, eps)
+    return Stock.apply(
+        x.float() if autocast and x.dtype != torch.float64 else x, weight, bias, num_groups, eps
+    )
 
 
 class ChannelsLast(torch.autograd.Function):
@@ -38,6 +39,7 @@ class ChannelsLast(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: torch.Tensor) -> tuple:
         x, weight, mean, rstd = ctx.saved_tensors
         g = g.contiguous(memory_format=torch.channels_last)
@@ -60,6 +62,7 @@ class Stock(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: torch.Tensor) -> tuple:
         x, weight, mean, rstd = ctx.saved_tensors
         rows, channels, pixels = ctx.size

@@ -276,7 +276,7 @@ def _prepared(module: nn.Module, args: tuple) -> tuple | None:
     x, *rest = args
     if torch.is_autocast_enabled("cuda") and x.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype("cuda"))
-    if _is_channels_last(module.weight):
+    if _is_channels_last(module.weight) and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     return (x, *rest)
 

@@ -13,9 +13,10 @@ import torch
 
 log = logging.getLogger("dpib")
 
-# Multiply-adds below which the first choice is taken unmeasured: nothing is to be gained.
-WORTH_MEASURING = 2_000_000
+# Multiply-adds of one example below which the first choice is taken unmeasured: little is to be gained.
+WORTH_MEASURING = 50_000
 REPETITIONS = 2
+LARGEST = 2**31 - 1  # numbers of one example that our own kernels can address
 
 _chosen: dict[Hashable, str] = {}
 
@@ -24,7 +25,8 @@ def cheapest(key: Hashable, work: int, choices: dict[str, Callable], device: tor
     """The result of the cheapest of `choices`, all of which must be exact.
 
     A choice takes one optional argument: while it is timed, it is called with True, and may then include what its
-    result costs later. key: what the cost depends on (shapes, dtype); threads and device are added here. Which one
+    result costs later. key: what the cost depends on (shapes, dtype); threads and device are added here. work: of one
+    example, as the number of examples is secret. Which one
     wins may differ between runs, and with it the last bits of the result.
     """
     if len(choices) == 1 or work < WORTH_MEASURING:
@@ -63,12 +65,13 @@ def kernels_for(device: torch.device) -> ModuleType | None:
 def _triton_kernels(device: torch.device) -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         return None
+    from triton import TritonError
+
     try:
         from opacus_ext import triton_kernels
 
-        one = torch.ones(1, 1, device=device)
-        triton_kernels.weighted_sum(one, one[0])
-    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        triton_kernels.try_out(device)
+    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError, TritonError) as error:
         # An old GPU, no C compiler, no room for what is compiled.
         log.warning("Triton does not run here (%s); stock operations take its place", type(error).__name__)
         return None

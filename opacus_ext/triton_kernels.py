@@ -1,6 +1,6 @@
 """Kernels for NVIDIA GPUs, in Triton, which comes with PyTorch there: what stock operations do in several passes over
-memory, done in one. Imported only where `available`. Legend: B examples, K rows each, R = B * K; T = K * H' * W'
-positions of an example's output.
+memory, done in one. Where they run, planner.kernels_for hands them out. Legend: B examples, K rows each, R = B * K;
+T = K * H' * W' positions of an example's output.
 """
 
 import torch
@@ -260,3 +260,31 @@ def group_norm_backward(
 def _row_tile(channels: int, num_groups: int) -> dict[str, int]:
     wide = triton.next_power_of_2(channels)
     return {"CHANNELS": wide, "WIDTH": channels // num_groups, "PIXELS": max(1, NUMBERS_AT_ONCE // wide)}
+
+
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+
+
+def try_out(device: torch.device, dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCES)) -> None:
+    """Run all kernels on little; RuntimeError where what they give is not what stock operations do."""
+    for dtype in dtypes:
+        tolerance = TOLERANCES[dtype]
+        x, g = (torch.linspace(-1, 1, 128, device=device).view(2, 4, 4, 4).to(dtype) for _ in range(2))
+        weight = torch.zeros(4, 4, 1, 1, device=device, dtype=dtype)
+        found = conv_gradient(x, g, weight.shape, (1, 1), (0, 0), (1, 1), 2)
+        expected = g.float().flatten(2) @ x.float().flatten(2).transpose(1, 2)
+        one = torch.ones(4, device=device)
+        last = x.contiguous(memory_format=torch.channels_last)
+        y, mean, rstd = group_norm(last, one, one, 2, 1e-5, dtype)
+        slope = group_norm_backward(last, last, one, mean, rstd, 2)[1]
+        norm = torch.nn.functional.group_norm(x.float(), 2, eps=1e-5)
+        pairs = (
+            (found.flatten(2), expected),
+            (weighted_sum(found.reshape(2, 16), one[:2]), expected.sum(0).flatten()),
+            (y, norm + 1),
+            (slope, (x.float() * norm).sum((2, 3))),
+        )
+        if not all(
+            torch.allclose(one.float(), other, rtol=tolerance, atol=tolerance) for one, other in pairs
+        ):
+            raise RuntimeError("wrong numbers")

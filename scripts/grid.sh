@@ -48,7 +48,7 @@ END
 }
 
 case $JOBS in
-    "" | *[!0-9]* | 0)
+    *[!0-9]* | 0*)
         echo "error: JOBS: $JOBS is not allowed; give at least 1" >&2
         exit 2
         ;;
@@ -100,7 +100,10 @@ cell() { # method data epsilon name [key=value ...]
 }
 
 stop_all() { # what runs beside others is not reached by Ctrl-C
-    [ ${#running[@]} -eq 0 ] || kill -TERM "${running[@]}" 2>/dev/null
+    local left
+    left=$(jobs -rp)
+    # shellcheck disable=SC2086  # numbers
+    [ -z "$left" ] || kill -TERM $left 2>/dev/null
     wait
     echo "stopped" >&2
     exit 130
@@ -109,8 +112,7 @@ stop_all() { # what runs beside others is not reached by Ctrl-C
 
 judged() { # exit code of a run, label: ends the script if the run was stopped
     if [ "$1" -eq 130 ]; then
-        echo "stopped" >&2
-        exit 130
+        stop_all
     elif [ "$1" -eq 3 ]; then
         echo "metrics are missing: $2"
     elif [ "$1" -ne 0 ]; then

@@ -265,6 +265,18 @@ def test_chunks_add_up(sizes):
     assert relative_error({name: sum(part[name] for part in parts) for name in expected}, expected) < 1e-6
 
 
+def test_a_record_in_a_padded_batch_moves_the_sum_by_the_bound():
+    """As many rows with it as without it: one of the blank ones takes its place."""
+    network, images, labels = build("convolution", torch.float32, batch=5)
+    whole, norms = clipped_sum(network, squared_loss(4), images, labels, 0.1, None, num_padded=2)
+    rest, others = clipped_sum(network, squared_loss(4), images, labels, 0.1, None, num_padded=3)
+    assert len(norms) == 3 and len(others) == 2 and norms[2] > 0.1
+    moved = torch.cat([(whole[name] - rest[name]).flatten() for name in whole]).norm()
+    assert moved.item() == pytest.approx(0.1, rel=1e-4)
+    plain, _ = clipped_sum(network, squared_loss(4), images[:3], labels[:3], 0.1, None)
+    assert relative_error(whole, plain) < 1e-6
+
+
 @pytest.mark.parametrize("bound", [1e-3, 0.7, 1e3])
 def test_the_clipped_sum_equals_the_slow_loop(bound):
     for name in ("convolution", "embedding, repeated indices"):
@@ -817,6 +829,22 @@ def test_the_check_allows_for_gradients_that_are_all_rounding(mixes):
 
     with pytest.raises(UserError, match="clipping bounds nothing") if mixes else nullcontext():
         validate_independence(Attending(mixes), loss, torch.randn(3, 6, 8), torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("weight", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_a_small_gradient_that_mixes_is_refused_in_low_precision_too(weight):
+    """It is the whole gradient of images for which the rest of the loss is fulfilled."""
+    torch.manual_seed(0)
+    network = nn.ModuleDict({"main": nn.Linear(8, 8), "aside": nn.Linear(8, 8)})
+
+    def loss(network, images, labels, rng):
+        with torch.autocast("cpu", torch.bfloat16):
+            main, aside = network["main"](images), network["aside"](images)
+        aside = aside.float()
+        return main.float().square().mean(1) + weight * (aside - aside.mean(0)).square().mean(1)
+
+    with pytest.raises(UserError, match="clipping bounds nothing"):
+        validate_independence(network, loss, torch.randn(3, 8), torch.zeros(3, dtype=torch.int64))
 
 
 def test_networks_that_keep_examples_apart_are_accepted():
