@@ -8,12 +8,12 @@ for one that is not, and 3 for one that was done with other words. `dry_run` pri
 start of a process takes longer than a plan, and what is missing once.
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.environment import ENVIRONMENT
 from utils.errors import UserError
 from utils.run_dir import RESULTS, read_json
 
@@ -36,10 +36,10 @@ def done(exp_root: str, method: str, data: str, epsilon: str, name: str, *words:
     for results in sorted(Path(exp_root).glob(f"{method.lower()}/{stem}-{STARTED}/{RESULTS}")):
         try:
             read_json(results)
+            others.append(words_of(results.parent))
         except UserError as error:
             print(error)
             return DIFFERENT
-        others.append(words_of(results.parent))
         if sorted(others[-1]) == sorted(words):
             return 0
     if not others:
@@ -51,7 +51,7 @@ def done(exp_root: str, method: str, data: str, epsilon: str, name: str, *words:
 
 def words_of(folder: Path) -> list[str]:
     """The words of the cell that left this run."""
-    command = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["command"]
+    command = read_json(folder / ENVIRONMENT)["command"]
     return command[command.index("--exp_root") + 2 :]
 
 
