@@ -13,10 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.compare_ideas import ACCURACY, ROOT
+from scripts.compare_ideas import ROOT
 from utils.run_dir import RESULTS, read_json, write_text
 
-SETTINGS = ("preset=quick", "eval.extractor=random_conv", "eval.metrics=[accuracy,fid]")
+CLASSIFIERS = ("small_cnn", "logistic_regression")
+SETTINGS = (
+    "preset=quick",
+    "eval.extractor=random_conv",
+    "eval.metrics=[accuracy,fid]",
+    f"eval.classifiers=[{','.join(CLASSIFIERS)}]",
+)
 
 # (method, data, epsilon): percent, the mean of three large classifiers on 60,000 samples (DPImageBench)
 PUBLISHED = {
@@ -39,6 +45,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--exp_root", type=Path, default=Path("exp/kernel_methods"), metavar="DIR")
     parser.add_argument("--epsilons", type=float, nargs="+", default=[10.0, 1.0])
+    parser.add_argument("--methods", nargs="+", default=["DP-MERF", "DP-NTK", "DP-Kernel"])
+    parser.add_argument("--data", nargs="+", default=["mnist_28", "fmnist_28"])
     parser.add_argument(
         "--json", type=Path, default=ROOT / "docs/results/kernel_methods.json", metavar="FILE"
     )
@@ -52,8 +60,10 @@ def main(argv: list[str] | None = None) -> int:
     rows = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
     failed = []
     for cell in PUBLISHED:
+        method, data, epsilon = cell
         known = any((row["method"], row["data"], row["epsilon"]) == cell for row in rows)
-        if known or arguments.table_only or cell[2] not in arguments.epsilons:
+        asked = method in arguments.methods and data in arguments.data and epsilon in arguments.epsilons
+        if known or arguments.table_only or not asked:
             continue
         print("running:", *cell, flush=True)
         row = measure(*cell, arguments.exp_root.resolve())
@@ -78,10 +88,11 @@ def measure(method: str, data: str, epsilon: float, exp_root: Path) -> dict | No
         return None
     path = sorted(exp_root.glob(f"{method.lower()}/{data}_eps{epsilon}-[0-9]*/{RESULTS}"))[-1]
     results = read_json(path)
+    metrics = results["metrics"]
     return {
         "method": method, "data": data, "epsilon": epsilon, "seed": results["seed"],
-        "accuracy": results["metrics"][ACCURACY], "fid": results["metrics"]["fid/random_conv"],
-        "cpu_seconds": round(seconds), "git": results["git"],
+        "accuracy": {name: metrics[f"accuracy/{name}/syn_val"] for name in CLASSIFIERS},
+        "fid": metrics["fid/random_conv"], "cpu_seconds": round(seconds), "git": results["git"],
     }  # fmt: skip
 
 
@@ -94,20 +105,26 @@ def as_markdown(rows: list[dict]) -> str:
     lines = [
         "# DP-MERF, DP-NTK and DP-Kernel, quick preset",
         "",
-        "Made by `python scripts/kernel_methods.py`; do not edit. Accuracy in percent, on the real test images, of a "
-        "small classifier trained on 10,000 samples; one seed. Published: DPImageBench, with a larger generator and "
-        "the mean of three large classifiers on 60,000 samples. Frechet distance with random convolutional features. "
-        "CPU seconds are of whole runs.",
+        "Made by `python scripts/kernel_methods.py`; do not edit. Accuracy in percent, on the real test images, of two "
+        "classifiers trained on 10,000 samples, the quick preset's small convolutional network and a logistic "
+        "regression on the pixels; one seed. Published: DPImageBench, with a larger generator and the mean of three "
+        "large convolutional networks on 60,000 samples. Frechet distance with random convolutional features. CPU "
+        "seconds are of whole runs.",
         "",
-        "| method | data | epsilon | accuracy | published | Frechet distance | CPU seconds |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "On fmnist_28 the small network finds less in the samples than the regression does. They lack the fine texture "
+        "of real images, and a network that is trained on them without augmentation goes by what texture they have.",
+        "",
+        "| method | data | epsilon | small network | regression | published | Frechet distance | CPU seconds |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     found = {(row["method"], row["data"], row["epsilon"]): row for row in rows}
     for cell, published in PUBLISHED.items():
         if cell in found:
             row = found[cell]
+            accuracies = [row["accuracy"].get(name) for name in CLASSIFIERS]
+            shown = " | ".join("" if value is None else f"{value:.1f}" for value in accuracies)
             lines.append(
-                f"| {cell[0]} | {cell[1]} | {cell[2]:g} | {row['accuracy']:.1f} | {published:.1f} | {row['fid']:.3f} "
+                f"| {cell[0]} | {cell[1]} | {cell[2]:g} | {shown} | {published:.1f} | {row['fid']:.3f} "
                 f"| {row['cpu_seconds']} |"
             )
     return "\n".join(lines) + "\n"
