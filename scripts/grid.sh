@@ -1,5 +1,6 @@
 # Sourced by rq1.sh to rq4.sh, which run cells of a grid: one method on one dataset at one budget. Cells that are done
-# are skipped, so a script can be stopped and started again; one that fails does not stop the others. With --dry_run
+# are skipped and those that were begun go on, so a script can be stopped and started again; one that fails does not
+# stop the others. With --dry_run
 # nothing is trained: every cell is calibrated, and its noise and cost are printed.
 #
 # Environment: SETTINGS, key=value words for every cell; NAME tells grids with different SETTINGS apart, as it is part of
@@ -70,9 +71,10 @@ cell() { # method data epsilon name [key=value ...]
     shift 4
     # shellcheck disable=SC2206  # SETTINGS is a list of words
     local words=("$@" $SETTINGS)
-    local named=(--method "$method" --data_name "$data" --epsilon "$epsilon" --exp_description "$name" --exp_root "$EXP_ROOT")
+    local named=(--method "$method" --data_name "$data" --epsilon "$epsilon" --exp_description "$name")
+    local place=(--exp_root "$EXP_ROOT")
     if [ -n "$DRY_RUN" ]; then
-        planned+=("$label" "${named[@]}" "${words[@]}" ";")
+        planned+=("$label" "${named[@]}" "${place[@]}" "${words[@]}" ";")
         return
     fi
     found=$("$PYTHON" scripts/grid_cells.py "done" "$EXP_ROOT" "$method" "$data" "$epsilon" "$name" "${words[@]}")
@@ -83,18 +85,21 @@ cell() { # method data epsilon name [key=value ...]
     elif [ $code -eq 3 ]; then
         failures+=("$label ($found)")
         return
+    elif [ $code -eq 4 ]; then
+        named+=(--resume_exp "$found")
+        label="$label, begun in $found"
     fi
     while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do sleep 0.2; done
     echo "running: $label"
     if [ "$JOBS" -eq 1 ]; then
-        "$PYTHON" run.py "${named[@]}" "${words[@]}"
+        "$PYTHON" run.py "${named[@]}" "${place[@]}" "${words[@]}"
         judged $? "$label"
         return
     fi
     local log
     log=$EXP_ROOT/logs/$(date +%F-%H-%M-%S)-${label//[^A-Za-z0-9.]/-}.txt
     mkdir -p "$EXP_ROOT/logs"
-    "$PYTHON" run.py "${named[@]}" "${words[@]}" >"$log" 2>&1 &
+    "$PYTHON" run.py "${named[@]}" "${place[@]}" "${words[@]}" >"$log" 2>&1 &
     running+=($!)
     labels+=("$label, see $log")
 }
@@ -102,6 +107,7 @@ cell() { # method data epsilon name [key=value ...]
 stop_all() { # what runs beside others is not reached by Ctrl-C
     local left
     left=$(jobs -rp)
+    [ -z "$left" ] || echo "stopping, once $(echo "$left" | wc -l | tr -d ' ') cells have saved what they did" >&2
     # shellcheck disable=SC2086  # numbers
     [ -z "$left" ] || kill -TERM $left 2>/dev/null
     wait

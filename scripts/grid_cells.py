@@ -4,7 +4,8 @@
     python scripts/grid_cells.py dry_run LABEL [WORD ...] \\; LABEL [WORD ...] \\; ...
 
 A cell's words are what run.py gets after the flags that name the cell. `done` exits with 0 for a cell that is done, 1
-for one that is not, and 3 for one that was done with other words. `dry_run` prints all plans from one process, as the
+for one that is not, 4 for one that was begun with these words, and prints the name of the run's folder, and 3 for one
+that was done with other words. `dry_run` prints all plans from one process, as the
 start of a process takes longer than a plan, and what is missing once.
 """
 
@@ -17,7 +18,7 @@ from utils.environment import ENVIRONMENT
 from utils.errors import UserError
 from utils.run_dir import RESULTS, read_json
 
-NOT_DONE, DIFFERENT = 1, 3  # exit codes of `done`
+DONE, NOT_DONE, DIFFERENT, BEGUN = 0, 1, 3, 4  # exit codes of `done`
 MISSING = "missing: "
 STARTED = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-*"  # how a folder's name ends
 
@@ -27,26 +28,40 @@ def main(argv: list[str]) -> int:
     return done(*rest) if action == "done" else dry_run(rest)
 
 
-def done(exp_root: str, method: str, data: str, epsilon: str, name: str, *words: str) -> int:
+def done(*cell: str) -> int:
+    code, text = state(*cell)
+    if text:
+        print(text)
+    return code
+
+
+def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *words: str) -> tuple[int, str]:
+    """(exit code, what there is to tell) of a cell."""
     try:
         stem = f"{data}_eps{float(epsilon)}{name}"
     except ValueError:  # run.py says what is wrong with it
-        return NOT_DONE
-    others = []
-    for results in sorted(Path(exp_root).glob(f"{method.lower()}/{stem}-{STARTED}/{RESULTS}")):
+        return NOT_DONE, ""
+    others, begun = [], None
+    for folder in sorted(Path(exp_root).glob(f"{method.lower()}/{stem}-{STARTED}")):
+        if not (folder / ENVIRONMENT).exists():  # nothing was asked yet; or it is no run
+            continue
         try:
-            read_json(results)
-            others.append(words_of(results.parent))
+            same = sorted(words_of(folder)) == sorted(words)
+            if (folder / RESULTS).exists():
+                read_json(folder / RESULTS)
+                if same:
+                    return DONE, ""
+                others.append(words_of(folder))
+            elif same:
+                begun = folder.name
         except UserError as error:
-            print(error)
-            return DIFFERENT
-        if sorted(others[-1]) == sorted(words):
-            return 0
+            return DIFFERENT, str(error)
+    if begun is not None:
+        return BEGUN, begun
     if not others:
-        return NOT_DONE
-    print(f"was done with {' '.join(others[-1]) or 'no settings'}, now {' '.join(words) or 'none'}; ", end="")
-    print("another NAME runs it too")
-    return DIFFERENT
+        return NOT_DONE, ""
+    before, now = " ".join(others[-1]) or "no settings", " ".join(words) or "none"
+    return DIFFERENT, f"was done with {before}, now {now}; another NAME runs it too"
 
 
 def words_of(folder: Path) -> list[str]:
@@ -69,9 +84,15 @@ def dry_run(words: list[str]) -> int:
         (label, *argv), words = words[:end], words[end + 1 :]
         print(f"\n{label}", flush=True)
         method, data, epsilon, name, exp_root = argv[1:11:2]  # the flags that name the cell
-        if done(exp_root, method, data, epsilon, name, *argv[10:]) == 0:
+        code, text = state(exp_root, method, data, epsilon, name, *argv[10:])
+        if code == DONE:
             print("done already")
             continue
+        elif code == BEGUN:
+            print(f"begun in {text}; what is left:")
+            argv = [*argv, "--resume_exp", text]
+        elif text:
+            print(text)
         try:
             config = load_config(argv, METHODS)
             distributed.take_place(config.setup)

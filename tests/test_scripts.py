@@ -172,6 +172,20 @@ def test_the_grid_goes_on_after_a_failed_cell_and_skips_what_is_done(grid, tmp_p
     assert len(list(tmp_path.glob("noise/*"))) == 1
 
 
+def test_a_cell_that_was_begun_goes_on_in_its_folder(grid, tmp_path):
+    """Its private data are not asked a second time."""
+    assert grid()[0] == 0
+    (results,) = tmp_path.glob("noise/*/results.json")
+    results.unlink()
+    code, out, err = grid("--dry_run")
+    assert code == 0 and f"begun in {results.parent.name}; what is left:" in out, err
+    code, out, err = grid()
+    assert code == 0, err
+    assert f"running: Noise digits_8 epsilon 10, begun in {results.parent.name}" in out
+    assert list(tmp_path.glob("noise/*/results.json")) == [results]
+    assert "done already" in grid()[1]
+
+
 def test_cells_run_side_by_side_and_each_has_a_log(grid, tmp_path):
     code, _, err = grid(DATA="nonsense digits_8", JOBS="2")
     assert code == 1
