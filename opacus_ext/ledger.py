@@ -89,7 +89,7 @@ class Ledger:
             raise BudgetExceeded(
                 f"the releases with fixed noise cost epsilon {cost:.4g} of {self.budget.epsilon:g} at delta "
                 f"{self.budget.delta:.3g} (the dearest, '{dearest.name}', has noise_multiplier "
-                f"{dearest.noise_multiplier:g}); raise their noise_multiplier or --epsilon"
+                f"{dearest.noise_multiplier:g}); {_remedy(fixed)}"
             )
 
         def with_noise(noise_multiplier: float) -> list[Release]:
@@ -104,7 +104,7 @@ class Ledger:
         if cost > self.budget.epsilon * (1 - LEAST_SHARE):
             raise BudgetExceeded(
                 f"the other releases cost epsilon {cost:.4g} of {self.budget.epsilon:g}, which leaves nothing that "
-                f"'{unsolved[0]}' could be asked with; raise their noise_multiplier or --epsilon"
+                f"'{unsolved[0]}' could be asked with; {_remedy(fixed)}"
             )
         return with_noise(
             calibrate(with_noise, self.budget.epsilon, self.budget.delta, self.accountant, self.relation)
@@ -225,6 +225,15 @@ class Ledger:
         self._planned = {release.name: release for release in saved}
         self._executed = dict(state["executed"])
         self.noise_seeded |= state.get("noise_seeded", False)
+
+
+def _remedy(fixed: list[Release]) -> str:
+    """What helps where these leave too little."""
+    if all(release.inherited for release in fixed):
+        return (
+            "an earlier run has spent that, whose checkpoint or query this one starts from: raise --epsilon"
+        )
+    return "raise their noise_multiplier or --epsilon"
 
 
 def _without_noise(plan: list[Release]) -> list[Release]:

@@ -109,10 +109,11 @@ def as_markdown(rows: list[dict]) -> str:
         "classifiers trained on 10,000 samples, the quick preset's small convolutional network and a logistic "
         "regression on the pixels; one seed. Published: DPImageBench, with a larger generator and the mean of three "
         "large convolutional networks on 60,000 samples. Frechet distance with random convolutional features. CPU "
-        "seconds are of whole runs.",
+        "seconds are of whole runs. A blank cell was not measured.",
         "",
-        "On fmnist_28 the small network finds less in the samples than the regression does. They lack the fine texture "
-        "of real images, and a network that is trained on them without augmentation goes by what texture they have.",
+        "On fmnist_28 the small network finds less in the samples than the regression does: with noise on its "
+        "inputs in training (normal, of a deviation up to 0.5, drawn for each image) it finds about as much, 76 instead "
+        "of 45 percent of held-out training images for DP-MERF, 78 instead of 57 for DP-Kernel (epsilon 10).",
         "",
         "| method | data | epsilon | small network | regression | published | Frechet distance | CPU seconds |",
         "|---|---|---:|---:|---:|---:|---:|---:|",

@@ -129,6 +129,7 @@ def test_every_package_is_required_or_optional_and_messages_give_the_lines_of_th
         name for name in REQUIRED if REQUIRED[name] in required
     }
     known |= sys.stdlib_module_names | {path.stem for path in ROOT.iterdir()}
+    known |= {"triton"}  # comes with PyTorch, where a GPU can use it
     optional = {OPTIONAL.get(module, module) for module in imported_modules() - known}
     assert optional == {"diffusers", "transformers", "faiss-cpu", "image-reward", "huggingface_hub"}
     assert all(any(package in line.split() for line in offered) for package in optional)
