@@ -61,7 +61,7 @@ def test_fixed_releases_must_leave_something_for_the_open_one():
     with pytest.raises(BudgetExceeded, match="leaves nothing that 'dp-sgd' could be asked with"):
         ledger_with(inherited, OPEN)
     spent = dataclasses.replace(inherited, inherited=True)
-    with pytest.raises(BudgetExceeded, match="an earlier run has spent that, .*: raise --epsilon"):
+    with pytest.raises(BudgetExceeded, match=r"an earlier run has spent that, .*: raise --epsilon"):
         ledger_with(spent, OPEN)
     assert ledger_with(inherited).planned_epsilon() <= 10  # nothing more is asked
 
