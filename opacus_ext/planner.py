@@ -26,8 +26,8 @@ def cheapest(key: Hashable, work: int, choices: dict[str, Callable], device: tor
 
     A choice takes one optional argument: while it is timed, it is called with True, and may then include what its
     result costs later. key: what the cost depends on (shapes, dtype); threads and device are added here. work: of one
-    example, as the number of examples is secret. Which one
-    wins may differ between runs, and with it the last bits of the result.
+    example, as the number of examples is secret. Which one wins may differ between runs, and with it the last bits of
+    the result.
     """
     if len(choices) == 1 or work < WORTH_MEASURING:
         return next(iter(choices.values()))()
