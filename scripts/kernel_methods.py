@@ -111,10 +111,7 @@ def as_markdown(rows: list[dict]) -> str:
         "large convolutional networks on 60,000 samples. Frechet distance with random convolutional features. CPU "
         "seconds are of whole runs. A blank cell was not measured.",
         "",
-        "On fmnist_28 the small network finds less in the samples than the regression does: with noise on its "
-        "inputs in training (pixels from -1 to 1; normal, of a deviation up to 0.5, drawn for each image) it finds "
-        "nearly as much, 76 instead of 45 percent of held-out training images for DP-MERF, 78 instead of 57 for "
-        "DP-Kernel (epsilon 10).",
+        "On fmnist_28 the small network finds less in the samples than the regression does.",
         "",
         "| method | data | epsilon | small network | regression | published | Frechet distance | CPU seconds |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
