@@ -1,7 +1,8 @@
 """Do DP-MERF, DP-NTK and DP-Kernel reach what was published? python scripts/kernel_methods.py
 
 Runs the quick preset of each on 28-pixel images and writes a table beside the published numbers. Cells that are in the
-JSON file are kept, so the script can be stopped and started again; --table_only runs nothing.
+JSON file are kept, so the script can be stopped and started again; --table_only runs nothing. Where the run of a kept
+cell is still there, its numbers are read again: eval.py may have judged it anew.
 """
 
 import argparse
@@ -57,43 +58,49 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    rows = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
+    exp_root = arguments.exp_root.resolve()
+    earlier = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
+    rows = {(row["method"], row["data"], row["epsilon"]): row for row in earlier}
     failed = []
     for cell in PUBLISHED:
         method, data, epsilon = cell
-        known = any((row["method"], row["data"], row["epsilon"]) == cell for row in rows)
         asked = method in arguments.methods and data in arguments.data and epsilon in arguments.epsilons
-        if known or arguments.table_only or not asked:
+        if not asked:
             continue
-        print("running:", *cell, flush=True)
-        row = measure(*cell, arguments.exp_root.resolve())
-        if row is None:
-            failed.append(cell)
-        else:
-            rows.append(row)
-            write_text(arguments.json, json.dumps(rows, indent=2) + "\n")
+        if cell not in rows and not arguments.table_only:
+            print("running:", *cell, flush=True)
+            seconds = run(*cell, exp_root)
+            if seconds is None:
+                failed.append(cell)
+            else:
+                rows[cell] = {"method": method, "data": data, "epsilon": epsilon, "cpu_seconds": seconds}
+        if cell in rows:
+            rows[cell] |= numbers_of(*cell, exp_root)
+            write_text(arguments.json, json.dumps(list(rows.values()), indent=2) + "\n")
     write_text(arguments.markdown, as_markdown(rows))
     for cell in failed:
         print("failed:", *cell, file=sys.stderr)
     return 1 if failed else 0
 
 
-def measure(method: str, data: str, epsilon: float, exp_root: Path) -> dict | None:
-    """One run; None if it failed. CPU seconds are of all of it, evaluation included: a busy machine adds few."""
+def run(method: str, data: str, epsilon: float, exp_root: Path) -> int | None:
+    """CPU seconds of one run, evaluation included: a busy machine adds few. None if it failed."""
     command = [sys.executable, "run.py", "--method", method, "--data_name", data, "--epsilon", str(epsilon)]
     before = cpu_seconds()
     code = subprocess.run([*command, "--exp_root", str(exp_root), *SETTINGS], cwd=ROOT).returncode
-    seconds = cpu_seconds() - before
-    if code:
-        return None
-    path = sorted(exp_root.glob(f"{method.lower()}/{data}_eps{epsilon}-[0-9]*/{RESULTS}"))[-1]
-    results = read_json(path)
+    return None if code else round(cpu_seconds() - before)
+
+
+def numbers_of(method: str, data: str, epsilon: float, exp_root: Path) -> dict:
+    """Of the latest finished run of this cell; nothing if its folder has gone."""
+    paths = sorted(exp_root.glob(f"{method.lower()}/{data}_eps{epsilon}-[0-9]*/{RESULTS}"))
+    if not paths:
+        return {}
+    results = read_json(paths[-1])
     metrics = results["metrics"]
-    return {
-        "method": method, "data": data, "epsilon": epsilon, "seed": results["seed"],
-        "accuracy": {name: metrics[f"accuracy/{name}/syn_val"] for name in CLASSIFIERS},
-        "fid": metrics["fid/random_conv"], "cpu_seconds": round(seconds), "git": results["git"],
-    }  # fmt: skip
+    accuracies = {name: metrics.get(f"accuracy/{name}/syn_val") for name in CLASSIFIERS}
+    known = {name: value for name, value in accuracies.items() if value is not None}
+    return {"seed": results["seed"], "accuracy": known, "fid": metrics["fid/random_conv"], "git": results["git"]}
 
 
 def cpu_seconds() -> float:
@@ -101,7 +108,7 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def as_markdown(rows: list[dict]) -> str:
+def as_markdown(rows: dict[tuple[str, str, float], dict]) -> str:
     lines = [
         "# DP-MERF, DP-NTK and DP-Kernel, quick preset",
         "",
@@ -111,15 +118,12 @@ def as_markdown(rows: list[dict]) -> str:
         "large convolutional networks on 60,000 samples. Frechet distance with random convolutional features. CPU "
         "seconds are of whole runs. A blank cell was not measured.",
         "",
-        "On fmnist_28 the small network finds less in the samples than the regression does.",
-        "",
         "| method | data | epsilon | small network | regression | published | Frechet distance | CPU seconds |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    found = {(row["method"], row["data"], row["epsilon"]): row for row in rows}
     for cell, published in PUBLISHED.items():
-        if cell in found:
-            row = found[cell]
+        if cell in rows:
+            row = rows[cell]
             accuracies = [row["accuracy"].get(name) for name in CLASSIFIERS]
             shown = " | ".join("" if value is None else f"{value:.1f}" for value in accuracies)
             lines.append(

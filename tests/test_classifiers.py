@@ -1,5 +1,6 @@
 """Classifiers: published sizes, recipes, training and candidates."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -11,7 +12,9 @@ from torch import nn
 from data.digits import load_digits_8
 from data.spec import DataSpec, Samples
 from evaluation.classifiers.recipe import Recipe, recipe_for
-from evaluation.classifiers.training import _average, _scheduler, candidate_epochs, train_classifier
+from evaluation.classifiers.training import (
+    _average, _scheduler, candidate_epochs, seeded, train_classifier, with_noise
+)  # fmt: skip
 from evaluation.registry import CLASSIFIERS, check_classifiers
 from utils.errors import Unavailable, UserError
 from utils.images import to_float
@@ -181,6 +184,36 @@ def test_splitting_a_batch_does_not_change_the_gradient(monkeypatch):
     first, second = (train("small_cnn", samples, spec, recipe).states[-1] for recipe in (whole, split))
     for key in first:
         assert torch.allclose(first[key], second[key], atol=1e-6), key
+
+
+def test_noise_on_inputs_has_a_deviation_of_its_own_for_each_image():
+    with seeded(0, "cpu"):
+        deviations = with_noise(torch.zeros(2000, 1, 16, 16), 0.5).std(dim=(1, 2, 3))
+    assert 0.48 < deviations.max() < 0.55
+    assert deviations.median().item() == pytest.approx(0.125, abs=0.01)
+
+
+def test_a_classifier_that_saw_noise_still_sees_shapes_under_noise():
+    samples, test = load_digits_8()
+    spec = spec_of("digits_8", 8, 1)
+    rng = np.random.default_rng(0)
+    noisy = np.clip(test.images + rng.normal(0, 90, test.images.shape), 0, 255).astype(np.uint8)
+    quick = recipe_for("quick", spec, len(samples))
+    right = [
+        (train("small_cnn", samples, spec, recipe).logits(-1, noisy).argmax(1) == test.labels).mean()
+        for recipe in (quick, dataclasses.replace(quick, input_noise=0.0))
+    ]
+    assert right[0] > right[1] + 0.03
+
+
+def test_training_with_noise_repeats_itself():
+    spec = spec_of("toy", 8, 1)
+    recipe = dataclasses.replace(ONE_EPOCH, input_noise=0.5)
+    first, again, without = (
+        train("small_cnn", noise(spec, 12), spec, recipe).states[-1] for recipe in (recipe, recipe, ONE_EPOCH)
+    )
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not all(torch.equal(first[key], without[key]) for key in first)
 
 
 def test_divergence_is_named():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tiny_runs import call
 from models import METHODS
 from scripts import kernel_methods
 from utils.config import load_config
-from utils.run_dir import write_json
+from utils.run_dir import read_json, write_json
 
 
 def arguments_of(tmp_path) -> list[str]:
@@ -56,6 +57,19 @@ def test_cells_that_are_done_are_kept(tmp_path, commands):
     for _ in range(2):
         call(kernel_methods.main, arguments_of(tmp_path))
     assert len(commands) == 8  # the second time those alone that failed
+
+
+def test_runs_that_were_judged_again_are_read_again(tmp_path, commands):
+    call(kernel_methods.main, arguments_of(tmp_path))
+    path = next((tmp_path / "runs/dp-kernel").glob("mnist_28*")) / "results.json"
+    results = read_json(path)
+    results["metrics"]["accuracy/small_cnn/syn_val"] = 70.0
+    write_json(path, results)
+    call(kernel_methods.main, [*arguments_of(tmp_path), "--table_only"])
+    assert "| DP-Kernel | mnist_28 | 10 | 70.0 | 72.5 |" in (tmp_path / "table.md").read_text()
+    shutil.rmtree(tmp_path / "runs")
+    call(kernel_methods.main, [*arguments_of(tmp_path), "--table_only"])
+    assert "| DP-Kernel | mnist_28 | 10 | 70.0 | 72.5 |" in (tmp_path / "table.md").read_text()
 
 
 def test_some_cells_can_be_asked_for(tmp_path, commands):
