@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def decode(content: bytes, where: str) -> Image.Image:
-    """An 8-bit RGB or grey picture from the bytes of an image file; UserError with `where` for anything else."""
+    """An opaque 8-bit RGB or grey picture from the bytes of an image file; UserError with `where` for anything else."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -30,6 +30,8 @@ def decode(content: bytes, where: str) -> Image.Image:
         raise UserError(
             f"{where}: more than 8 bits per channel (mode {picture.mode}); allowed: 8-bit grey or colour"
         )
+    if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        raise UserError(f"{where}: has transparent pixels; put it on a background first")
     return picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
 
 

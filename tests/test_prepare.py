@@ -411,6 +411,15 @@ def test_an_empty_class_folder_is_said(tmp_path):
     assert [note for note in notes if "no file in the folder elk: it is no class" in note]
 
 
+def test_an_alpha_channel_that_hides_nothing_is_dropped(tmp_path):
+    opaque = np.dstack([np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 255, np.uint8)])
+    source = write_files(tmp_path / "raw", class_files() | {"cat/opaque.png": png(opaque)})
+    _, meta, _ = prepare("pets", tmp_path / "data", source=source)
+    _, without, _ = prepare("cats", tmp_path / "data", source=write_files(tmp_path / "less", class_files()))
+    num_images = [part.num_train + part.num_test for part in (meta, without)]
+    assert num_images[0] == num_images[1] + 1
+
+
 BAD_SOURCES = {
     "no such path": (lambda path: path / "nothing", "nothing: no such file"),
     "empty folder": (folder_of({}), "empty, there are no images"),
@@ -421,6 +430,10 @@ BAD_SOURCES = {
     "16 bit": (
         folder_with(cat__deep_png=png(np.zeros((8, 8), np.uint16))),
         r"cat/deep\.png: more than 8 bits",
+    ),
+    "see-through": (
+        folder_with(cat__hole_png=png(np.full((8, 8, 4), 254, np.uint8))),
+        r"cat/hole\.png: has transparent pixels",
     ),
     "no class": (folder_of({"a.png": PICTURE, "b.png": PICTURE}), r"a\.png is in no class folder"),
     "new test class": (

@@ -65,6 +65,7 @@ def load_weights(network: nn.Module, weights: dict[str, torch.Tensor], source: s
         if have is None or want is None or have.shape != want.shape:
             shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (have, want)]
             raise UserError(
-                f"{source} has another architecture: '{name}' is {shapes[0]}, the network's {shapes[1]}"
+                f"{source} has another architecture: '{name}' is {shapes[0]}, the network's {shapes[1]}; give the "
+                f"settings below model that it was trained with (config.yaml of its run has them)"
             )
     network.load_state_dict(weights)
