@@ -169,9 +169,11 @@ def as_markdown(rows: list[dict], data_name: str) -> str:
     cells: dict[tuple[str, float], dict[int, dict]] = {}
     for row in rows:
         cells.setdefault((row["variant"], row["epsilon"]), {})[row["seed"]] = row
+    compared = gains_of(cells)
     lines = [
         f"# Do the ideas pay? {data_name}, quick preset",
         "",
+        *answer(compared),
         "Made by `python scripts/compare_ideas.py`; do not edit. Accuracy in percent, on the real test images, of a "
         "small classifier trained on the samples alone; mean and standard deviation over the seeds. Frechet distance "
         "with the extractor of the quick preset. Seconds are of whole runs on a shared machine.",
@@ -194,16 +196,43 @@ def as_markdown(rows: list[dict], data_name: str) -> str:
         "| idea | with it | without | epsilon | difference (points) | seeds where it wins |",
         "|---|---|---|---:|---:|---:|",
     ]
-    epsilons = sorted({row["epsilon"] for row in rows}, reverse=True)
-    for ours, baseline, idea in CLAIMS:
+    for (ours, baseline, idea), by_epsilon in compared.items():
+        for epsilon, gains in by_epsilon.items():
+            wins = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
+            difference = spread(gains, 1, "+")
+            lines.append(f"| {idea} | {ours} | {baseline} | {epsilon:g} | {difference} | {wins} |")
+    return "\n".join(lines) + "\n"
+
+
+def gains_of(cells: dict) -> dict[tuple[str, str, str], dict[float, list[float]]]:
+    """Claim -> epsilon, largest first -> points gained with each seed that both of the pair have."""
+    epsilons = sorted({epsilon for _, epsilon in cells}, reverse=True)
+    compared: dict[tuple[str, str, str], dict[float, list[float]]] = {}
+    for claim in CLAIMS:
         for epsilon in epsilons:
-            one, other = cells.get((ours, epsilon), {}), cells.get((baseline, epsilon), {})
+            one, other = (cells.get((name, epsilon), {}) for name in claim[:2])
             gains = [one[seed]["accuracy"] - other[seed]["accuracy"] for seed in one if seed in other]
             if gains:
-                wins = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
-                difference = spread(gains, 1, "+")
-                lines.append(f"| {idea} | {ours} | {baseline} | {epsilon:g} | {difference} | {wins} |")
-    return "\n".join(lines) + "\n"
+                compared.setdefault(claim, {})[epsilon] = gains
+    return compared
+
+
+def answer(compared: dict) -> list[str]:
+    """The findings, one sentence for each outcome: an idea wins or loses if it does so with every seed and budget."""
+    outcomes: dict[str, list[str]] = {}
+    for (ours, baseline, _), by_epsilon in compared.items():
+        gains = [gain for values in by_epsilon.values() for gain in values]
+        outcome = "won" if min(gains) > 0 else "lost" if max(gains) < 0 else "mixed"
+        outcomes.setdefault(outcome, []).append(f"{ours} against {baseline}")
+    texts = {
+        "won": "Better with every seed and budget:",
+        "lost": "Worse with every seed and budget:",
+        "mixed": "Sometimes better, sometimes worse:",
+    }
+    sentences = [
+        f"{text} {', '.join(outcomes[outcome])}." for outcome, text in texts.items() if outcome in outcomes
+    ]
+    return [" ".join(sentences), ""] if sentences else []
 
 
 def spread(values: list[float], digits: int, sign: str = "") -> str:

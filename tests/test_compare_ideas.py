@@ -43,6 +43,19 @@ def test_pairs_are_compared_seed_by_seed(tmp_path):
     assert "| DP-FETA | 10 | 2 | 80.0 ± 14.1 | 0.500 ± 0.000 | 60 |" in outcome.out
 
 
+def test_the_answer_comes_first(tmp_path):
+    for seed in (0, 1):
+        for name, accuracy in (("DP-FETA", 80.0), ("DPDM", 70.0), ("DP-FETA-Pro", 79.0 + 2 * seed)):
+            write_result(tmp_path, name, seed, accuracy)
+        for name, accuracy in (("DP-LoRA", 60.0), ("DP-LDM", 61.0)):
+            write_result(tmp_path, name, seed, accuracy)
+    answer = call(compare_ideas.main, ["--exp_root", str(tmp_path), "--table_only"]).out.splitlines()[2]
+    assert answer == (
+        "Better with every seed and budget: DP-FETA against DPDM. Worse with every seed and budget: DP-LoRA against "
+        "DP-LDM. Sometimes better, sometimes worse: DP-FETA-Pro against DP-FETA."
+    )
+
+
 def test_variants_of_one_method_are_told_apart_and_the_latest_run_counts(tmp_path):
     write_result(tmp_path, "PrivImage", 0, 90.0)
     write_result(tmp_path, "PrivImage", 0, 91.0, time="2026-01-02-00-00-00")
