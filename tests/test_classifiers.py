@@ -13,8 +13,13 @@ from data.digits import load_digits_8
 from data.spec import DataSpec, Samples
 from evaluation.classifiers.recipe import Recipe, recipe_for
 from evaluation.classifiers.training import (
-    _average, _scheduler, candidate_epochs, seeded, train_classifier, with_noise
-)  # fmt: skip
+    _average,
+    _scheduler,
+    candidate_epochs,
+    seeded,
+    train_classifier,
+    with_noise,
+)
 from evaluation.registry import CLASSIFIERS, check_classifiers
 from utils.errors import Unavailable, UserError
 from utils.images import to_float

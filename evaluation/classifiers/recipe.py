@@ -6,8 +6,8 @@ from data.spec import DataSpec
 
 QUICK_IMAGES_SEEN = 80_000  # training images times epochs that a quick run aims at
 QUICK_EPOCHS = (3, 20)  # least and most
-# Generated images are smoother than real ones. A small network that sees nothing else takes their smoothness for granted
-# and fails on real images; with noise on its inputs it goes by the shapes. Chosen on held-out images, see docs/metrics.md.
+# Generated images are smoother than real ones. A small network that sees nothing else takes their smoothness for
+# granted and fails on real images; with noise on its inputs it goes by the shapes. docs/metrics.md has what chose it.
 QUICK_NOISE = 0.5
 
 

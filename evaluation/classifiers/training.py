@@ -144,8 +144,8 @@ def accelerated(network: nn.Module, device: str, num_steps: int) -> Callable[[to
 
 
 def with_noise(images: torch.Tensor, most: float) -> torch.Tensor:
-    """(B, C, H, W) with Gaussian noise of standard deviation most * u^2, u uniform in [0, 1) for each image: half of the
-    images get less than a quarter of `most`. Draws from PyTorch's global generator."""
+    """(B, C, H, W) with Gaussian noise of standard deviation most * u^2, u uniform in [0, 1) for each image: half of
+    the images get less than a quarter of `most`. Draws from PyTorch's global generator."""
     deviation = most * torch.rand(len(images), 1, 1, 1, device=images.device).square()
     return images + deviation * torch.randn_like(images)
 
