@@ -100,7 +100,12 @@ def numbers_of(method: str, data: str, epsilon: float, exp_root: Path) -> dict:
     metrics = results["metrics"]
     accuracies = {name: metrics.get(f"accuracy/{name}/syn_val") for name in CLASSIFIERS}
     known = {name: value for name, value in accuracies.items() if value is not None}
-    return {"seed": results["seed"], "accuracy": known, "fid": metrics["fid/random_conv"], "git": results["git"]}
+    return {
+        "seed": results["seed"],
+        "accuracy": known,
+        "fid": metrics["fid/random_conv"],
+        "git": results["git"],
+    }
 
 
 def cpu_seconds() -> float:
