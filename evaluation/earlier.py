@@ -42,5 +42,6 @@ def earlier_report(folder: Path, data_name: str, facts: dict) -> Report | None:
         return Report(results["metrics"], info, {}, read_json(details) if details.exists() else {})
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: damaged ({type(error).__name__}: {error}); move it away to judge anew"
+            f"{path}: damaged ({type(error).__name__}: {error}); to judge the samples anew: python eval.py "
+            f"--images <samples> --data_name {data_name} --out <another folder>"
         ) from error
