@@ -10,7 +10,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -88,7 +88,8 @@ def start(argv: list[str]) -> int:
     distributed.take_place(config.setup)
     if config.print_config or config.dry_run:
         if distributed.is_main():
-            log.info(format_config(config) if config.print_config else dry_run(config))
+            for text in [format_config(config)] if config.print_config else dry_run(config):
+                log.info(text)
         return 0
     parts = compose(config) if distributed.is_main() else None
     with distributed.processes(prepare_device(config.setup), main, argv):
@@ -116,19 +117,22 @@ def as_started(config: Config, argv: list[str]) -> Config:
     return load_config([*others, *(f"{key}={value}" for key, value in zip(keys, own, strict=True))], METHODS)
 
 
-def dry_run(config: Config) -> str:
-    """The plan, its cost, which data and weights are missing, and what is left to do of the run of --resume_exp."""
+def dry_run(config: Config) -> Iterator[str]:
+    """Lines: the plan, its cost, what is left to do of the run of --resume_exp, and which data and weights are missing.
+    The plan comes before its steps are timed."""
     from data.public import num_public_images, require_public
     from data.sensitive import require_prepared
     from evaluation.listing import lacking
-    from utils.dry_run import describe
+    from utils.dry_run import cost_lines, describe
 
     parts = compose(config)
+    yield from describe(config, parts.spec, parts.ledger, parts.synthesizer.parameter_counts())
     num_public = num_public_images(config.public_data, config.data_root)
     costs = [] if num_public is None else parts.synthesizer.public_costs(num_public)
     costs += [] if parts.ledger is None else parts.synthesizer.costs()
-    lines = [describe(config, parts.spec, parts.ledger, parts.synthesizer.parameter_counts(), costs)]
-    lines += [] if config.resume is None else [what_is_left(parts, costs)]
+    yield from cost_lines(costs, config)
+    if config.resume is not None:
+        yield what_is_left(parts, costs)
     unknown_time = "; until then the time of pretraining is unknown"
     for require, section, more in (
         (require_prepared, config.sensitive_data, ""),
@@ -137,13 +141,11 @@ def dry_run(config: Config) -> str:
         try:
             require(section, config.data_root)
         except UserError as error:
-            lines.append(f"missing: {error}{more}")
+            yield f"missing: {error}{more}"
     if parts.ledger is not None:
         judged = config.eval
-        lines += [
-            f"missing: {line}" for line in lacking(judged.metrics, judged.extractor, config.weights_root)
-        ]
-    return "\n".join(lines)
+        for line in lacking(judged.metrics, judged.extractor, config.weights_root):
+            yield f"missing: {line}"
 
 
 def what_is_left(parts: Parts, costs: list) -> str:

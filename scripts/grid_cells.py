@@ -96,7 +96,7 @@ def dry_run(words: list[str]) -> int:
         try:
             config = load_config(argv, METHODS)
             distributed.take_place(config.setup)
-            lines = plan(config).splitlines()
+            lines = list(plan(config))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             failed = True

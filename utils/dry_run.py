@@ -6,16 +6,15 @@ from utils.progress import duration
 LONG = 86400  # seconds after which a shorter way is pointed out
 
 
-def describe(config, spec, ledger, parameter_counts: dict[str, int], costs: list) -> str:
-    """What --dry_run prints. `ledger` has adopted the plan, or is None in a run without private data; `costs` are the
-    method's estimates of its stages (models.synthesizer.Cost)."""
+def describe(config, spec, ledger, parameter_counts: dict[str, int]) -> list[str]:
+    """What --dry_run prints first. `ledger` has adopted the plan, or is None in a run without private data."""
     lines = [f"{config.method} on {config.data_name}, preset {config.preset}"]
     if ledger is None:
         lines.append("no private stage (sensitive_data.name=null)")
     else:
         lines += [*plan_lines(ledger, spec.num_train), evaluation_line(config)]
     lines += [f"parameters: {name} {count:,}" for name, count in parameter_counts.items()]
-    return "\n".join([*lines, *cost_lines(costs, config)])
+    return lines
 
 
 def plan_lines(ledger, num_train: int) -> list[str]:
@@ -65,7 +64,7 @@ def evaluation_line(config) -> str:
 
 
 def cost_lines(costs: list, config) -> list[str]:
-    """The time of each stage, from a few steps that were measured just now."""
+    """The time of each stage, from a few steps that were measured just now (`costs` of models.synthesizer.Cost)."""
     if not costs:
         return []
     lines = [f"{cost.stage}: {cost.description}, about {duration(cost.seconds)} here" for cost in costs]

@@ -19,9 +19,9 @@ case (the reason is in the JSON file); "differs" marks one whose result is not o
 ours: `opacus_ext.per_example.clipped_sum`; hooks, ghost, ew: Opacus (`GradSampleModule`, ghost clipping, expanded
 weights); vmap: `torch.func`; loop: plain autograd, one example at a time; noise: the Gaussian noise of one step.
 
-A case is named after its network, the side of its images where it has several, and B examples x K rows of each. digits8:
-the quick preset's UNet for `digits_8`; unet: the published UNet, all weights (K noise draws); subset: its part that
-DP-LDM-SD trains; lora: adapters of rank 8 in it; latent: a latent UNet of 4 or 17 million weights; wrn16-4: a
+A case is named after its network, the side of its images where it has several, and B examples x K rows of each.
+digits8: the quick preset's UNet for `digits_8`; unet: the published UNet, all weights (K noise draws); subset: its part
+that DP-LDM-SD trains; lora: adapters of rank 8 in it; latent: a latent UNet of 4 or 17 million weights; wrn16-4: a
 Wide-ResNet (K augmented views); dpgan: DPGAN's critic (a real and a fake image).
 """
 
