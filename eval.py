@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from judging import INCOMPLETE, REVEALED, RealData, judge, oracle_data, validation_data
 from models import METHODS
-from run import INCOMPLETE, REVEALED, SAMPLES, RealData, judge, oracle_data, validation_data
 from utils.bounds import at_most
 from utils.command_line import read_command_line, short_help
 from utils.config import COMMAND_LINE, Config, format_config, load_config
@@ -21,7 +21,7 @@ from utils.config_files import flatten
 from utils.environment import values_of
 from utils.errors import UserError
 from utils.log import also_to, to_terminal
-from utils.run_dir import CONFIG, PRIVACY, RESULTS, new_folder, read_json, working_in, write_json
+from utils.run_dir import CONFIG, PRIVACY, RESULTS, SAMPLES, new_folder, read_json, working_in, write_json
 from utils.runtime import Runtime, log
 from utils.stopping import UNREAD, exit_code, quiet_pipe, sigterm_interrupts
 

@@ -13,13 +13,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import require_same_split, with_run
+from judging import write_account
 from models import METHODS
-from run import SAMPLES, write_account
 from utils.config import Config, load_config
 from utils.environment import values_of
 from utils.errors import UserError
 from utils.log import to_terminal
-from utils.run_dir import PRIVACY, RESULTS, read_json, working_in
+from utils.run_dir import PRIVACY, RESULTS, SAMPLES, read_json, working_in
 
 REASON = "scripts/judge_held_out.py: accuracies on the private validation images without noise"
 

@@ -25,7 +25,8 @@ def sources(*packages: str) -> list[Path]:
     return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
 
 
-EVERYTHING = [*sources(*PACKAGES), ROOT / "run.py", ROOT / "eval.py"]
+PROGRAMS = ("run.py", "eval.py", "judging.py")
+EVERYTHING = [*sources(*PACKAGES), *(ROOT / program for program in PROGRAMS)]
 
 
 def tree(path: Path) -> ast.Module:
@@ -53,7 +54,7 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", sources(*ALLOWED), ids=name)
 def test_imports_never_point_up(path):
     own = path.relative_to(ROOT).parts[0]
-    ours = {module.split(".")[0] for module in imports(path)} & {*PACKAGES, "run", "eval", "tests"}
+    ours = {module.split(".")[0] for module in imports(path)} & {*PACKAGES, "run", "eval", "judging", "tests"}
     assert ours <= {own, *ALLOWED[own]}, f"{name(path)} imports {sorted(ours - {own, *ALLOWED[own]})}"
 
 
@@ -163,9 +164,9 @@ def test_records_are_revealed_to_the_programs_alone():
             if (isinstance(node, ast.Attribute) and node.attr == "reveal")
             or (isinstance(node, ast.ImportFrom) and node.module == "opacus_ext.disclosure")
         ]
-        if name(path) not in ("run.py", "eval.py") and not name(path).startswith("scripts/"):
+        if name(path) not in PROGRAMS and not name(path).startswith("scripts/"):
             assert not calls, (name(path), calls)
-    for program in ("run.py", "eval.py"):
+    for program in PROGRAMS:
         assert ".reveal(" in (ROOT / program).read_text()
 
 

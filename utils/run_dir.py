@@ -18,6 +18,8 @@ PRIVACY = "privacy.json"  # the account of what was asked of private images
 QUERY_ANSWER = (
     "pretrain/semantic_query.json"  # a noisy answer about private images, before the first checkpoint
 )
+SAMPLES, GRID = "gen/gen.npz", "gen/sample.png"
+CARD = "privacy_card.md"  # what PRIVACY says, in words
 RESULTS = "results.json"  # written last: its presence means "done"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, file larger than allowed
 

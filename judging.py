@@ -1,0 +1,151 @@
+"""Judge samples against the real images, and write down what was found and what it cost: of run.py and eval.py.
+
+The evaluation knows nothing of ledgers; here it is given the real images that the ledgers let it have.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from utils.config import Config
+from utils.run_dir import CARD, GRID, PRIVACY, RESULTS, read_json, write_json, write_text
+from utils.runtime import Runtime, log
+
+REVEALED = "fidelity metrics compare with the private training images"
+ORACLE = "eval.oracles=true: epochs of classifiers are chosen on the private validation images without noise"
+SHOWN = "eval.gallery=report: report.html was written with training images in it"
+INCOMPLETE = 3  # exit code: the run is done, but metrics are missing
+
+
+def judge(
+    config: Config,
+    spec,
+    runtime: Runtime,
+    folder: Path,
+    samples,
+    real,
+    training: dict,
+    timing: dict[str, float],
+) -> int:
+    """Evaluate `samples`; write privacy.json, the card and (last) results.json into `folder`, and print them. What an
+    earlier evaluation of the same samples found, and this one is not asked for, stays in the files.
+
+    `real` holds the training images (revealed for this), the test images, and the validation images behind their
+    own ledger; `training` is the report of the training ledger.
+    """
+    from evaluation.earlier import earlier_report, facts_of
+    from evaluation.evaluator import Evaluator
+    from evaluation.page import GALLERY, REPORT, write_page
+    from opacus_ext.card import privacy_card, privacy_summary
+    from utils.results import evaluation_settings, results_of
+
+    evaluator = Evaluator(
+        config.eval, spec, config.weights_root, runtime.device, config.seed, runtime.cache_dir,
+        config.sensitive_data.prompt,
+    )  # fmt: skip
+    start = time.perf_counter()
+    selection = None
+    if real.validation is not None:
+        selection = NoisyChoice(real.validation, lambda report: write_account(folder, training, report))
+    oracle = None
+    if real.oracle is not None:
+        oracle = real.oracle.reveal(ORACLE)
+        training = {**training, "revealed": [*training["revealed"], ORACLE]}
+    if config.eval.gallery == "report":
+        training = {**training, "revealed": [*training["revealed"], SHOWN]}
+    write_account(folder, training)  # before anything is shown, whatever becomes of the rest
+    report = evaluator.evaluate(
+        samples, train=real.train, test=real.test, select=selection, validation=oracle
+    )
+    timing = {**timing, "evaluate": time.perf_counter() - start}
+    privacy = read_json(folder / PRIVACY)
+    title = f"{config.method} on {spec.name}, epsilon {config.epsilon:g}"
+    facts = facts_of(samples, spec)
+    earlier = earlier_report(folder, config.data_name, facts)
+    if earlier is None:
+        log.info("the earlier evaluation was of other samples; it is replaced")
+    written = report if earlier is None else report.after(earlier, evaluation_settings(config))
+    results = results_of(folder, config, privacy, written, timing, facts)
+    write_page(
+        folder, written, samples, real.train, spec, title, privacy_card(privacy), config.eval.gallery, results
+    )
+    write_json(folder / RESULTS, results)
+    log.info(f"\n{privacy_summary(privacy)}\n\n{written.table()}\n")
+    places = {"report": REPORT, "samples": GRID, "privacy card": CARD, "numbers": RESULTS}
+    if report.nearest and config.eval.gallery == "private":
+        places["nearest training images, not to be shared"] = GALLERY
+    log.info("\n".join(f"{what}: {folder / name}" for what, name in places.items()))
+    return INCOMPLETE if report.missing else 0
+
+
+def write_account(folder: Path, training: dict, selection: dict | None = None) -> None:
+    """Write privacy.json (utils.results.write_privacy says how) and the card that says the same in words."""
+    from opacus_ext.card import privacy_card
+    from utils.results import write_privacy
+
+    write_text(folder / CARD, privacy_card(write_privacy(folder, training, selection)))
+
+
+@dataclasses.dataclass(frozen=True)
+class RealData:
+    """What samples are judged against."""
+
+    train: object  # Samples
+    test: object  # Samples
+    validation: (
+        object  # PrivateData with a plan of one noisy choice per classifier; None in modes syn and sen
+    )
+    oracle: object = None  # Disclosure of the same images, where eval.oracles asks for them
+
+
+class NoisyChoice:
+    """Lets the evaluator choose epochs by the private validation images, through report-noisy-max alone. Each choice is
+    written down by `book` before the evaluator learns it, so that one is paid for whose evaluation is killed."""
+
+    def __init__(self, validation, book: Callable[[dict], object]) -> None:
+        self._validation, self._book = validation, book
+        self._id = f"{datetime.now():%Y-%m-%d-%H-%M-%S-%f}-{os.getpid()}"
+
+    def choose(self, name: str, correct) -> int:
+        chosen = self._validation.report_noisy_max(name, correct)
+        self._book(self.report())
+        return chosen
+
+    def report(self) -> dict | None:
+        """What privacy.json says of the choices; None if none was asked for."""
+        report = {"id": self._id, **self._validation.report()}
+        return report if any(release["executed"] for release in report["releases"]) else None
+
+
+def validation_data(config: Config, spec, images, noise, device: str):
+    """The validation images behind a ledger of their own, which plans one noisy choice per classifier; or None."""
+    from opacus_ext.accounting import noisy_max_release
+    from opacus_ext.ledger import Budget, Ledger
+    from opacus_ext.private_data import PrivateData
+
+    if images is None or "accuracy" not in config.eval.metrics:
+        return None
+    each = config.eval.selection_epsilon / len(config.eval.classifiers)
+    ledger = Ledger(Budget(config.eval.selection_epsilon, 0.0), relation=config.privacy.relation)
+    ledger.adopt(
+        [
+            noisy_max_release(f"selection/{name}", each, config.privacy.relation)
+            for name in config.eval.classifiers
+        ]
+    )
+    return PrivateData(images, dataclasses.replace(spec, num_train=len(images)), ledger, noise, device)
+
+
+def oracle_data(config: Config, images):
+    """The door to the validation images, for eval.oracles; or None."""
+    from opacus_ext.disclosure import Disclosure
+    from opacus_ext.ledger import Budget, Ledger
+
+    if images is None or not config.eval.oracles:
+        return None
+    ledger = Ledger(Budget(config.eval.selection_epsilon, 0.0))
+    ledger.adopt([])
+    return Disclosure(images, ledger)
