@@ -7,8 +7,6 @@ One release over all private images. Where the published benchmark's code differ
   objective. Here the estimate is unbiased, and a part holds equally many images of every label.
 - Its scheduler is asked when the step is a multiple of `scheduler_interval`, which step 0 is: the learning rate is
   decayed once after the first step. Here it is decayed after every `scheduler_interval` steps.
-- Its network sees pixels in [0, 1], where its normalised features hardly tell a dark picture from a bright one. Here it
-  sees them in [-1, 1].
 - Its labels of generated images are uniform while the embedding carries the classes' true shares. Here a constant
   feature releases the shares together with the rest.
 """

@@ -94,11 +94,8 @@ def _with_one(rows: torch.Tensor) -> torch.Tensor:
 
 
 class NTKEmbedding:
-    """`models.mean_embedding.Embedding` in NTK features of the pixels, and in one constant feature, whose mean is the
-    share of a class.
-
-    The network sees pixels in [-1, 1]. Its features have norm 1, so that they hardly tell x from 2 x: with black as 0,
-    how bright a picture is would be left open."""
+    """`models.mean_embedding.Embedding` in NTK features of the pixels, which the network sees in [0, 1], and in one
+    constant feature, whose mean is the share of a class."""
 
     def __init__(
         self, config: NTKConfig, image_size: int, channels: int, num_outputs: int, runtime: Runtime
@@ -112,7 +109,7 @@ class NTKEmbedding:
 
     def features(self, images: torch.Tensor) -> OuterProducts:
         """(B, C, H, W) in [-1, 1] -> B vectors of L2 norm sqrt(1 + class_mass^2), the constant feature last."""
-        gradient = self.phi(images.flatten(1))
+        gradient = self.phi((images.flatten(1) + 1) / 2)
         one = images.new_ones(len(images), 1)
         return OuterProducts([*gradient.blocks, (one * self.mass, one)])
 
