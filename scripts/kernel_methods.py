@@ -121,8 +121,8 @@ def as_markdown(rows: dict[tuple[str, str, float], dict]) -> str:
         "classifiers trained on 10,000 samples, the quick preset's small convolutional network and a logistic "
         "regression on the pixels; one seed. Published: DPImageBench, with a larger generator and the mean of three "
         "large convolutional networks on 60,000 samples. Frechet distance with random convolutional features. CPU "
-        "seconds are of whole runs. What is missing was not measured. DP-NTK: its features have norm 1 and hardly tell a "
-        "dark picture from a bright one, so that on fmnist_28 runs differ by as much as 20 points.",
+        "seconds are of whole runs. What is missing was not measured. DP-NTK: its features have norm 1 and hardly tell "
+        "a dark picture from a bright one, so that on fmnist_28 runs differ by as much as 20 points.",
         "",
         "| method | data | epsilon | small network | regression | published | Frechet distance | CPU seconds |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
