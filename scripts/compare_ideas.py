@@ -62,7 +62,7 @@ CAVEATS = {
     "digits_8": "The presets were not tuned alike: batch size and learning rate of DPDM, and the frequency stage of "
     "DP-FETA-Pro at epsilon 1, were chosen for these data, with one seed, after test accuracies had been seen. The "
     "noise levels of all but DP-LDM and DP-LoRA were chosen on 300 held-out training images, by DPDM and DP-FETA at "
-    "epsilon 10. Seconds of random classes at epsilon 1: that run was paused.",
+    "epsilon 10. At epsilon 1 runs of random classes and DP-FETA-Pro were paused, which their seconds count.",
     "mnist_28": "One seed. The quick preset was set for few steps, after runs with former settings had been seen on "
     "test images (DPDM 11.6 and 28.0, PDP-Diffusion 25.6 and 15.8, DP-FETA 19.1 and 73.3 percent). What chose: for the "
     "noise levels, whether images are of their class after 300 steps without noise on samples of DP-Kernel; for the "
