@@ -15,7 +15,7 @@ from judging import INCOMPLETE, REVEALED, RealData, judge, oracle_data, validati
 from models import METHODS
 from utils import distributed
 from utils.command_line import short_help
-from utils.config import Config, format_config, load_config
+from utils.config import COMMAND_LINE, Config, format_config, load_config
 from utils.config_files import flatten
 from utils.errors import UserError
 from utils.progress import duration
@@ -206,6 +206,8 @@ def compose(config: Config, plan: list | None = None) -> Parts:
         public = dataclasses.replace(method_config.public_data, n_classes=known)
         method_config = dataclasses.replace(method_config, public_data=public)
     synthesizer = METHODS.resolve(config.method)(method_config, spec, runtime)
+    for line in without_effect(config.provenance, synthesizer.idle_settings()):
+        log.info(line)
     if config.sensitive_data.name is None:
         require_public_alone(config.method, synthesizer)
         return Parts(config, spec, runtime, None, synthesizer)
@@ -215,6 +217,17 @@ def compose(config: Config, plan: list | None = None) -> Parts:
         log.info(f"warning: {weak}")
     ledger.adopt(synthesizer.privacy_plan() if plan is None else plan)
     return Parts(config, spec, runtime, ledger, synthesizer)
+
+
+def without_effect(provenance: dict[str, str], idle: dict[str, str]) -> list[str]:
+    """One line for every setting of the command line that does nothing: `idle` has keys or sections, and why."""
+    given = [key for key, layer in provenance.items() if layer == COMMAND_LINE]
+    return [
+        f"{key}: no effect: {why}"
+        for key in given
+        for name, why in idle.items()
+        if f"{key}.".startswith(f"{name}.")
+    ]
 
 
 def require_public_alone(method: str, synthesizer) -> None:

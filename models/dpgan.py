@@ -280,6 +280,9 @@ class DPGAN(Synthesizer):
         networks = {"generator": self.generator, "discriminator": self.discriminator}
         return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
+    def idle_settings(self) -> dict[str, str]:
+        return self.images.idle_settings()
+
     def public_costs(self, num_images: int) -> list[Cost]:
         if not self.config.pretrain.n_epochs:
             return []

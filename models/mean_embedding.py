@@ -304,6 +304,9 @@ class EmbeddingSynthesizer(Synthesizer):
         self.noisy_embedding = None if embedding is None else embedding.to(self.runtime.device)
         self.images.load_state_dict(state["central"])
 
+    def idle_settings(self) -> dict[str, str]:
+        return self.images.idle_settings()
+
     def parameter_counts(self) -> dict[str, int]:
         return {"generator": self.fitted.num_parameters()}
 

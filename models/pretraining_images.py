@@ -11,6 +11,8 @@ from opacus_ext.private_data import PrivateData
 from utils.runtime import Runtime
 from utils.sections import PublicDataConfig
 
+NO_IMAGES = "this run has no images to pretrain on"
+
 
 class PretrainingImages:
     """Plan, ask, keep. `used`: there is a pretraining at all; nothing is asked for one that takes no step."""
@@ -18,7 +20,7 @@ class PretrainingImages:
     def __init__(
         self, public: PublicDataConfig, query: QueryConfig, used: bool, spec: DataSpec, runtime: Runtime
     ) -> None:
-        self.public, self.spec, self.runtime = public, spec, runtime
+        self.public, self.used, self.spec, self.runtime = public, used, spec, runtime
         self.central, self.query = None, None
         if used and public.name in (MEAN, MODE):
             self.central = CentralImages(public.name, public.central, spec, runtime)
@@ -31,6 +33,11 @@ class PretrainingImages:
         """Labels that a generator needs: the private classes, and the public ones where those are trained."""
         public_classes = 0 if self.query is not None else self.public.n_classes or 0
         return max(self.spec.num_classes, public_classes)
+
+    def idle_settings(self) -> dict[str, str]:
+        """`Synthesizer.idle_settings`, of the pretraining."""
+        there = self.central is not None or has_public_images(self.public)
+        return {} if there or not self.used else {"pretrain": NO_IMAGES}
 
     def plan(self) -> list[Release]:
         return [query.release() for query in (self.query, self.central) if query is not None]

@@ -73,6 +73,10 @@ class Synthesizer(abc.ABC):
         """Network name -> number of parameters."""
         return {}
 
+    def idle_settings(self) -> dict[str, str]:
+        """Settings that do nothing in this run: dotted key, or section for all in it -> why."""
+        return {}
+
     def public_costs(self, num_images: int) -> list[Cost]:
         """What learning from `num_images` public images will take, for --dry_run."""
         return []

@@ -163,3 +163,43 @@ def test_what_is_left_of_an_interrupted_run(tmp_path, monkeypatch):
 def stop_in_training(runtime, stage: str, *_) -> None:
     if stage == "train":
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "method, setting, told",
+    [
+        (
+            "DP-FETA",
+            "pretrain.n_epochs=1",
+            "pretrain.n_epochs: no effect: pretrain.warm_up has those of the warm-up",
+        ),
+        ("DP-FETA", "pretrain.warm_up.n_epochs=1", None),
+        ("DP-FETA", "pretrain.n_epochs=0", None),  # takes the warm-up away
+        (
+            "DPDM",
+            "pretrain.batch_size=50",
+            "pretrain.batch_size: no effect: this run has no images to pretrain on",
+        ),
+        ("DPDM", "train.n_epochs=1", None),
+        ("PDP-Diffusion", "pretrain.n_epochs=1", None),
+        (
+            "PDP-Diffusion",
+            "pretrain.warm_up.n_epochs=1",
+            "pretrain.warm_up.n_epochs: no effect: this run has no warm-up",
+        ),
+        ("DP-MERF", "pretrain.lr=0.1", "pretrain.lr: no effect: this run has no images to pretrain on"),
+        (
+            "DPGAN",
+            "pretrain.n_epochs=1",
+            "pretrain.n_epochs: no effect: this run has no images to pretrain on",
+        ),
+        ("GS-WGAN", "pretrain.iterations=1", None),  # warms the critics up on private shards
+    ],
+)
+def test_settings_without_effect_are_told(method, setting, told):
+    argv = [*f"--method {method} --data_name digits_8 --epsilon 10".split(), setting]
+    config = load_config(argv, METHODS)
+    lines = run_program.without_effect(
+        config.provenance, run_program.compose(config).synthesizer.idle_settings()
+    )
+    assert [line[: len(told or "")] for line in lines] == ([told] if told else [])

@@ -22,6 +22,7 @@ from models.diffusion.denoiser import guided
 from models.diffusion.loss import EDMLoss, LossConfig
 from models.diffusion.samplers import SamplerConfig, sample
 from models.diffusion.staged import StagedNetwork
+from models.pretraining_images import NO_IMAGES
 from models.public_batches import public_batches
 from models.semantic_query import SemanticQuery, words_per_class
 from models.synthesizer import Cost, balanced_labels
@@ -88,6 +89,23 @@ class DiffusionSynthesizer(StagedNetwork):
                 f"{source} knows {checkpoint['label_dim']} labels; {public.name} has {public.n_classes} classes; use "
                 f"pretrain.cond=false"
             )
+
+    def idle_settings(self) -> dict[str, str]:
+        if self.config.pretrain.n_epochs == 0:
+            return {}
+        idle = (
+            {}
+            if self.central is not None
+            else {"pretrain.warm_up": "this run has no warm-up on central images"}
+        )
+        if has_public_images(self.config.public_data):
+            return idle
+        why = (
+            NO_IMAGES
+            if self.central is None
+            else "pretrain.warm_up has those of the warm-up on central images"
+        )
+        return idle | {"pretrain.n_epochs": why, "pretrain.batch_size": why}
 
     def _goes_on(self, checkpoint: dict) -> bool:
         """Pretraining again from a checkpoint of pretraining is one long pretraining: with the raw weights, their
