@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 # Settings that change what classifiers find, but not the names of the values.
-CHANGING = ("recipe", "num_val", "selection_epsilon", "seed")
+CHANGING = ("recipe", "recipe_version", "num_val", "selection_epsilon", "seed")
 
 
 @dataclass(frozen=True)

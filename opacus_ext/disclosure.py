@@ -1,5 +1,5 @@
-"""The door through which private records leave as they are, for evaluation. run.py and eval.py hold it; a method is
-given `PrivateData`, which has none."""
+"""The door through which private records leave as they are, for evaluation. judging.py and eval.py hold it; a
+method is given `PrivateData`, which has none."""
 
 from data.spec import Samples
 from opacus_ext.errors import UnplannedRelease

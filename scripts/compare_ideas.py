@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.environment import ENVIRONMENT
 from utils.run_dir import RESULTS, read_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +63,8 @@ CAVEATS = {
     "digits_8": "The presets were not tuned alike: batch size and learning rate of DPDM, and the frequency stage of "
     "DP-FETA-Pro at epsilon 1, were chosen for these data, with one seed, after test accuracies had been seen. The "
     "noise levels of all but DP-LDM and DP-LoRA were chosen on 300 held-out training images, by DPDM and DP-FETA at "
-    "epsilon 10. At epsilon 1 runs of random classes and DP-FETA-Pro were paused, which their seconds count.",
+    "epsilon 10; the same runs printed test accuracies too (58.1 to 85.6, and 90.8 to 89.4 percent). At epsilon 1 runs "
+    "of random classes and DP-FETA-Pro were paused, which their seconds count.",
     "mnist_28": "One seed. The quick preset was set for few steps, after runs with former settings had been seen on "
     "test images (DPDM 11.6 and 28.0, PDP-Diffusion 25.6 and 15.8, DP-FETA 19.1 and 73.3 percent). What chose: for the "
     "noise levels, whether images are of their class after 300 steps without noise on samples of DP-Kernel; for the "
@@ -153,7 +155,7 @@ def collect(arguments: argparse.Namespace) -> list[dict]:
                     fid = next((value for key, value in metrics.items() if key.startswith("fid/")), None)
                     rows.append(
                         {"variant": name, "epsilon": epsilon, "seed": seed, "accuracy": metrics[ACCURACY],
-                         "fid": fid, "seconds": seconds, "git": results["git"]}
+                         "fid": fid, "seconds": seconds, "git": read_json(path.parent / ENVIRONMENT)["git"]}
                     )  # fmt: skip
     return rows
 
@@ -226,10 +228,13 @@ def answer(compared: dict) -> list[str]:
     for (ours, baseline, _), by_epsilon in compared.items():
         gains = [gain for values in by_epsilon.values() for gain in values]
         outcome = "won" if min(gains) > 0 else "lost" if max(gains) < 0 else "mixed"
-        outcomes.setdefault(outcome, []).append(f"{ours} against {baseline}")
-    several = any(len(gains) > 1 for by_epsilon in compared.values() for gains in by_epsilon.values())
-    how = "with every seed and budget" if several else "with the one seed that was run"
-    texts = {"won": f"Better {how}:", "lost": f"Worse {how}:", "mixed": "Sometimes better, sometimes worse:"}
+        pairs = "one pair" if len(gains) == 1 else f"{len(gains)} pairs"
+        outcomes.setdefault(outcome, []).append(f"{ours} against {baseline} ({pairs})")
+    texts = {
+        "won": "Better in every pair of runs with the same seed and budget:",
+        "lost": "Worse in every such pair:",
+        "mixed": "Sometimes better, sometimes worse:",
+    }
     sentences = [
         f"{text} {', '.join(outcomes[outcome])}." for outcome, text in texts.items() if outcome in outcomes
     ]

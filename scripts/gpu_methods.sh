@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# On one GPU, in minutes: DPDM and DP-FETA as published, but with K noise draws of each image, DIFFUSION_EPOCHS epochs and
-# 20 sampling steps; DP-MERF and DP-Kernel as published; DP-NTK with NTK_BATCH generated images in a step; all in short precision. Judged by the
-# quick classifier on GENERATED images. Results go to docs/results/gpu_methods.csv. See grid.sh for SETTINGS, NAME,
-# EXP_ROOT, JOBS and --dry_run.
+# On one GPU, in minutes: DPDM and DP-FETA as published, but with K noise draws of each image, DIFFUSION_EPOCHS epochs
+# and 20 sampling steps; DP-MERF and DP-Kernel as published; DP-NTK with NTK_BATCH generated images in a step; all in
+# short precision. Judged by the quick classifier on GENERATED images. Results go to docs/results/gpu_methods.csv. See
+# grid.sh for SETTINGS, NAME, EXP_ROOT, JOBS and --dry_run.
 #
 #   K=4 DIFFUSION_EPOCHS=150 METHODS=DPDM DATA=mnist_28 scripts/gpu_methods.sh
 . "$(dirname "$0")/grid.sh"
@@ -30,7 +30,7 @@ for epsilon in $EPSILONS; do
                     model.sampler_acc.num_steps=20 model.sampler_acc.s_churn=0.0) ;;
             esac
             cell "$method" "$data" "$epsilon" "$NAME" preset=paper eval=quick "eval.metrics=[accuracy]" \
-                "gen.data_num=$GENERATED" ${own[@]+"${own[@]}"}
+                "gen.data_num=$GENERATED" "${own[@]}"
         done
     done
 done

@@ -1,7 +1,6 @@
 # Sourced by rq1.sh to rq4.sh, which run cells of a grid: one method on one dataset at one budget. Cells that are done
 # are skipped and those that were begun go on, so a script can be stopped and started again; one that fails does not
-# stop the others. With --dry_run
-# nothing is trained: every cell is calibrated, and its noise and cost are printed.
+# stop the others. With --dry_run nothing is trained: every cell is calibrated, and its noise and cost are printed.
 #
 # Environment: SETTINGS, key=value words for every cell; NAME tells grids with different SETTINGS apart, as it is part of
 # every run folder's name; EXP_ROOT, where the runs go; PYTHON; JOBS, cells at a time, for networks that leave a GPU or
@@ -88,6 +87,9 @@ cell() { # method data epsilon name [key=value ...]
     elif [ $code -eq 4 ]; then
         named+=(--resume_exp "$found")
         label="$label, begun in $found"
+    elif [ $code -ne 5 ]; then
+        failures+=("$label (grid_cells.py: exit code $code)")
+        return
     fi
     while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do sleep 0.2; done
     echo "running: $label"

@@ -3,10 +3,10 @@
     python scripts/grid_cells.py done EXP_ROOT METHOD DATA EPSILON NAME [WORD ...]
     python scripts/grid_cells.py dry_run LABEL [WORD ...] \\; LABEL [WORD ...] \\; ...
 
-A cell's words are what run.py gets after the flags that name the cell. `done` exits with 0 for a cell that is done, 1
-for one that is not, 4 for one that was begun with these words, and prints the name of the run's folder, and 3 for one
-that was done with other words. `dry_run` prints all plans from one process, as the
-start of a process takes longer than a plan, and what is missing once.
+A cell's words are what run.py gets after the flags that name the cell. `done` exits with 0 for a cell that is done and
+5 for one that is not; with 4 for one that was begun with these words, whose folder it prints; with 3 for one that was
+done or begun with other words, or whose files are damaged. `dry_run` prints all plans from one process, as the start of
+a process takes longer than a plan, and what is missing once.
 """
 
 import sys
@@ -18,7 +18,8 @@ from utils.environment import ENVIRONMENT
 from utils.errors import UserError
 from utils.run_dir import RESULTS, read_json
 
-DONE, NOT_DONE, DIFFERENT, BEGUN = 0, 1, 3, 4  # exit codes of `done`
+# Exit codes of `done`; a failure of Python itself, 1 or 2, is none of them: it must not start a run.
+DONE, DIFFERENT, BEGUN, NOT_DONE = 0, 3, 4, 5
 MISSING = "missing: "
 STARTED = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-*"  # how a folder's name ends
 
@@ -41,33 +42,41 @@ def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *words
         stem = f"{data}_eps{float(epsilon)}{name}"
     except ValueError:  # run.py says what is wrong with it
         return NOT_DONE, ""
-    others, begun = [], None
+    others, begun = [], None  # others: what was done with other words, and these words
     for folder in sorted(Path(exp_root).glob(f"{method.lower()}/{stem}-{STARTED}")):
         if not (folder / ENVIRONMENT).exists():  # nothing was asked yet; or it is no run
             continue
         try:
-            same = sorted(words_of(folder)) == sorted(words)
-            if (folder / RESULTS).exists():
+            before, finished = words_of(folder), (folder / RESULTS).exists()
+            if finished:
                 read_json(folder / RESULTS)
-                if same:
-                    return DONE, ""
-                others.append(words_of(folder))
-            elif same:
-                begun = folder.name
         except UserError as error:
             return DIFFERENT, str(error)
+        if sorted(before) != sorted(words):
+            others.append(("done" if finished else "begun", before))
+        elif finished:
+            return DONE, ""
+        else:
+            begun = folder.name
     if begun is not None:
         return BEGUN, begun
     if not others:
         return NOT_DONE, ""
-    before, now = " ".join(others[-1]) or "no settings", " ".join(words) or "none"
-    return DIFFERENT, f"was done with {before}, now {now}; another NAME runs it too"
+    (how, before), now = others[-1], " ".join(words) or "none"
+    return (
+        DIFFERENT,
+        f"was {how} with {' '.join(before) or 'no settings'}, now {now}; another NAME runs it too",
+    )
 
 
 def words_of(folder: Path) -> list[str]:
     """The words of the cell that left this run."""
-    command = read_json(folder / ENVIRONMENT)["command"]
-    return command[command.index("--exp_root") + 2 :]
+    path = folder / ENVIRONMENT
+    try:
+        command = read_json(path)["command"]
+        return command[command.index("--exp_root") + 2 :]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: not of a run of this grid ({type(error).__name__}: {error})") from error
 
 
 def dry_run(words: list[str]) -> int:

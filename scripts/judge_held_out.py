@@ -2,7 +2,8 @@
 
 Judges runs of eval.mode=val by the private images that they held out, in the place of the test images. That reads these
 images without noise and is NOT private: it is for choosing presets on data that are public. privacy.json and the
-privacy card of each run list it; its results stay as they are.
+privacy card of each run list it; its results stay as they are. Give the runs eval.metrics=[] as well: run.py then looks
+at no test image either, and this judges by the metrics of the preset.
 """
 
 import argparse

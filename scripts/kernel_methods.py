@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.compare_ideas import ROOT
+from utils.environment import ENVIRONMENT
 from utils.run_dir import RESULTS, read_json, write_text
 
 CLASSIFIERS = ("small_cnn", "logistic_regression")
@@ -96,7 +97,7 @@ def numbers_of(method: str, data: str, epsilon: float, exp_root: Path) -> dict:
     paths = sorted(exp_root.glob(f"{method.lower()}/{data}_eps{epsilon}-[0-9]*/{RESULTS}"))
     if not paths:
         return {}
-    results = read_json(paths[-1])
+    results, environment = read_json(paths[-1]), read_json(paths[-1].parent / ENVIRONMENT)
     metrics = results["metrics"]
     accuracies = {name: metrics.get(f"accuracy/{name}/syn_val") for name in CLASSIFIERS}
     known = {name: value for name, value in accuracies.items() if value is not None}
@@ -104,7 +105,7 @@ def numbers_of(method: str, data: str, epsilon: float, exp_root: Path) -> dict:
         "seed": results["seed"],
         "accuracy": known,
         "fid": metrics["fid/random_conv"],
-        "git": results["git"],
+        "git": environment["git"],
     }
 
 

@@ -20,7 +20,8 @@ def write_result(tmp_path, name: str, seed: int, accuracy: float, time: str = "2
     folder = tmp_path / method.lower() / f"digits_8_eps10.0-{compare_ideas.description(name, seed)}-{time}"
     folder.mkdir(parents=True)
     metrics = {compare_ideas.ACCURACY: accuracy, "fid/random_conv": 0.5}
-    write_json(folder / "results.json", {"metrics": metrics, "timing": {"train": 60.0}, "git": "abc"})
+    write_json(folder / "results.json", {"metrics": metrics, "timing": {"train": 60.0}})
+    write_json(folder / "environment.json", {"git": "abc"})
 
 
 @pytest.mark.parametrize("data_name", ["digits_8", "mnist_28"])
@@ -51,8 +52,9 @@ def test_the_answer_comes_first(tmp_path):
             write_result(tmp_path, name, seed, accuracy)
     answer = call(compare_ideas.main, ["--exp_root", str(tmp_path), "--table_only"]).out.splitlines()[2]
     assert answer == (
-        "Better with every seed and budget: DP-FETA against DPDM. Worse with every seed and budget: DP-LoRA against "
-        "DP-LDM. Sometimes better, sometimes worse: DP-FETA-Pro against DP-FETA."
+        "Better in every pair of runs with the same seed and budget: DP-FETA against DPDM (2 pairs). Worse in every "
+        "such pair: DP-LoRA against DP-LDM (2 pairs). Sometimes better, sometimes worse: DP-FETA-Pro against DP-FETA "
+        "(2 pairs)."
     )
 
 

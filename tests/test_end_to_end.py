@@ -320,6 +320,15 @@ def test_settings_are_compared_on_held_out_images(finished, tmp_path):
     assert "a run of eval.mode=syn, which held no images out" in refusal
 
 
+def test_held_out_images_judge_a_run_that_looked_at_no_test_image(tmp_path):
+    settings = ("eval.mode=val", "sensitive_data.num_val=100", "eval.metrics=[]")
+    folder = call(run_program.main, arguments("Noise", tmp_path, *settings)).folder
+    assert not strict_json(folder / "results.json")["metrics"]
+    outcome = call(judge_held_out.main, [str(folder), "--data_root", str(data_root())])
+    assert outcome.code == 0, outcome.err
+    assert "\naccuracy/small_cnn/syn_val " in outcome.out
+
+
 def test_what_cannot_be_judged_again_is_one_line_and_changes_nothing(tmp_path):
     folder = call(
         run_program.main, arguments("Noise", tmp_path, "eval.metrics=[fid]", "eval.extractor=random_conv")

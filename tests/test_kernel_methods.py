@@ -35,7 +35,8 @@ def commands(tmp_path, monkeypatch) -> list[list[str]]:
             folder.mkdir(parents=True)
             accuracies = {"accuracy/small_cnn/syn_val": 61.84, "accuracy/logistic_regression/syn_val": 72.5}
             metrics = {**accuracies, "fid/random_conv": 0.5}
-            write_json(folder / "results.json", {"metrics": metrics, "seed": 0, "git": "abc"})
+            write_json(folder / "results.json", {"metrics": metrics, "seed": 0})
+            write_json(folder / "environment.json", {"git": "abc"})
         return subprocess.CompletedProcess(command, 1 if method == "DP-NTK" else 0)
 
     monkeypatch.setattr(kernel_methods.subprocess, "run", run)

@@ -13,7 +13,7 @@ from tiny_runs import ROOT, arguments, call, data_root, strict_json
 
 import run as run_program
 from models import METHODS
-from scripts import collect, test_classifier
+from scripts import collect, grid_cells, test_classifier
 from utils.config import load_config
 from utils.run_dir import write_json
 
@@ -184,6 +184,43 @@ def test_a_cell_that_was_begun_goes_on_in_its_folder(grid, tmp_path):
     assert f"running: Noise digits_8 epsilon 10, begun in {results.parent.name}" in out
     assert list(tmp_path.glob("noise/*/results.json")) == [results]
     assert "done already" in grid()[1]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_cell_of_other_words_is_not_asked_anew(finished, tmp_path):
+    folder = tmp_path / "noise" / "digits_8_eps10.0grid-2026-01-01-00-00-00"
+    folder.mkdir(parents=True)
+    write_json(folder / "environment.json", {"command": ["run.py", "--exp_root", "exp", "seed=1"]})
+    if finished:
+        write_json(folder / "results.json", {})
+    cell = (str(tmp_path), "Noise", "digits_8", "10", "grid")
+    how = "done" if finished else "begun"
+    assert grid_cells.state(*cell, "seed=2") == (
+        grid_cells.DIFFERENT,
+        f"was {how} with seed=1, now seed=2; another NAME runs it too",
+    )
+    expected = (grid_cells.DONE, "") if finished else (grid_cells.BEGUN, folder.name)
+    assert grid_cells.state(*cell, "seed=1") == expected
+
+
+@pytest.mark.parametrize("environment", [{}, {"command": None}, {"command": ["run.py", "--exp_root=exp"]}])
+def test_a_cell_whose_record_is_damaged_is_not_asked_anew(environment, tmp_path):
+    folder = tmp_path / "noise" / "digits_8_eps10.0grid-2026-01-01-00-00-00"
+    folder.mkdir(parents=True)
+    write_json(folder / "environment.json", environment)
+    code, text = grid_cells.state(str(tmp_path), "Noise", "digits_8", "10", "grid")
+    assert code == grid_cells.DIFFERENT
+    assert text.startswith(f"{folder / 'environment.json'}: not of a run of this grid")
+
+
+def test_a_cell_that_cannot_be_looked_up_is_not_run(grid, tmp_path):
+    """Python's own failure is no answer."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\n[ $1 = scripts/grid_cells.py ] && exit 1\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    code, out, err = grid(PYTHON=str(python))
+    assert code == 1 and "running" not in out
+    assert "failed: Noise digits_8 epsilon 10 (grid_cells.py: exit code 1)" in err
 
 
 def test_cells_run_side_by_side_and_each_has_a_log(grid, tmp_path):

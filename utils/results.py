@@ -4,11 +4,13 @@ import dataclasses
 from datetime import datetime
 from pathlib import Path
 
+from evaluation.classifiers.recipe import RECIPE_VERSIONS
 from utils.environment import git_commit, versions
 from utils.run_dir import PRIVACY, RESULTS, read_json, write_json
 
 SCHEMA = 1
-OF_TRAINING = ("epsilon", "seed", "preset", "preset_tier", "borrowed")  # what a later evaluation leaves alone
+# What a later evaluation leaves alone.
+OF_TRAINING = ("epsilon", "seed", "preset", "preset_tier", "borrowed", "git", "versions")
 
 
 def write_privacy(folder: Path, training: dict, selection: dict | None = None) -> dict:
@@ -59,6 +61,7 @@ def results_of(folder: Path, config, privacy: dict, report, timing: dict[str, fl
         "missing": evaluated["missing"],
         "evaluation": evaluation_settings(config),
         "judged": f"{datetime.now():%Y-%m-%d %H:%M}",
+        "judged_git": git_commit(),
         "timing": {**before.get("timing", {}), **{stage: round(taken, 2) for stage, taken in timing.items()}},
         "git": git_commit(),
         "versions": versions(),
@@ -77,6 +80,7 @@ def _of_selection(privacy: dict) -> dict:
 def evaluation_settings(config) -> dict:
     """The settings of the evaluation; without the price of private choices where none is made."""
     settings = {**dataclasses.asdict(config.eval), "seed": config.seed}
+    settings["recipe_version"] = RECIPE_VERSIONS[config.eval.recipe]
     if config.eval.mode != "val":
         settings.pop("selection_epsilon", None)
     return settings
