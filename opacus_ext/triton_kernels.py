@@ -276,13 +276,17 @@ def try_out(device: torch.device, dtypes: tuple[torch.dtype, ...] = tuple(TOLERA
         one = torch.ones(4, device=device)
         last = x.contiguous(memory_format=torch.channels_last)
         y, mean, rstd = group_norm(last, one, one, 2, 1e-5, dtype)
-        slope = group_norm_backward(last, last, one, mean, rstd, 2)[1]
-        norm = torch.nn.functional.group_norm(x.float(), 2, eps=1e-5)
+        bent = last.square()
+        to_x, to_weight, to_bias = group_norm_backward(bent, last, one, mean, rstd, 2)
+        exact, slope = x.float().requires_grad_(), bent.float()
+        norm = torch.nn.functional.group_norm(exact, 2, eps=1e-5)
         pairs = (
             (found.flatten(2), expected),
             (weighted_sum(found.reshape(2, 16), one[:2]), expected.sum(0).flatten()),
             (y, norm + 1),
-            (slope, (x.float() * norm).sum((2, 3))),
+            (to_x, torch.autograd.grad(norm, exact, slope)[0]),
+            (to_weight, (slope * norm).sum((2, 3))),
+            (to_bias, slope.sum((2, 3))),
         )
         if not all(
             torch.allclose(one.float(), other, rtol=tolerance, atol=tolerance) for one, other in pairs
