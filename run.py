@@ -126,6 +126,8 @@ def dry_run(config: Config) -> Iterator[str]:
             require(section, config.data_root)
         except UserError as error:
             yield f"missing: {error}{more}"
+    for line in parts.synthesizer.lacking():
+        yield f"missing: {line}"
     if parts.ledger is not None:
         judged = config.eval
         for line in lacking(judged.metrics, judged.extractor, config.weights_root):
@@ -206,7 +208,11 @@ def compose(config: Config, plan: list | None = None) -> Parts:
         public = dataclasses.replace(method_config.public_data, n_classes=known)
         method_config = dataclasses.replace(method_config, public_data=public)
     synthesizer = METHODS.resolve(config.method)(method_config, spec, runtime)
-    for line in without_effect(config.provenance, synthesizer.idle_settings()):
+    idle = synthesizer.idle_settings()
+    if config.eval.mode != "val":
+        why = f"no private image is held out with eval.mode={config.eval.mode}"
+        idle = {**idle, "eval.selection_epsilon": why, "sensitive_data.num_val": why}
+    for line in without_effect(config.provenance, idle):
         log.info(line)
     if config.sensitive_data.name is None:
         require_public_alone(config.method, synthesizer)

@@ -171,7 +171,8 @@ def _split_off_test(source: Source, data_name: str, known: KnownSet | None) -> t
             f"{data_name}: {count} images are too few to put a test part aside; add --test_source"
         )
     rest = np.setdiff1d(np.arange(count), rows)
-    note = f"the source has no test part: {len(rows):,} of {count:,} images ({how}, fixed seed) are put aside as test"
+    note = f"the source has no test part: {len(rows):,} of {count:,} images ({how}, fixed seed) are put aside as test. "
+    note += "Accuracies are measured on them without noise: test images have no privacy protection"
     return replace(source, train=source.train.take(rest), test=source.train.take(rows)), note
 
 

@@ -24,10 +24,12 @@ from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.images import to_float, to_uint8
 from utils.progress import progress
-from utils.runtime import Runtime
+from utils.runtime import Runtime, log
 from utils.sections import check_field
 
 MEAN_EMBEDDING = "mean embedding"
+FEW_STEPS = 200  # below which a generator has hardly begun to learn
+MOST_SNAPSHOTS = 20  # of one stage
 PER_CLASS = 4  # generated images of each class that a step compares, at least
 
 
@@ -275,14 +277,21 @@ class EmbeddingSynthesizer(Synthesizer):
             self._fit("pretrain", target, self._pretraining(len(public)))
 
     def train(self, private: PrivateData) -> None:
+        steps = self._training().num_steps
+        if 0 < steps < FEW_STEPS:
+            log.info(
+                f"train: only {steps} steps; they ask nothing more of the private images, so take more of them"
+            )
         if self.noisy_embedding is None:  # else a resumed run, whose one release is in the checkpoint
             self.noisy_embedding = self.embedding.noisy_mean(private)
             self.runtime.snapshot("train")
         self._fit("train", self.noisy_embedding, self._training())
 
     def _fit(self, stage: str, target: torch.Tensor, schedule: Schedule) -> None:
+        period = schedule.snapshot_period or schedule.period
+        period *= -(-schedule.num_steps // (MOST_SNAPSHOTS * period))  # short epochs share one
         for step in self.fitted.steps(stage, target, schedule):
-            if step % (schedule.snapshot_period or schedule.period) == 0 and step < schedule.num_steps:
+            if step % period == 0 and step < schedule.num_steps:
                 self.runtime.snapshot(stage)
                 labels = balanced_labels(8 * min(len(target), 16), min(len(target), 16))
                 self.runtime.preview(stage, step, self.fitted.draw(labels, len(labels), "preview"), labels)

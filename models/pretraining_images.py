@@ -11,7 +11,12 @@ from opacus_ext.private_data import PrivateData
 from utils.runtime import Runtime
 from utils.sections import PublicDataConfig
 
+# Why settings do nothing.
 NO_IMAGES = "this run has no images to pretrain on"
+SELECTIVE, NO_SELECTION = (
+    "public_data.selective",
+    "there is no public set to select from; give public_data.name",
+)
 
 
 class PretrainingImages:
@@ -36,8 +41,10 @@ class PretrainingImages:
 
     def idle_settings(self) -> dict[str, str]:
         """`Synthesizer.idle_settings`, of the pretraining."""
-        there = self.central is not None or has_public_images(self.public)
-        return {} if there or not self.used else {"pretrain": NO_IMAGES}
+        if has_public_images(self.public):
+            return {}
+        idle = {"pretrain": NO_IMAGES} if self.used and self.central is None else {}
+        return {**idle, SELECTIVE: NO_SELECTION}
 
     def plan(self) -> list[Release]:
         return [query.release() for query in (self.query, self.central) if query is not None]

@@ -73,6 +73,10 @@ class Synthesizer(abc.ABC):
         """Network name -> number of parameters."""
         return {}
 
+    def lacking(self) -> list[str]:
+        """What a run needs beside data and does not find here, such as weights: one line each, with what helps."""
+        return []
+
     def idle_settings(self) -> dict[str, str]:
         """Settings that do nothing in this run: dotted key, or section for all in it -> why."""
         return {}

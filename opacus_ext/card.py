@@ -150,5 +150,7 @@ def _caveats(report: dict) -> list[str]:
         "k x exp((k - 1) x epsilon) x delta; to protect a person choose both for that",
         "the noise comes from a generator keyed by the operating system and is rounded to a grid together with the "
         "sums, against attacks on floating-point rounding; duration and memory of the run are not protected",
-        "the metrics in results.json compare with real images without noise; publish them only if that is acceptable",
+        "the metrics in results.json, details.json, report.html and stdout.txt compare with real images without noise; "
+        "publish these files only if that is acceptable. The test images are protected by nothing: accuracies and "
+        "confusion tables are of them",
     ]

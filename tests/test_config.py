@@ -561,6 +561,8 @@ def test_aliases(load):
 
 
 ERRORS = {
+    "--seed 1": "--seed: settings have no dashes; write seed=<value>",
+    "--train.n_epochs=3": "--train.n_epochs: settings have no dashes; write train.n_epochs=<value>",
     "--dataset_name mnist_28": "unknown flag '--dataset_name'; did you mean '--data_name'?",
     "--data_nam mnist_28": "unknown flag '--data_nam'; did you mean '--data_name'?",
     "-e10": "unknown flag '-e10'; did you mean '-e'?",
@@ -584,7 +586,7 @@ ERRORS = {
     "train.n_epochs=inf": "train.n_epochs: inf is not allowed; it must be int",
     "train.n_epochs=null": "train.n_epochs: None is not allowed; it must be int",
     "train.lr=fast": "train.lr: 'fast' is not allowed; it must be float",
-    "train.tags=x": "train.tags: 'x' is not allowed; it must be a list of str",
+    "train.tags=x": "train.tags: 'x' is not allowed; it must be a list of str, written [a,b]",
     "train.tags=[1]": "train.tags[0]: 1 is not allowed; it must be str",
     "model.network.ch_mult=[1,b]": "model.network.ch_mult[1]: 'b' is not allowed; it must be int",
     "model.network.ch_mult=[1,2": "model.network.ch_mult: '[1,2' is not allowed; it must be a list of int",

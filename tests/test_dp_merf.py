@@ -236,6 +236,21 @@ def test_a_fit_killed_on_the_way_continues_as_if_nothing_happened(make_trial, tm
     assert np.array_equal(one.images, other.images)
 
 
+def test_many_short_epochs_leave_few_snapshots(make_trial):
+    trial = make_trial("DP-MERF", "train.epochs=50")  # of 6 steps
+    left = []
+    trial.synthesizer.runtime.snapshot = lambda stage: left.append(trial.synthesizer.fitted.step)
+    trial.run()
+    assert left == [0, *range(18, 300, 18)]
+
+
+@pytest.mark.parametrize(("epochs", "told"), [(3, True), (50, False), (0, False)])
+def test_a_fit_of_few_steps_is_told(epochs, told, make_trial, caplog):
+    with caplog.at_level("INFO"):
+        make_trial("DP-MERF", f"train.epochs={epochs}").run()
+    assert ("train: only 18 steps" in caplog.text) == told
+
+
 # ------------------------------------------------------------------------------------------ public pretraining
 
 

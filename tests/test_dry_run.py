@@ -114,6 +114,31 @@ def test_missing_weights_of_metrics_are_told(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("api", "told"),
+    [
+        ("improved_diffusion", "missing: model.api_params.improved_diffusion.model_path: no weights file"),
+        ("openai", "missing: "),  # the library, or the key
+        ("glyphs", None),
+    ],
+)
+def test_missing_weights_and_keys_of_generators_are_told(api, told, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    argv = arguments("PE", tmp_path, f"model.api={api}", "--weights_root", str(tmp_path), "--dry_run")
+    outcome = call(run_program.main, argv)
+    assert outcome.code == 0, outcome.err
+    missing = [line for line in outcome.out.splitlines() if line.startswith("missing: ")]
+    assert [line[: len(told or "")] for line in missing] == ([told] if told else [])
+
+
+def test_pe_sd_tells_what_its_network_takes(make_method):
+    method = make_method("PE-SD")
+    (pretraining,) = method.public_costs(48)
+    (votes,) = method.costs()
+    assert (pretraining.stage, votes.stage) == ("pretrain", "train")
+    assert pretraining.seconds > 0 and votes.seconds > 0
+
+
 def test_a_run_without_private_data_is_timed_without_a_private_stage(tmp_path):
     out = dry_run(tmp_path, "PDP-Diffusion", "sensitive_data.name=null")
     stages = [line.partition(":")[0] for line in out.splitlines() if line.endswith(" here")]
@@ -165,6 +190,9 @@ def stop_in_training(runtime, stage: str, *_) -> None:
         raise KeyboardInterrupt
 
 
+NO_PUBLIC_SET = "public_data.selective.ratio: no effect: there is no public set to select from"
+
+
 @pytest.mark.parametrize(
     "method, setting, told",
     [
@@ -194,12 +222,36 @@ def stop_in_training(runtime, stage: str, *_) -> None:
             "pretrain.n_epochs: no effect: this run has no images to pretrain on",
         ),
         ("GS-WGAN", "pretrain.iterations=1", None),  # warms the critics up on private shards
+        (
+            "GS-WGAN",
+            "public_data.name=null pretrain.iterations=1 public_data.selective.ratio=0.5",
+            NO_PUBLIC_SET,
+        ),
+        ("DP-MERF", "public_data.selective.ratio=0.5", NO_PUBLIC_SET),
+        ("DPDM", "public_data.selective.ratio=0.5", NO_PUBLIC_SET),
+        ("PrivImage", "public_data.selective.ratio=0.5", None),
     ],
 )
 def test_settings_without_effect_are_told(method, setting, told):
-    argv = [*f"--method {method} --data_name digits_8 --epsilon 10".split(), setting]
+    argv = [*f"--method {method} --data_name digits_8 --epsilon 10".split(), *setting.split()]
     config = load_config(argv, METHODS)
     lines = run_program.without_effect(
         config.provenance, run_program.compose(config).synthesizer.idle_settings()
     )
     assert [line[: len(told or "")] for line in lines] == ([told] if told else [])
+
+
+@pytest.mark.parametrize("mode", ["syn", "val"])
+def test_settings_of_held_out_images_do_nothing_where_none_are(mode, caplog):
+    argv = [
+        "--method",
+        "Noise",
+        "--data_name",
+        "digits_8",
+        "eval.selection_epsilon=2",
+        "sensitive_data.num_val=100",
+    ]
+    with caplog.at_level("INFO"):
+        run_program.compose(load_config([*argv, f"eval.mode={mode}"], METHODS))
+    told = {line.partition(":")[0] for line in caplog.messages if ": no effect: " in line}
+    assert told == ({"eval.selection_epsilon", "sensitive_data.num_val"} if mode == "syn" else set())

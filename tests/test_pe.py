@@ -653,7 +653,7 @@ def test_a_generator_of_ones_own_takes_its_options(make_method):
         (["train.selection=[ranks]"], ["selection 'ranks'", "did you mean 'rank'"]),
         (["train.selection=[rank]", "train.num_samples_schedule=[30,60,30]"], ["[1]: 60", "ranking"]),
         (["model.api=glyph"], ["api 'glyph'", "did you mean 'glyphs'"]),
-        (["model.api=nearest"], ["public_data.name", "NearestAPI needs public images"]),
+        (["model.api=nearest"], ["public_data.name: null", "give one, for example public_data.name=glyphs"]),
         (["public_data.name=central_mean"], ["public_data.name: central_mean", "a public set or null"]),
         (["model.api=models.apis.api:Nothing"], ["model.api", "cannot load"]),
         (["model.api=no_such_module:API"], ["model.api", "cannot load", "no_such_module"]),

@@ -359,6 +359,7 @@ def test_custom_set_without_test_part_gives_a_seventh_of_each_class(tmp_path):
     rows = [part.images[:, 0, 0, 0] for part in (result.train, result.test)]
     assert np.array_equal(np.sort(np.concatenate(rows)), np.arange(119))
     assert "17 of 119 images (a seventh of each class, fixed seed) are put aside as test" in notes[0]
+    assert notes[0].endswith("test images have no privacy protection")
 
 
 def test_class_folders_under_other_names_are_taken_in_order_and_said(tmp_path):

@@ -21,7 +21,7 @@ def test_where_nothing_is_left_there_is_no_bar(capsys):
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0.6, "1 seconds"),
+        (0.6, "1 second"),
         (119, "119 seconds"),
         (120, "2.0 minutes"),
         (7200, "2.0 hours"),

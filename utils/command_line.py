@@ -186,6 +186,9 @@ def _given_flags(argv: list[str], program: str) -> set[str]:
             continue
         flag = word.partition("=")[0]
         if flag not in known:
+            key = flag.lstrip("-")
+            if "." in key or key in ("seed", "preset"):
+                raise UserError(f"{flag}: settings have no dashes; write {key}=<value>")
             raise unknown("flag", flag, known)
         name = known[flag]
         if name in given and name not in REPEATABLE:

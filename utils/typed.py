@@ -158,7 +158,7 @@ def _wrong_type(annotation: object, value: object, key: str) -> UserError:
 def _describe(annotation: object) -> str:
     inner, optional = without_none(annotation)
     if typing.get_origin(inner) is list:
-        text = f"a list of {_describe(typing.get_args(inner)[0])}"
+        text = f"a list of {_describe(typing.get_args(inner)[0])}, written [a,b]"
     else:
         text = getattr(inner, "__name__", str(inner))
     return f"{text} or null" if optional else text

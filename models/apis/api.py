@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from data.spec import DataSpec, PublicData
+from models.synthesizer import Cost
 from opacus_ext.accounting import Release
 from utils.errors import UserError
 from utils.runtime import Runtime
@@ -77,6 +78,9 @@ class ImageAPI(abc.ABC):
         """What the weights that it starts from have already cost on the private data."""
         return []
 
+    def require_ready(self) -> None:
+        """Raise UserError where weights, a library or a key is missing; quick, for --dry_run."""
+
     def prepare(self, public: PublicData | None) -> None:
         """Called once in pretraining, and not again in a run that resumes after it: load, or learn from public data."""
 
@@ -87,6 +91,10 @@ class ImageAPI(abc.ABC):
     @abc.abstractmethod
     def variation_api(self, candidates: Candidates, degree: float, rng_name: str) -> Candidates:
         """One variation of every candidate, in order, labels kept. What a degree means is the generator's own."""
+
+    def public_costs(self, num_images: int, num_classes: int) -> list[Cost]:
+        """What `prepare` will take with so many public images, for --dry_run."""
+        return []
 
     def seconds_per_image(self) -> float | None:
         """What one image takes on this machine, for --dry_run; None where that shows only after `prepare`."""

@@ -5,6 +5,7 @@ degree counts the steps of a cosine schedule of `sampler.num_steps` that are lef
 published benchmark: the noise of that step is rounded down to the sampler's grid. 0 is almost a new image.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,10 @@ from models.diffusion.checkpoint import chosen_weights, load_weights, read_check
 from models.diffusion.config import ModelConfig, NetworkConfig
 from models.diffusion.denoiser import guided
 from models.diffusion.public_pretraining import PublicPretraining, PublicStageConfig
-from models.diffusion.samplers import SamplerConfig, noise_levels, resample, sample
+from models.diffusion.samplers import SamplerConfig, network_calls, noise_levels, resample, sample
 from models.diffusion.timesteps import cosine_schedule, respaced
+from models.synthesizer import Cost
+from models.timing import batch_rows, seconds_of
 from opacus_ext.accounting import Release
 from utils.errors import UserError
 from utils.images import to_float, to_uint8
@@ -82,6 +85,16 @@ class DiffusionAPI(ImageAPI):
 
     def releases(self) -> list[Release]:
         return self._inherited
+
+    def public_costs(self, num_images: int, num_classes: int) -> list[Cost]:
+        return [] if self.is_ready else self._new_pretraining(num_classes).public_costs(num_images)
+
+    def seconds_per_image(self) -> float:
+        """Of a new image; a variation takes fewer calls of the network."""
+        few, rows = dataclasses.replace(self.config.sampler, num_steps=2), batch_rows(self.spec.resolution)
+        labels, rng = self._on_device(np.zeros(rows, np.int64)), self.runtime.rng("timing")
+        seconds = seconds_of(lambda: sample(self._denoiser(), few, self.image_shape, labels, rng)) / rows
+        return seconds * network_calls(self.config.sampler) / network_calls(few)
 
     def prepare(self, public: PublicData | None) -> None:
         if self.is_ready:

@@ -80,6 +80,9 @@ class ImprovedDiffusionAPI(ImageAPI):
                 f"degree {degree:g} is not allowed for api {self.name}; it must be a whole number from 0 to {most}"
             )
 
+    def require_ready(self) -> None:
+        self._weights_file()
+
     def prepare(self, public: PublicData | None) -> None:
         """Nothing to learn; missing weights show now."""
         self.network()

@@ -97,6 +97,9 @@ class OpenAIAPI(ImageAPI):
     def image_shape(self) -> tuple[int, int, int]:
         return 3, self.config.image_size, self.config.image_size
 
+    def require_ready(self) -> None:
+        self.client()
+
     def prepare(self, public: PublicData | None) -> None:
         """Nothing to learn; a missing library or key shows now."""
         self.client()

@@ -61,6 +61,9 @@ class StableDiffusionAPI(ImageAPI):
                 f"must be from {1 / steps:g} (one step of {steps}) to 1"
             )
 
+    def require_ready(self) -> None:
+        _pipeline_classes()  # weights show when they are loaded, which takes long
+
     def prepare(self, public: PublicData | None) -> None:
         """Nothing to learn; what is missing shows now."""
         self.pipelines()
@@ -108,19 +111,14 @@ class StableDiffusionAPI(ImageAPI):
         return self._pipelines
 
     def _load(self) -> tuple:
-        try:
-            from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image
-        except (ImportError, RuntimeError) as error:  # the library wraps what its own imports raise
-            raise Unavailable(
-                "model.api=stable_diffusion needs the diffusers library; pip install diffusers transformers"
-            ) from error
+        to_images, to_variations = _pipeline_classes()
         source = self.config.source
         try:
-            text = AutoPipelineForText2Image.from_pretrained(source)
+            text = to_images.from_pretrained(source)
             text.to(
                 self.runtime.device, torch.bfloat16 if self.runtime.precision == "bf16" else torch.float32
             )
-            image = AutoPipelineForImage2Image.from_pipe(text)
+            image = to_variations.from_pipe(text)
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())[:150]
             raise UserError(
@@ -129,3 +127,14 @@ class StableDiffusionAPI(ImageAPI):
         for pipeline in (text, image):
             pipeline.set_progress_bar_config(disable=True)
         return text, image
+
+
+def _pipeline_classes() -> tuple[type, type]:
+    """Those of text to image and of image to image."""
+    try:
+        from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image
+    except (ImportError, RuntimeError) as error:  # the library wraps what its own imports raise
+        raise Unavailable(
+            "model.api=stable_diffusion needs the diffusers library; pip install diffusers transformers"
+        ) from error
+    return AutoPipelineForText2Image, AutoPipelineForImage2Image

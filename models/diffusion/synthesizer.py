@@ -22,7 +22,7 @@ from models.diffusion.denoiser import guided
 from models.diffusion.loss import EDMLoss, LossConfig
 from models.diffusion.samplers import SamplerConfig, sample
 from models.diffusion.staged import StagedNetwork
-from models.pretraining_images import NO_IMAGES
+from models.pretraining_images import NO_IMAGES, NO_SELECTION, SELECTIVE
 from models.public_batches import public_batches
 from models.semantic_query import SemanticQuery, words_per_class
 from models.synthesizer import Cost, balanced_labels
@@ -91,20 +91,16 @@ class DiffusionSynthesizer(StagedNetwork):
             )
 
     def idle_settings(self) -> dict[str, str]:
+        idle = {} if has_public_images(self.config.public_data) else {SELECTIVE: NO_SELECTION}
         if self.config.pretrain.n_epochs == 0:
-            return {}
-        idle = (
-            {}
-            if self.central is not None
-            else {"pretrain.warm_up": "this run has no warm-up on central images"}
-        )
+            return idle
+        if self.central is None:
+            idle["pretrain.warm_up"] = "this run has no warm-up on central images"
         if has_public_images(self.config.public_data):
             return idle
-        why = (
-            NO_IMAGES
-            if self.central is None
-            else "pretrain.warm_up has those of the warm-up on central images"
-        )
+        why = NO_IMAGES
+        if self.central is not None:
+            why = "pretrain.warm_up has those of the warm-up on central images"
         return idle | {"pretrain.n_epochs": why, "pretrain.batch_size": why}
 
     def _goes_on(self, checkpoint: dict) -> bool:

@@ -57,7 +57,8 @@ class PrivateEvolution(Synthesizer, abc.ABC):
             self.api.check_degree(degree)
         if self.api.needs_public_images and not has_public_images(config.public_data):
             raise UserError(
-                f"public_data.name: {config.public_data.name}, but {type(self.api).__name__} needs public images"
+                "public_data.name: null is not allowed with this generator, which needs a public set; give one, for "
+                "example public_data.name=glyphs"
             )
         self.num_blocks = spec.num_classes if settings.cond else 1
         self.backend = choose_backend(settings.nn_backend)
@@ -133,8 +134,20 @@ class PrivateEvolution(Synthesizer, abc.ABC):
         self.iteration, self.votes = state["iteration"], state["votes"]
         self.population = None if state["population"] is None else _from_tensors(state["population"])
 
+    def lacking(self) -> list[str]:
+        lines = []
+        for require in (self.api.require_ready, lambda: self.embedding):
+            try:
+                require()
+            except UserError as error:
+                lines.append(str(error))
+        return lines
+
     def parameter_counts(self) -> dict[str, int]:
         return self.api.parameter_counts()
+
+    def public_costs(self, num_images: int) -> list[Cost]:
+        return self.api.public_costs(num_images, self.config.public_data.n_classes)
 
     def costs(self) -> list[Cost]:
         """Nothing where the generator cannot tell before it is prepared, or weights of the feature extractor are
