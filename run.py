@@ -259,6 +259,8 @@ def run(parts: Parts) -> int:
     config = parts.config
     with_private = parts.ledger is not None
     sensitive = private = None
+    if config.resume is not None:  # what is wrong with it shows before images are read or rendered
+        distributed.from_main(lambda: find_folder(parts))
     with distributed.main_goes_first():  # public images are rendered or converted once
         if with_private:
             sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)

@@ -67,18 +67,19 @@ def require_no_run(path: Path, key: str) -> None:
 
 
 def require_same_config(folder: Path, config) -> None:
-    """Raise UserError with the first setting in which `config` differs from the run in `folder`.
+    """Raise UserError with the settings in which `config` differs from the run in `folder`.
 
     What begins like one of FREE may differ; eval.mode may not: it splits the data.
     """
     before, now = values_of(folder), flatten(config.snapshot)
-    for key in sorted({*before, *now}):
-        free = key.startswith(FREE) and key != "eval.mode"
-        if not free and before.get(key) != now.get(key):
-            raise UserError(
-                f"--resume_exp: {folder.name} was started with {key}={before.get(key)}, this command has "
-                f"{key}={now.get(key)}; resume with the same configuration"
-            )
+    bound = {key for key in {*before, *now} if not key.startswith(FREE) or key == "eval.mode"}
+    different = sorted(key for key in bound if before.get(key) != now.get(key))
+    if different:
+        then, here = (", ".join(f"{key}={values.get(key)}" for key in different) for values in (before, now))
+        raise UserError(
+            f"--resume_exp: {folder.name} was started with {then}; this command has {here}; resume with the same "
+            f"configuration"
+        )
 
 
 def values_of(folder: Path) -> dict[str, object]:
