@@ -149,8 +149,9 @@ def evaluate_images(config: Config) -> int:
     from evaluation.images import read_images
     from evaluation.page import REPORT, write_page
     from evaluation.report import Report
+    from evaluation.settings import evaluation_settings
     from utils.device import prepare_device
-    from utils.results import evaluation_settings, results_of
+    from utils.results import results_of
 
     config = as_images(config)
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
@@ -192,8 +193,10 @@ def evaluate_images(config: Config) -> int:
         "noise_seeded": False,
     }
     title = f"{config.images.name} on {spec.name}"
-    written = report.after(earlier, evaluation_settings(config))
-    results = results_of(folder, config, unknown, written, {"evaluate": time.perf_counter() - start}, facts)
+    settings = evaluation_settings(config)
+    written = report.after(earlier, settings)
+    timing = {"evaluate": time.perf_counter() - start}
+    results = results_of(folder, config, unknown, written, settings, timing, facts)
     write_page(folder, written, samples, sensitive.train, spec, title, None, config.eval.gallery, results)
     write_json(folder / RESULTS, results)
     log.info(f"\n{written.table()}\n\nreport: {folder / REPORT}\nnumbers: {folder / RESULTS}")

@@ -39,8 +39,9 @@ def judge(
     from evaluation.earlier import earlier_report, facts_of
     from evaluation.evaluator import Evaluator
     from evaluation.page import GALLERY, REPORT, write_page
+    from evaluation.settings import evaluation_settings
     from opacus_ext.card import privacy_card, privacy_summary
-    from utils.results import evaluation_settings, results_of
+    from utils.results import results_of
 
     evaluator = Evaluator(
         config.eval, spec, config.weights_root, runtime.device, config.seed, runtime.cache_dir,
@@ -67,8 +68,9 @@ def judge(
     earlier = earlier_report(folder, config.data_name, facts)
     if earlier is None:
         log.info("the earlier evaluation was of other samples; it is replaced")
-    written = report if earlier is None else report.after(earlier, evaluation_settings(config))
-    results = results_of(folder, config, privacy, written, timing, facts)
+    settings = evaluation_settings(config)
+    written = report if earlier is None else report.after(earlier, settings)
+    results = results_of(folder, config, privacy, written, settings, timing, facts)
     write_page(
         folder, written, samples, real.train, spec, title, privacy_card(privacy), config.eval.gallery, results
     )

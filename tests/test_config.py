@@ -217,8 +217,8 @@ def values_before_presets(method: str, data: str, preset: str) -> dict[str, obje
 @pytest.mark.parametrize("preset", ["paper", "quick"])
 def test_every_preset_rule_matches_a_cell_and_changes_a_value(table, preset):
     method = "Noise" if table == EVERY_METHOD else table
-    rules = load_presets(SHIPPED.require("presets", table)).chosen(preset)
-    unused = {rule.layer for rule in rules}
+    presets = load_presets(SHIPPED.require("presets", table))
+    rules, unused = presets.chosen(preset), {rule.layer for rule in presets.rules[preset]}
     for data in DATASETS:
         base = values_before_presets(method, data, preset)
         for tier in (1, 10):

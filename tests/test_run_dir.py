@@ -230,11 +230,6 @@ def test_damaged_samples_are_named(tmp_path, content):
 
 
 @dataclasses.dataclass
-class Evaluation:
-    mode: str = "syn"
-
-
-@dataclasses.dataclass
 class RunConfig:
     method: str = "Noise"
     data_name: str = "digits_8"
@@ -244,7 +239,6 @@ class RunConfig:
     preset_tier: int = 10
     borrowed: bool = True
     images: None = None
-    eval: Evaluation = dataclasses.field(default_factory=Evaluation)
 
 
 TRAINING = {
@@ -279,12 +273,13 @@ def test_what_was_shown_stays_in_privacy_json(tmp_path):
 def test_writing_results_again_keeps_what_describes_the_training(tmp_path):
     choices = [{"spent": 0.5, "noise_seeded": False}, {"spent": 0.25, "noise_seeded": True}]
     privacy = {**TRAINING, "selection": choices}
-    first = results_of(
-        tmp_path, RunConfig(), privacy, Report({"fid/a": 1.0}, {"fid/a": {}}), {"train": 5.123}, {}
-    )
-    write_json(tmp_path / "results.json", first)
+    report, settings = Report({"fid/a": 1.0}, {"fid/a": {}}), {"mode": "syn", "seed": 3}
+    first = results_of(tmp_path, RunConfig(), privacy, report, settings, {"train": 5.123}, {})
+    write_json(tmp_path / "results.json", {**first, "git": "of the training"})
     again, report = RunConfig(seed=9, preset="paper", borrowed=False), Report({"fid/b": 2.0}, {"fid/b": {}})
-    results = results_of(tmp_path, again, privacy, report, {"evaluate": 1.0}, {"n": 7})
+    settings = {"mode": "syn", "seed": 9}
+    results = results_of(tmp_path, again, privacy, report, settings, {"evaluate": 1.0}, {"n": 7})
+    assert results["git"] == "of the training" and results["judged_git"] == first["git"]
     assert results["metrics"] == {"fid/b": 2.0} and results["n"] == 7
     assert (results["seed"], results["preset"], results["borrowed"]) == (3, "quick", True)
     assert results["evaluation"] == {"mode": "syn", "seed": 9}

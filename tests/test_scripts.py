@@ -351,7 +351,8 @@ def test_a_grid_refuses_an_unknown_method_before_any_cell(grid, tmp_path):
 
 def test_a_dry_grid_writes_nothing_and_says_once_what_is_missing(grid, tmp_path):
     data = {"DPIB_DATA_ROOT": str(tmp_path / "none"), "DPIB_WEIGHTS_ROOT": str(tmp_path / "none")}
-    code, out, err = grid("--dry_run", EPSILONS="3 10", DATA="mnist_28", SETTINGS="preset=quick", **data)
+    settings = "preset=quick eval.extractor=inception"
+    code, out, err = grid("--dry_run", EPSILONS="3 10", DATA="mnist_28", SETTINGS=settings, **data)
     assert code == 0, err
     assert (
         "\nNoise mnist_28 epsilon 3\n" in out and "budget: epsilon 10" in out and not list(tmp_path.iterdir())

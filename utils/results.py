@@ -1,10 +1,8 @@
 """results.json and privacy.json: what plots and tables read."""
 
-import dataclasses
 from datetime import datetime
 from pathlib import Path
 
-from evaluation.classifiers.recipe import RECIPE_VERSIONS
 from utils.environment import git_commit, versions
 from utils.run_dir import PRIVACY, RESULTS, read_json, write_json
 
@@ -32,9 +30,11 @@ def write_privacy(folder: Path, training: dict, selection: dict | None = None) -
     return privacy
 
 
-def results_of(folder: Path, config, privacy: dict, report, timing: dict[str, float], facts: dict) -> dict:
-    """The content of results.json, the last file that is written. `timing` is in seconds per stage, `facts` is what it
-    says of the samples.
+def results_of(
+    folder: Path, config, privacy: dict, report, evaluation: dict, timing: dict[str, float], facts: dict
+) -> dict:
+    """The content of results.json, the last file that is written. `evaluation` are its settings, `timing` is in seconds
+    per stage, `facts` is what it says of the samples.
 
     Judging a finished run again gives what `report` then holds; what describes its training stays as it was.
     """
@@ -59,7 +59,7 @@ def results_of(folder: Path, config, privacy: dict, report, timing: dict[str, fl
         "metrics": evaluated["metrics"],
         "metric_info": evaluated["metric_info"],
         "missing": evaluated["missing"],
-        "evaluation": evaluation_settings(config),
+        "evaluation": evaluation,
         "judged": f"{datetime.now():%Y-%m-%d %H:%M}",
         "judged_git": git_commit(),
         "timing": {**before.get("timing", {}), **{stage: round(taken, 2) for stage, taken in timing.items()}},
@@ -75,12 +75,3 @@ def _of_selection(privacy: dict) -> dict:
         "selection_epsilon": sum(selection["spent"] for selection in privacy["selection"]),
         "noise_seeded": any(part["noise_seeded"] for part in (privacy, *privacy["selection"])),
     }
-
-
-def evaluation_settings(config) -> dict:
-    """The settings of the evaluation; without the price of private choices where none is made."""
-    settings = {**dataclasses.asdict(config.eval), "seed": config.seed}
-    settings["recipe_version"] = RECIPE_VERSIONS[config.eval.recipe]
-    if config.eval.mode != "val":
-        settings.pop("selection_epsilon", None)
-    return settings
