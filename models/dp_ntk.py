@@ -4,7 +4,8 @@ One release over all private images. Where the published benchmark's code differ
 - It embeds the first batch alone (2,500 or 5,000 images), which makes the noise on the mean 9 to 54 times larger. Here
   every image counts, and features are computed in closed form instead of by one backward pass per image.
 - It compares the mean of every micro-batch with the embedding as if it were infinite, so that `n_splits` changes the
-  objective. Here the estimate is unbiased, and a part holds equally many images of every label.
+  objective. Here the estimate is unbiased: it takes products of images of different parts, as BatchNorm makes those of
+  one part depend on each other. A part holds equally many images of every label.
 - Its scheduler is asked when the step is a multiple of `scheduler_interval`, which step 0 is: the learning rate is
   decayed once after the first step. Here it is decayed after every `scheduler_interval` steps.
 - Its labels of generated images are uniform while the embedding carries the classes' true shares. Here a constant
@@ -29,9 +30,7 @@ class ModelConfig(NTKConfig):
 class FitConfig:
     n_iter: int  # steps
     batch_size: int  # generated images per step
-    n_splits: (
-        int  # equal parts in which they are processed, for memory; BatchNorm sees those of one part together
-    )
+    n_splits: int  # equal parts, two in memory at a time; BatchNorm sees one of them
     lr: float
     lr_decay: float  # factor per scheduler_interval steps
     scheduler_interval: int

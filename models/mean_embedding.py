@@ -58,7 +58,7 @@ class Schedule:
     lr: float
     lr_decay: float
     period: int
-    num_parts: int = 1  # equal parts of a step, one after the other, for memory; BatchNorm sees one at a time
+    num_parts: int = 1  # equal parts of a step, two in memory at a time; BatchNorm sees one at a time
     snapshot_period: int | None = None
 
     def learning_rate(self, step: int) -> float:
@@ -141,27 +141,30 @@ class EmbeddingGenerator:
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.learning_rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        rng = self.runtime.rng(f"{self.stage} {self.step}")
-        for _ in range(schedule.num_parts):
-            mean, gradient = self._compare(target, shares, schedule.batch_size // schedule.num_parts, rng)
-            mean.backward(gradient / schedule.num_parts)
-        self.optimizer.step()
-
-    def _compare(
-        self, target: torch.Tensor, shares: torch.Tensor, size: int, rng: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean embedding of `size` generated images, and the gradient of the objective with respect to it, for as many
-        labels as there are PER_CLASS images for."""
-        device = self.runtime.device
+        rng, device = self.runtime.rng(f"{self.stage} {self.step}"), self.runtime.device
+        num_parts, size = schedule.num_parts, schedule.batch_size // schedule.num_parts
+        # As many labels as there are PER_CLASS images for.
         chosen = torch.randperm(len(target), generator=rng, device=device)[: max(1, size // PER_CLASS)]
         rows = torch.arange(size, device=device) % len(chosen)
-        labels = chosen[rows] if len(target) > 1 else self._any_labels(size, rng)
-        images = self._images(torch.randn(size, self.generator.z_dim, generator=rng, device=device), labels)
         counts = torch.bincount(rows)[:, None]
-        mean = self.embedding.mean(images, rows, len(chosen)) * (shares[chosen, None] * size / counts)
-        # Gradient of an unbiased estimate: |mean of n vectors|^2 holds each vector's own norm, which is constant, with
-        # weight 1 / n, and so the products of different ones, which are wanted, with weight (n - 1) / n.
-        return mean, 2 * (mean.detach() * (counts / (counts - 1)) - target[chosen])
+
+        def mean() -> torch.Tensor:
+            labels = chosen[rows] if len(target) > 1 else self._any_labels(size, rng)
+            images = self._images(
+                torch.randn(size, self.generator.z_dim, generator=rng, device=device), labels
+            )
+            return self.embedding.mean(images, rows, len(chosen)) * (shares[chosen, None] * size / counts)
+
+        if num_parts > 1:
+            pairs = _with_the_next(mean() for _ in range(num_parts))
+        else:
+            # |mean of n vectors|^2 holds each vector's own norm, which is constant, with weight 1 / n, and so the
+            # products of different ones, which are wanted, with weight (n - 1) / n.
+            own = mean()
+            pairs = [(own, own.detach() * (counts / (counts - 1)))]
+        for own, other in pairs:
+            own.backward(2 * (other - target[chosen]) / num_parts)
+        self.optimizer.step()
 
     def _any_labels(self, size: int, rng: torch.Generator) -> torch.Tensor:
         """All labels alike: where a target has no labels, images of each are to resemble it."""
@@ -226,6 +229,20 @@ class EmbeddingGenerator:
         self._start(state["stage"])
         self.step = state["step"]
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
+
+
+def _with_the_next(means: Iterator[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each mean and the values of the next one, of the last and the first; two of them are in memory at a time.
+
+    Their product estimates |mean|^2 without bias. Within a part that is not so: BatchNorm makes its images depend on
+    each other, and a generator learns to be right on average over a part instead of over all images.
+    """
+    own = next(means)
+    first = own.detach()
+    for mean in means:
+        yield own, mean.detach()
+        own = mean
+    yield own, first
 
 
 class EmbeddingSynthesizer(Synthesizer):

@@ -240,24 +240,34 @@ def test_a_share_is_never_zero_or_negative(make_trial, samples):
 
 
 def loss_by_hand(method: DPNTK, target: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """|target - share of the class x its mean|^2 averaged over the parts of the step, |mean|^2 without bias."""
+    """|target - share of the class x its mean|^2 averaged over the parts of a step, |mean|^2 without bias: by products
+    of different images, with several parts of images of one and the next."""
     config, rng = method.config.train, method.runtime.rng("train 0")
     size = config.batch_size // config.n_splits
-    total = 0.0
+    order = torch.randperm(3, generator=rng)
+    labels = order[torch.arange(size) % 3]
+    parts = []
     for _ in range(config.n_splits):
-        order = torch.randperm(3, generator=rng)
-        labels = order[torch.arange(size) % 3]
         noise = torch.randn(size, method.fitted.generator.z_dim, generator=rng)
-        psi = written_out(method.embedding.features(method.fitted.generator(noise, labels)))
-        for label in range(3):
-            own = psi[labels == label]
-            pairs = own.sum(0).square().sum() - own.square().sum()
-            total = total + shares[label] ** 2 * pairs / (len(own) * (len(own) - 1))
-            total = total - 2 * shares[label] * (target[label] @ own.mean(0))
+        parts.append(written_out(method.embedding.features(method.fitted.generator(noise, labels))))
+    total = 0.0
+    for label in range(3):
+        own = [psi[labels == label] for psi in parts]
+        count = len(own[0])
+        if config.n_splits == 1:
+            square = (own[0].sum(0).square().sum() - own[0].square().sum()) / (count * (count - 1))
+        else:
+            means = [psi.mean(0) for psi in own]
+            # As far as gradients go, which take the next part as it is.
+            square = 2 * sum(
+                one @ other.detach() for one, other in zip(means, means[1:] + means[:1], strict=True)
+            )
+        total = total + shares[label] ** 2 * square
+        total = total - 2 * shares[label] * sum(target[label] @ psi.mean(0) for psi in own)
     return total / config.n_splits
 
 
-@pytest.mark.parametrize("n_splits", [1, 2])
+@pytest.mark.parametrize("n_splits", [1, 2, 3])
 def test_a_step_descends_the_distance_of_the_means(n_splits, make_trial):
     """Gradients by plain autograd of the loss over pairs of images, for classes of unequal shares."""
     settings = (f"train.n_splits={n_splits}", "train.batch_size=26", "train.n_iter=1", "train.lr=1e-6")
