@@ -270,7 +270,7 @@ def loss_by_hand(method: DPNTK, target: torch.Tensor, shares: torch.Tensor) -> t
 @pytest.mark.parametrize("n_splits", [1, 2, 3])
 def test_a_step_descends_the_distance_of_the_means(n_splits, make_trial):
     """Gradients by plain autograd of the loss over pairs of images, for classes of unequal shares."""
-    settings = (f"train.n_splits={n_splits}", "train.batch_size=26", "train.n_iter=1", "train.lr=1e-6")
+    settings = (f"train.n_splits={n_splits}", "train.batch_size=39", "train.n_iter=1", "train.lr=1e-6")
     method = make_trial("DP-NTK", *settings).synthesizer
     shares = torch.tensor([0.5, 0.3, 0.2])
     width = method.embedding.features(torch.zeros(1, 1, 8, 8)).num_features
