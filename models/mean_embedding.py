@@ -297,7 +297,7 @@ class EmbeddingSynthesizer(Synthesizer):
         steps = self._training().num_steps
         if 0 < steps < FEW_STEPS:
             log.info(
-                f"train: only {steps} steps; they ask nothing more of the private images, so take more of them"
+                f"train: only {steps} steps, which hardly train a generator; more of them cost no epsilon"
             )
         if self.noisy_embedding is None:  # else a resumed run, whose one release is in the checkpoint
             self.noisy_embedding = self.embedding.noisy_mean(private)
