@@ -70,7 +70,8 @@ CAVEATS = {
     "noise levels, whether images are of their class after 300 steps without noise on samples of DP-Kernel; for the "
     "warm-up of DP-FETA, held-out training images and grids before DP-SGD; for DPDM's learning rate, held-out training "
     "images. The learning rates of PDP-Diffusion, PrivImage and DP-LDM-SD were not tuned. PrivImage and random classes "
-    "were pretrained for 20 epochs; the preset has 14 since.",
+    "were pretrained for 20 epochs; the preset has 14 since, with which PrivImage took 13 min 38 s on two idle cores "
+    "and reached 91.8 percent.",
 }
 TEN_LETTERS = "public_data.selective.ratio=0.25"  # PrivImage: one for each private class
 WITHOUT_PUBLIC_SET = ("DPDM", "DP-FETA", "DP-FETA-Pro")
@@ -225,13 +226,15 @@ def gains_of(cells: dict) -> dict[tuple[str, str, str], dict[float, list[float]]
 def answer(compared: dict) -> list[str]:
     """The findings, one sentence for each outcome: an idea wins or loses if it does so with every seed and budget."""
     outcomes: dict[str, list[str]] = {}
+    numbers = set()  # of pairs
     for (ours, baseline, _), by_epsilon in compared.items():
         gains = [gain for values in by_epsilon.values() for gain in values]
         outcome = "won" if min(gains) > 0 else "lost" if max(gains) < 0 else "mixed"
-        pairs = "one pair" if len(gains) == 1 else f"{len(gains)} pairs"
-        outcomes.setdefault(outcome, []).append(f"{ours} against {baseline} ({pairs})")
+        outcomes.setdefault(outcome, []).append(f"{ours} against {baseline}")
+        numbers.add(len(gains))
+    each = " to ".join(map(str, sorted({min(numbers), max(numbers)}))) if numbers else ""
     texts = {
-        "won": "Better in every pair of runs with the same seed and budget:",
+        "won": f"Better in every pair of runs with the same seed and budget ({each} for each idea):",
         "lost": "Worse in every such pair:",
         "mixed": "Sometimes better, sometimes worse:",
     }

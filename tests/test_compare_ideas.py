@@ -52,9 +52,8 @@ def test_the_answer_comes_first(tmp_path):
             write_result(tmp_path, name, seed, accuracy)
     answer = call(compare_ideas.main, ["--exp_root", str(tmp_path), "--table_only"]).out.splitlines()[2]
     assert answer == (
-        "Better in every pair of runs with the same seed and budget: DP-FETA against DPDM (2 pairs). Worse in every "
-        "such pair: DP-LoRA against DP-LDM (2 pairs). Sometimes better, sometimes worse: DP-FETA-Pro against DP-FETA "
-        "(2 pairs)."
+        "Better in every pair of runs with the same seed and budget (2 for each idea): DP-FETA against DPDM. Worse in "
+        "every such pair: DP-LoRA against DP-LDM. Sometimes better, sometimes worse: DP-FETA-Pro against DP-FETA."
     )
 
 
