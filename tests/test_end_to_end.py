@@ -641,10 +641,10 @@ def test_real_cifar10(tmp_path):
         "scripts/prepare_data.py", ["--data_name", "cifar10_32", "--source", str(source), *root]
     )
     assert prepared.code == 0, prepared.err
-    settings = ["train.batch_size=1000", "eval.extractor=random_conv"]
+    settings = ["train.batch_size=1000"]
     argv = arguments("DP-MERF", tmp_path / "exp", "--data_name", "cifar10_32", *root, *settings)
     outcome = execute("run.py", argv)
-    assert outcome.code == 3, outcome.err  # no Inception score without Inception
+    assert outcome.code == 0, outcome.err
     samples = read_samples(outcome.folder / "gen/gen.npz")
     assert samples.images.shape == (100, 3, 32, 32)
     assert "25,000 training images on disk" in outcome.out
