@@ -112,8 +112,9 @@ def test_images_get_the_gradient_that_autograd_of_autograd_gives(dim, widths, nu
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
 
 
-def embedding_of(seed=0) -> NTKEmbedding:
-    return NTKEmbedding(NTKConfig("fc_1l", 6, None, 0.3), 4, 1, 3, Runtime(seed=seed))
+def embedding_of(input_constant=0.0, seed=0, width=6, image_size=4) -> NTKEmbedding:
+    config = NTKConfig("fc_1l", width, None, input_constant, 0.3)
+    return NTKEmbedding(config, image_size, 1, 3, Runtime(seed=seed))
 
 
 def test_pixels_are_seen_in_zero_to_one():
@@ -124,11 +125,34 @@ def test_pixels_are_seen_in_zero_to_one():
     assert found[:, -1].tolist() == pytest.approx([0.3, 0.3])
 
 
-def test_features_have_the_norm_that_the_noise_is_for():
+def test_a_constant_beside_the_pixels_grows_with_the_root_of_their_number():
+    embedding = embedding_of(0.5)
+    images = torch.rand(2, 1, 4, 4)
+    found = written_out(embedding.features(2 * images - 1))
+    inputs = torch.cat([images.flatten(1), torch.full((2, 1), 0.5 * 4)], dim=1)
+    torch.testing.assert_close(found[:, :-1], written_out(embedding.phi(inputs)))
+    assert embedding.num_parameters() == embedding_of().num_parameters() + 6
+
+
+@pytest.mark.parametrize("input_constant", [0.0, 0.5, 100.0])
+def test_features_have_the_norm_that_the_noise_is_for(input_constant):
+    embedding = embedding_of(input_constant)
     extremes = torch.tensor([-1.0, 1.0])[:, None, None, None].expand(2, 1, 4, 4)
     images = torch.cat([2 * torch.rand(20, 1, 4, 4) - 1, extremes])
-    norms = written_out(embedding_of().features(images)).norm(dim=1)
+    norms = written_out(embedding.features(images)).norm(dim=1)
     torch.testing.assert_close(norms, torch.full((22,), math.hypot(1.0, 0.3)))
+
+
+def test_with_a_constant_features_see_how_bright_an_image_is():
+    """Squared distance of an image and its half, of that of two images."""
+    images = torch.rand(40, 1, 20, 20, generator=torch.Generator().manual_seed(0))
+
+    def visible(input_constant) -> float:
+        embedding = embedding_of(input_constant, width=100, image_size=20)
+        whole, half = (written_out(embedding.features(2 * x - 1)) for x in (images, images / 2))
+        return float((whole - half).square().sum() / (whole - whole.roll(1, 0)).square().sum())
+
+    assert visible(0.3) > 3 * visible(0.0)
 
 
 def test_the_seed_chooses_the_network():
@@ -441,6 +465,7 @@ def test_published_steps(data, epsilon):
     [
         "model.model_ntk=lenet5",
         "model.ntk_width=0",
+        "model.input_constant=-0.1",
         "model.class_mass=0",
         "train.batch_size=1",
         "train.n_splits=0",

@@ -29,6 +29,9 @@ class NTKConfig:
     model_ntk: str  # fc_1l: Linear, ReLU, LayerNorm, Linear; fc_2l: Linear, ReLU, Linear, LayerNorm, Linear
     ntk_width: int  # of the first layer
     ntk_width2: int | None  # of the second one of fc_2l
+    input_constant: (
+        float  # one more input beside the pixels, this times sqrt(their number); 0: none, as published
+    )
     class_mass: (
         float  # size of one more, constant feature beside the others' 1: it tells the shares of the classes
     )
@@ -39,6 +42,7 @@ class NTKConfig:
         check_field(self.ntk_width > 0, "ntk_width", self.ntk_width, "at least 1")
         second = self.ntk_width2
         fits = second is not None and second > 0 if self.model_ntk == TWO_LAYERS else True
+        check_field(0 <= self.input_constant <= 100, "input_constant", self.input_constant, "0 to 100")
         check_field(self.class_mass > 0, "class_mass", self.class_mass, "greater than 0")
         check_field(fits, "ntk_width2", second, f"at least 1 for model_ntk={TWO_LAYERS}")
 
@@ -95,21 +99,28 @@ def _with_one(rows: torch.Tensor) -> torch.Tensor:
 
 class NTKEmbedding:
     """`models.mean_embedding.Embedding` in NTK features of the pixels, which the network sees in [0, 1], and in one
-    constant feature, whose mean is the share of a class."""
+    constant feature, whose mean is the share of a class.
+
+    Features of norm 1 depend on the direction of the input alone, nearly: an image and its half are almost the same.
+    With a constant beside the pixels, directions differ where pixels do."""
 
     def __init__(
         self, config: NTKConfig, image_size: int, channels: int, num_outputs: int, runtime: Runtime
     ) -> None:
         self.mass = config.class_mass
+        num_pixels = channels * image_size**2
+        self.constant = config.input_constant * num_pixels**0.5
+        num_inputs = num_pixels + (self.constant > 0)
         with runtime.seeded("features"):
-            self.phi = NTKFeatures(channels * image_size**2, config.widths, num_outputs).to(runtime.device)
+            self.phi = NTKFeatures(num_inputs, config.widths, num_outputs).to(runtime.device)
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.phi.parameters())
 
     def features(self, images: torch.Tensor) -> OuterProducts:
         """(B, C, H, W) in [-1, 1] -> B vectors of L2 norm sqrt(1 + class_mass^2), the constant feature last."""
-        gradient = self.phi((images.flatten(1) + 1) / 2)
+        inputs = (images.flatten(1) + 1) / 2
+        gradient = self.phi(F.pad(inputs, (0, 1), value=self.constant) if self.constant else inputs)
         one = images.new_ones(len(images), 1)
         return OuterProducts([*gradient.blocks, (one * self.mass, one)])
 
