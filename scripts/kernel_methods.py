@@ -125,8 +125,8 @@ def as_markdown(rows: dict[tuple[str, str, float], dict]) -> str:
         "seconds are of whole runs. A missing row was measured with a former classifier or preset alone.",
         "",
         "The quick classifier and the preset of DP-NTK were changed after test accuracies had been seen (DP-NTK on "
-        "fmnist_28, epsilon 10: 34.7, 49.8, 55.9, 62.5, 53.2 and 67.2 percent). What chose the present ones were training "
-        "images that were held out: docs/metrics.md and configs/presets/DP-NTK.yaml have the numbers. Of "
+        "fmnist_28, epsilon 10: 34.7, 49.8, 55.9, 62.5, 53.2 and 67.2 percent). What chose the present ones were "
+        "training images that were held out: docs/metrics.md and configs/presets/DP-NTK.yaml have the numbers. Of "
         "DP-Kernel and DP-MERF, the samples at epsilon 10 are older than results.json's record of which real images "
         "they were compared with; it was written into theirs by hand before they were judged anew.",
         "",
