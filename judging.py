@@ -51,9 +51,8 @@ def judge(
     selection = None
     if real.validation is not None:
         selection = NoisyChoice(real.validation, lambda report: write_account(folder, training, report))
-    oracle = None
-    if real.oracle is not None:
-        oracle = real.oracle.reveal(ORACLE)
+    oracle = None if real.oracle is None else real.oracle.reveal(ORACLE)
+    if oracle is not None:
         training = {**training, "revealed": [*training["revealed"], ORACLE]}
     if config.eval.gallery == "report":
         training = {**training, "revealed": [*training["revealed"], SHOWN]}

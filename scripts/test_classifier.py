@@ -51,6 +51,7 @@ def measure(config: Config) -> int:
     """Train on the real training images, test on the real test images, write results.json; the exit code."""
     from data.sensitive import load_sensitive, spec_of
     from evaluation.evaluator import Evaluator
+    from evaluation.settings import evaluation_settings
     from utils.device import prepare_device
     from utils.results import results_of
     from utils.run_dir import new_folder
@@ -74,7 +75,8 @@ def measure(config: Config) -> int:
         "budget": {"delta": None}, "private": False, "spent": math.inf, "selection": [], "noise_seeded": False
     }  # fmt: skip
     timing = {"evaluate": time.perf_counter() - start}
-    write_json(folder / RESULTS, results_of(folder, config, without_privacy, report, timing, {}))
+    settings = evaluation_settings(config)
+    write_json(folder / RESULTS, results_of(folder, config, without_privacy, report, settings, timing, {}))
     log.info(f"\n{report.table()}\n\nNOT private: the classifiers were trained on the private images")
     log.info(f"run folder: {folder}")
     return 3 if report.missing else 0
