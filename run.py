@@ -19,6 +19,7 @@ from utils.config import COMMAND_LINE, Config, format_config, load_config
 from utils.config_files import flatten
 from utils.errors import UserError
 from utils.progress import duration
+from utils.resuming import as_started, how_to_continue, with_own_words
 from utils.run_dir import DISK_FULL, GRID, RESULTS, SAMPLES, discard_unstarted, read_json, working_in
 from utils.runtime import Runtime, log
 from utils.stopping import UNREAD, exit_code, quiet_pipe, sigterm_interrupts
@@ -68,7 +69,8 @@ def start(argv: list[str]) -> int:
     the images shows before they are started, and the noise is calibrated once."""
     from utils.device import prepare_device
 
-    config = as_started(load_config(argv, METHODS), argv)
+    argv = with_own_words(argv)
+    config = as_started(load_config(argv, METHODS), argv, METHODS)
     distributed.take_place(config.setup)
     if config.print_config or config.dry_run:
         if distributed.is_main():
@@ -80,25 +82,6 @@ def start(argv: list[str]) -> int:
         require_same_settings(config)
         plan = distributed.from_main(lambda: parts.ledger and parts.ledger.releases())
         return run(parts or compose(config, plan))
-
-
-def as_started(config: Config, argv: list[str]) -> Config:
-    """The settings with which the run of --resume_exp was started, where the command says that it only samples: in the
-    published benchmark's words model.ckpt=<its final checkpoint> pretrain.n_epochs=0 train.n_epochs=0."""
-    from utils.environment import values_of
-    from utils.run_dir import find
-
-    keys = ("model.ckpt", "pretrain.n_epochs", "train.n_epochs")
-    checkpoint, *epochs = map(flatten(config.snapshot).get, keys)
-    if config.resume is None or checkpoint is None or epochs != [0, 0]:
-        return config
-    folder = find(config.exp_root, config.method, config.resume)
-    if Path(checkpoint).resolve() != (folder / "train/checkpoints/final_checkpoint.pth").resolve():
-        return config
-    started = values_of(folder)
-    others = [word for word in argv if not word.startswith(tuple(f"{key}=" for key in keys))]
-    own = ["null" if started[key] is None else started[key] for key in keys]
-    return load_config([*others, *(f"{key}={value}" for key, value in zip(keys, own, strict=True))], METHODS)
 
 
 def dry_run(config: Config) -> Iterator[str]:
@@ -287,10 +270,10 @@ def lead(parts: Parts, folder: Path, public, sensitive, private, noise) -> int:
         describe_run(parts, folder)
         return work(parts, folder, public, sensitive, private, noise)
     except KeyboardInterrupt as stop:
-        log.info(f"\nstopped; continue with the same command and --resume_exp {folder.name}")
+        log.info(f"\nstopped; {how_to_continue(folder)}")
         return exit_code(stop)
     except distributed.LostProcess:
-        log.info(f"a process is gone; continue with the same command and --resume_exp {folder.name}")
+        log.info(f"a process is gone; {how_to_continue(folder)}")
         raise
     except UserError:
         if config.resume is None:
@@ -300,10 +283,8 @@ def lead(parts: Parts, folder: Path, public, sensitive, private, noise) -> int:
         if error.errno not in DISK_FULL:
             raise
         kept = config.resume is not None or not discard_unstarted(folder)
-        advice = f" with --resume_exp {folder.name}" if kept else ""
-        raise UserError(
-            f"disk full at {folder} ({error.strerror}); free space, then repeat the command{advice}"
-        ) from error
+        advice = f"then {how_to_continue(folder)}" if kept else "then repeat the command"
+        raise UserError(f"disk full at {folder} ({error.strerror}); free space, {advice}") from error
 
 
 def work(parts: Parts, folder: Path, public, sensitive, private, noise) -> int:

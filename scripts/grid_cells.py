@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.environment import ENVIRONMENT
+from utils import environment
 from utils.errors import UserError
 from utils.run_dir import RESULTS, read_json
 
@@ -44,7 +44,7 @@ def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *words
         return NOT_DONE, ""
     others, begun = [], None  # others: what was done with other words, and these words
     for folder in sorted(Path(exp_root).glob(f"{method.lower()}/{stem}-{STARTED}")):
-        if not (folder / ENVIRONMENT).exists():  # nothing was asked yet; or it is no run
+        if not (folder / environment.ENVIRONMENT).exists():  # nothing was asked yet; or it is no run
             continue
         try:
             before, finished = words_of(folder), (folder / RESULTS).exists()
@@ -71,12 +71,10 @@ def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *words
 
 def words_of(folder: Path) -> list[str]:
     """The words of the cell that left this run."""
-    path = folder / ENVIRONMENT
-    try:
-        command = read_json(path)["command"]
-        return command[command.index("--exp_root") + 2 :]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: not of a run of this grid ({type(error).__name__}: {error})") from error
+    words = environment.words_of(folder)
+    if "--exp_root" not in words:
+        raise UserError(f"{folder / environment.ENVIRONMENT}: not of a run of this grid")
+    return words[words.index("--exp_root") + 2 :]
 
 
 def dry_run(words: list[str]) -> int:

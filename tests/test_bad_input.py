@@ -424,7 +424,7 @@ def test_a_full_disk_after_training_can_be_resumed(tmp_path):
     outcome = limited_to(50_000, argv)
     assert outcome.code == 2 and "Traceback" not in outcome.err
     last, folder = outcome.err.splitlines()[-1], outcome.folder
-    assert last.startswith("error: disk full") and f"--resume_exp {folder.name}" in last
+    assert last.startswith("error: disk full") and f"--resume_exp {folder}" in last
     assert not (folder / "gen" / "gen.npz").exists()
     assert not list(folder.rglob("*partial*"))
     resumed = call(run_program.main, [*argv, "--resume_exp", folder.name])

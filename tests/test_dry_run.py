@@ -178,6 +178,8 @@ def test_what_is_left_of_an_interrupted_run(tmp_path, monkeypatch):
         f"evaluation not done, 'dp-sgd' took 1 of 3 steps"
     )
     assert left.endswith(" here")
+    alone = ["--exp_root", str(tmp_path / "exp"), "--resume_exp", folder.name, "--dry_run"]
+    assert call(run_program.main, alone).out.splitlines()[-1].startswith(told)
     assert sorted(folder.rglob("*")) == files
     finished = call(run_program.main, arguments("PDP-Diffusion", tmp_path / "exp", *resume))
     assert finished.code == 0, finished.err

@@ -428,8 +428,9 @@ def test_stopped_from_the_keyboard(tmp_path, monkeypatch):
         patched.setattr("models.mean_embedding.EmbeddingGenerator.steps", _stop)
         stopped = call(run_program.main, argv)
     assert stopped.code == 130 and "Traceback" not in stopped.err
-    assert f"--resume_exp {stopped.folder.name}" in stopped.out
-    resumed = call(run_program.main, [*argv, "--resume_exp", stopped.folder.name])
+    advice = next(line for line in stopped.out.splitlines() if line.startswith("stopped; to continue: "))
+    assert advice.endswith(f"python run.py --resume_exp {stopped.folder}")
+    resumed = call(run_program.main, ["--resume_exp", str(stopped.folder)])
     assert resumed.code == 0, resumed.err
     releases = strict_json(stopped.folder / "privacy.json")["releases"]
     assert [release["executed"] for release in releases] == [1], "the mean embedding was asked again"
@@ -459,6 +460,8 @@ def test_resuming_an_unknown_run_names_the_known_ones(finished):
         run_program.main, arguments("DP-MERF", folder.parent.parent, "--resume_exp", "nowhere")
     ).refusal
     assert "nowhere" in refusal and folder.name in refusal
+    alone = ["--exp_root", str(folder.parent.parent), "--resume_exp", "nowhere"]
+    assert call(run_program.main, alone).refusal.startswith("error: --resume_exp: no run 'nowhere' in ")
 
 
 # ------------------------------------------------------------------------------------------------- other ways to run
@@ -467,6 +470,10 @@ def test_resuming_an_unknown_run_names_the_known_ones(finished):
 def test_without_privacy_every_file_says_so(tmp_path):
     outcome = call(run_program.main, arguments("DP-MERF", tmp_path, "--epsilon", "inf"))
     assert outcome.code == 0, outcome.err
+    assert (
+        "this run is NOT private (epsilon = inf): it adds no noise\nprivacy budget: epsilon inf"
+        in outcome.out
+    )
     assert "NOT private" in (outcome.folder / "privacy_card.md").read_text()
     assert "NOT private" in outcome.out
     results, privacy = (strict_json(outcome.folder / name) for name in ("results.json", "privacy.json"))

@@ -47,7 +47,7 @@ def test_sigterm_in_a_run_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr("models.noop.Noise.generate", terminate)
     stopped = call(run_program.main, arguments("Noise", tmp_path, "eval=none"))
     assert stopped.code == 143 and "Traceback" not in stopped.err
-    assert f"stopped; continue with the same command and --resume_exp {stopped.folder.name}" in stopped.out
+    assert f"stopped; to continue: python run.py --resume_exp {stopped.folder}" in stopped.out
 
 
 def test_sigterm_in_eval(monkeypatch):
@@ -69,7 +69,7 @@ def test_sigterm_to_the_process(tmp_path):
     out, err = process.communicate(timeout=60)
     (folder,) = tmp_path.glob("*/*")
     assert process.returncode == 143, err
-    assert f"--resume_exp {folder.name}" in out and "Traceback" not in err
+    assert f"--resume_exp {folder}" in out and "Traceback" not in err
 
 
 @pytest.mark.slow

@@ -34,7 +34,15 @@ FLAGS = (
         "run eval",
         {"default": "", "help": "text that is added to the name of the run's folder"},
     ),
-    (("--resume_exp", "-re"), "run", {"metavar": "RUN", "help": "continue this run (name of its folder)"}),
+    (
+        ("--resume_exp", "-re"),
+        "run",
+        {
+            "metavar": "RUN",
+            "help": "continue this run (its folder or the name of it); given alone, with the run's own "
+            "settings",
+        },
+    ),
     (
         ("--exp_path", "-ep"),
         "eval",

@@ -85,6 +85,7 @@ class Config:
     provenance: dict[str, str]  # dotted key -> layer that set it
     snapshot: dict  # all values as plain containers; a run writes them to its config.yaml
     notes: tuple[str, ...]  # lines that the program must print
+    words: tuple[str, ...] = dataclasses.field(compare=False)  # the command line that asked for all this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +169,7 @@ def load_config(argv: list[str], methods: Registry, program: str = "run") -> Con
         },
         snapshot=snapshot,
         notes=cell.notes(),
+        words=tuple(argv),
     )
 
 

@@ -24,7 +24,9 @@ def plan_lines(ledger, num_train: int) -> list[str]:
     rows = [_release_row(release) for release in ledger.rows()] or [("none", *[""] * 4)]
     rows.append(("together", "", "", "", at_most(ledger.planned_epsilon())))
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    warning = [] if budget.private else ["this run is NOT private (epsilon = inf): it adds no noise"]
     return [
+        *warning,
         f"privacy budget: epsilon {budget.epsilon:g}, delta {at_most(budget.delta)}, for N = {num_train:,} private "
         f"images ({ledger.relation}, accountant {ledger.accountant})",
         *("  " + _aligned(row, widths) for row in [header, *rows]),

@@ -3,7 +3,6 @@
 import importlib.metadata
 import platform
 import subprocess
-import sys
 from pathlib import Path
 
 from utils.config_files import flatten, read_yaml
@@ -39,7 +38,7 @@ def write(folder: Path, config, data_identity: str) -> None:
     from utils.config import format_config
 
     write_text(folder / "provenance.txt", format_config(config) + "\n")
-    write_json(folder / ENVIRONMENT, {**describe(config.seed), "data_identity": data_identity})
+    write_json(folder / ENVIRONMENT, {**describe(config), "data_identity": data_identity})
     write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config.snapshot)))
 
 
@@ -90,16 +89,27 @@ def values_of(folder: Path) -> dict[str, object]:
     return flatten(read_yaml(path))
 
 
-def describe(seed: int) -> dict:
+def words_of(folder: Path) -> list[str]:
+    """The command line with which the run in `folder` was started, without the program's name; UserError if it is
+    damaged."""
+    path = folder / ENVIRONMENT
+    record = read_json(path)
+    command = record.get("command") if isinstance(record, dict) else None
+    if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
+        raise UserError(f"{path}: damaged (no command is in it); restore it or move it away")
+    return command[1:]
+
+
+def describe(config) -> dict:
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["run.py", *config.words],
         "git": git_commit(),
         "versions": versions(),
         "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": gpus},
-        "seed": seed,
+        "seed": config.seed,
     }
 
 

@@ -135,6 +135,17 @@ def discard_unstarted(folder: Path) -> bool:
     return unstarted
 
 
+def find_any(exp_root: Path, name: str) -> Path:
+    """The folder of an earlier run of whatever method, by name or by path."""
+    named = exp_root.glob(f"*/{name}") if re.fullmatch(r"[^/\\*?\[]+", name) else []
+    for folder in (*named, Path(name)):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise UserError(
+        f"--resume_exp: no run '{name}' in {exp_root}; give the name of a run's folder, or its path"
+    )
+
+
 def find(exp_root: Path, method: str, name: str) -> Path:
     """The folder of an earlier run of `method`, by name or by path."""
     candidates = (exp_root / method.lower() / name, Path(name))
@@ -144,7 +155,8 @@ def find(exp_root: Path, method: str, name: str) -> Path:
     other = next(exp_root.glob(f"*/{name}/{CONFIG}"), None) if re.fullmatch(r"[^/\\*?\[]+", name) else None
     if other is not None:
         raise UserError(
-            f"--resume_exp: '{name}' is no run of {method} but of {other.parts[-3]}; give --method too"
+            f"--resume_exp: '{name}' is no run of {method} but of {other.parts[-3]}; give its --method, or "
+            f"--resume_exp alone"
         )
     runs = sorted(path.parent.name for path in (exp_root / method.lower()).glob(f"*/{CONFIG}"))
     known = f"runs of {method}: {', '.join(runs)}" if runs else f"there is no run of {method} in {exp_root}"
