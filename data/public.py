@@ -229,10 +229,6 @@ def _first_rows(labels: np.ndarray, per_class: int | None) -> np.ndarray:
     """Sorted indices of the first `per_class` records of every class; of all records for None."""
     if per_class is None:
         return np.arange(len(labels))
-    if per_class < 1:
-        raise UserError(
-            f"public_data.per_class: {per_class} is not allowed; it must be at least 1, or null for all"
-        )
     return np.sort(
         np.concatenate([np.flatnonzero(labels == label)[:per_class] for label in np.unique(labels)])
     )

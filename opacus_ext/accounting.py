@@ -74,19 +74,24 @@ class Release:
 
 
 def epsilon_of(
-    releases: Sequence[Release], delta: float, accountant: str = "pld", relation: str = ADD_OR_REMOVE_ONE
+    releases: Sequence[Release],
+    delta: float,
+    accountant: str = "pld",
+    relation: str = ADD_OR_REMOVE_ONE,
+    grid: float = PLD_GRID,
 ) -> float:
     """Smallest known epsilon such that all releases together are (epsilon, delta)-DP; inf if any has no noise.
 
-    Pure-epsilon releases add up by basic composition on top of the composed Gaussians.
+    Pure-epsilon releases add up by basic composition on top of the composed Gaussians. `grid` is of `pld` alone.
     """
     executed = [release for release in releases if release.num_steps]
     if any(release.noise_multiplier == 0 for release in executed):
         return math.inf
     pure = _pure_epsilon([r for r in executed if r.mechanism == "report_noisy_max"], relation)
-    return pure + _ACCOUNTANTS[accountant](
-        [r for r in executed if r.mechanism != "report_noisy_max"], delta, relation
-    )
+    others = [r for r in executed if r.mechanism != "report_noisy_max"]
+    if accountant == "pld":
+        return pure + _pld_epsilon(others, delta, relation, grid)
+    return pure + {"rdp": _rdp_epsilon, "prv": _prv_epsilon}[accountant](others, delta, relation)
 
 
 def available_epsilons(releases: Sequence[Release], delta: float, relation: str) -> dict[str, float | None]:
@@ -124,7 +129,7 @@ def calibrate(
     from scipy.optimize import brentq
 
     def excess(log_z: float, grid: float) -> float:
-        epsilon = _epsilon(with_noise(math.exp(log_z)), delta, accountant, relation, grid)
+        epsilon = epsilon_of(with_noise(math.exp(log_z)), delta, accountant, relation, grid)
         return math.log(min(max(epsilon, 1e-9), 1e6) / budget_epsilon)
 
     low, high = _bracket(lambda log_z: excess(log_z, PLD_GRID_SEARCH), with_noise, budget_epsilon, delta)
@@ -171,6 +176,8 @@ def _bracket(excess: Callable[[float], float], with_noise, budget_epsilon: float
 
 def _clt_mu_squared(release: Release) -> float:
     """mu^2 of the Gaussian that a composed, subsampled Gaussian tends to (Bu et al. 2020, corollary 5.4)."""
+    if release.noise_multiplier == 0:
+        return math.inf if release.num_steps else 0.0
     exponent = min(release.noise_multiplier**-2, 50.0)
     if release.takes_all:
         return release.num_steps * release.noise_multiplier**-2
@@ -178,15 +185,6 @@ def _clt_mu_squared(release: Release) -> float:
     if release.max_batch_size is not None:
         rate = min(rate, release.max_batch_size / release.num_records)
     return rate**2 * release.num_steps * math.expm1(exponent)
-
-
-def _epsilon(releases, delta, accountant, relation, grid) -> float:
-    if accountant != "pld":
-        return epsilon_of(releases, delta, accountant, relation)
-    pure = _pure_epsilon([r for r in releases if r.mechanism == "report_noisy_max"], relation)
-    return pure + _pld_epsilon(
-        [r for r in releases if r.mechanism != "report_noisy_max"], delta, relation, grid
-    )
 
 
 def noisy_max_release(name: str, epsilon: float, relation: str) -> Release:
@@ -350,10 +348,3 @@ def _prv_epsilon(releases: Sequence[Release], delta: float, relation: str) -> fl
             return float(accountant.get_epsilon(delta))
         except (ValueError, OverflowError, RuntimeError) as error:
             raise UserError(f"privacy.accountant=prv cannot bound this plan ({error}); use pld") from error
-
-
-_ACCOUNTANTS: dict[str, Callable[[Sequence[Release], float, str], float]] = {
-    "pld": lambda releases, delta, relation: _pld_epsilon(releases, delta, relation, PLD_GRID),
-    "rdp": _rdp_epsilon,
-    "prv": _prv_epsilon,
-}

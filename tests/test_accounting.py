@@ -334,7 +334,7 @@ def test_available_epsilons_are_ordered():
 
 
 def test_a_pld_above_rdp_is_an_error(monkeypatch):
-    monkeypatch.setitem(accounting._ACCOUNTANTS, "pld", lambda *_: 30.0)
+    monkeypatch.setattr(accounting, "_pld_epsilon", lambda *_: 30.0)
     with pytest.raises(AccountingError, match=r"PLD epsilon 30.0 exceeds the RDP epsilon"):
         available_epsilons([Release("r", 2.0, 0.1, 50)], DELTA, "add_or_remove_one")
 

@@ -140,6 +140,9 @@ def test_a_release_of_no_steps_costs_nothing_and_leaves_the_rest_alone():
     assert spend_all(ledger).spent() == epsilon_of([QUERY], DELTA)
     with pytest.raises(BudgetExceeded):
         ledger.book("dp-sgd")
+    without = ledger_with(Release("dp-sgd", None, 0.1, 10), epsilon=1.0)
+    beside = ledger_with(Release("query", 5.0, num_steps=0), Release("dp-sgd", None, 0.1, 10), epsilon=1.0)
+    assert beside.planned("dp-sgd") == without.planned("dp-sgd")
 
 
 def test_no_plan_spends_nothing():

@@ -3,11 +3,8 @@
 import os
 
 from utils import distributed
-from utils.errors import UserError, unknown
+from utils.errors import UserError
 from utils.sections import SetupConfig
-
-DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = ("float32", "tf32", "bf16")
 
 
 def prepare_device(setup: SetupConfig) -> str:
@@ -15,10 +12,6 @@ def prepare_device(setup: SetupConfig) -> str:
     name for torch: one GPU per process where several run on this machine."""
     import torch
 
-    if setup.device not in DEVICES:
-        raise unknown("setup.device", setup.device, DEVICES)
-    if setup.precision not in PRECISIONS:
-        raise unknown("setup.precision", setup.precision, PRECISIONS)
     _set_threads(setup)
     available = torch.cuda.is_available()
     if setup.device == "cuda" and not available:

@@ -21,7 +21,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 from utils.errors import UserError
-from utils.sections import SetupConfig, check
+from utils.sections import SetupConfig
 
 T = TypeVar("T")
 
@@ -77,9 +77,6 @@ def take_place(setup: SetupConfig) -> None:
     """Find out which process this is, from the environment or else from `setup`. Starts nothing."""
     global _place
     per_node, nodes = setup.n_gpus_per_node, setup.n_nodes
-    check(per_node > 0, "setup.n_gpus_per_node", per_node, "at least 1")
-    check(nodes > 0, "setup.n_nodes", nodes, "at least 1")
-    check(0 <= setup.node_rank < nodes, "setup.node_rank", setup.node_rank, f"from 0 to {nodes - 1}")
     on_one_machine = nodes == 1 and per_node > 1
     _place = _place_in_environment() or Place(
         rank=setup.node_rank * per_node,

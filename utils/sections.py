@@ -4,9 +4,10 @@ A field without a value in YAML is an error (OmegaConf's MISSING); `None` means 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.errors import FieldError, UserError, unknown
+from utils.errors import FieldError, UserError
 
 
 def check(condition: bool, key: str, value: object, allowed: str) -> None:
@@ -19,6 +20,11 @@ def check_field(condition: bool, field: str, value: object, allowed: str) -> Non
     """`check` for a section whose key is known only where it is built: `field` gets it as its prefix."""
     if not condition:
         raise FieldError(f"{field}: {value} is not allowed; it must be {allowed}")
+
+
+def check_choice(field: str, value: object, known: Sequence[str]) -> None:
+    """`check_field` that the value is one of these."""
+    check_field(value in known, field, value, f"{', '.join(known[:-1])} or {known[-1]}")
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,14 @@ class SensitiveDataConfig:
     path: str | None  # folder of prepared data; None: <data_root>/<name>
     prompt: str  # ImageReward prompt, "{}" stands for the class name
 
+    def __post_init__(self) -> None:
+        check_field(self.resolution > 0, "resolution", self.resolution, "at least 1")
+        check_field(self.num_channels in (1, 3), "num_channels", self.num_channels, "1 or 3")
+        for field in ("n_classes", "num_train"):
+            value = getattr(self, field)
+            check_field(value is None or value > 0, field, value, "null or at least 1")
+        check_field(self.num_val >= 0, "num_val", self.num_val, "0 or more")
+
 
 @dataclass(frozen=True)
 class SelectiveConfig:
@@ -44,6 +58,7 @@ class SelectiveConfig:
     semantic_path: str | None  # saved query to reuse; its cost is booked again
 
     def __post_init__(self) -> None:
+        check_field(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
         check_field(self.sigma >= 0, "sigma", self.sigma, "0 or more")
         check_field(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
 
@@ -84,7 +99,9 @@ class PublicDataConfig:
     central: CentralConfig
 
     def __post_init__(self) -> None:
-        check(0 < self.selective.ratio <= 1, "public_data.selective.ratio", self.selective.ratio, "in (0, 1]")
+        for field in ("n_classes", "per_class"):
+            value = getattr(self, field)
+            check_field(value is None or value > 0, field, value, "null or at least 1")
 
 
 @dataclass(frozen=True)
@@ -96,14 +113,10 @@ class PrivacyConfig:
     noise_seed: int | None  # tests only; stamps the report
 
     def __post_init__(self) -> None:
-        check(self.epsilon > 0, "epsilon", self.epsilon, "greater than 0 (inf: non-private)")
-        check(self.delta is None or 0 < self.delta < 1, "delta", self.delta, "in (0, 1)")
-        for key, value, known in (
-            ("relation", self.relation, ("add_or_remove_one", "replace_one")),
-            ("accountant", self.accountant, ("pld", "rdp", "prv")),
-        ):
-            if value not in known:
-                raise unknown(f"privacy.{key}", value, known)
+        check_field(self.epsilon > 0, "epsilon", self.epsilon, "greater than 0 (inf: non-private)")
+        check_field(self.delta is None or 0 < self.delta < 1, "delta", self.delta, "null or in (0, 1)")
+        check_choice("relation", self.relation, ("add_or_remove_one", "replace_one"))
+        check_choice("accountant", self.accountant, ("pld", "rdp", "prv"))
 
 
 @dataclass(frozen=True)
@@ -112,8 +125,8 @@ class GenConfig:
     batch_size: int  # images per forward pass of the generator
 
     def __post_init__(self) -> None:
-        check(self.data_num > 0, "gen.data_num", self.data_num, "a positive number of images")
-        check(self.batch_size > 0, "gen.batch_size", self.batch_size, "a positive number of images")
+        for field in ("data_num", "batch_size"):
+            check_field(getattr(self, field) > 0, field, getattr(self, field), "a positive number of images")
 
 
 @dataclass(frozen=True)
@@ -130,18 +143,14 @@ class EvalConfig:
     gallery: str | None  # samples beside their nearest training images: private, a page of its own, or report
 
     def __post_init__(self) -> None:
-        for key, value, known in (
-            ("mode", self.mode, ("val", "syn", "sen")),
-            ("recipe", self.recipe, ("paper", "quick")),
-        ):
-            if value not in known:
-                raise unknown(f"eval.{key}", value, known)
-        check(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
-        check(self.num_val >= 0, "eval.num_val", self.num_val, "0 or more")
-        galleries = (None, "private", "report")
-        check(self.gallery in galleries, "eval.gallery", self.gallery, "null, private or report")
+        check_choice("mode", self.mode, ("val", "syn", "sen"))
+        check_choice("recipe", self.recipe, ("paper", "quick"))
+        check_field(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        check_field(self.num_val >= 0, "num_val", self.num_val, "0 or more")
+        known = self.gallery in (None, "private", "report")
+        check_field(known, "gallery", self.gallery, "null, private or report")
         finite = 0 < self.selection_epsilon < math.inf  # eval.oracles chooses without noise, and marks it
-        check(finite, "eval.selection_epsilon", self.selection_epsilon, "greater than 0 and finite")
+        check_field(finite, "selection_epsilon", self.selection_epsilon, "greater than 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -154,3 +163,13 @@ class SetupConfig:
     master_port: int
     precision: str  # of training and sampling: float32, tf32 (GPU) or bf16
     omp_n_threads: int | None  # CPU threads per process; None: the cores, shared by the machine's processes
+
+    def __post_init__(self) -> None:
+        check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        check_choice("precision", self.precision, ("float32", "tf32", "bf16"))
+        for field in ("n_gpus_per_node", "n_nodes"):
+            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
+        last = self.n_nodes - 1
+        check_field(0 <= self.node_rank <= last, "node_rank", self.node_rank, f"from 0 to {last}")
+        threads = self.omp_n_threads
+        check_field(threads is None or threads > 0, "omp_n_threads", threads, "null or at least 1")
