@@ -27,7 +27,7 @@ GROUP = "real"  # folder below exp_root, and the method's name in results.json
 def main(argv: list[str]) -> int:
     to_terminal()
     try:
-        config = non_private(load_config(argv, METHODS))
+        config = non_private(load_config(argv, METHODS, "test_classifier"))
         if config.print_config:
             print(format_config(config))
             return 0
@@ -39,8 +39,6 @@ def main(argv: list[str]) -> int:
 
 def non_private(config: Config) -> Config:
     """The configuration of the upper bound: accuracy alone, chosen without private validation images."""
-    if config.resume is not None:
-        raise UserError(f"--resume_exp: {config.resume} is not allowed here; start again")
     judged = dataclasses.replace(config.eval, mode="syn", metrics=["accuracy"])
     return dataclasses.replace(
         config, method=GROUP, epsilon=math.inf, preset_tier=None, borrowed=False, eval=judged

@@ -749,7 +749,7 @@ def test_composing_imports_no_torch():
     assert result.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("program", ["run", "eval"])
+@pytest.mark.parametrize("program", ["run", "eval", "test_classifier"])
 def test_help_names_every_flag(program, capsys):
     with pytest.raises(SystemExit) as stop:
         load_config(["--help"], Registry("method", {}), program)

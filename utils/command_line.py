@@ -22,25 +22,53 @@ ALIASES = {
 
 # Option strings, the programs that have the flag, and what argparse needs to know.
 FLAGS = (
-    (("--method", "-m"), "run eval", {"default": "PrivImage", "help": "synthesizer (default: %(default)s)"}),
-    (("--data_name", "-dn"), "run eval", {"default": "digits_8", "help": "dataset (default: %(default)s)"}),
     (
-        ("--epsilon", "-e"),
-        "run eval",
-        {"default": "10", "help": "privacy budget; inf: non-private (default: %(default)s)"},
+        ("--method", "-m"),
+        "run test_classifier",
+        {
+            "default": "PrivImage",
+            "help": "synthesizer; run.py without a word lists them (default: %(default)s)",
+        },
     ),
     (
+        ("--method", "-m"),
+        "eval",
+        {"default": "PrivImage", "help": "with --exp_path: the run's, if not given"},
+    ),
+    (
+        ("--data_name", "-dn"),
+        "run test_classifier",
+        {
+            "default": "digits_8",
+            "help": "dataset: the name of a file in configs/data, or of images that you have prepared (default: "
+            "%(default)s)",
+        },
+    ),
+    (
+        ("--data_name", "-dn"),
+        "eval",
+        {
+            "default": "digits_8",
+            "help": "dataset; if not given, the run's with --exp_path, %(default)s with --images",
+        },
+    ),
+    (
+        ("--epsilon", "-e"),
+        "run test_classifier",
+        {"default": "10", "help": "privacy budget; inf: non-private (default: %(default)s)"},
+    ),
+    (("--epsilon", "-e"), "eval", {"default": "10", "help": "with --exp_path: the run's, if not given"}),
+    (
         ("--exp_description", "-ed"),
-        "run eval",
-        {"default": "", "help": "text that is added to the name of the run's folder"},
+        "run eval test_classifier",
+        {"default": "", "metavar": "TEXT", "help": "is added to the name of the folder that is made"},
     ),
     (
         ("--resume_exp", "-re"),
         "run",
         {
             "metavar": "RUN",
-            "help": "continue this run (its folder or the name of it); given alone, with the run's own "
-            "settings",
+            "help": "continue this run (its folder or the name of it); given alone, with the run's own settings",
         },
     ),
     (
@@ -70,12 +98,12 @@ FLAGS = (
     ),
     (
         ("--config_dir",),
-        "run eval",
+        "run eval test_classifier",
         {"metavar": "FOLDER", "help": "more YAML files; with a config.yaml of its own it replaces configs/"},
     ),
     (
         ("--plugin",),
-        "run eval",
+        "run eval test_classifier",
         {
             "action": "append",
             "default": [],
@@ -85,17 +113,17 @@ FLAGS = (
     ),
     (
         ("--data_root",),
-        "run eval",
+        "run eval test_classifier",
         {"metavar": "FOLDER", "help": "prepared datasets (default: $DPIB_DATA_ROOT, else dataset)"},
     ),
     (
         ("--exp_root",),
-        "run eval",
+        "run eval test_classifier",
         {"default": "exp", "metavar": "FOLDER", "help": "folder of all runs (default: %(default)s)"},
     ),
     (
         ("--weights_root",),
-        "run eval",
+        "run eval test_classifier",
         {
             "metavar": "FOLDER",
             "help": "downloaded weights (default: $DPIB_WEIGHTS_ROOT, else ~/.cache/dp-image-bench)",
@@ -103,12 +131,20 @@ FLAGS = (
     ),
     (
         ("--dry_run",),
-        "run eval",
-        {"action": "store_true", "help": "compose, calibrate, print the plan, and stop"},
+        "run",
+        {
+            "action": "store_true",
+            "help": "print the privacy plan, the networks, the time and what is missing, and stop",
+        },
+    ),
+    (
+        ("--dry_run",),
+        "eval test_classifier",
+        {"action": "store_true", "help": "check what is given, and stop"},
     ),
     (
         ("--print_config",),
-        "run eval",
+        "run eval test_classifier",
         {"action": "store_true", "help": "print every value with the layer that set it, and stop"},
     ),
 )
@@ -117,7 +153,10 @@ REPEATABLE = ("plugin",)
 PURPOSE = {
     "run": "Train one synthesizer on one dataset at one privacy budget, generate, and evaluate.",
     "eval": "Judge a finished run, or any labelled images, against a dataset.",
+    "test_classifier": "Accuracy of the configured classifiers when they are trained on the real images. Not private; "
+    "takes the settings of run.py, of which method and epsilon change nothing else.",
 }
+FILES = {"run": "run.py", "eval": "eval.py", "test_classifier": "scripts/test_classifier.py"}
 SETTINGS_HELP = (
     "Settings are given as key=value, for example: privacy.delta=1e-5 seed=1 preset=paper eval.metrics=[accuracy]. "
     "--print_config lists them all."
@@ -132,9 +171,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(program: str) -> argparse.ArgumentParser:
-    """The flags of `program` ("run" or "eval")."""
+    """The flags of `program`, a key of FILES."""
     result = _Parser(
-        prog=f"{program}.py",
+        prog=FILES[program],
         usage="%(prog)s [flags] [key=value ...]",
         description=PURPOSE[program],
         epilog=SETTINGS_HELP,
