@@ -31,7 +31,7 @@ class PretrainingImages:
             self.central = CentralImages(public.name, public.central, spec, runtime)
         elif used and has_public_images(public) and public.selective.ratio < 1:
             words = words_per_class(public, spec.num_classes)
-            self.query = SemanticQuery(query, public.selective, words, spec, runtime)
+            self.query = SemanticQuery(query, public, words, spec, runtime)
 
     @property
     def num_labels(self) -> int:

@@ -28,7 +28,7 @@ from utils.images import to_float
 from utils.progress import progress
 from utils.run_dir import QUERY_ANSWER
 from utils.runtime import Runtime, log
-from utils.sections import PublicDataConfig, SelectiveConfig, check
+from utils.sections import PublicDataConfig, check
 from utils.seeding import numpy_rng
 
 QUERY = "semantic query"
@@ -73,18 +73,18 @@ def words_per_class(public: PublicDataConfig, num_private: int) -> int:
 
 class SemanticQuery:
     """Plan, ask, select. The answer is kept in <run>/pretrain/semantic_query.json, to be reused by other runs with
-    public_data.selective.semantic_path: the answer then costs the same again on their ledger."""
+    public_data.selective.semantic_path: the answer then costs the same again on their ledger.
+
+    The classifier is the one after the last epoch, of all public images; the published one is the best of all epochs
+    on public images held out for that. Its learning rate ends at 0, so that the last epochs hardly differ.
+    """
 
     def __init__(
-        self, config: QueryConfig, selective: SelectiveConfig, words: int, spec: DataSpec, runtime: Runtime
+        self, config: QueryConfig, public: PublicDataConfig, words: int, spec: DataSpec, runtime: Runtime
     ) -> None:
-        self.config, self.selective, self.words, self.spec, self.runtime = (
-            config,
-            selective,
-            words,
-            spec,
-            runtime,
-        )
+        self.config, self.words, self.spec, self.runtime = config, words, spec, runtime
+        self.flip, self.selective = public.flip, public.selective
+        selective = self.selective
         self.saved = (
             None if selective.semantic_path is None else self._read_saved(Path(selective.semantic_path))
         )
@@ -200,11 +200,18 @@ class SemanticQuery:
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
         classifier.train()
+        order, shown = None, None
         for step in progress(range(total), "query classifier (public data)"):
             epoch, position = divmod(step, batches)
-            order = numpy_rng(self.runtime.seed, f"query order {epoch}").permutation(len(samples))
+            if epoch != shown:
+                order, shown = self._rng(f"query order {epoch}").permutation(len(samples)), epoch
             batch = np.sort(order[position * config.batch_size : (position + 1) * config.batch_size])
             images = _resized(to_float(samples.images[batch], self.runtime.device), config.image_size)
+            if self.flip:
+                flipped = self._rng(f"query flip {step}").random(len(batch)) < 0.5
+                images = torch.where(
+                    torch.from_numpy(flipped).to(images.device)[:, None, None, None], images.flip(-1), images
+                )
             labels = torch.from_numpy(samples.labels[batch]).to(self.runtime.device)
             loss = F.cross_entropy(classifier(images), labels)
             optimizer.zero_grad(set_to_none=True)
@@ -212,10 +219,15 @@ class SemanticQuery:
             optimizer.step()
             schedule.step()
 
+    def _rng(self, stream: str) -> np.random.Generator:
+        return numpy_rng(self.runtime.seed, stream)
+
     def _cache_path(self, public: PublicData) -> Path | None:
         if self.runtime.cache_dir is None:
             return None
-        digest = hashlib.sha256(repr((self.config, self.runtime.seed, public.class_names)).encode())
+        digest = hashlib.sha256(
+            repr((self.config, self.flip, self.runtime.seed, public.class_names)).encode()
+        )
         digest.update(np.ascontiguousarray(public.samples.images))
         digest.update(public.samples.labels)
         return self.runtime.cache_dir / f"query_classifier_{digest.hexdigest()[:16]}.pth"

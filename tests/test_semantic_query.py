@@ -238,8 +238,9 @@ def test_the_classifier_is_cached_by_data_and_configuration(make_method, public,
     fewer = dataclasses.replace(public, samples=public.samples.take(np.arange(40)))
     query()._classifier(fewer)
     query("pretrain.query.lr=0.01")._classifier(public)
+    query("public_data.flip=true")._classifier(public)
     query(seed=1)._classifier(public)
-    assert len(trained) == 4
+    assert len(trained) == 5
 
 
 def test_the_classifier_follows_from_the_seed(make_method, public):
@@ -250,3 +251,21 @@ def test_the_classifier_follows_from_the_seed(make_method, public):
         return make_method(NAME).query._classifier(public).state_dict().values()
 
     assert all(torch.equal(a, b) for a, b in zip(trained(1), trained(2), strict=True))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_classifier_sees_mirrored_images_where_the_public_set_allows_it(flip, make_method, public):
+    """As the network that is pretrained on them. All images are white on their left half."""
+    images = np.zeros_like(public.samples.images)
+    images[..., : images.shape[-1] // 2] = 255
+    query = make_method(NAME, f"public_data.flip={flip}", "pretrain.query.n_epochs=4").query
+    forwarded = []
+    classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(public.num_classes))
+    classifier.register_forward_pre_hook(lambda _, inputs: forwarded.append(inputs[0]))
+    query._train(
+        classifier, dataclasses.replace(public, samples=dataclasses.replace(public.samples, images=images))
+    )
+    lefts = torch.cat([batch[..., 0].mean((1, 2)) for batch in forwarded])
+    assert len(lefts) == 4 * len(images)
+    share = float((lefts < 0).float().mean())
+    assert 0.3 < share < 0.7 if flip else share == 0

@@ -69,7 +69,7 @@ class DiffusionSynthesizer(StagedNetwork):
         if not asked:
             return None
         words = words_per_class(public, self.spec.num_classes)
-        return SemanticQuery(self.config.pretrain.query, public.selective, words, self.spec, self.runtime)
+        return SemanticQuery(self.config.pretrain.query, public, words, self.spec, self.runtime)
 
     def _central_images(self) -> CentralImages | None:
         pretrain = self.config.pretrain
