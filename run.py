@@ -5,11 +5,14 @@
 Composes the parts and has no logic of its own: configuration -> data -> ledger -> method -> evaluation.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from judging import INCOMPLETE, REVEALED, RealData, judge, oracle_data, validation_data, write_account
 from models import METHODS
@@ -24,6 +27,15 @@ from utils.run_dir import DISK_FULL, GRID, RESULTS, SAMPLES, discard_unstarted, 
 from utils.runtime import Runtime, log
 from utils.stopping import UNREAD, exit_code, quiet_pipe, sigterm_interrupts
 
+if TYPE_CHECKING:  # importing them takes seconds, which --help does without
+    from data.sensitive import SensitiveData
+    from data.spec import DataSpec, PublicData, Samples
+    from models.synthesizer import Synthesizer
+    from opacus_ext.ledger import Ledger
+    from opacus_ext.noise import NoiseSource
+    from opacus_ext.private_data import PrivateData
+    from utils.stage_times import StageTimes
+
 FAILED = 1  # exit code: another process of the run has died
 
 
@@ -32,10 +44,21 @@ class Parts:
     """What a run is composed of before any image has been read."""
 
     config: Config
-    spec: object  # DataSpec
+    spec: DataSpec
     runtime: Runtime
-    ledger: object  # Ledger; None in a run without private data
-    synthesizer: object
+    ledger: Ledger | None  # None in a run without private data
+    synthesizer: Synthesizer
+
+
+@dataclasses.dataclass
+class Images:
+    """What a run works on, once it has read it. The private ones are reached by `private` alone until the samples are
+    made."""
+
+    public: PublicData | None
+    sensitive: SensitiveData | None  # None, and the next, in a run without private data
+    private: PrivateData | None
+    noise: NoiseSource
 
 
 def main(argv: list[str]) -> int:
@@ -234,24 +257,10 @@ def run(parts: Parts) -> int:
     A mistake that shows before the first checkpoint leaves no folder behind. Of several processes all train and draw
     samples; the main one alone has the folder, evaluates and reports.
     """
-    from data.public import load_public
-    from data.sensitive import load_sensitive
-    from opacus_ext.noise import NoiseSource
-    from opacus_ext.private_data import PrivateData
-
     config = parts.config
-    with_private = parts.ledger is not None
-    sensitive = private = None
     if config.resume is not None:  # what is wrong with it shows before images are read or rendered
         distributed.from_main(lambda: find_folder(parts))
-    with distributed.main_goes_first():  # public images are rendered or converted once
-        if with_private:
-            sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
-        public = load_public(config.public_data, parts.spec, config.data_root)
-    # All processes draw the same Poisson samples, so they share the secret key.
-    noise = distributed.from_main(lambda: NoiseSource(config.privacy.noise_seed))
-    if with_private:
-        private = PrivateData(sensitive.train, parts.spec, parts.ledger, noise, parts.runtime.device)
+    images = load_images(parts)
     folder = distributed.from_main(lambda: find_folder(parts))
     with contextlib.ExitStack() as claims:
         distributed.from_main(lambda: claims.enter_context(working_in(folder)))
@@ -259,16 +268,34 @@ def run(parts: Parts) -> int:
             distributed.leave()
             return report_finished(folder) if distributed.is_main() else 0
         if not distributed.is_main():
-            return work(parts, folder, public, sensitive, private, noise)
-        return lead(parts, folder, public, sensitive, private, noise)
+            return work(parts, folder, images)
+        return lead(parts, folder, images)
 
 
-def lead(parts: Parts, folder: Path, public, sensitive, private, noise) -> int:
+def load_images(parts: Parts) -> Images:
+    from data.public import load_public
+    from data.sensitive import load_sensitive
+    from opacus_ext.noise import NoiseSource
+    from opacus_ext.private_data import PrivateData
+
+    config, sensitive, private = parts.config, None, None
+    with distributed.main_goes_first():  # public images are rendered or converted once
+        if parts.ledger is not None:
+            sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
+        public = load_public(config.public_data, parts.spec, config.data_root)
+    # All processes draw the same Poisson samples, so they share the secret key.
+    noise = distributed.from_main(lambda: NoiseSource(config.privacy.noise_seed))
+    if sensitive is not None:
+        private = PrivateData(sensitive.train, parts.spec, parts.ledger, noise, parts.runtime.device)
+    return Images(public, sensitive, private, noise)
+
+
+def lead(parts: Parts, folder: Path, images: Images) -> int:
     """The main process's work, and what it says and leaves behind if it ends early. Returns the exit code."""
     config = parts.config
     try:
         describe_run(parts, folder)
-        return work(parts, folder, public, sensitive, private, noise)
+        return work(parts, folder, images)
     except KeyboardInterrupt as stop:
         log.info(f"\nstopped; {how_to_continue(folder)}")
         return exit_code(stop)
@@ -287,29 +314,29 @@ def lead(parts: Parts, folder: Path, public, sensitive, private, noise) -> int:
         raise UserError(f"disk full at {folder} ({error.strerror}); free space, {advice}") from error
 
 
-def work(parts: Parts, folder: Path, public, sensitive, private, noise) -> int:
+def work(parts: Parts, folder: Path, images: Images) -> int:
     """What is done inside the run's folder; all processes train and draw samples. Returns the exit code."""
     from utils.dry_run import plan_lines
     from utils.stage_times import StageTimes
 
-    if private is not None:
+    if images.private is not None:
         log.info("\n".join(plan_lines(parts.ledger, parts.spec.num_train)))
     times = StageTimes(folder)
-    train(parts, folder, public, private, times)
-    if private is None:
+    train(parts, folder, images, times)
+    if images.private is None:
         log.info(f"pretrained without private data; checkpoints in {folder / 'pretrain' / 'checkpoints'}")
         distributed.leave()
         return 0
     if distributed.is_main():
-        write_account(folder, private.report())
+        write_account(folder, images.private.report())
     samples = generate(parts, folder, times)
     distributed.leave()
     if not distributed.is_main():
         return 0
-    return deliver(parts, folder, samples, sensitive, private, noise, times.seconds())
+    return deliver(parts, folder, samples, images, times.seconds())
 
 
-def deliver(parts: Parts, folder: Path, samples, sensitive, private, noise, timing: dict[str, float]) -> int:
+def deliver(parts: Parts, folder: Path, samples: Samples, images: Images, timing: dict[str, float]) -> int:
     """Write the samples down and judge them. Returns the exit code."""
     from data.samples_file import write_samples
     from opacus_ext.disclosure import Disclosure
@@ -320,14 +347,15 @@ def deliver(parts: Parts, folder: Path, samples, sensitive, private, noise, timi
         write_samples(path, samples)
     if not grid.exists():
         save_grid(samples.images, samples.labels, grid)
-    held_out = validation_data(parts.config, parts.spec, sensitive.validation, noise, parts.runtime.device)
+    config, sensitive = parts.config, images.sensitive
+    held_out = validation_data(config, parts.spec, sensitive.validation, images.noise, parts.runtime.device)
     real = RealData(
         Disclosure(sensitive.train, parts.ledger).reveal(REVEALED),
         sensitive.test,
         held_out,
-        oracle_data(parts.config, sensitive.validation),
+        oracle_data(config, sensitive.validation),
     )
-    return judge(parts.config, parts.spec, parts.runtime, folder, samples, real, private.report(), timing)
+    return judge(config, parts.spec, parts.runtime, folder, samples, real, images.private.report(), timing)
 
 
 def find_folder(parts: Parts) -> Path:
@@ -369,7 +397,7 @@ def report_finished(folder: Path) -> int:
     return INCOMPLETE if read_json(folder / RESULTS)["missing"] else 0
 
 
-def train(parts: Parts, folder: Path, public, private, times) -> None:
+def train(parts: Parts, folder: Path, images: Images, times: StageTimes) -> None:
     """Pretrain and train, or what is left of it."""
     from utils.checkpoints import Checkpoints
 
@@ -384,9 +412,9 @@ def train(parts: Parts, folder: Path, public, private, times) -> None:
     restored = checkpoints.restore() if parts.config.resume else None
     if restored:
         log.info(f"resumed from {restored}")
-    stages = {"pretrain": lambda: synthesizer.pretrain(public, private)}
-    if private is not None:
-        stages["train"] = lambda: synthesizer.train(private)
+    stages = {"pretrain": lambda: synthesizer.pretrain(images.public, images.private)}
+    if images.private is not None:
+        stages["train"] = lambda: synthesizer.train(images.private)
     for stage, take in stages.items():
         if is_past(checkpoints, restored, stage):
             continue
@@ -406,7 +434,7 @@ def is_past(checkpoints, restored: str | None, stage: str) -> bool:
     return checkpoints.finished(stage) or (stage == "pretrain" and (restored or "").startswith("train"))
 
 
-def generate(parts: Parts, folder: Path, times):
+def generate(parts: Parts, folder: Path, times: StageTimes) -> Samples:
     """The samples of the run: those of gen/gen.npz if an earlier start left them, else drawn now."""
     from data.samples_file import read_samples
 
