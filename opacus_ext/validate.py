@@ -13,6 +13,7 @@ from utils.draws import Draws
 from utils.errors import UserError
 
 BATCHES_BETWEEN = 4  # of images that are not those of before
+EXTREME = 1000.0  # times an example: what mixes weakly, or only where a loss is large, shows then
 
 
 def validate_independence(
@@ -53,15 +54,17 @@ def _perturbed(network: nn.Module) -> Iterator[None]:
 
 def _validated(network, per_example_loss, images, labels) -> dict[str, set[int]]:
     state = {name: value.clone() for name, value in _state(network).items()}
-    changed = images.clone()
+    changed, extreme = images.clone(), images.clone()
     changed[0] = -changed[0].flip(-1) + 0.5
+    extreme[0] *= EXTREME
     draws = Draws(b"public".ljust(32), 0, len(images), images.device)
     fewer = slice(0, len(images) - 1)
-    before, after, without = (
+    before, after, beside, without = (
         per_example_gradients(network, per_example_loss, *batch)
         for batch in (
             (images, labels, draws[:]),
             (changed, labels, draws[:]),
+            (extreme, labels, draws[:]),
             (images[fewer], labels[fewer], draws[fewer]),
         )
     )
@@ -75,7 +78,11 @@ def _validated(network, per_example_loss, images, labels) -> dict[str, set[int]]
     for name, rows in before.items():
         if any(
             moved(found, expected, tolerance, floors.get(name, 0.0))
-            for found, expected in ((after[name][1:], rows[1:]), (without[name], rows[fewer]))
+            for found, expected in (
+                (after[name][1:], rows[1:]),
+                (beside[name][1:], rows[1:]),
+                (without[name], rows[fewer]),
+            )
         ):
             raise UserError(
                 f"network: the gradient of '{name}' for one example moves when another example changes, so "
@@ -98,7 +105,7 @@ def _require_same_again(
     seen, in a list or a running mean outside of the network, and one example's gradient depends on earlier ones."""
     with torch.no_grad():
         for call in range(2, BATCHES_BETWEEN + 2):
-            per_example_loss(network, images / call, labels, draws[:])
+            per_example_loss(network, images * (EXTREME if call == 2 else 1 / call), labels, draws[:])
     for name, rows in per_example_gradients(network, per_example_loss, images, labels, draws[:]).items():
         if moved(rows, before[name], tolerance, floors.get(name, 0.0)):
             raise UserError(

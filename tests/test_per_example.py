@@ -847,6 +847,45 @@ def test_a_small_gradient_that_mixes_is_refused_in_low_precision_too(weight):
         validate_independence(network, loss, torch.randn(3, 8), torch.zeros(3, dtype=torch.int64))
 
 
+def _spike_guard(network, images, labels, rng):
+    """Scales the batch down where one loss is far above all others: with ordinary images it does nothing."""
+    losses = network(images).square().mean(1)
+    return losses * (100 / losses.detach().max()).clamp(max=1)
+
+
+def _weakly_mixed(weight: float, precision: torch.dtype):
+    def loss(network, images, labels, rng):
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            output = network(images + weight * images.sum(0))
+        return output.float().square().mean(1)
+
+    return loss
+
+
+def _slow_mean():
+    mean = []
+
+    def loss(network, images, labels, rng):
+        losses = network(images).square().mean(1)
+        now = losses.detach().mean()
+        mean[:] = [now if not mean else 0.9999 * mean[0] + 0.0001 * now]
+        return losses / mean[0]
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [_spike_guard, _weakly_mixed(1e-5, torch.float32), _weakly_mixed(3e-3, torch.bfloat16), _slow_mean()],
+    ids=["spike guard", "float32", "bfloat16", "slow mean"],
+)
+def test_what_mixes_weakly_or_seldom_is_refused(loss):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+    with pytest.raises(UserError, match=r"clipping bounds nothing|moves from call to call"):
+        validate_independence(network, loss, torch.randn(3, 16), torch.zeros(3, dtype=torch.int64))
+
+
 def test_networks_that_keep_examples_apart_are_accepted():
     torch.manual_seed(0)
     validate_independence(Lonely(), squared_loss(), torch.randn(4, 8, 3), torch.zeros(4, dtype=torch.int64))
