@@ -87,7 +87,7 @@ def prepare(
         found, note = _split_off_test(found, data_name, known)
         notes.append(note)
     folder = data_root / _folder_name(data_name, known, target.resolution)
-    meta, more = convert_source(found, target, folder, str(source))
+    meta, more = convert_source(found, target, folder, str(source.resolve()))  # data/sensitive.py compares it
     return folder, meta, [f"{data_name}: {note}" for note in notes + more]
 
 

@@ -67,17 +67,27 @@ def require_apart(public: PublicDataConfig, section: SensitiveDataConfig, data_r
     not public either: nothing would add up what it has cost."""
     if not has_public_images(public):
         return
-    private = None if _is_embedded(section) else _folder(section, data_root).resolve()
+    private = None if _is_embedded(section) else _folder(section, data_root)
     named = public.train_path is None
     for path in stored_folders(public, data_root) if named else [Path(public.train_path)]:
-        if private is not None and path.resolve().is_relative_to(private):
+        if private is None:
+            continue
+        if _overlap(path, private) or _overlap(_origin(path), _origin(private)):
             key = "name" if named else "train_path"
-            raise UserError(
-                f"public_data.{key}: {path.resolve()} holds the private images; give a public set"
-            )
-    if named:
-        return
-    require_no_run(Path(public.train_path), "public_data.train_path")
+            raise UserError(f"public_data.{key}: {path} holds the private images; give a public set")
+    if not named:
+        require_no_run(Path(public.train_path), "public_data.train_path")
+
+
+def _origin(path: Path) -> Path:
+    """What the images of a prepared folder were made from; of another one, itself."""
+    return Path(read_meta(path).source) if is_prepared(path) else path
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    """One lies in the other. Paths alone tell: whether two sets share an image would be a clean answer about it."""
+    one, other = one.resolve(), other.resolve()
+    return one.is_relative_to(other) or other.is_relative_to(one)
 
 
 def load_sensitive(section: SensitiveDataConfig, mode: str, data_root: Path) -> SensitiveData:

@@ -322,6 +322,29 @@ def test_private_images_as_public_ones(tmp_path, prepared):
     assert "holds the private images" in refused(tmp_path, *more, method="DP-MERF")
 
 
+@pytest.mark.parametrize("public", ["images", ".", "images/cat", "link", "public/mine"])
+def test_what_the_private_images_were_made_from_as_public_images(public, tmp_path, prepared):
+    """By the path that meta.json names, also where that is prepared once more, as a public set."""
+    assert prepare(tmp_path / "images", tmp_path / "public", "--public").code == 0
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    settings = ["public_data.name=other", f"public_data.train_path={tmp_path / public}", "pretrain.epochs=1"]
+    more = [*MINE, "--data_root", str(prepared), "gen.data_num=4", *settings]
+    assert "holds the private images" in refused(tmp_path, *more, method="DP-MERF")
+
+
+def test_public_images_beside_the_private_ones_are_accepted(tmp_path, prepared):
+    prepare(image_folder(tmp_path / "others", {"a": 20, "b": 20}), tmp_path / "images" / "sets", "--public")
+    for public in ("others", "images/sets/mine"):
+        settings = [
+            "public_data.name=other",
+            f"public_data.train_path={tmp_path / public}",
+            "pretrain.epochs=1",
+        ]
+        more = [*MINE, "--data_root", str(prepared), "gen.data_num=4", *settings, "--dry_run"]
+        outcome = call(run_program.main, arguments("DP-MERF", tmp_path / "exp", *more))
+        assert outcome.code == 0, outcome.err
+
+
 def test_private_images_as_public_ones_by_name(tmp_path, prepared):
     """Some sets are known as private and as public ones, and lie in one folder."""
     shutil.copytree(prepared / "mine", prepared / "emnist")
