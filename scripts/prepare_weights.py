@@ -1,7 +1,6 @@
 """Fetch the weights that a metric needs: python scripts/prepare_weights.py --name inception"""
 
 import argparse
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from data.download import RemoteFile, download
 from data.prepared import sha256_of
 from evaluation.metrics import image_reward
 from extractors.vision_transformer import WEIGHTS_FILES, ClipExtractor, Dinov2Extractor
+from utils import places
 from utils.errors import UserError
 
 DIGESTS = "SHA256SUMS"  # beside files of the hub: what they were when they came
@@ -57,11 +57,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--source", type=Path, metavar="PATH", help="the file, or the folder of the files, if you have it"
     )
-    default_root = os.environ.get("DPIB_WEIGHTS_ROOT") or "~/.cache/dp-image-bench"
     parser.add_argument(
         "--weights_root",
-        type=Path,
-        default=default_root,
+        type=places.weights_root,
+        default=places.weights_root(),
         metavar="DIR",
         help="default: $DPIB_WEIGHTS_ROOT, else ~/.cache/dp-image-bench",
     )
@@ -71,7 +70,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
-        wanted, root = WEIGHTS[arguments.name], arguments.weights_root.expanduser()
+        wanted, root = WEIGHTS[arguments.name], arguments.weights_root
         get = prepare if isinstance(wanted, RemoteFile) else prepare_hub
         path = get(wanted, root, arguments.source)
     except UserError as error:
