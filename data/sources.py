@@ -325,8 +325,8 @@ def _as_uint8(images: np.ndarray, where: str) -> np.ndarray:
 
 
 def as_nhwc(images: np.ndarray, where: str) -> np.ndarray:
-    """(N, H, W) or (N, H, W, 3) from NHW, NCHW or NHWC; the channel axis is the one of size 1 or 3. Where two are,
-    which only images of 1 or 3 pixels have, it is the earlier one, as in the samples of a run."""
+    """(N, H, W) or (N, H, W, 3) from NHW, NCHW or NHWC; the channel axis is the one of size 1 or 3. Where two are
+    (a side has 1 or 3 pixels), it is the earlier one, as in the samples of a run."""
     if images.ndim == 3:
         return images
     if images.ndim == 4 and images.shape[1] in (1, 3):

@@ -11,7 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.download import RemoteFile, download
 from data.prepared import sha256_of
 from evaluation.metrics import image_reward
+from extractors.inception import INCEPTION_WEIGHTS
 from extractors.vision_transformer import WEIGHTS_FILES, ClipExtractor, Dinov2Extractor
+from extractors.weights import expected_hash
 from utils import places
 from utils.errors import UserError
 
@@ -31,14 +33,10 @@ def of_transformers(extractor) -> HubFiles:
     return HubFiles(extractor.SOURCE, extractor.SOURCE.rpartition("/")[2], (("config.json",), WEIGHTS_FILES))
 
 
-# The last part of a remote file's name is the beginning of its SHA-256.
 WEIGHTS = {
     "inception": RemoteFile(
-        "weights-inception-2015-12-05-6726825d.pth",
-        (
-            "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-            "weights-inception-2015-12-05-6726825d.pth",
-        ),
+        INCEPTION_WEIGHTS,
+        (f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_WEIGHTS}",),
     ),
     "dinov2": of_transformers(Dinov2Extractor),
     "clip": of_transformers(ClipExtractor),
@@ -162,11 +160,6 @@ def _chosen(wanted: HubFiles, there: set[str], place: str) -> list[str]:
 
 def hash_matches(path: Path, name: str) -> bool:
     return sha256_of(path).startswith(expected_hash(name))
-
-
-def expected_hash(name: str) -> str:
-    """The hex digits at the end of a weights file's name."""
-    return Path(name).stem.rsplit("-", 1)[-1]
 
 
 def _copy(source: Path, target: Path) -> Path:
