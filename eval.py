@@ -12,7 +12,17 @@ import sys
 import time
 from pathlib import Path
 
-from judging import INCOMPLETE, REVEALED, RealData, judge, oracle_data, validation_data
+from judging import (
+    INCOMPLETE,
+    REVEALED,
+    RealData,
+    judge,
+    no_account,
+    open_door,
+    oracle_data,
+    validation_data,
+    write_down,
+)
 from models import METHODS
 from utils.bounds import at_most
 from utils.command_line import read_command_line, short_help
@@ -21,7 +31,7 @@ from utils.config_files import flatten
 from utils.environment import values_of
 from utils.errors import UserError
 from utils.log import also_to, to_terminal
-from utils.run_dir import CONFIG, PRIVACY, RESULTS, SAMPLES, new_folder, read_json, working_in, write_json
+from utils.run_dir import CONFIG, PRIVACY, RESULTS, SAMPLES, new_folder, read_json, working_in
 from utils.runtime import Runtime, log
 from utils.stopping import UNREAD, exit_code, quiet_pipe, sigterm_interrupts
 
@@ -147,11 +157,8 @@ def evaluate_images(config: Config) -> int:
     from evaluation.earlier import earlier_report, facts_of
     from evaluation.evaluator import Evaluator
     from evaluation.images import read_images
-    from evaluation.page import REPORT, write_page
-    from evaluation.report import Report
-    from evaluation.settings import evaluation_settings
+    from evaluation.page import REPORT
     from utils.device import prepare_device
-    from utils.results import results_of
 
     config = as_images(config)
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
@@ -164,8 +171,7 @@ def evaluate_images(config: Config) -> int:
     for line in (*lines, *notes):
         log.info(line)
     facts = facts_of(samples, spec)
-    earlier = Report() if config.out is None else earlier_report(config.out, config.data_name, facts)
-    if earlier is None:
+    if config.out is not None and earlier_report(config.out, config.data_name, facts) is None:
         raise UserError(
             f"--out: {config.out} holds the results of other images, or of a dataset that is another or was prepared "
             f"again; give another folder"
@@ -185,20 +191,11 @@ def evaluate_images(config: Config) -> int:
     also_to(folder / "stdout.txt")
     start = time.perf_counter()
     report = evaluator.evaluate(samples, train=sensitive.train, test=sensitive.test, select=None)
-    unknown = {
-        "budget": {"delta": None},
-        "private": None,
-        "spent": None,
-        "selection": [],
-        "noise_seeded": False,
-    }
-    title = f"{config.images.name} on {spec.name}"
-    settings = evaluation_settings(config)
-    written = report.after(earlier, settings)
-    timing = {"evaluate": time.perf_counter() - start}
-    results = results_of(folder, config, unknown, written, settings, timing, facts)
-    write_page(folder, written, samples, sensitive.train, spec, title, None, config.eval.gallery, results)
-    write_json(folder / RESULTS, results)
+    written = write_down(
+        folder, config, spec, report, samples, sensitive.train, title=f"{config.images.name} on {spec.name}",
+        account=no_account(private=None, spent=None), card=None,
+        timing={"evaluate": time.perf_counter() - start}, facts=facts,
+    )  # fmt: skip
     log.info(f"\n{written.table()}\n\nreport: {folder / REPORT}\nnumbers: {folder / RESULTS}")
     return INCOMPLETE if report.missing else 0
 
@@ -285,17 +282,12 @@ def samples_of(config: Config, split: str):
 def real_images(config: Config, spec, split: str, device: str) -> RealData:
     """What the samples of a run are judged against."""
     from data.sensitive import load_sensitive
-    from opacus_ext.disclosure import Disclosure
-    from opacus_ext.ledger import Budget, Ledger
     from opacus_ext.noise import NoiseSource
 
     sensitive = load_sensitive(config.sensitive_data, split, config.data_root)
     held_out = sensitive.validation if config.eval.mode == "val" else None  # other modes have no use for them
-    # Nothing is asked of the training images here, so their ledger has an empty plan.
-    ledger = Ledger(Budget(config.epsilon, config.privacy.delta or 0.0))
-    ledger.adopt([])
     return RealData(
-        Disclosure(sensitive.train, ledger).reveal(REVEALED),
+        open_door(sensitive.train).reveal(REVEALED),
         sensitive.test,
         validation_data(config, spec, held_out, NoiseSource(config.privacy.noise_seed), device),
         oracle_data(config, held_out),

@@ -4,6 +4,7 @@ The evaluation knows nothing of ledgers; here it is given the real images that t
 """
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable
@@ -36,12 +37,10 @@ def judge(
     `real` holds the training images (revealed for this), the test images, and the validation images behind their
     own ledger; `training` is the report of the training ledger.
     """
-    from evaluation.earlier import earlier_report, facts_of
+    from evaluation.earlier import facts_of
     from evaluation.evaluator import Evaluator
-    from evaluation.page import GALLERY, REPORT, write_page
-    from evaluation.settings import evaluation_settings
+    from evaluation.page import GALLERY, REPORT
     from opacus_ext.card import privacy_card, privacy_summary
-    from utils.results import results_of
 
     evaluator = Evaluator(
         config.eval, spec, config.weights_root, runtime.device, config.seed, runtime.cache_dir,
@@ -63,23 +62,45 @@ def judge(
     timing = {**timing, "evaluate": time.perf_counter() - start}
     privacy = read_json(folder / PRIVACY)
     title = f"{config.method} on {spec.name}, epsilon {config.epsilon:g}"
-    facts = facts_of(samples, spec)
-    earlier = earlier_report(folder, config.data_name, facts)
-    if earlier is None:
-        log.info("the earlier evaluation was of other samples; it is replaced")
-    settings = evaluation_settings(config)
-    written = report if earlier is None else report.after(earlier, settings)
-    results = results_of(folder, config, privacy, written, settings, timing, facts)
-    write_page(
-        folder, written, samples, real.train, spec, title, privacy_card(privacy), config.eval.gallery, results
-    )
-    write_json(folder / RESULTS, results)
+    written = write_down(
+        folder, config, spec, report, samples, real.train, title=title, account=privacy,
+        card=privacy_card(privacy), timing=timing, facts=facts_of(samples, spec),
+    )  # fmt: skip
     log.info(f"\n{privacy_summary(privacy)}\n\n{written.table()}\n")
     places = {"report": REPORT, "samples": GRID, "privacy card": CARD, "numbers": RESULTS}
     if report.nearest and config.eval.gallery == "private":
         places["nearest training images, not to be shared"] = GALLERY
     log.info("\n".join(f"{what}: {folder / name}" for what, name in places.items()))
     return INCOMPLETE if report.missing else 0
+
+
+def write_down(
+    folder: Path, config: Config, spec, report, samples, train, *, title: str, account: dict, card: str | None,
+    timing: dict[str, float], facts: dict,
+):  # fmt: skip
+    """Write report.html and (last) results.json about `report`, and what an earlier evaluation of the same samples
+    found; returns both as one Report. `account` says what the samples cost, `facts` by what they are recognised."""
+    from evaluation.earlier import earlier_report
+    from evaluation.page import write_page
+    from evaluation.settings import evaluation_settings
+    from utils.results import results_of
+
+    earlier = earlier_report(folder, config.data_name, facts)
+    if earlier is None:
+        log.info("the earlier evaluation was of other samples; it is replaced")
+    settings = evaluation_settings(config)
+    written = report if earlier is None else report.after(earlier, settings)
+    results = results_of(folder, config, account, written, settings, timing, facts)
+    write_page(folder, written, samples, train, spec, title, card, config.eval.gallery, results)
+    write_json(folder / RESULTS, results)
+    return written
+
+
+def no_account(*, private: bool | None, spent: float | None) -> dict:
+    """What results.json takes from the account of a run, for images that none made: their cost is what is given."""
+    return {
+        "budget": {"delta": None}, "private": private, "spent": spent, "selection": [], "noise_seeded": False
+    }  # fmt: skip
 
 
 def write_account(folder: Path, training: dict, selection: dict | None = None) -> None:
@@ -142,11 +163,14 @@ def validation_data(config: Config, spec, images, noise, device: str):
 
 def oracle_data(config: Config, images):
     """The door to the validation images, for eval.oracles; or None."""
+    return None if images is None or not config.eval.oracles else open_door(images)
+
+
+def open_door(images):
+    """A Disclosure of images of which nothing is asked here: the plan of their ledger is empty, whatever its budget."""
     from opacus_ext.disclosure import Disclosure
     from opacus_ext.ledger import Budget, Ledger
 
-    if images is None or not config.eval.oracles:
-        return None
-    ledger = Ledger(Budget(config.eval.selection_epsilon, 0.0))
+    ledger = Ledger(Budget(math.inf, 0.0))
     ledger.adopt([])
     return Disclosure(images, ledger)

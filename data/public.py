@@ -1,7 +1,6 @@
 """Public data at the shape of the private data. Converted copies are kept under <data_root>/.cache."""
 
 import hashlib
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,12 @@ from data.sources import open_source
 from data.spec import DataSpec, PublicData, Samples
 from utils.errors import UserError
 from utils.progress import progress
+from utils.runtime import log
 from utils.sections import PublicDataConfig
 
 GLYPH_SEED = 0  # the public set is the same in every run
 ROWS_AT_ONCE = 4096  # converted at a time
 CONVERSION_VERSION = 1  # part of every cache key: raise it when converted pixels change
-
-logger = logging.getLogger(__name__)
 
 
 def has_public_images(section: PublicDataConfig) -> bool:
@@ -169,8 +167,8 @@ def _prepared_by_name(section: PublicDataConfig, spec: DataSpec, data_root: Path
     sizes = {read_meta(folder).resolution: folder for folder in reversed(stored)}
     enough = [size for size in sizes if size >= spec.resolution]
     if not enough:
-        logger.warning(
-            "public_data: %s is stored at %d px and enlarged to %d", section.name, max(sizes), spec.resolution
+        log.info(
+            f"public_data: {section.name} is stored at {max(sizes)} px and enlarged to {spec.resolution}"
         )
     return read_prepared(sizes[min(enough) if enough else max(sizes)])
 
@@ -186,7 +184,7 @@ def _prepared_from_path(section: PublicDataConfig, spec: DataSpec, data_root: Pa
         target = Target(section.name, spec.resolution, spec.channels, None, public=True)
         _, notes = convert_source(open_source(path), target, folder, str(path))
         for note in notes:
-            logger.warning("public_data: %s: %s", section.name, note)
+            log.info(f"public_data: {section.name}: {note}")
     return read_prepared(folder)
 
 

@@ -258,7 +258,10 @@ def _cifar_part(tree: FileTree, files: list[str]) -> ArrayPart:
 
 # ------------------------------------------------------------------------------------------------------ npz
 
-_TRAIN_KEYS = (("train_images", "train_labels"), ("x_train", "y_train"), ("x", "y"), ("images", "labels"))
+_TRAIN_KEYS = (
+    ("train_images", "train_labels"), ("x_train", "y_train"), ("x", "y"), ("images", "labels"),
+    ("arr_0", "arr_1"),  # of arrays without a name
+)  # fmt: skip
 _VAL_KEYS = (("val_images", "val_labels"),)
 _TEST_KEYS = (("test_images", "test_labels"), ("x_test", "y_test"))
 _NAME_KEYS = ("classes", "class_names")
@@ -270,14 +273,14 @@ def _read_npz(path: Path) -> Source:
         raise UserError(f"{path}: no such file")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = _wanted_arrays(archive)
+            there, arrays = archive.files, _wanted_arrays(archive)
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: corrupt, truncated or not an npz of plain arrays ({error})") from error
     train = _npz_part(path, arrays, _TRAIN_KEYS)
     if train is None:
         wanted = ", ".join("/".join(keys) for keys in _TRAIN_KEYS)
         raise UserError(
-            f"{path}: holds {', '.join(arrays) or 'nothing known'}; one of these pairs is needed: {wanted}"
+            f"{path}: holds {', '.join(there) or 'nothing'}; one of these pairs is needed: {wanted}"
         )
     validation, test = (_npz_part(path, arrays, keys) for keys in (_VAL_KEYS, _TEST_KEYS))
     names = next((arrays[key] for key in _NAME_KEYS if key in arrays), None)
@@ -296,34 +299,55 @@ def _npz_part(
 ) -> ArrayPart | None:
     for image_key, label_key in pairs:
         if image_key in arrays and label_key in arrays:
-            images = _as_nhwc(arrays[image_key], f"{path}: {image_key}")
+            images = as_nhwc(_as_uint8(arrays[image_key], f"{path}: {image_key}"), f"{path}: {image_key}")
             labels = _as_label_vector(arrays[label_key], f"{path}: {label_key}")
             _require_equal_counts(f"{path}: {label_key}", images, labels)
             return ArrayPart(images, labels)
     return None
 
 
-def _as_nhwc(images: np.ndarray, where: str) -> np.ndarray:
-    """(N, H, W) or (N, H, W, 3) from NHW, NHWC or NCHW; the channel axis is the one of size 1 or 3."""
-    if images.dtype != np.uint8:
-        raise UserError(f"{where}: dtype {images.dtype}; allowed: uint8")
+def _as_uint8(images: np.ndarray, where: str) -> np.ndarray:
+    """uint8 as they are, floats in [0, 1] times 255."""
+    if images.dtype == np.uint8:
+        return images
+    if not np.issubdtype(images.dtype, np.floating):
+        raise UserError(f"{where}: dtype {images.dtype}; allowed: uint8, or floats in [0, 1]")
+    for index, image in enumerate(images):
+        least, most = image.min(), image.max()  # both NaN if any value is
+        if np.isnan(least):
+            raise UserError(f"{where}: image {index} has a value that is NaN; floats must be in [0, 1]")
+        if least < 0 or most > 1:
+            raise UserError(
+                f"{where}: image {index} has values from {least:.4g} to {most:.4g}; floats must be in [0, 1], "
+                f"values up to 255 be uint8"
+            )
+    return np.round(images * 255).astype(np.uint8)
+
+
+def as_nhwc(images: np.ndarray, where: str) -> np.ndarray:
+    """(N, H, W) or (N, H, W, 3) from NHW, NCHW or NHWC; the channel axis is the one of size 1 or 3. Where two are
+    (a side has 1 or 3 pixels), it is the earlier one, as in the samples of a run."""
     if images.ndim == 3:
         return images
-    if images.ndim == 4 and images.shape[3] in (1, 3):
-        return images[..., 0] if images.shape[3] == 1 else images
     if images.ndim == 4 and images.shape[1] in (1, 3):
         return images[:, 0] if images.shape[1] == 1 else images.transpose(0, 2, 3, 1)
+    if images.ndim == 4 and images.shape[3] in (1, 3):
+        return images[..., 0] if images.shape[3] == 1 else images
     raise UserError(
-        f"{where}: shape {images.shape}; allowed: (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3"
+        f"{where}: shape {images.shape}; allowed: (N, H, W), (N, C, H, W) or (N, H, W, C) with C 1 or 3"
     )
 
 
 def _as_label_vector(labels: np.ndarray, where: str) -> np.ndarray:
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(f"{where}: {labels.dtype} {labels.shape}; allowed: one integer per image")
-    return labels.astype(np.int64)
+    """(N,) int64, or class names as they are."""
+    if labels.ndim == 2 and 1 in labels.shape:
+        labels = labels.reshape(-1)
+    names = labels.dtype.kind == "U"
+    if labels.ndim != 1 or not (names or np.issubdtype(labels.dtype, np.integer)):
+        raise UserError(
+            f"{where}: {labels.dtype} {labels.shape}; allowed: one integer or class name per image"
+        )
+    return labels if names else labels.astype(np.int64)
 
 
 def _require_equal_counts(where: str, images: np.ndarray, labels: np.ndarray) -> None:

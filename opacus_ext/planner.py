@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import logging
 import math
 import subprocess
 import time
@@ -11,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-log = logging.getLogger("dpib")
+from utils.runtime import log
 
 # Multiply-adds of one example below which the first choice is taken unmeasured: little is to be gained.
 WORTH_MEASURING = 50_000

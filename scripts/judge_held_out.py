@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import require_same_split, with_run
-from judging import write_account
+from judging import open_door, write_account
 from models import METHODS
 from utils.config import Config, load_config
 from utils.environment import values_of
@@ -78,8 +78,6 @@ def judge(config: Config):
     from data.samples_file import read_samples
     from data.sensitive import load_sensitive, spec_of
     from evaluation.evaluator import Evaluator
-    from opacus_ext.disclosure import Disclosure
-    from opacus_ext.ledger import Budget, Ledger
     from utils.device import prepare_device
 
     folder = config.exp_path
@@ -88,9 +86,7 @@ def judge(config: Config):
         folder, dataclasses.replace(config, eval=dataclasses.replace(config.eval, mode="val")), spec
     )
     sensitive = load_sensitive(config.sensitive_data, "val", config.data_root)
-    ledger = Ledger(Budget(config.epsilon, config.privacy.delta or 0.0))
-    ledger.adopt([])
-    shown = Disclosure(sensitive.validation, ledger).reveal(REASON)
+    shown = open_door(sensitive.validation).reveal(REASON)
     training = read_json(folder / PRIVACY)
     write_account(folder, {**training, "revealed": [*training["revealed"], REASON]})
     evaluator = Evaluator(config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed)

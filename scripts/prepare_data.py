@@ -1,7 +1,6 @@
 """Download or convert a dataset into the prepared format: python scripts/prepare_data.py --data_name mnist_28"""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from data.prepare import prepare
 from data.prepared import PreparedMeta
 from data.registry import known_names, known_set
 from utils.errors import UserError
+from utils.places import data_root
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -28,8 +28,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--data_root",
-        type=Path,
-        default=default_root(),
+        type=data_root,
+        default=data_root(),
         metavar="DIR",
         help="default: $DPIB_DATA_ROOT or dataset",
     )
@@ -62,12 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     if known_set(meta.name) is None:
         print(f"classes: {', '.join(meta.class_names[:20])}{', ...' if len(meta.class_names) > 20 else ''}")
-        print(usage_line(folder, meta, arguments["public"], default_root()))
+        print(usage_line(folder, meta, arguments["public"], data_root()))
     return 0
-
-
-def default_root() -> Path:
-    return Path(os.environ.get("DPIB_DATA_ROOT", "dataset"))
 
 
 def usage_line(folder: Path, meta: PreparedMeta, public: bool, usual_root: Path) -> str:

@@ -1,7 +1,6 @@
 """Fetch the weights that a metric needs: python scripts/prepare_weights.py --name inception"""
 
 import argparse
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -12,7 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.download import RemoteFile, download
 from data.prepared import sha256_of
 from evaluation.metrics import image_reward
+from extractors.inception import INCEPTION_WEIGHTS
 from extractors.vision_transformer import WEIGHTS_FILES, ClipExtractor, Dinov2Extractor
+from extractors.weights import expected_hash
+from utils import places
 from utils.errors import UserError
 
 DIGESTS = "SHA256SUMS"  # beside files of the hub: what they were when they came
@@ -31,14 +33,10 @@ def of_transformers(extractor) -> HubFiles:
     return HubFiles(extractor.SOURCE, extractor.SOURCE.rpartition("/")[2], (("config.json",), WEIGHTS_FILES))
 
 
-# The last part of a remote file's name is the beginning of its SHA-256.
 WEIGHTS = {
     "inception": RemoteFile(
-        "weights-inception-2015-12-05-6726825d.pth",
-        (
-            "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-            "weights-inception-2015-12-05-6726825d.pth",
-        ),
+        INCEPTION_WEIGHTS,
+        (f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_WEIGHTS}",),
     ),
     "dinov2": of_transformers(Dinov2Extractor),
     "clip": of_transformers(ClipExtractor),
@@ -57,11 +55,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--source", type=Path, metavar="PATH", help="the file, or the folder of the files, if you have it"
     )
-    default_root = os.environ.get("DPIB_WEIGHTS_ROOT") or "~/.cache/dp-image-bench"
     parser.add_argument(
         "--weights_root",
-        type=Path,
-        default=default_root,
+        type=places.weights_root,
+        default=places.weights_root(),
         metavar="DIR",
         help="default: $DPIB_WEIGHTS_ROOT, else ~/.cache/dp-image-bench",
     )
@@ -71,7 +68,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
-        wanted, root = WEIGHTS[arguments.name], arguments.weights_root.expanduser()
+        wanted, root = WEIGHTS[arguments.name], arguments.weights_root
         get = prepare if isinstance(wanted, RemoteFile) else prepare_hub
         path = get(wanted, root, arguments.source)
     except UserError as error:
@@ -163,11 +160,6 @@ def _chosen(wanted: HubFiles, there: set[str], place: str) -> list[str]:
 
 def hash_matches(path: Path, name: str) -> bool:
     return sha256_of(path).startswith(expected_hash(name))
-
-
-def expected_hash(name: str) -> str:
-    """The hex digits at the end of a weights file's name."""
-    return Path(name).stem.rsplit("-", 1)[-1]
 
 
 def _copy(source: Path, target: Path) -> Path:

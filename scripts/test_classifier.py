@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from judging import INCOMPLETE, no_account
 from models import METHODS
 from utils.config import Config, format_config, load_config
 from utils.errors import UserError
@@ -69,15 +70,13 @@ def measure(config: Config) -> int:
     also_to(folder / "stdout.txt")
     start = time.perf_counter()
     report = evaluator.evaluate(sensitive.train, train=sensitive.train, test=sensitive.test, select=None)
-    without_privacy = {
-        "budget": {"delta": None}, "private": False, "spent": math.inf, "selection": [], "noise_seeded": False
-    }  # fmt: skip
+    account = no_account(private=False, spent=math.inf)
     timing = {"evaluate": time.perf_counter() - start}
     settings = evaluation_settings(config)
-    write_json(folder / RESULTS, results_of(folder, config, without_privacy, report, settings, timing, {}))
+    write_json(folder / RESULTS, results_of(folder, config, account, report, settings, timing, {}))
     log.info(f"\n{report.table()}\n\nNOT private: the classifiers were trained on the private images")
     log.info(f"run folder: {folder}")
-    return 3 if report.missing else 0
+    return INCOMPLETE if report.missing else 0
 
 
 if __name__ == "__main__":

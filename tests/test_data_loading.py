@@ -338,6 +338,7 @@ def test_per_class_takes_the_first_images_of_each_class(tmp_path):
 
 
 def test_the_smallest_stored_size_that_is_large_enough_is_used(tmp_path, caplog):
+    caplog.set_level("INFO", "dpib")
     for name, side in (("imagenet", 8), ("imagenet_16", 16), ("imagenet_32", 32)):
         write_set(tmp_path / name, num_train=side, side=side)
     section = public_section("imagenet", n_classes=2)

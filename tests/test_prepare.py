@@ -21,7 +21,7 @@ from data.download import RemoteFile, download
 from data.prepare import prepare
 from data.prepared import read_meta, read_prepared
 from data.registry import known_names, known_set
-from data.sources import open_source
+from data.sources import as_nhwc, open_source
 from scripts.prepare_data import main
 from utils.errors import UserError
 
@@ -143,7 +143,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("layout", ["NHW", "NHW1", "N1HW", "NHWC", "NCHW"])
+@pytest.mark.parametrize("layout", ["NHW", "NHW1", "N1HW", "NHWC", "NCHW", "NCHW of floats"])
 def test_npz_layouts_of_images(tmp_path, layout):
     colour = colour_images(14, 8)
     grey = colour[..., 0]
@@ -153,6 +153,7 @@ def test_npz_layouts_of_images(tmp_path, layout):
         "N1HW": grey[:, None],
         "NHWC": colour,
         "NCHW": colour.transpose(0, 3, 1, 2),
+        "NCHW of floats": colour.transpose(0, 3, 1, 2) / np.float32(255),
     }
     labels = np.arange(14) % 2
     np.savez(tmp_path / "a.npz", x=stored[layout], y=labels)
@@ -162,7 +163,9 @@ def test_npz_layouts_of_images(tmp_path, layout):
     assert result.test is None
 
 
-@pytest.mark.parametrize("keys", [("x", "y"), ("images", "labels"), ("x_train", "y_train")])
+@pytest.mark.parametrize(
+    "keys", [("x", "y"), ("images", "labels"), ("x_train", "y_train"), ("arr_0", "arr_1")]
+)
 def test_npz_key_names(tmp_path, keys):
     np.savez(tmp_path / "a.npz", **{keys[0]: colour_images(14), keys[1]: np.arange(14) % 2})
     np.savez(tmp_path / "b.npz", **{keys[0]: colour_images(6, seed=1), keys[1]: np.arange(6) % 2})
@@ -171,6 +174,11 @@ def test_npz_key_names(tmp_path, keys):
         result.test.images, colour_images(6, seed=1).transpose(0, 3, 1, 2)
     )
     assert notes == []
+
+
+def test_of_two_axes_that_may_be_channels_the_first_is_taken():
+    assert as_nhwc(np.zeros((5, 1, 8, 3), np.uint8), "").shape == (5, 8, 3)
+    assert as_nhwc(np.zeros((5, 3, 8, 1), np.uint8), "").shape == (5, 8, 1, 3)
 
 
 def test_medmnist_npz_joins_validation_to_training_and_says_so(tmp_path):
@@ -450,7 +458,7 @@ BAD_SOURCES = {
     "truncated npz": (truncated(npz_of(x=IMAGES, y=LABELS), 99), r"a\.npz: corrupt, truncated"),
     "no known keys": (npz_of(pictures=IMAGES, y=LABELS), "one of these pairs is needed"),
     "pickled array": (npz_of(x=np.array([{}], object), y=LABELS), "not an npz of plain arrays"),
-    "float images": (npz_of(x=IMAGES / 255, y=LABELS), "dtype float64; allowed: uint8"),
+    "float images": (npz_of(x=IMAGES / 1.0, y=LABELS), "floats must be in .* be uint8"),
     "image shape": (npz_of(x=IMAGES[..., :2], y=LABELS), r"shape \(14, 8, 8, 2\)"),
     "no images": (npz_of(x=IMAGES[:0], y=LABELS[:0]), "no images"),
     "label counts": (npz_of(x=IMAGES, y=LABELS[:9]), "9 labels for 14 images"),
@@ -458,7 +466,7 @@ BAD_SOURCES = {
     "label gap": (npz_of(x=IMAGES, y=LABELS * 2), r"class 1 \(1\) has no training image"),
     "huge label": (npz_of(x=IMAGES, y=LABELS * 10**9), "label 1000000000 among"),
     "label beyond names": (npz_of(x=IMAGES, y=LABELS * 2, classes=["a", "b"]), "allowed are 0 to 1"),
-    "several labels": (npz_of(x=IMAGES, y=np.zeros((14, 3), int)), "one integer per image"),
+    "several labels": (npz_of(x=IMAGES, y=np.zeros((14, 3), int)), "one integer or class name per image"),
     "null labels": (zip_of(b'{"labels": null}'), "no list 'labels'"),
     "vector label": (zip_of(b'{"labels": [["a.png", [0, 1]]]}'), r"labels a\.png with \[0, 1\]"),
     "listed, missing": (zip_of(b'{"labels": [["b.png", 0]]}'), r"lists b\.png, which is not there"),

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import re
 import typing
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 from utils.command_line import parse_epsilon, parse_value, parser, read_command_line
 from utils.config_files import ConfigFiles, config_folders, file_values, flatten, readable_errors
 from utils.errors import UserError, unknown
+from utils.places import data_root, weights_root
 from utils.presets import PRESETS, Rule, load_presets, nearest_tier
 from utils.registry import Registry
 from utils.sections import (
@@ -149,7 +149,7 @@ def load_config(argv: list[str], methods: Registry, program: str = "run") -> Con
     choices = {group: settings.pop(group) for group in FILE_CHOICES if group in settings}
     command = _parse_settings(settings, schema.types)
     cell = _choose_cell(files, schema, flags, choices, command)
-    layers = _value_layers(files, cell, schema, given, command, data_root(flags))
+    layers = _value_layers(files, cell, schema, given, command, data_root(flags.data_root))
     typed = _typed_values(files.compose(cell.files), schema, layers)
     check(typed["seed"] >= 0, "seed", typed["seed"], "0 or more")
     plain = {name: _plain(value) for name, value in typed.items()}
@@ -194,11 +194,6 @@ def format_config(config: Config) -> str:
     return "\n".join(lines)
 
 
-def data_root(flags: argparse.Namespace) -> Path:
-    """Where prepared datasets lie: --data_root, else $DPIB_DATA_ROOT, else ./dataset."""
-    return Path(flags.data_root or os.environ.get("DPIB_DATA_ROOT") or "dataset").expanduser()
-
-
 def _run_options(flags: argparse.Namespace) -> dict[str, object]:
     """The fields of Config that are flags and nothing else."""
     description = flags.exp_description
@@ -206,7 +201,6 @@ def _run_options(flags: argparse.Namespace) -> dict[str, object]:
         raise UserError(
             f"--exp_description: '{description}' is not allowed; it must be usable in a folder's name"
         )
-    weights = flags.weights_root or os.environ.get("DPIB_WEIGHTS_ROOT") or "~/.cache/dp-image-bench"
     places = {  # flags of eval.py
         name: Path(given).expanduser() if (given := getattr(flags, name, None)) else None
         for name in ("exp_path", "images", "out")
@@ -218,9 +212,9 @@ def _run_options(flags: argparse.Namespace) -> dict[str, object]:
         "list_parts": getattr(flags, "list", False),
         "dry_run": flags.dry_run,
         "print_config": flags.print_config,
-        "data_root": data_root(flags),
+        "data_root": data_root(flags.data_root),
         "exp_root": Path(flags.exp_root).expanduser(),
-        "weights_root": Path(weights).expanduser(),
+        "weights_root": weights_root(flags.weights_root),
     }
 
 
@@ -283,7 +277,7 @@ def _choose_data(
         name, chosen = found.stem, found
     else:
         name, chosen = flags.data_name, files.require("data", OWN_IMAGES)
-        _check_own_data(files, name, data_root(flags), command)
+        _check_own_data(files, name, data_root(flags.data_root), command)
     if command.get("sensitive_data.name") not in (None, name):
         raise UserError(
             f"sensitive_data.name={command['sensitive_data.name']}: choose it with --data_name, or null"
