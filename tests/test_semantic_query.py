@@ -258,7 +258,7 @@ def test_the_classifier_sees_mirrored_images_where_the_public_set_allows_it(flip
     """As the network that is pretrained on them. All images are white on their left half."""
     images = np.zeros_like(public.samples.images)
     images[..., : images.shape[-1] // 2] = 255
-    query = make_method(NAME, f"public_data.flip={flip}", "pretrain.query.n_epochs=4").query
+    query = make_method(NAME, f"public_data.flip={flip}", "pretrain.query.n_epochs=4").images.query
     forwarded = []
     classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(public.num_classes))
     classifier.register_forward_pre_hook(lambda _, inputs: forwarded.append(inputs[0]))
