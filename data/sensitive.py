@@ -8,7 +8,7 @@ import numpy as np
 
 from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta, read_prepared
 from data.public import has_public_images, stored_folders
-from data.registry import EMBEDDED_SENSITIVE, prepare_command
+from data.registry import EMBEDDED_SENSITIVE, known_set, prepare_command
 from data.spec import DataSpec, Samples
 from data.splits import validation_split
 from utils.environment import require_no_run
@@ -51,6 +51,7 @@ def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[D
         num_private,
         class_names,
         "" if meta is None else meta.identity,
+        section.path is None and (_is_embedded(section) or known_set(section.name or "") is not None),
     )
     return spec, _count_notes(section, available, num_private)
 

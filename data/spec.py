@@ -10,7 +10,8 @@ class DataSpec:
     """What everyone may know about a sensitive dataset. Images are square; class names are for prompts and plots.
 
     `num_train` is the number of private training records; it is treated as public, and the ledger records that.
-    `identity` is a random name of the prepared folder; empty: images that come with the toolkit.
+    `identity` is a random name of the prepared folder; empty: images that come with the toolkit. `is_benchmark`: a set
+    on which settings are compared, those of the presets among them.
     """
 
     name: str
@@ -20,6 +21,7 @@ class DataSpec:
     num_train: int
     class_names: tuple[str, ...]
     identity: str = ""
+    is_benchmark: bool = False
 
     def __post_init__(self) -> None:
         assert self.channels in (1, 3), self.channels

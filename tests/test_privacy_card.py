@@ -1,17 +1,21 @@
 """The card says what privacy.json says, in words that hold."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data.sensitive import spec_of
 from data.spec import DataSpec, Samples
+from models import METHODS
 from opacus_ext.accounting import Release, noisy_max_release
 from opacus_ext.card import privacy_card, privacy_summary
 from opacus_ext.ledger import Budget, Ledger
 from opacus_ext.noise import NoiseSource
 from opacus_ext.private_data import PrivateData
 from utils.bounds import at_most
+from utils.config import load_config
 from utils.run_dir import read_json, write_json
 
 NUM_RECORDS = 50
@@ -111,6 +115,17 @@ def test_unit_delta_assumptions_and_caveats_are_named(two_stages):
     assert "by which a probability may exceed" in card and "k x exp((k - 1) x epsilon) x delta" in card
     assert "hyperparameters" in card and "floating-point" in card
     assert "seeded (" not in card
+
+
+def test_presets_that_were_tuned_on_these_very_images_are_named(two_stages):
+    argv = ["--method", "Noise", "--data_name", "digits_8"]
+    spec, _ = spec_of(load_config(argv, METHODS).sensitive_data, "syn", Path("nowhere"))
+    samples = Samples(np.zeros((spec.num_train, 1, 8, 8), np.uint8), np.zeros(spec.num_train, np.int64))
+    ledger = Ledger(Budget(1.0, 1e-4))
+    ledger.adopt([])
+    words = "chosen by experiments on this very data set"
+    assert words in privacy_card(PrivateData(samples, spec, ledger).report())
+    assert words not in privacy_card(two_stages)
 
 
 def test_the_relation_is_said():

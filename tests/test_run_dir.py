@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from utils.checkpoints import Checkpoints, read
 from utils.environment import require_no_run, require_same_config
 from utils.errors import UserError
 from utils.results import results_of, write_privacy
-from utils.run_dir import atomic, create, discard_unstarted, find, read_json, write_json, write_text
+from utils.run_dir import atomic, create, discard_unstarted, find, find_any, read_json, write_json, write_text
 from utils.stage_times import StageTimes
 
 # ------------------------------------------------------------------------------------------------- files
@@ -78,11 +79,16 @@ def test_a_run_is_found_by_name_and_by_path(tmp_path):
         find(tmp_path, "Noise", folder.name)  # nothing says that it is a run
     write_text(folder / "config.yaml", "seed: 0\n")
     assert find(tmp_path, "Noise", folder.name) == find(tmp_path, "DPDM", str(folder)) == folder
-    with pytest.raises(UserError, match="is no run of PrivImage but of noise; give --method too"):
+    with pytest.raises(
+        UserError, match="is no run of PrivImage but of noise; give its --method, or --resume_exp alone"
+    ):
         find(tmp_path, "PrivImage", folder.name)
     for name in ("nowhere", ".", ""):
         with pytest.raises(UserError, match=folder.name):
             find(tmp_path, "Noise", name)
+        with pytest.raises(UserError, match=f"no run '{name}' in "):
+            find_any(tmp_path, name)
+    assert find_any(tmp_path, folder.name) == find_any(Path("elsewhere"), str(folder)) == folder
 
 
 def test_only_a_folder_without_checkpoints_is_discarded(tmp_path):

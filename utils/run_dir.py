@@ -1,5 +1,6 @@
 """The folder of one run, and writing files so that a killed program leaves whole ones or none."""
 
+import contextlib
 import errno
 import json
 import math
@@ -26,14 +27,27 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, fil
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the place of `path` when the block ends without an error."""
+    """Yield a temporary path beside `path`; it takes the place of `path` when the block ends without an error, on the
+    disk too: what was booked or answered must not be forgotten by a machine that loses power."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield temporary
+        _flush(temporary)
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # not every file system can flush a folder
+            _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
