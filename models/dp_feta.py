@@ -8,5 +8,4 @@ class DPFETA(DiffusionSynthesizer):
     """The family with the warm-up as a stage of its own: means, or modes with public_data.name=central_mode. A public
     set, where one is named, comes before it. The central images are a sampled Gaussian release beside DP-SGD."""
 
-    def _central_kind(self) -> str:
-        return super()._central_kind() or MEAN
+    central_kind = MEAN

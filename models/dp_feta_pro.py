@@ -47,6 +47,8 @@ class DPFETAPro(DiffusionSynthesizer):
     """DP-FETA with a second warm-up, on images of a generator that DP-MERF's noisy mean embedding has trained: first
     the spatial means, then the frequencies, then DP-SGD. The three are releases of one plan."""
 
+    central_kind = MEAN
+
     @dataclass(frozen=True)
     class Config(DiffusionSynthesizer.Config):
         freq: FrequencyConfig
@@ -62,9 +64,6 @@ class DPFETAPro(DiffusionSynthesizer):
             freq.Generator, self.embedding, freq.image_size, spec.channels, spec.num_classes, runtime
         )
         self.noisy_embedding: torch.Tensor | None = None  # (num_classes, d_rff)
-
-    def _central_kind(self) -> str:
-        return super()._central_kind() or MEAN
 
     def pretraining_plan(self) -> list[Release]:
         embedding = [Release(MEAN_EMBEDDING, self.config.freq.sigma)] if self.has_frequency_stage else []

@@ -20,18 +20,34 @@ SELECTIVE, NO_SELECTION = (
 
 
 class PretrainingImages:
-    """Plan, ask, keep. `used`: there is a pretraining at all; nothing is asked for one that takes no step."""
+    """Plan, ask, keep. `used`: there is a pretraining that may ask; nothing is asked for one that takes no step, and
+    then `public` and `query` may be None.
+
+    Central images are of the kind that public_data.name says, or else of `central_kind`, beside whatever is public;
+    None: there are none then. With warms_up=False there are none in any case.
+    """
 
     def __init__(
-        self, public: PublicDataConfig, query: QueryConfig, used: bool, spec: DataSpec, runtime: Runtime
+        self,
+        public: PublicDataConfig | None,
+        query: QueryConfig | None,
+        used: bool,
+        spec: DataSpec,
+        runtime: Runtime,
+        *,
+        central_kind: str | None = None,
+        warms_up: bool = True,
     ) -> None:
         self.public, self.used, self.spec, self.runtime = public, used, spec, runtime
         self.central, self.query = None, None
-        if used and public.name in (MEAN, MODE):
-            self.central = CentralImages(public.name, public.central, spec, runtime)
-        elif used and has_public_images(public) and public.selective.ratio < 1:
+        if not used:
+            return
+        if has_public_images(public) and public.selective.ratio < 1:
             words = words_per_class(public, spec.num_classes)
             self.query = SemanticQuery(query, public.selective, words, spec, runtime)
+        kind = public.name if public.name in (MEAN, MODE) else central_kind
+        if kind is not None and warms_up:
+            self.central = CentralImages(kind, public.central, spec, runtime)
 
     @property
     def num_labels(self) -> int:
@@ -55,9 +71,11 @@ class PretrainingImages:
             images = PublicData(CENTRAL_IMAGES, self.central.ask(private), self.spec.class_names)
             self.runtime.snapshot("pretrain")
             return images
-        if self.query is not None and public is not None:
-            return self.query.select(public, private)
-        return public
+        return None if public is None else self.select(public, private)
+
+    def select(self, public: PublicData, private: PrivateData | None) -> PublicData:
+        """The part of a public set that the query chooses, or all of it."""
+        return public if self.query is None else self.query.select(public, private)
 
     def costs(self, num_images: int) -> tuple[list[Cost], int]:
         """What choosing takes, and how many of `num_images` public images are left to pretrain on."""

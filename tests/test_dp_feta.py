@@ -58,7 +58,7 @@ def test_each_warm_up_can_be_left_out(make_method):
 )
 def test_central_images_are_a_stage_of_the_method_whatever_is_public(public, kind, make_method):
     method = make_method("DP-FETA", f"public_data.name={public}")
-    assert method.central.kind == kind
+    assert method.images.central.kind == kind
     assert method.privacy_plan() == PLANS["DP-FETA"]
 
 
@@ -183,7 +183,7 @@ def test_warm_ups_read_the_released_answers_alone(name, make_trial, make_method)
     trial = make_trial(name)
     trial.synthesizer.pretrain(trial.public, trial.private)
     other = make_method(name)
-    other.central.load_state_dict(trial.synthesizer.central.state_dict())
+    other.images.central.load_state_dict(trial.synthesizer.images.central.state_dict())
     if name == "DP-FETA-Pro":
         other.noisy_embedding = trial.synthesizer.noisy_embedding
     other.pretrain(None, None)
@@ -193,9 +193,9 @@ def test_warm_ups_read_the_released_answers_alone(name, make_trial, make_method)
 def test_warm_up_images_are_augmented_anew_at_every_access(make_trial, monkeypatch):
     seen = []
     trial = make_trial("DP-FETA")
-    augment = trial.synthesizer.central.augment
+    augment = trial.synthesizer.images.central.augment
     monkeypatch.setattr(
-        trial.synthesizer.central,
+        trial.synthesizer.images.central,
         "augment",
         lambda images, rng: seen.append(augment(images, rng)) or seen[-1],
     )

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 from data.spec import DataSpec
-from models.central_images import CentralImages
 from models.diffusion.config import ModelConfig, OptimConfig
 from models.diffusion.loss import LossConfig
 from models.diffusion.synthesizer import DiffusionSynthesizer
-from models.semantic_query import SemanticQuery
+from models.pretraining_images import PretrainingImages
 from opacus_ext.accounting import Release
 from utils.runtime import Runtime
 from utils.sections import GenConfig, check_field
@@ -52,11 +51,8 @@ class PublicPretraining(DiffusionSynthesizer):
     def _stages(self) -> dict[str, PublicStageConfig]:
         return {"pretrain": self.config.pretrain}
 
-    def _semantic_query(self) -> SemanticQuery | None:
-        return None
-
-    def _central_images(self) -> CentralImages | None:
-        return None
+    def _pretraining_images(self) -> PretrainingImages:
+        return PretrainingImages(None, None, False, self.spec, self.runtime)
 
     def _flips(self) -> bool:
         return self.config.pretrain.flip

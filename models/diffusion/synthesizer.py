@@ -8,6 +8,7 @@ next, and what its checkpoints hold, is in staged.py. What a method may change i
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,16 +16,14 @@ from torch import nn
 
 from data.public import has_public_images
 from data.spec import DataSpec, PublicData, Samples
-from models.central_images import MEAN, MODE, CentralImages
 from models.diffusion.config import ModelConfig, PretrainConfig, TrainConfig
 from models.diffusion.cost import generation_cost, seconds_per_image, training_cost, warm_up_cost
 from models.diffusion.denoiser import guided
 from models.diffusion.loss import EDMLoss, LossConfig
 from models.diffusion.samplers import SamplerConfig, sample
 from models.diffusion.staged import StagedNetwork
-from models.pretraining_images import NO_IMAGES, NO_SELECTION, SELECTIVE
+from models.pretraining_images import NO_IMAGES, NO_SELECTION, SELECTIVE, PretrainingImages
 from models.public_batches import public_batches
-from models.semantic_query import SemanticQuery, words_per_class
 from models.synthesizer import Cost, balanced_labels
 from models.timing import batch_rows, seconds_of
 from opacus_ext.accounting import Release
@@ -48,6 +47,8 @@ class DiffusionSynthesizer(StagedNetwork):
     """Base of the diffusion methods."""
 
     selects_public_classes = True
+    # Of the central images that warm it up where public_data.name does not say; None: there is no warm-up then.
+    central_kind: ClassVar[str | None] = None
 
     @dataclass(frozen=True)
     class Config:
@@ -59,31 +60,27 @@ class DiffusionSynthesizer(StagedNetwork):
 
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
-        self.query = self._semantic_query()
-        self.central = self._central_images()
+        self.images = self._pretraining_images()
         self._make_network()
 
-    def _semantic_query(self) -> SemanticQuery | None:
-        public = self.config.public_data
-        asked = has_public_images(public) and public.selective.ratio < 1 and self.config.pretrain.n_epochs
-        if not asked:
-            return None
-        words = words_per_class(public, self.spec.num_classes)
-        return SemanticQuery(self.config.pretrain.query, public.selective, words, self.spec, self.runtime)
-
-    def _central_images(self) -> CentralImages | None:
+    def _pretraining_images(self) -> PretrainingImages:
         pretrain = self.config.pretrain
-        kind = self._central_kind() if pretrain.n_epochs and pretrain.warm_up.n_epochs else None
-        if kind is None:
-            return None
-        return CentralImages(kind, self.config.public_data.central, self.spec, self.runtime)
+        return PretrainingImages(
+            self.config.public_data,
+            pretrain.query,
+            pretrain.n_epochs > 0,
+            self.spec,
+            self.runtime,
+            central_kind=self.central_kind,
+            warms_up=pretrain.warm_up.n_epochs > 0,
+        )
 
     def _flips(self) -> bool:
         return self.config.public_data.flip
 
     def _require_labels(self, checkpoint: dict, source: str) -> None:
         public, pretrain = self.config.public_data, self.config.pretrain
-        by_label = self.query is None and pretrain.n_epochs and pretrain.cond
+        by_label = self.images.query is None and pretrain.n_epochs and pretrain.cond
         if by_label and (public.n_classes or 0) > checkpoint["label_dim"]:
             raise UserError(
                 f"{source} knows {checkpoint['label_dim']} labels; {public.name} has {public.n_classes} classes; use "
@@ -94,12 +91,12 @@ class DiffusionSynthesizer(StagedNetwork):
         idle = {} if has_public_images(self.config.public_data) else {SELECTIVE: NO_SELECTION}
         if self.config.pretrain.n_epochs == 0:
             return idle
-        if self.central is None:
+        if self.images.central is None:
             idle["pretrain.warm_up"] = "this run has no warm-up on central images"
         if has_public_images(self.config.public_data):
             return idle
         why = NO_IMAGES
-        if self.central is not None:
+        if self.images.central is not None:
             why = "pretrain.warm_up has those of the warm-up on central images"
         return idle | {"pretrain.n_epochs": why, "pretrain.batch_size": why}
 
@@ -111,17 +108,13 @@ class DiffusionSynthesizer(StagedNetwork):
 
     def _label_dim(self) -> int:
         """Rows of the label table without the null row: private classes, or public ones where those are trained."""
-        public = self.config.public_data
-        if public.name is None or self.query is not None:
-            return self.spec.num_classes
-        return max(self.spec.num_classes, public.n_classes or 0)
+        return self.images.num_labels
 
     def privacy_plan(self) -> list[Release]:
         return [*self.pretraining_plan(), self._training_release()]
 
     def pretraining_plan(self) -> list[Release]:
-        queries = [query.release() for query in (self.query, self.central) if query is not None]
-        return [*self.inherited, *queries]
+        return [*self.inherited, *self.images.plan()]
 
     def _training_release(self) -> Release:
         train = self.config.train
@@ -146,11 +139,6 @@ class DiffusionSynthesizer(StagedNetwork):
         of `pretrain`, and each has batch_size, n_epochs, snapshot_freq and optim for `_fit_public`."""
         pretrain, train = self.config.pretrain, self.config.train
         return {"pretrain": pretrain, **self._warm_up_stage(), "train": train}
-
-    def _central_kind(self) -> str | None:
-        """Which central images of the private set the network is warmed up on, if any."""
-        name = self.config.public_data.name
-        return name if name in (MEAN, MODE) else None
 
     def _make_loss(self, config: LossConfig, unconditional: bool = False) -> EDMLoss:
         """(network, (B, *network_shape), labels (B,), rng) -> (B,) losses, each averaged over its noise draws."""
@@ -180,30 +168,30 @@ class DiffusionSynthesizer(StagedNetwork):
         self._book_inherited(private)
         if public is not None and self.config.pretrain.n_epochs and not self._is_past("pretrain"):
             self._pretrain_publicly(public, private)
-        if self.central is not None and not self._is_past(WARM_UP):
+        if self.images.central is not None and not self._is_past(WARM_UP):
             self._warm_up(private)
 
     def _pretrain_publicly(self, public: PublicData, private: PrivateData | None) -> None:
-        if self.query is not None:
-            public = self.query.select(public, private)
-        self._fit_public("pretrain", public.samples, self._pretraining_loss())
+        samples = self.images.select(public, private).samples
+        self._fit_public("pretrain", samples, self._pretraining_loss())
 
     def _pretraining_loss(self) -> EDMLoss:
         return self._make_loss(self.config.pretrain.loss, not self.config.pretrain.cond)
 
     def _warm_up(self, private: PrivateData | None) -> None:
-        if self.central.answer is None:
-            images = self.central.ask(private)
+        central = self.images.central
+        if central.answer is None:
+            images = central.ask(private)
             self.runtime.snapshot("pretrain")  # first: the images must not outlive their booking
             self.runtime.preview(WARM_UP, 0, images.images, images.labels)
-        self._fit_public(WARM_UP, self.central.answer, self._pretraining_loss(), self.central.augment)
+        self._fit_public(WARM_UP, central.answer, self._pretraining_loss(), central.augment)
 
     def _warm_up_stage(self) -> dict[str, PretrainConfig]:
         pretrain = self.config.pretrain
         section = replace(
             pretrain, batch_size=pretrain.warm_up.batch_size, n_epochs=pretrain.warm_up.n_epochs
         )
-        return {} if self.central is None else {WARM_UP: section}
+        return {} if self.images.central is None else {WARM_UP: section}
 
     def _fit_public(
         self, stage: str, samples: Samples, loss: EDMLoss, augment: Augmentation | None = None
@@ -290,12 +278,11 @@ class DiffusionSynthesizer(StagedNetwork):
             self.runtime.preview(self.stage, self.step, images, labels)
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "central": {} if self.central is None else self.central.state_dict()}
+        return {**super().state_dict(), "central": self.images.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        if self.central is not None:
-            self.central.load_state_dict(state["central"])
+        self.images.load_state_dict(state["central"])
 
     # --dry_run
 
@@ -308,18 +295,14 @@ class DiffusionSynthesizer(StagedNetwork):
     def _warm_ups(self) -> list[tuple[str, int]]:
         """The stages on images that noise has made public, and the number of these images."""
         images = self.config.public_data.central.sample_num * self.spec.num_classes
-        return [] if self.central is None else [(WARM_UP, images)]
+        return [] if self.images.central is None else [(WARM_UP, images)]
 
     def public_costs(self, num_images: int) -> list[Cost]:
         if not self.config.pretrain.n_epochs:
             return []
-        query = []
-        if self.query is not None:
-            num_classes = self.config.public_data.n_classes
-            query = [self.query.cost(num_images, num_classes)]
-            num_images = num_images * self.query.words * self.spec.num_classes // num_classes
+        query, left = self.images.costs(num_images)
         section = self._stages()["pretrain"]
-        return [*query, warm_up_cost("pretrain", section, num_images, self._seconds_of_pretraining())]
+        return [*query, warm_up_cost("pretrain", section, left, self._seconds_of_pretraining())]
 
     def _seconds_of_pretraining(self) -> float:
         """Of one public image in one step."""
