@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.spec import DataSpec, PublicData, Samples
+from models.batches import in_batches
 from models.nn.discriminator import Discriminator
 from models.nn.ema import EMA
 from models.nn.generator import Generator, GeneratorConfig
@@ -222,16 +223,16 @@ class DPGAN(Synthesizer):
         """One image per label from the averaged weights: (N, C, H, W) uint8."""
         generator = copy.deepcopy(self.generator).requires_grad_(False).eval()
         self.ema.copy_to(generator)
-        size, device = self.config.gen.batch_size, self.runtime.device
-        starts = range(0, len(labels), size)
-        parts = []
-        for start in progress(starts, "generate", unit="batch") if show else starts:
-            batch = torch.from_numpy(labels[start : start + size]).to(device)
-            rng = self.runtime.rng(f"{stream} {start}")
-            noise = torch.randn(len(batch), generator.z_dim, generator=rng, device=device)
+
+        def draw(rows: slice) -> np.ndarray:
+            batch = torch.from_numpy(labels[rows]).to(self.runtime.device)
+            rng = self.runtime.rng(f"{stream} {rows.start}")
+            noise = torch.randn(len(batch), generator.z_dim, generator=rng, device=batch.device)
             with self.runtime.autocast():
-                parts.append(to_uint8(generator(noise, batch)))
-        return np.concatenate(parts)
+                return to_uint8(generator(noise, batch))
+
+        size, description = self.config.gen.batch_size, "generate" if show else None
+        return in_batches(len(labels), size, draw, self.spec.image_shape, description)
 
     # State
 

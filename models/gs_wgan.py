@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from data.spec import DataSpec, PublicData, Samples
+from models.batches import in_batches
 from models.nn.ema import EMA
 from models.nn.shard_critics import BETAS, CriticLoss, CriticSchedule, ShardCritics, WarmUpConfig
 from models.nn.sn_gan import ConvCritic, ResNetGenerator
@@ -239,13 +240,14 @@ class GSWGAN(Synthesizer):
         """One image per label from the averaged weights: (N, C, H, W) uint8."""
         generator = copy.deepcopy(self.generator).requires_grad_(False).eval()
         self.ema.copy_to(generator)
-        size, parts = self.config.gen.batch_size, []
-        starts = range(0, len(labels), size)
-        for start in progress(starts, "generate", unit="batch") if show else starts:
-            batch = torch.from_numpy(labels[start : start + size]).to(self.runtime.device)
-            noise = self._latent(self.runtime.draws(f"{stream} {start}", 1), len(batch))[0]
-            parts.append(to_uint8(generator(noise, batch) * 2 - 1))
-        return np.concatenate(parts)
+
+        def draw(rows: slice) -> np.ndarray:
+            batch = torch.from_numpy(labels[rows]).to(self.runtime.device)
+            noise = self._latent(self.runtime.draws(f"{stream} {rows.start}", 1), len(batch))[0]
+            return to_uint8(generator(noise, batch) * 2 - 1)
+
+        size, description = self.config.gen.batch_size, "generate" if show else None
+        return in_batches(len(labels), size, draw, self.spec.image_shape, description)
 
     # State
 

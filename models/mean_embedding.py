@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from data.spec import PublicData, Samples
+from models.batches import in_batches
 from models.nn.generator import Generator, GeneratorConfig
 from models.pretraining_images import PretrainingImages
 from models.synthesizer import Cost, Synthesizer, balanced_labels
@@ -180,13 +181,15 @@ class EmbeddingGenerator:
     def draw(self, labels: np.ndarray, batch_size: int, stream: str) -> np.ndarray:
         """One image per label: (N, C, image_size, image_size) uint8."""
         self.generator.eval()
-        parts, starts = [], range(0, len(labels), batch_size)
-        for start in progress(starts, stream, unit="batch") if len(starts) > 1 else starts:
-            batch = torch.from_numpy(labels[start : start + batch_size]).to(self.runtime.device)
-            rng = self.runtime.rng(f"noise {stream} {start}")
+
+        def draw(rows: slice) -> np.ndarray:
+            batch = torch.from_numpy(labels[rows]).to(self.runtime.device)
+            rng = self.runtime.rng(f"noise {stream} {rows.start}")
             noise = torch.randn(len(batch), self.generator.z_dim, generator=rng, device=batch.device)
-            parts.append(to_uint8(self._images(noise, batch)))
-        return np.concatenate(parts)
+            return to_uint8(self._images(noise, batch))
+
+        description = stream if len(labels) > batch_size else None
+        return in_batches(len(labels), batch_size, draw, self.image_shape, description)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.generator.parameters())

@@ -16,6 +16,7 @@ from torch import nn
 
 from data.public import has_public_images
 from data.spec import DataSpec, PublicData, Samples
+from models.batches import in_batches
 from models.diffusion.config import ModelConfig, PretrainConfig, TrainConfig
 from models.diffusion.cost import generation_cost, seconds_per_image, training_cost, warm_up_cost
 from models.diffusion.denoiser import guided
@@ -255,17 +256,15 @@ class DiffusionSynthesizer(StagedNetwork):
         """One image per label, from the EMA weights: (N, C, H, W) uint8."""
         network = copy.deepcopy(self.network).requires_grad_(False)
         self.ema.copy_to(network)
-        size = self.config.gen.batch_size
-        starts = range(0, len(labels), size)
-        starts = starts[distributed.share(len(starts))]
-        parts = [np.empty((0, *self.spec.image_shape), np.uint8)]
-        for start in progress(starts, "generate", unit="batch") if show else starts:
-            batch = torch.from_numpy(labels[start : start + size]).to(self.runtime.device)
+
+        def draw(rows: slice) -> np.ndarray:
+            batch = torch.from_numpy(labels[rows]).to(self.runtime.device)
             with self.runtime.autocast():
-                drawn = self._draw(network, config, batch, self.runtime.rng(f"{stream} {start}"))
-                images = self._decode(drawn)
-            parts.append(to_uint8(images))
-        return distributed.concatenate(torch.from_numpy(np.concatenate(parts))).numpy()
+                drawn = self._draw(network, config, batch, self.runtime.rng(f"{stream} {rows.start}"))
+                return to_uint8(self._decode(drawn))
+
+        size, description = self.config.gen.batch_size, "generate" if show else None
+        return in_batches(len(labels), size, draw, self.spec.image_shape, description)
 
     def _finish_step(self, snapshot_freq: int) -> None:
         self.step += 1
