@@ -14,9 +14,11 @@ from models.nn.ema import EMA
 from models.nn.shard_critics import BETAS, CriticLoss, CriticSchedule, ShardCritics, WarmUpConfig
 from models.nn.sn_gan import ConvCritic, ResNetGenerator
 from models.nn.stack import Stack
+from models.optimizers import restore_moments
 from models.pretraining_images import PretrainingImages
+from models.public_batches import randomly_flipped
 from models.semantic_query import QueryConfig
-from models.synthesizer import Cost, Synthesizer, balanced_labels
+from models.synthesizer import Cost, Synthesizer, balanced_labels, preview_labels
 from models.timing import seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
@@ -176,8 +178,7 @@ class GSWGAN(Synthesizer):
         batch = public.samples.take(np.sort(chosen))
         images = (to_float(batch.images, self.runtime.device) + 1) / 2
         if self.config.public_data.flip:
-            flipped = self.runtime.draws(f"{stream} flip", len(images)).uniform() < 0.5
-            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+            images = randomly_flipped(images, self.runtime.draws(f"{stream} flip", len(images)))
         labels = torch.from_numpy(batch.labels * config.cond).to(self.runtime.device)
         return images[None], labels[None]
 
@@ -229,7 +230,7 @@ class GSWGAN(Synthesizer):
         self.step += 1
         if self.step % config.snapshot_freq == 0:
             self.runtime.snapshot(self.stage)  # first: a preview must not outlive the booking of its steps
-            labels = balanced_labels(8 * min(self.spec.num_classes, 16), self.spec.num_classes)
+            labels = preview_labels(self.spec.num_classes)
             self.runtime.preview(self.stage, self.step, self._sample(labels, f"preview {self.step}"), labels)
 
     def generate(self, num_samples: int) -> Samples:
@@ -281,7 +282,7 @@ class GSWGAN(Synthesizer):
         self._start_stage(state["stage"])
         self.step = state["step"]
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
+        restore_moments(self.optimizer, state["optimizer"])
         self.images.load_state_dict(state["central"])
 
     # --dry_run

@@ -18,8 +18,9 @@ import torch
 from data.spec import PublicData, Samples
 from models.batches import in_batches
 from models.nn.generator import Generator, GeneratorConfig
+from models.optimizers import restore_moments
 from models.pretraining_images import PretrainingImages
-from models.synthesizer import Cost, Synthesizer, balanced_labels
+from models.synthesizer import Cost, Synthesizer, balanced_labels, preview_labels
 from models.timing import batch_rows, seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
@@ -231,7 +232,7 @@ class EmbeddingGenerator:
         self.generator.load_state_dict(state["generator"])
         self._start(state["stage"])
         self.step = state["step"]
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
+        restore_moments(self.optimizer, state["optimizer"])
 
 
 def _with_the_next(means: Iterator[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -313,7 +314,7 @@ class EmbeddingSynthesizer(Synthesizer):
         for step in self.fitted.steps(stage, target, schedule):
             if step % period == 0 and step < schedule.num_steps:
                 self.runtime.snapshot(stage)
-                labels = balanced_labels(8 * min(len(target), 16), min(len(target), 16))
+                labels = preview_labels(min(len(target), 16))
                 self.runtime.preview(stage, step, self.fitted.draw(labels, len(labels), "preview"), labels)
 
     def generate(self, num_samples: int) -> Samples:

@@ -69,6 +69,7 @@ def test_a_method_imports_no_other_method():
         "models.mean_embedding",
         "models.pretraining_images",
         "models.batches",
+        "models.optimizers",
         "models.timing",
         "models.public_batches",
         "models.apis",

@@ -24,8 +24,8 @@ from models.diffusion.loss import EDMLoss, LossConfig
 from models.diffusion.samplers import SamplerConfig, sample
 from models.diffusion.staged import StagedNetwork
 from models.pretraining_images import NO_IMAGES, NO_SELECTION, SELECTIVE, PretrainingImages
-from models.public_batches import public_batches
-from models.synthesizer import Cost, balanced_labels
+from models.public_batches import public_batches, randomly_flipped
+from models.synthesizer import Cost, balanced_labels, preview_labels
 from models.timing import batch_rows, seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import dpsgd_release, dpsgd_steps
@@ -229,10 +229,7 @@ class DiffusionSynthesizer(StagedNetwork):
         return loss(self.network, images, labels, rng).sum()
 
     def _augment(self, images: torch.Tensor, rng: Draws) -> torch.Tensor:
-        if not self._flips():
-            return images
-        flipped = rng.uniform() < 0.5
-        return torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        return randomly_flipped(images, rng) if self._flips() else images
 
     def train(self, private: PrivateData) -> None:
         config = self.config.train
@@ -272,7 +269,7 @@ class DiffusionSynthesizer(StagedNetwork):
         if self.step % snapshot_freq == 0:
             # First: a preview must not outlive the booking of its steps.
             self.runtime.snapshot("train" if self.stage == "train" else "pretrain")
-            labels = balanced_labels(8 * min(self.spec.num_classes, 16), self.spec.num_classes)
+            labels = preview_labels(self.spec.num_classes)
             images = self._sample(self.config.model.sampler, labels, f"preview {self.stage} {self.step}")
             self.runtime.preview(self.stage, self.step, images, labels)
 
