@@ -8,9 +8,9 @@ Legend: B batch, C channels, H W pixels, D size of one phi(x), K labels.
 """
 
 import abc
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from models.pretraining_images import PretrainingImages
 from models.synthesizer import Cost, Synthesizer, balanced_labels, preview_labels
 from models.timing import batch_rows, seconds_of
 from opacus_ext.accounting import Release
+from opacus_ext.outer_products import OuterProducts
 from opacus_ext.private_data import PrivateData
 from utils.images import to_float, to_uint8
 from utils.progress import progress
@@ -35,19 +36,34 @@ MOST_SNAPSHOTS = 20  # of one stage
 PER_CLASS = 4  # generated images of each class that a step compares, at least
 
 
-class Embedding(Protocol):
+class Embedding(abc.ABC):
     """A feature map phi of images, and how means of phi(x) (x) onehot(y) are taken with it: phi(x) may be too large to
-    be written out for a batch. All phi(x) have the same norm."""
+    be written out for a batch. Every phi(x) is features of norm 1 and, last, a constant one of size `mass`, whose mean
+    is the share of a class."""
 
-    def noisy_mean(self, private: PrivateData) -> torch.Tensor:
-        """(num_classes, D): the one planned release MEAN_EMBEDDING over all records, divided by the public N."""
+    def __init__(self, mass: float) -> None:
+        self.mass = mass
 
+    @abc.abstractmethod
+    def features(self, images: torch.Tensor) -> torch.Tensor | OuterProducts:
+        """(B, C, H, W) in [-1, 1] -> B vectors of L2 norm sqrt(1 + mass^2), which the noise is scaled for."""
+
+    @abc.abstractmethod
     def mean(self, images: torch.Tensor, labels: torch.Tensor, num_labels: int) -> torch.Tensor:
         """(B, C, H, W) in [-1, 1], (B,) -> (num_labels, D): row k is the sum of phi(x) over label k, divided by B.
         Differentiable in the images."""
 
+    def noisy_mean(self, private: PrivateData) -> torch.Tensor:
+        """(num_classes, D): the one planned release MEAN_EMBEDDING over all records, divided by the public N."""
+        bound = math.hypot(1.0, self.mass)
+        total = private.noisy_sum(MEAN_EMBEDDING, lambda x, _: self.features(x), bound, by_class=True)
+        return total / private.spec.num_train
+
     def class_shares(self, mean: torch.Tensor) -> torch.Tensor:
-        """(K, D) -> (K,): the shares of the classes in a mean, noisy or not; greater than 0, their sum is 1."""
+        """(K, D) -> (K,): the shares of the classes in a mean, noisy or not; their sum is 1. A class counts at least a
+        hundredth of an equal share: its noisy mass may be negative."""
+        shares = (mean[:, -1] / self.mass).clamp(min=0.01 / len(mean))
+        return shares / shares.sum()
 
 
 @dataclass(frozen=True)
