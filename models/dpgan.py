@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.spec import DataSpec, PublicData, Samples
+from models.batches import in_batches
 from models.nn.discriminator import Discriminator
 from models.nn.ema import EMA
 from models.nn.generator import Generator, GeneratorConfig
+from models.optimizers import restore_moments
 from models.pretraining_images import PretrainingImages
-from models.public_batches import public_batches
+from models.public_batches import public_batches, randomly_flipped
 from models.semantic_query import QueryConfig
-from models.synthesizer import Cost, Synthesizer, balanced_labels
+from models.synthesizer import Cost, Synthesizer, balanced_labels, preview_labels
 from models.timing import seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps
@@ -169,8 +171,7 @@ class DPGAN(Synthesizer):
         if own.start < own.stop:
             images = to_float(batch.images[own], self.runtime.device)
             if self.config.public_data.flip:
-                flipped = draws[own].uniform() < 0.5
-                images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+                images = randomly_flipped(images, draws[own])
             labels = torch.from_numpy(batch.labels[own]).to(self.runtime.device) % loss.num_labels
             loss(self.discriminator, images, labels, draws[own]).sum().div(len(batch)).backward()
         distributed.sum_gradients(self.discriminator.parameters())
@@ -191,7 +192,7 @@ class DPGAN(Synthesizer):
             self._generator_step(config, num_labels)
         if self.step % config.snapshot_freq == 0:
             self.runtime.snapshot(self.stage)  # first: a preview must not outlive the booking of its steps
-            labels = balanced_labels(8 * min(self.spec.num_classes, 16), self.spec.num_classes)
+            labels = preview_labels(self.spec.num_classes)
             self.runtime.preview(self.stage, self.step, self._sample(labels, f"preview {self.step}"), labels)
 
     def _generator_step(self, config: GANStage, num_labels: int) -> None:
@@ -222,16 +223,16 @@ class DPGAN(Synthesizer):
         """One image per label from the averaged weights: (N, C, H, W) uint8."""
         generator = copy.deepcopy(self.generator).requires_grad_(False).eval()
         self.ema.copy_to(generator)
-        size, device = self.config.gen.batch_size, self.runtime.device
-        starts = range(0, len(labels), size)
-        parts = []
-        for start in progress(starts, "generate", unit="batch") if show else starts:
-            batch = torch.from_numpy(labels[start : start + size]).to(device)
-            rng = self.runtime.rng(f"{stream} {start}")
-            noise = torch.randn(len(batch), generator.z_dim, generator=rng, device=device)
+
+        def draw(rows: slice) -> np.ndarray:
+            batch = torch.from_numpy(labels[rows]).to(self.runtime.device)
+            rng = self.runtime.rng(f"{stream} {rows.start}")
+            noise = torch.randn(len(batch), generator.z_dim, generator=rng, device=batch.device)
             with self.runtime.autocast():
-                parts.append(to_uint8(generator(noise, batch)))
-        return np.concatenate(parts)
+                return to_uint8(generator(noise, batch))
+
+        size, description = self.config.gen.batch_size, "generate" if show else None
+        return in_batches(len(labels), size, draw, self.spec.image_shape, description)
 
     # State
 
@@ -270,8 +271,7 @@ class DPGAN(Synthesizer):
         self.step = state["step"]
         self.ema.load_state_dict(state["ema"])
         for name in ("d_optimizer", "g_optimizer"):
-            optimizer = getattr(self, name)
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state[name]})
+            restore_moments(getattr(self, name), state[name])
         self.images.load_state_dict(state["central"])
 
     # --dry_run

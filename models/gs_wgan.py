@@ -9,13 +9,16 @@ import numpy as np
 import torch
 
 from data.spec import DataSpec, PublicData, Samples
+from models.batches import in_batches
 from models.nn.ema import EMA
 from models.nn.shard_critics import BETAS, CriticLoss, CriticSchedule, ShardCritics, WarmUpConfig
 from models.nn.sn_gan import ConvCritic, ResNetGenerator
 from models.nn.stack import Stack
+from models.optimizers import restore_moments
 from models.pretraining_images import PretrainingImages
+from models.public_batches import randomly_flipped
 from models.semantic_query import QueryConfig
-from models.synthesizer import Cost, Synthesizer, balanced_labels
+from models.synthesizer import Cost, Synthesizer, balanced_labels, preview_labels
 from models.timing import seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
@@ -175,8 +178,7 @@ class GSWGAN(Synthesizer):
         batch = public.samples.take(np.sort(chosen))
         images = (to_float(batch.images, self.runtime.device) + 1) / 2
         if self.config.public_data.flip:
-            flipped = self.runtime.draws(f"{stream} flip", len(images)).uniform() < 0.5
-            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+            images = randomly_flipped(images, self.runtime.draws(f"{stream} flip", len(images)))
         labels = torch.from_numpy(batch.labels * config.cond).to(self.runtime.device)
         return images[None], labels[None]
 
@@ -228,7 +230,7 @@ class GSWGAN(Synthesizer):
         self.step += 1
         if self.step % config.snapshot_freq == 0:
             self.runtime.snapshot(self.stage)  # first: a preview must not outlive the booking of its steps
-            labels = balanced_labels(8 * min(self.spec.num_classes, 16), self.spec.num_classes)
+            labels = preview_labels(self.spec.num_classes)
             self.runtime.preview(self.stage, self.step, self._sample(labels, f"preview {self.step}"), labels)
 
     def generate(self, num_samples: int) -> Samples:
@@ -239,13 +241,14 @@ class GSWGAN(Synthesizer):
         """One image per label from the averaged weights: (N, C, H, W) uint8."""
         generator = copy.deepcopy(self.generator).requires_grad_(False).eval()
         self.ema.copy_to(generator)
-        size, parts = self.config.gen.batch_size, []
-        starts = range(0, len(labels), size)
-        for start in progress(starts, "generate", unit="batch") if show else starts:
-            batch = torch.from_numpy(labels[start : start + size]).to(self.runtime.device)
-            noise = self._latent(self.runtime.draws(f"{stream} {start}", 1), len(batch))[0]
-            parts.append(to_uint8(generator(noise, batch) * 2 - 1))
-        return np.concatenate(parts)
+
+        def draw(rows: slice) -> np.ndarray:
+            batch = torch.from_numpy(labels[rows]).to(self.runtime.device)
+            noise = self._latent(self.runtime.draws(f"{stream} {rows.start}", 1), len(batch))[0]
+            return to_uint8(generator(noise, batch) * 2 - 1)
+
+        size, description = self.config.gen.batch_size, "generate" if show else None
+        return in_batches(len(labels), size, draw, self.spec.image_shape, description)
 
     # State
 
@@ -279,7 +282,7 @@ class GSWGAN(Synthesizer):
         self._start_stage(state["stage"])
         self.step = state["step"]
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
+        restore_moments(self.optimizer, state["optimizer"])
         self.images.load_state_dict(state["central"])
 
     # --dry_run

@@ -8,19 +8,22 @@ Legend: B batch, C channels, H W pixels, D size of one phi(x), K labels.
 """
 
 import abc
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from data.spec import PublicData, Samples
+from models.batches import in_batches
 from models.nn.generator import Generator, GeneratorConfig
+from models.optimizers import restore_moments
 from models.pretraining_images import PretrainingImages
-from models.synthesizer import Cost, Synthesizer, balanced_labels
+from models.synthesizer import Cost, Synthesizer, balanced_labels, preview_labels
 from models.timing import batch_rows, seconds_of
 from opacus_ext.accounting import Release
+from opacus_ext.outer_products import OuterProducts
 from opacus_ext.private_data import PrivateData
 from utils.images import to_float, to_uint8
 from utils.progress import progress
@@ -33,19 +36,34 @@ MOST_SNAPSHOTS = 20  # of one stage
 PER_CLASS = 4  # generated images of each class that a step compares, at least
 
 
-class Embedding(Protocol):
+class Embedding(abc.ABC):
     """A feature map phi of images, and how means of phi(x) (x) onehot(y) are taken with it: phi(x) may be too large to
-    be written out for a batch. All phi(x) have the same norm."""
+    be written out for a batch. Every phi(x) is features of norm 1 and, last, a constant one of size `mass`, whose mean
+    is the share of a class."""
 
-    def noisy_mean(self, private: PrivateData) -> torch.Tensor:
-        """(num_classes, D): the one planned release MEAN_EMBEDDING over all records, divided by the public N."""
+    def __init__(self, mass: float) -> None:
+        self.mass = mass
 
+    @abc.abstractmethod
+    def features(self, images: torch.Tensor) -> torch.Tensor | OuterProducts:
+        """(B, C, H, W) in [-1, 1] -> B vectors of L2 norm sqrt(1 + mass^2), which the noise is scaled for."""
+
+    @abc.abstractmethod
     def mean(self, images: torch.Tensor, labels: torch.Tensor, num_labels: int) -> torch.Tensor:
         """(B, C, H, W) in [-1, 1], (B,) -> (num_labels, D): row k is the sum of phi(x) over label k, divided by B.
         Differentiable in the images."""
 
+    def noisy_mean(self, private: PrivateData) -> torch.Tensor:
+        """(num_classes, D): the one planned release MEAN_EMBEDDING over all records, divided by the public N."""
+        bound = math.hypot(1.0, self.mass)
+        total = private.noisy_sum(MEAN_EMBEDDING, lambda x, _: self.features(x), bound, by_class=True)
+        return total / private.spec.num_train
+
     def class_shares(self, mean: torch.Tensor) -> torch.Tensor:
-        """(K, D) -> (K,): the shares of the classes in a mean, noisy or not; greater than 0, their sum is 1."""
+        """(K, D) -> (K,): the shares of the classes in a mean, noisy or not; their sum is 1. A class counts at least a
+        hundredth of an equal share: its noisy mass may be negative."""
+        shares = (mean[:, -1] / self.mass).clamp(min=0.01 / len(mean))
+        return shares / shares.sum()
 
 
 @dataclass(frozen=True)
@@ -180,13 +198,15 @@ class EmbeddingGenerator:
     def draw(self, labels: np.ndarray, batch_size: int, stream: str) -> np.ndarray:
         """One image per label: (N, C, image_size, image_size) uint8."""
         self.generator.eval()
-        parts, starts = [], range(0, len(labels), batch_size)
-        for start in progress(starts, stream, unit="batch") if len(starts) > 1 else starts:
-            batch = torch.from_numpy(labels[start : start + batch_size]).to(self.runtime.device)
-            rng = self.runtime.rng(f"noise {stream} {start}")
+
+        def draw(rows: slice) -> np.ndarray:
+            batch = torch.from_numpy(labels[rows]).to(self.runtime.device)
+            rng = self.runtime.rng(f"noise {stream} {rows.start}")
             noise = torch.randn(len(batch), self.generator.z_dim, generator=rng, device=batch.device)
-            parts.append(to_uint8(self._images(noise, batch)))
-        return np.concatenate(parts)
+            return to_uint8(self._images(noise, batch))
+
+        description = stream if len(labels) > batch_size else None
+        return in_batches(len(labels), batch_size, draw, self.image_shape, description)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.generator.parameters())
@@ -228,7 +248,7 @@ class EmbeddingGenerator:
         self.generator.load_state_dict(state["generator"])
         self._start(state["stage"])
         self.step = state["step"]
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
+        restore_moments(self.optimizer, state["optimizer"])
 
 
 def _with_the_next(means: Iterator[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -310,7 +330,7 @@ class EmbeddingSynthesizer(Synthesizer):
         for step in self.fitted.steps(stage, target, schedule):
             if step % period == 0 and step < schedule.num_steps:
                 self.runtime.snapshot(stage)
-                labels = balanced_labels(8 * min(len(target), 16), min(len(target), 16))
+                labels = preview_labels(min(len(target), 16))
                 self.runtime.preview(stage, step, self.fitted.draw(labels, len(labels), "preview"), labels)
 
     def generate(self, num_samples: int) -> Samples:

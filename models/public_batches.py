@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
+from utils.draws import Draws
 from utils.progress import progress
 from utils.runtime import log
 from utils.seeding import numpy_rng
@@ -35,3 +37,9 @@ def public_batches(
         if epoch != shown:
             order, shown = numpy_rng(seed, f"{stage} order {epoch}").permutation(num_images), epoch
         yield step, np.sort(order[position * size : (position + 1) * size])
+
+
+def randomly_flipped(images: torch.Tensor, rng: Draws) -> torch.Tensor:
+    """(B, C, H, W), each image mirrored from left to right or not, with equal chance."""
+    flipped = rng.uniform() < 0.5
+    return torch.where(flipped[:, None, None, None], images.flip(-1), images)

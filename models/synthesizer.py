@@ -93,3 +93,8 @@ class Synthesizer(abc.ABC):
 def balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:
     """(num_samples,) int64 running 0, 1, .. K-1, 0, 1, ..: every prefix is balanced."""
     return np.arange(num_samples, dtype=np.int64) % num_classes
+
+
+def preview_labels(num_classes: int) -> np.ndarray:
+    """Balanced labels of a preview: eight per class, and of more than 16 classes no more images than of 16."""
+    return balanced_labels(8 * min(num_classes, 16), num_classes)

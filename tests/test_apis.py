@@ -22,11 +22,11 @@ from tiny_runs import call
 import run
 from models import METHODS
 from models.apis.api import Candidates, ImageAPI, checked
-from models.apis.batches import in_batches
 from models.apis.diffusion import MODEL_LABEL, DiffusionAPI, DiffusionAPIConfig
 from models.apis.guided_diffusion import GuidedDiffusionAPI, GuidedDiffusionAPIConfig, ImprovedDiffusionAPI
 from models.apis.openai import Answers, OpenAIAPI, OpenAIAPIConfig
 from models.apis.stable_diffusion import StableDiffusionAPI, StableDiffusionAPIConfig
+from models.batches import in_batches
 from models.diffusion.config import NetworkConfig, OptimConfig, OptimParams
 from models.diffusion.loss import LossConfig
 from models.diffusion.public_pretraining import PublicStageConfig

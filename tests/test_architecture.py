@@ -68,6 +68,8 @@ def test_a_method_imports_no_other_method():
         "models.central_images",
         "models.mean_embedding",
         "models.pretraining_images",
+        "models.batches",
+        "models.optimizers",
         "models.timing",
         "models.public_batches",
         "models.apis",

@@ -511,10 +511,10 @@ def test_resuming_with_another_number_of_processes(alone, tmp_path, before, afte
 
 @pytest.mark.slow
 def test_other_methods_run_in_several_processes(tmp_path):
-    for method in ("Noise", "DP-MERF"):
+    for method in ("Noise", "DP-MERF", "DPGAN", "GS-WGAN"):
         folders = []
         for count in (1, 2):
-            settings = ["eval=none", "privacy.noise_seed=3", "setup.device=cpu"]
+            settings = ["eval=none", "privacy.noise_seed=3", "setup.device=cpu", "gen.batch_size=30"]
             argv = arguments(method, tmp_path / str(count), *settings, f"setup.n_gpus_per_node={count}")
             done = execute("run.py", argv)
             assert done.code == 0, done.err

@@ -51,7 +51,7 @@ class ImageAPI(abc.ABC):
     `Config` is a frozen dataclass, the section model.api_params.<name> of the configuration. Randomness comes from
     `runtime`, by streams whose names start with `rng_name`: the same name repeats the answer, so that a resumed run
     asks the same again. Several processes make the same calls and must get the same answer; they may share the work
-    (models/apis/batches.py). Long answers show their own progress.
+    (models/batches.py). Long answers show their own progress.
     """
 
     Config: ClassVar[type]

@@ -13,7 +13,7 @@ import torch
 
 from data.spec import DataSpec, PublicData
 from models.apis.api import Candidates, ImageAPI
-from models.apis.batches import in_batches
+from models.batches import in_batches
 from models.diffusion.checkpoint import chosen_weights, load_weights, read_checkpoint, require_fit
 from models.diffusion.config import ModelConfig, NetworkConfig
 from models.diffusion.denoiser import guided

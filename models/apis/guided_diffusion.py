@@ -15,7 +15,7 @@ import torch
 
 from data.spec import DataSpec, PublicData
 from models.apis.api import Candidates, ImageAPI
-from models.apis.batches import in_batches
+from models.batches import in_batches
 from models.diffusion.checkpoint import load_weights
 from models.diffusion.timesteps import SCHEDULES, respaced
 from models.nn.guided_unet import GuidedUNet, GuidedUNetConfig

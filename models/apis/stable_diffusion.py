@@ -13,8 +13,8 @@ import torch
 from data.convert import resized
 from data.spec import DataSpec, PublicData
 from models.apis.api import Candidates, ImageAPI
-from models.apis.batches import in_batches
 from models.apis.prompts import check_prompt, class_prompts
+from models.batches import in_batches
 from utils.errors import Unavailable, UserError
 from utils.runtime import Runtime
 from utils.sections import check_field

@@ -10,6 +10,7 @@ from torch import nn
 
 from models.diffusion.checkpoint import chosen_weights, load_weights, read_checkpoint, require_fit
 from models.nn.ema import EMA
+from models.optimizers import restore_moments
 from models.synthesizer import Synthesizer
 from opacus_ext.private_data import PrivateData
 
@@ -133,11 +134,10 @@ class StagedNetwork(Synthesizer, abc.ABC):
         self._restore(state)
 
     def _restore(self, state: dict) -> None:
-        """Weights, average and optimiser of a state, in its stage; learning rate and decay are the configuration's."""
+        """Weights, average and moments of a state, in its stage."""
         load_weights(self.network, state["network"], "checkpoint")
         self._start_stage(state["stage"])
         self.step = state["step"]
         self.ema.load_state_dict(state["ema"])
         if self.optimizer is not None:
-            moments = state["optimizer"]["state"]
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+            restore_moments(self.optimizer, state["optimizer"]["state"])

@@ -16,6 +16,7 @@ from torch import nn
 
 from data.public import has_public_images
 from data.spec import DataSpec, PublicData, Samples
+from models.batches import in_batches
 from models.diffusion.config import ModelConfig, PretrainConfig, TrainConfig
 from models.diffusion.cost import generation_cost, seconds_per_image, training_cost, warm_up_cost
 from models.diffusion.denoiser import guided
@@ -23,8 +24,8 @@ from models.diffusion.loss import EDMLoss, LossConfig
 from models.diffusion.samplers import SamplerConfig, sample
 from models.diffusion.staged import StagedNetwork
 from models.pretraining_images import NO_IMAGES, NO_SELECTION, SELECTIVE, PretrainingImages
-from models.public_batches import public_batches
-from models.synthesizer import Cost, balanced_labels
+from models.public_batches import public_batches, randomly_flipped
+from models.synthesizer import Cost, balanced_labels, preview_labels
 from models.timing import batch_rows, seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import dpsgd_release, dpsgd_steps
@@ -47,7 +48,7 @@ class DiffusionSynthesizer(StagedNetwork):
     """Base of the diffusion methods."""
 
     selects_public_classes = True
-    # Of the central images that warm the network up where public_data.name does not say; None: no warm-up then.
+    # Of the central images that warm it up where public_data.name does not say; None: there is no warm-up then.
     central_kind: ClassVar[str | None] = None
 
     @dataclass(frozen=True)
@@ -228,10 +229,7 @@ class DiffusionSynthesizer(StagedNetwork):
         return loss(self.network, images, labels, rng).sum()
 
     def _augment(self, images: torch.Tensor, rng: Draws) -> torch.Tensor:
-        if not self._flips():
-            return images
-        flipped = rng.uniform() < 0.5
-        return torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        return randomly_flipped(images, rng) if self._flips() else images
 
     def train(self, private: PrivateData) -> None:
         config = self.config.train
@@ -255,17 +253,15 @@ class DiffusionSynthesizer(StagedNetwork):
         """One image per label, from the EMA weights: (N, C, H, W) uint8."""
         network = copy.deepcopy(self.network).requires_grad_(False)
         self.ema.copy_to(network)
-        size = self.config.gen.batch_size
-        starts = range(0, len(labels), size)
-        starts = starts[distributed.share(len(starts))]
-        parts = [np.empty((0, *self.spec.image_shape), np.uint8)]
-        for start in progress(starts, "generate", unit="batch") if show else starts:
-            batch = torch.from_numpy(labels[start : start + size]).to(self.runtime.device)
+
+        def draw(rows: slice) -> np.ndarray:
+            batch = torch.from_numpy(labels[rows]).to(self.runtime.device)
             with self.runtime.autocast():
-                drawn = self._draw(network, config, batch, self.runtime.rng(f"{stream} {start}"))
-                images = self._decode(drawn)
-            parts.append(to_uint8(images))
-        return distributed.concatenate(torch.from_numpy(np.concatenate(parts))).numpy()
+                drawn = self._draw(network, config, batch, self.runtime.rng(f"{stream} {rows.start}"))
+                return to_uint8(self._decode(drawn))
+
+        size, description = self.config.gen.batch_size, "generate" if show else None
+        return in_batches(len(labels), size, draw, self.spec.image_shape, description)
 
     def _finish_step(self, snapshot_freq: int) -> None:
         self.step += 1
@@ -273,7 +269,7 @@ class DiffusionSynthesizer(StagedNetwork):
         if self.step % snapshot_freq == 0:
             # First: a preview must not outlive the booking of its steps.
             self.runtime.snapshot("train" if self.stage == "train" else "pretrain")
-            labels = balanced_labels(8 * min(self.spec.num_classes, 16), self.spec.num_classes)
+            labels = preview_labels(self.spec.num_classes)
             images = self._sample(self.config.model.sampler, labels, f"preview {self.stage} {self.step}")
             self.runtime.preview(self.stage, self.step, images, labels)
 

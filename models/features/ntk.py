@@ -6,16 +6,14 @@ In every layer that is an outer product, delta [input, 1]^T, and stays one: a ve
 features.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.mean_embedding import MEAN_EMBEDDING
+from models.mean_embedding import Embedding
 from opacus_ext.outer_products import OuterProducts
-from opacus_ext.private_data import PrivateData
 from utils.errors import unknown
 from utils.runtime import Runtime
 from utils.sections import check_field
@@ -97,9 +95,8 @@ def _with_one(rows: torch.Tensor) -> torch.Tensor:
     return F.pad(rows, (0, 1), value=1.0)
 
 
-class NTKEmbedding:
-    """`models.mean_embedding.Embedding` in NTK features of the pixels, which the network sees in [0, 1], and in one
-    constant feature, whose mean is the share of a class.
+class NTKEmbedding(Embedding):
+    """In NTK features of the pixels, which the network sees in [0, 1].
 
     Features of norm 1 depend on the direction of the input alone, nearly: an image and its half are almost the same.
     With a constant beside the pixels, directions differ where pixels do."""
@@ -107,7 +104,7 @@ class NTKEmbedding:
     def __init__(
         self, config: NTKConfig, image_size: int, channels: int, num_outputs: int, runtime: Runtime
     ) -> None:
-        self.mass = config.class_mass
+        super().__init__(config.class_mass)
         num_pixels = channels * image_size**2
         self.constant = config.input_constant * num_pixels**0.5
         num_inputs = num_pixels + (self.constant > 0)
@@ -118,21 +115,10 @@ class NTKEmbedding:
         return sum(parameter.numel() for parameter in self.phi.parameters())
 
     def features(self, images: torch.Tensor) -> OuterProducts:
-        """(B, C, H, W) in [-1, 1] -> B vectors of L2 norm sqrt(1 + class_mass^2), the constant feature last."""
         inputs = (images.flatten(1) + 1) / 2
         gradient = self.phi(F.pad(inputs, (0, 1), value=self.constant) if self.constant else inputs)
         one = images.new_ones(len(images), 1)
         return OuterProducts([*gradient.blocks, (one * self.mass, one)])
 
-    def noisy_mean(self, private: PrivateData) -> torch.Tensor:
-        bound = math.hypot(1.0, self.mass)
-        total = private.noisy_sum(MEAN_EMBEDDING, lambda x, _: self.features(x), bound, by_class=True)
-        return total / private.spec.num_train
-
     def mean(self, images: torch.Tensor, labels: torch.Tensor, num_labels: int) -> torch.Tensor:
         return self.features(images).sums(labels, num_labels) / len(images)
-
-    def class_shares(self, mean: torch.Tensor) -> torch.Tensor:
-        """(K,) shares of the classes, in a noisy mean (K, D); each at least a hundredth of what is equal shares."""
-        shares = (mean[:, -1] / self.mass).clamp(min=0.01 / len(mean))
-        return shares / shares.sum()

@@ -1,13 +1,11 @@
 """Random Fourier features of Gaussian kernels (Rahimi & Recht 2007), and mean embeddings of images in them."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from models.mean_embedding import MEAN_EMBEDDING
-from opacus_ext.private_data import PrivateData
+from models.mean_embedding import Embedding
 from utils.runtime import Runtime
 from utils.sections import check_field
 
@@ -55,9 +53,8 @@ class RandomFourierFeatures:
         return torch.cat([angles.cos(), angles.sin()], dim=1) / (self.num_features / 2) ** 0.5
 
 
-class FourierEmbedding:
-    """`models.mean_embedding.Embedding` in random Fourier features of the pixels, and in one constant feature, whose
-    mean is the share of a class."""
+class FourierEmbedding(Embedding):
+    """In random Fourier features of the pixels."""
 
     def __init__(
         self,
@@ -68,30 +65,20 @@ class FourierEmbedding:
         channels: int,
         runtime: Runtime,
     ) -> None:
+        super().__init__(config.class_mass)
         self.image_size = image_size
-        self.mass = config.class_mass
         self.phi = RandomFourierFeatures(
             channels * image_size**2, config.d_rff, squared_bandwidths, runtime.rng("frequencies")
         )
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) in [-1, 1] -> (B, d_rff + 1) of norm sqrt(1 + class_mass^2), the constant feature last."""
+        """(B, C, H, W) in [-1, 1] -> (B, d_rff + 1)."""
         if images.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
         return F.pad(self.phi((images.flatten(1) + 1) / 2), (0, 1), value=self.mass)
 
-    def noisy_mean(self, private: PrivateData) -> torch.Tensor:
-        bound = math.hypot(1.0, self.mass)
-        total = private.noisy_sum(MEAN_EMBEDDING, lambda x, _: self.features(x), bound, by_class=True)
-        return total / private.spec.num_train
-
     def mean(self, images: torch.Tensor, labels: torch.Tensor, num_labels: int) -> torch.Tensor:
         features = self.features(images)
         total = torch.zeros(num_labels, features.shape[1], device=features.device)
         return total.index_add_(0, labels, features) / len(images)
-
-    def class_shares(self, mean: torch.Tensor) -> torch.Tensor:
-        """A class counts at least a hundredth of an equal share: its noisy mass may be negative."""
-        shares = (mean[:, -1] / self.mass).clamp(min=0.01 / len(mean))
-        return shares / shares.sum()
