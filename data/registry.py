@@ -5,9 +5,8 @@ from functools import cache
 from pathlib import Path
 
 from data.download import RemoteFile
+from utils.config_files import CONFIG_FOLDER
 from utils.registry import Registry
-
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 # name -> function that returns (train, test) without any file
 EMBEDDED_SENSITIVE = Registry("embedded dataset", {"digits_8": "data.digits:load_digits_8"})

@@ -1,8 +1,6 @@
 """Features of the images that are judged: what a frozen network (extractors/) makes of them, with a cache."""
 
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +8,7 @@ import numpy as np
 
 from extractors.extractor import Extractor
 from utils.progress import progress
+from utils.run_dir import atomic
 
 
 class Features(NamedTuple):
@@ -67,9 +66,6 @@ def content_hash(array: np.ndarray, identity: str) -> str:
 
 
 def _write(path: Path, result: Features) -> None:
-    """Write whole or not at all: a killed run leaves no half file under the final name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"features": result.features} | ({} if result.logits is None else {"logits": result.logits})
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        np.savez(file, **arrays)
-    os.replace(file.name, path)
+    with atomic(path) as temporary:
+        np.savez(temporary, **arrays)

@@ -7,7 +7,7 @@ import numpy as np
 
 from data.spec import DataSpec, Samples
 from evaluation.features import Features, extract
-from evaluation.neighbours import NUM_NEIGHBOURS, centre_of, centred, nearest_others
+from evaluation.neighbours import NUM_NEIGHBOURS, CentredPoints, centre_of, nearest_others
 from evaluation.registry import CLASSIFIERS, EXTRACTOR_NEEDS
 from evaluation.selection import (
     JudgedClassifier,
@@ -107,7 +107,7 @@ class Passes:
         Smaller sets have as many columns as others exist.
         """
         features = self.train_features
-        points = centred(features, centre_of(features), self._inputs.device)
+        points = CentredPoints(features, centre_of(features), self._inputs.device)
         return nearest_others(points, min(NUM_NEIGHBOURS, len(points) - 1), "neighbours of real images")
 
     def _with_logits(self, found: Features) -> np.ndarray:

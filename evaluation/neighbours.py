@@ -16,7 +16,7 @@ MAX_DISTANCES = 2**21  # distances held at a time: 8 MiB each copy
 ROUNDING = 1e-6
 
 
-class Points:
+class CentredPoints:
     """Points (N, D) that are shifted by a centre where they are sliced, into float32 tensors: a shifted copy of all
     would be as large as they are. Distances do not change, and less of them is lost to cancellation."""
 
@@ -36,10 +36,6 @@ class Points:
         import torch
 
         return torch.as_tensor(self._points[rows] - self._centre)
-
-
-def centred(points: np.ndarray, centre: np.ndarray, device: str) -> Points:
-    return Points(points, centre, device)
 
 
 def centre_of(points: np.ndarray) -> np.ndarray:
@@ -83,7 +79,7 @@ def distance_blocks(first: np.ndarray, second, centre: np.ndarray, description: 
     """
     for rows, columns in blocks(len(first), len(second), description):
         if columns.start == 0:
-            points = centred(first[rows], centre, second.device)[:]
+            points = CentredPoints(first[rows], centre, second.device)[:]
         yield rows, columns, squared_distances(points, second[columns])
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from utils.table import aligned
+
 # Settings that change what classifiers find, but not the names of the values.
 CHANGING = ("recipe", "recipe_version", "num_val", "selection_epsilon", "seed")
 
@@ -28,8 +30,7 @@ class Report:
         earlier evaluation."""
         header = ("metric", "value", "better", "# real", "# samples")
         rows = [self._row(name) for name in self.shown()]
-        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-        lines = [_aligned(row, widths) for row in [header, *rows]]
+        lines = aligned([header, *rows], right=(1, 3, 4))
         lines.insert(1, "-" * len(lines[0]))
         if any(name.startswith("accuracy/") for name in self.metrics):
             lines.append(
@@ -124,11 +125,3 @@ def _before(earlier: Report, name: str, value: float, now: dict) -> list[dict]:
             words = words or "the same settings, before"
             different[words, entry["value"]] = entry | {"with": words}
     return list(different.values())
-
-
-def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
-    cells = [
-        f"{cell:<{width}}" if column in (0, 2) else f"{cell:>{width}}"
-        for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
-    return "  ".join(cells).rstrip()

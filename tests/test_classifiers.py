@@ -16,13 +16,13 @@ from evaluation.classifiers.training import (
     _average,
     _scheduler,
     candidate_epochs,
-    seeded,
     train_classifier,
     with_noise,
 )
 from evaluation.registry import CLASSIFIERS, check_classifiers
 from utils.errors import Unavailable, UserError
 from utils.images import to_float
+from utils.seeding import seeded
 
 ONE_EPOCH = Recipe("adam", 1e-3, 0.0, decay_every=None, num_epochs=1, batch_size=4)
 
@@ -192,7 +192,7 @@ def test_splitting_a_batch_does_not_change_the_gradient(monkeypatch):
 
 
 def test_noise_on_inputs_has_a_deviation_of_its_own_for_each_image():
-    with seeded(0, "cpu"):
+    with seeded(0, "noise"):
         deviations = with_noise(torch.zeros(2000, 1, 16, 16), 0.5).std(dim=(1, 2, 3))
     assert 0.48 < deviations.max() < 0.55
     assert deviations.median().item() == pytest.approx(0.125, abs=0.01)

@@ -29,7 +29,7 @@ from evaluation.metrics.kid import kid
 from evaluation.metrics.mind import mind
 from evaluation.metrics.neighbour_ratio import nn_ratio
 from evaluation.metrics.precision_recall import precision_recall
-from evaluation.neighbours import centre_of, centred, nearest, nearest_others
+from evaluation.neighbours import CentredPoints, centre_of, nearest, nearest_others
 
 
 def gaussian(num: int, mean: np.ndarray, root: np.ndarray, seed: int) -> np.ndarray:
@@ -181,7 +181,7 @@ def test_identical_points_count_as_equal_far_from_the_origin():
 
 def test_known_neighbours_change_nothing():
     real, fake = random_features(80, 8, 11), random_features(70, 8, 12, shift=1.0)
-    known = nearest_others(centred(real, centre_of(real), "cpu"), 5, "neighbours")
+    known = nearest_others(CentredPoints(real, centre_of(real), "cpu"), 5, "neighbours")
     for metric in (precision_recall, density_coverage, authpct):
         assert metric(real, fake, "cpu", known) == metric(real, fake)
 
@@ -191,11 +191,11 @@ def test_nearest_points_are_found_across_blocks(monkeypatch):
     distances = np.linalg.norm(points[:, None].astype(np.float64) - others, axis=2)
     monkeypatch.setattr("evaluation.neighbours.MAX_DISTANCES", 100)
     centre = centre_of(others)
-    squared, indices = nearest(points, centred(others, centre, "cpu"), centre, "nearest")
+    squared, indices = nearest(points, CentredPoints(others, centre, "cpu"), centre, "nearest")
     assert indices.tolist() == distances.argmin(axis=1).tolist()
     assert squared.sqrt().tolist() == pytest.approx(distances.min(axis=1).tolist(), rel=1e-4)
     own = np.linalg.norm(points[:, None].astype(np.float64) - points, axis=2)
-    found = nearest_others(centred(points, centre, "cpu"), 5, "others").sqrt()
+    found = nearest_others(CentredPoints(points, centre, "cpu"), 5, "others").sqrt()
     assert found.numpy() == pytest.approx(np.sort(own, axis=1)[:, 1:6], rel=1e-4)
 
 

@@ -2,6 +2,7 @@
 
 from utils.bounds import at_most
 from utils.progress import duration
+from utils.table import aligned
 
 LONG = 86400  # seconds after which a shorter way is pointed out
 
@@ -23,13 +24,12 @@ def plan_lines(ledger, num_train: int) -> list[str]:
     header = ("private query", "noise_multiplier", "sample_rate", "steps", "epsilon alone")
     rows = [_release_row(release) for release in ledger.rows()] or [("none", *[""] * 4)]
     rows.append(("together", "", "", "", at_most(ledger.planned_epsilon())))
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     warning = [] if budget.private else ["this run is NOT private (epsilon = inf): it adds no noise"]
     return [
         *warning,
         f"privacy budget: epsilon {budget.epsilon:g}, delta {at_most(budget.delta)}, for N = {num_train:,} private "
         f"images ({ledger.relation}, accountant {ledger.accountant})",
-        *("  " + _aligned(row, widths) for row in [header, *rows]),
+        *("  " + line for line in aligned([header, *rows])),
     ]
 
 
@@ -42,10 +42,6 @@ def _release_row(release: dict) -> tuple[str, ...]:
         f"{release['planned']:,}",
         at_most(release["epsilon_alone"]),
     )
-
-
-def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
-    return "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def evaluation_line(config) -> str:

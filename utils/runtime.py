@@ -1,12 +1,11 @@
 """What a method is given besides its configuration: device, named randomness, and where to leave snapshots."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.seeding import derive_key, derive_seed, torch_rng
+from utils.seeding import derive_key, seeded, torch_rng
 
 log = logging.getLogger("dpib")
 
@@ -37,14 +36,10 @@ class Runtime:
 
         return Draws(derive_key(self.seed, name), 0, num_examples, self.device)
 
-    @contextmanager
-    def seeded(self, name: str) -> Iterator[None]:
-        """Within: layers initialise their weights from the stream `name`; the global generators are left alone."""
-        import torch
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.seed, name) % 2**63)
-            yield
+    def seeded(self, name: str):
+        """Context in which PyTorch's global generators, which initialise layers, start from the stream `name`; that of
+        the CPU is as before afterwards."""
+        return seeded(self.seed, name)
 
     def place(self, network):
         """`network` on the run's device, in the memory layout that is fastest there."""

@@ -4,6 +4,8 @@ Privacy noise and Poisson sampling do not come from here: see opacus_ext/noise.p
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -30,3 +32,15 @@ def torch_rng(seed: int, name: str, device="cpu"):
 def numpy_rng(seed: int, name: str) -> np.random.Generator:
     """A NumPy generator for the stream `name`."""
     return np.random.default_rng(derive_seed(seed, name))
+
+
+@contextmanager
+def seeded(seed: int, name: str, device="cpu") -> Iterator[None]:
+    """Inside, PyTorch's global generators start from the stream `name` (initial weights, dropout); outside, those of
+    the CPU and of `device` are as before."""
+    import torch
+
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(seed, name))
+        yield

@@ -6,7 +6,6 @@ Legend: B batch, C channels, H W pixels, K classes.
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,7 @@ from evaluation.registry import CLASSIFIERS
 from utils.errors import Unavailable
 from utils.images import to_float
 from utils.progress import progress
-from utils.seeding import derive_seed, numpy_rng
+from utils.seeding import numpy_rng, seeded
 
 # Weights of at most this many epochs are kept: 10 x 36 million parameters are 1.5 GB.
 MAX_CANDIDATES = 10
@@ -76,7 +75,7 @@ def train_classifier(
     Equal arguments give equal weights on the same machine. `batch_size` is that of later testing. Raises Unavailable
     when the weights are no longer finite.
     """
-    with seeded(derive_seed(seed, f"classifier/{name}"), device):
+    with seeded(seed, f"classifier/{name}", device):
         network = CLASSIFIERS.resolve(name)(spec).to(device, memory_format=torch.channels_last)
         averaged = copy.deepcopy(network)
         optimizer = _optimizer(network, recipe)
@@ -104,16 +103,6 @@ def candidate_epochs(num_epochs: int) -> list[int]:
     """At most MAX_CANDIDATES evenly spaced epochs, counted from 1, the last included."""
     count = min(num_epochs, MAX_CANDIDATES)
     return [math.ceil(num_epochs * position / count) for position in range(1, count + 1)]
-
-
-@contextmanager
-def seeded(seed: int, device: str) -> Iterator[None]:
-    """Inside, PyTorch's global generators start from `seed` (weights, dropout); outside they are as before."""
-    device = torch.device(device)
-    cuda_devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda_devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def _batches(chosen: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> Iterator[np.ndarray]:

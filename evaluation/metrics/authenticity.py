@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from evaluation.neighbours import centre_of, centred, nearest, nearest_others
+from evaluation.neighbours import CentredPoints, centre_of, nearest, nearest_others
 from evaluation.registry import metric
 
 
@@ -16,7 +16,7 @@ def authpct(real: np.ndarray, fake: np.ndarray, device: str = "cpu", real_neighb
     """Percent of fake points (M, D) that are farther from their nearest training point than that one is from its
     nearest other training point; real (N, D), N > 1. About 50 for fresh draws of the same distribution."""
     centre = centre_of(real)
-    real = centred(real, centre, device)
+    real = CentredPoints(real, centre, device)
     if real_neighbours is None:
         real_neighbours = nearest_others(real, 1, "real radii")
     squared, indices = nearest(fake, real, centre, "nearest training images")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from evaluation.neighbours import centre_of, centred, distance_blocks, nearest_others
+from evaluation.neighbours import CentredPoints, centre_of, distance_blocks, nearest_others
 from evaluation.registry import metric
 
 
@@ -24,7 +24,7 @@ def density_coverage(
     import torch
 
     centre = centre_of(real)
-    real = centred(real, centre, device)
+    real = CentredPoints(real, centre, device)
     if real_neighbours is None:
         real_neighbours = nearest_others(real, k, "real radii")
     radii = real_neighbours[:, k - 1]

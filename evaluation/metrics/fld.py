@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from evaluation.neighbours import MAX_DISTANCES, centred, squared_distances
+from evaluation.neighbours import MAX_DISTANCES, CentredPoints, squared_distances
 from evaluation.ordering import in_own_order
 from evaluation.registry import Value, metric
 from utils.progress import progress
@@ -35,7 +35,8 @@ def fld(train: np.ndarray, test: np.ndarray, fake: np.ndarray, device: str = "cp
     scale[scale == 0] = 1
     width = scale.astype(np.float32)
     train, test, fake = (
-        centred(in_own_order(points) / width, centre / scale, device)[:] for points in (train, test, fake)
+        CentredPoints(in_own_order(points) / width, centre / scale, device)[:]
+        for points in (train, test, fake)
     )
     half = len(train) // 2
     baseline = Mixture(train[:half][:MAX_CENTRES], train[half:]).nll(test)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from evaluation.neighbours import centre_of, centred, nearest
+from evaluation.neighbours import CentredPoints, centre_of, nearest
 from evaluation.ordering import in_own_order
 from evaluation.registry import Value, metric
 
@@ -23,7 +23,7 @@ def nn_ratio(train: np.ndarray, test: np.ndarray, fake: np.ndarray, device: str 
     centre, size = centre_of(train), min(len(train), len(test))
     means, num_blocks = [], []
     for name, points in (("training", train), ("test", test)):
-        points = centred(in_own_order(points), centre, device)
+        points = CentredPoints(in_own_order(points), centre, device)
         starts = range(0, len(points) - size + 1, size)
         each = [
             nearest(fake, points[start : start + size], centre, f"nearest {name} images")[0]

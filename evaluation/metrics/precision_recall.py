@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from evaluation.neighbours import centre_of, centred, distance_blocks, nearest_others
+from evaluation.neighbours import CentredPoints, centre_of, distance_blocks, nearest_others
 from evaluation.registry import metric
 
 
@@ -25,8 +25,8 @@ def precision_recall(
     import torch
 
     centre = centre_of(real)
-    fake_radii = nearest_others(centred(fake, centre, device), k, "fake radii")[:, k - 1]
-    real = centred(real, centre, device)
+    fake_radii = nearest_others(CentredPoints(fake, centre, device), k, "fake radii")[:, k - 1]
+    real = CentredPoints(real, centre, device)
     if real_neighbours is None:
         real_neighbours = nearest_others(real, k, "real radii")
     real_radii = real_neighbours[:, k - 1]
