@@ -169,11 +169,12 @@ class DPGAN(Synthesizer):
         draws = self.runtime.draws(f"pretrain fakes {self.step}", len(batch))
         self.d_optimizer.zero_grad(set_to_none=True)
         if own.start < own.stop:
-            images = to_float(batch.images[own], self.runtime.device)
+            rng = draws[own]
+            images = to_float(self.images.augmented(batch.images[own], rng), self.runtime.device)
             if self.config.public_data.flip:
-                images = randomly_flipped(images, draws[own])
+                images = randomly_flipped(images, rng)
             labels = torch.from_numpy(batch.labels[own]).to(self.runtime.device) % loss.num_labels
-            loss(self.discriminator, images, labels, draws[own]).sum().div(len(batch)).backward()
+            loss(self.discriminator, images, labels, rng).sum().div(len(batch)).backward()
         distributed.sum_gradients(self.discriminator.parameters())
         self.d_optimizer.step()
 

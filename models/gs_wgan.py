@@ -129,6 +129,7 @@ class GSWGAN(Synthesizer):
             critic = ConvCritic(spec.resolution, spec.channels, self.num_labels, width)
         # What all critics start as. It has seen public images only.
         self.first_critic = critic.to(runtime.device)
+        self._critic_moments: dict = {}  # of its optimiser in public pretraining
         self._start_stage("start")
 
     def _new_generator(self, stream: str) -> ResNetGenerator:
@@ -157,6 +158,7 @@ class GSWGAN(Synthesizer):
         self._begin("pretrain")
         critic = Stack.copies(self.first_critic.train(), 1)
         optimizer = config.optimizer(critic.parameters())
+        restore_moments(optimizer, self._critic_moments)
         steps = progress(range(self.step, config.iterations), "pretrain", config.iterations, self.step)
         for step in steps:
             for turn in range(config.critic_iters):
@@ -169,16 +171,19 @@ class GSWGAN(Synthesizer):
             gradient = torch.autograd.grad(loss, images)[0]
             self._generator_step(images, gradient)
             self.first_critic.load_state_dict(next(iter(critic)))
+            self._critic_moments = optimizer.state_dict()["state"]
             self._finish_step(config)
+        self._critic_moments = {}
 
     def _public_batch(self, public: PublicData, stream: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (1, B, C, H, W) in [0, 1] and labels (1, B)."""
         config = self.config.pretrain
         chosen = numpy_rng(self.runtime.seed, stream).integers(len(public), size=config.batch_size)
         batch = public.samples.take(np.sort(chosen))
-        images = (to_float(batch.images, self.runtime.device) + 1) / 2
+        rng = self.runtime.draws(f"{stream} changes", len(batch))
+        images = (to_float(self.images.augmented(batch.images, rng), self.runtime.device) + 1) / 2
         if self.config.public_data.flip:
-            images = randomly_flipped(images, self.runtime.draws(f"{stream} flip", len(images)))
+            images = randomly_flipped(images, rng)
         labels = torch.from_numpy(batch.labels * config.cond).to(self.runtime.device)
         return images[None], labels[None]
 
@@ -271,6 +276,7 @@ class GSWGAN(Synthesizer):
             "step": self.step,
             "generator": self.generator.state_dict(),
             "first_critic": self.first_critic.state_dict(),
+            "critic_moments": self._critic_moments,
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],
             "central": self.images.state_dict(),
@@ -279,6 +285,7 @@ class GSWGAN(Synthesizer):
     def load_state_dict(self, state: dict) -> None:
         self.generator.load_state_dict(state["generator"])
         self.first_critic.load_state_dict(state["first_critic"])
+        self._critic_moments = state["critic_moments"]
         self._start_stage(state["stage"])
         self.step = state["step"]
         self.ema.load_state_dict(state["ema"])

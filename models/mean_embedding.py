@@ -120,15 +120,18 @@ class EmbeddingGenerator:
         self.generator.to(runtime.device)
         self._start("start")
 
-    def public_mean(self, public: PublicData, cond: bool) -> torch.Tensor:
-        """(public classes, D), or with cond=False (1, D): labels of public images are ignored."""
+    def public_mean(self, public: PublicData, cond: bool, flip: bool) -> torch.Tensor:
+        """(public classes, D), or with cond=False (1, D): labels of public images are ignored. `flip`: of all images
+        and their mirror images."""
         num_labels = public.num_classes if cond else 1
         total = 0.0
         for start in progress(range(0, len(public), 1000), "public embedding", unit="batch"):
             part = public.samples.take(np.arange(start, min(start + 1000, len(public))))
             labels = torch.from_numpy(part.labels * cond).to(self.runtime.device)
             images = to_float(part.images, self.runtime.device)
-            total = total + self.embedding.mean(images, labels, num_labels) * len(labels)
+            if flip:
+                images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
+            total = total + self.embedding.mean(images, labels, num_labels) * len(part)
         return total / len(public)
 
     def cost(self, stage: str, schedule: Schedule, num_images: int) -> Cost:
@@ -310,7 +313,8 @@ class EmbeddingSynthesizer(Synthesizer):
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
         public = self.images.ask(public, private)
         if public is not None and self._pretraining(len(public)).num_steps:
-            target = self.fitted.public_mean(public, self.config.pretrain.cond)
+            flip = self.config.public_data.flip
+            target = self.fitted.public_mean(public, self.config.pretrain.cond, flip)
             self._fit("pretrain", target, self._pretraining(len(public)))
 
     def train(self, private: PrivateData) -> None:
@@ -351,7 +355,11 @@ class EmbeddingSynthesizer(Synthesizer):
         self.images.load_state_dict(state["central"])
 
     def idle_settings(self) -> dict[str, str]:
-        return self.images.idle_settings()
+        idle = self.images.idle_settings()
+        if self.images.central is not None:
+            why = "a mean embedding takes each central image once, as it is"
+            idle |= {f"public_data.central.{key}": why for key in ("num_ops", "max_magnitude")}
+        return idle
 
     def parameter_counts(self) -> dict[str, int]:
         return {"generator": self.fitted.num_parameters()}

@@ -1,6 +1,8 @@
 """What a generator is pretrained on: a public set, the part of it that the semantic query selects, or noisy central
 images of the private set."""
 
+import numpy as np
+
 from data.public import has_public_images
 from data.spec import DataSpec, PublicData
 from models.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
@@ -8,6 +10,7 @@ from models.semantic_query import QueryConfig, SemanticQuery, words_per_class
 from models.synthesizer import Cost
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
+from utils.draws import Draws
 from utils.runtime import Runtime
 from utils.sections import PublicDataConfig
 
@@ -76,6 +79,10 @@ class PretrainingImages:
     def select(self, public: PublicData, private: PrivateData | None) -> PublicData:
         """The part of a public set that the query chooses, or all of it."""
         return public if self.query is None else self.query.select(public, private)
+
+    def augmented(self, images: np.ndarray, rng: Draws) -> np.ndarray:
+        """A batch (B, C, H, W) uint8 of these images as one pass shows it: central images are changed a little."""
+        return images if self.central is None else self.central.augment(images, rng)
 
     def costs(self, num_images: int) -> tuple[list[Cost], int]:
         """What choosing takes, and how many of `num_images` public images are left to pretrain on."""

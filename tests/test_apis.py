@@ -272,6 +272,17 @@ def test_a_network_without_labels_gets_the_null_label(own, public):
     assert (api.random_api(LABELS, "initial").info[MODEL_LABEL] == public.num_classes).all()
 
 
+def test_a_network_of_selected_public_classes_knows_the_private_ones(make_trial, own, tmp_path):
+    """PrivImage relabels what its query has selected; that has cost what the checkpoint says."""
+    network = ["model.network.nf=4", "model.network.ch_mult=[1,2]", "model.network.attn_resolutions=[]"]
+    trial = make_trial("PrivImage", *network, "model.network.num_res_blocks=1")
+    trial.synthesizer.pretrain(trial.public, trial.private)
+    Checkpoints(tmp_path, "PrivImage", trial.synthesizer, trial.private.ledger).save("pretrain", "final")
+    api = own(ckpt=str(tmp_path / "pretrain" / "checkpoints" / "final_checkpoint.pth"))
+    assert api.random_api(LABELS, "initial").info[MODEL_LABEL].tolist() == LABELS.tolist()
+    assert [release.name for release in api.releases()] == ["checkpoint: semantic query"]
+
+
 def test_what_a_network_is_asked_for_is_what_is_noted(own, monkeypatch):
     api, asked = own(), []
     forward = type(api.network).forward

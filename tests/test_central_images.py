@@ -358,3 +358,27 @@ def test_votes_for_two_levels_are_caught(monkeypatch):
     monkeypatch.setattr(CentralImages, "_votes", twice)
     with pytest.raises(AssertionError):
         test_a_mode_is_the_most_frequent_grey_level(None, [0, 1])
+
+
+@pytest.mark.parametrize("name", ["DPGAN", "GS-WGAN"])
+def test_gans_see_central_images_changed_a_little_at_every_look(name, make_trial, monkeypatch):
+    """As published, and as the diffusion methods do."""
+    looks, augment = [], CentralImages.augment
+    monkeypatch.setattr(
+        CentralImages,
+        "augment",
+        lambda self, images, rng: looks.append(len(images)) or augment(self, images, rng),
+    )
+    length = "n_epochs" if name == "DPGAN" else "iterations"
+    settings = ("public_data.name=central_mean", f"pretrain.{length}=3", "pretrain.batch_size=3")
+    trial = make_trial(
+        name, *settings, "public_data.central.batch_size=60", "public_data.central.sample_num=1"
+    )
+    trial.synthesizer.pretrain(None, trial.private)
+    assert set(looks) == {3} and len(looks) >= 3
+
+
+def test_mean_embeddings_say_that_they_change_no_central_image(make_method):
+    idle = make_method("DP-MERF", "public_data.name=central_mean").idle_settings()
+    assert {"public_data.central.num_ops", "public_data.central.max_magnitude"} <= set(idle)
+    assert "public_data.central.num_ops" not in make_method("DP-MERF").idle_settings()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from models.central_images import CENTRAL_IMAGES
+from models.diffusion import synthesizer
 from models.diffusion.synthesizer import WARM_UP
 from models.dp_feta_pro import FREQUENCY
 from models.mean_embedding import MEAN_EMBEDDING, EmbeddingGenerator
@@ -50,6 +51,22 @@ def test_each_warm_up_can_be_left_out(make_method):
     assert make_method("DP-FETA-Pro", "freq.n_epochs=0").privacy_plan() == [CENTRAL, TRAINING]
     without = make_method("DP-FETA-Pro", "pretrain.warm_up.n_epochs=0")
     assert without.privacy_plan() == [EMBEDDING, TRAINING]
+
+
+def test_only_public_images_are_mirrored(make_trial, monkeypatch):
+    """public_data.flip is about the public set; what is made of private digits stays as it is."""
+    settings = ("public_data.name=glyphs", "public_data.flip=true", "pretrain.n_epochs=1")
+    trial, stages = make_trial("DP-FETA-Pro", *settings), []
+    method, flipped = trial.synthesizer, synthesizer.randomly_flipped
+    monkeypatch.setattr(
+        synthesizer, "randomly_flipped", lambda *rest: stages.append(method.stage) or flipped(*rest)
+    )
+    taken, public_loss = [], type(method)._public_loss
+    monkeypatch.setattr(
+        type(method), "_public_loss", lambda self, *rest: taken.append(self.stage) or public_loss(self, *rest)
+    )
+    method.pretrain(trial.public, trial.private)
+    assert set(stages) == {"pretrain"} and set(taken) == {"pretrain", WARM_UP, FREQUENCY}
 
 
 @pytest.mark.parametrize(

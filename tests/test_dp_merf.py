@@ -1,5 +1,6 @@
 """DP-MERF: its features, its one release, and what the generator is fitted to."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -268,12 +269,34 @@ def test_pretraining_with_and_without_public_labels(cond, make_method, public):
     """Without them every label learns from all images, and the target has one row."""
     settings = ["public_data.name=glyphs", "pretrain.epochs=2", "pretrain.batch_size=24"]
     method = make_method("DP-MERF", *settings, f"pretrain.cond={cond}")
-    target = method.fitted.public_mean(public, cond)
+    target = method.fitted.public_mean(public, cond, flip=False)
     assert target.shape == (6 if cond else 1, 21)
     assert target[:, -1].sum().item() == pytest.approx(MASS, rel=1e-5)
     before = method.fitted.generator.embedding.weight.detach().clone()
     method.pretrain(public, None)
     assert (method.fitted.generator.embedding.weight != before).any(dim=1).all()
+
+
+def test_mirrored_public_images_count_where_the_public_set_allows_it(make_method, public):
+    fitted = make_method("DP-MERF", "public_data.name=glyphs").fitted
+    mirrored = dataclasses.replace(public.samples, images=public.samples.images[..., ::-1].copy())
+    one, other = (
+        fitted.public_mean(dataclasses.replace(public, samples=samples), True, flip=False)
+        for samples in (public.samples, mirrored)
+    )
+    assert torch.allclose(fitted.public_mean(public, True, flip=True), (one + other) / 2, atol=1e-6)
+    assert not torch.allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_the_public_set_says_whether_images_are_mirrored(flip, make_method, public, monkeypatch):
+    method, seen = make_method("DP-MERF", "public_data.name=glyphs", f"public_data.flip={flip}"), []
+    mean = type(method.fitted).public_mean
+    monkeypatch.setattr(
+        type(method.fitted), "public_mean", lambda self, *rest: seen.append(rest[2]) or mean(self, *rest)
+    )
+    method.pretrain(public, None)
+    assert seen == [flip]
 
 
 # ------------------------------------------------------------------------------------------ settings

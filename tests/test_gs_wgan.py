@@ -1,5 +1,6 @@
 """GS-WGAN: what the choice of a shard costs, what leaves the critics, and what they may depend on."""
 
+import copy
 import math
 
 import numpy as np
@@ -28,6 +29,7 @@ from opacus_ext.sanitize import SanitisedGradients, Shards, sanitised_release
 from opacus_ext.shard_accounting import step_curve, step_loss
 from utils.draws import Draws
 from utils.errors import UserError
+from utils.runtime import Runtime
 
 # ------------------------------------------------------------------------------------------ accounting
 
@@ -471,7 +473,16 @@ def test_no_critic_is_in_the_state(make_trial, samples):
     trial.run()
     state = trial.synthesizer.state_dict()
     assert all(torch.equal(value, start[name]) for name, value in state["first_critic"].items())
-    assert set(state) == {"stage", "step", "generator", "first_critic", "ema", "optimizer", "central"}
+    assert set(state) == {
+        "stage",
+        "step",
+        "generator",
+        "first_critic",
+        "critic_moments",
+        "ema",
+        "optimizer",
+        "central",
+    }
     kept = [value for value in vars(trial.synthesizer).values() if isinstance(value, (ShardCritics, Stack))]
     assert not kept
 
@@ -529,6 +540,21 @@ def test_public_pretraining_gives_the_generator_and_the_first_critic_their_start
     assert not torch.equal(before[1], method.first_critic.score.weight)
     assert method.first_critic.embedding.num_embeddings == 6
     assert method.generate(5).labels.tolist() == [0, 1, 2, 0, 1]
+
+
+def test_public_pretraining_goes_on_where_it_was_killed(make_method, public):
+    """With the moments of the critic's optimiser too, which has seen public images alone."""
+    settings = ("public_data.name=glyphs", "pretrain.iterations=4", "pretrain.snapshot_freq=2")
+    kept = []
+    runtime = Runtime(snapshot=lambda stage: kept.append(copy.deepcopy(whole.state_dict())))
+    whole, again = make_method("GS-WGAN", *settings, runtime=runtime), make_method("GS-WGAN", *settings)
+    whole.pretrain(public, None)
+    assert [state["step"] for state in kept] == [2, 4]
+    again.load_state_dict(kept[0])
+    again.pretrain(public, None)
+    for name in ("generator", "first_critic"):
+        expected, found = getattr(whole, name).state_dict(), getattr(again, name).state_dict()
+        assert all(torch.equal(value, found[key]) for key, value in expected.items()), name
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ class DiffusionAPI(ImageAPI):
 
     def _take(self, state: dict, weights: str, source: str) -> None:
         """Build the network with the chosen weights ("ema" or "raw") of a method's state."""
-        self.knows_classes = state["stage"] not in ("start", "pretrain")
+        self.knows_classes = state["private_labels"]
         require_fit(state, source, self.spec.image_shape, self.spec.num_classes if self.knows_classes else 0)
         self._build(state["label_dim"], chosen_weights(state, weights), source)
 

@@ -177,7 +177,7 @@ class LatentDiffusion(DiffusionSynthesizer):
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
         self._book_inherited(private)  # first: snapshots of the autoencoder hold the network's weights too
         if public is not None:
-            self.latents.fit(public.samples, self._augment)
+            self.latents.fit(public.samples, flip=self._flips())
         super().pretrain(public, private)
 
     def _begin(self, stage: str) -> int:

@@ -5,8 +5,6 @@ needs randomness that must be as secret as the noise; the KL weight of 1e-6 keep
 hardly differ. Public images are encoded in the same way. Legend: B batch, Z latent channels, h w latent pixels.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
@@ -17,11 +15,10 @@ from models.diffusion.cost import warm_up_cost
 from models.nn.autoencoder import Autoencoder, Pixels
 from models.nn.perceptual import SMALLEST
 from models.nn.unet import level_sizes
-from models.public_batches import public_batches
+from models.public_batches import public_batches, randomly_flipped
 from models.synthesizer import Cost
 from models.timing import batch_rows, seconds_of
 from utils import distributed
-from utils.draws import Draws
 from utils.errors import UserError
 from utils.images import to_float
 from utils.runtime import Runtime
@@ -101,8 +98,9 @@ class LatentSpace:
             ]
         return torch.cat(parts)
 
-    def fit(self, samples: Samples, augment: Callable[[torch.Tensor, Draws], torch.Tensor]) -> None:
-        """Train the autoencoder on public images, or what is left of it in a resumed run."""
+    def fit(self, samples: Samples, flip: bool) -> None:
+        """Train the autoencoder on public images, or what is left of it in a resumed run. `flip`: mirror every other
+        image."""
         if self.done or not self.config.n_epochs:
             return
         config = self.config
@@ -118,7 +116,8 @@ class LatentSpace:
         for step, batch in batches:
             own = distributed.share(len(batch))
             rng = self.runtime.draws(f"autoencoder {step}", len(batch))[own]
-            images = augment(to_float(samples.images[batch[own]], self.runtime.device), rng)
+            images = to_float(samples.images[batch[own]], self.runtime.device)
+            images = randomly_flipped(images, rng) if flip else images
             self.training.step(step, images, rng, len(batch))
             self.step += 1
             if self.step % config.snapshot_freq == 0:

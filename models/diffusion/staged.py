@@ -66,6 +66,10 @@ class StagedNetwork(Synthesizer, abc.ABC):
         """Names of the network's parameters that the private stage trains; it freezes all others."""
         return {name for name, _ in self.network.named_parameters()}
 
+    def _has_private_labels(self) -> bool:
+        """The labels that the network has been shown are the private classes, not those of a public set."""
+        return self.stage not in ("start", "pretrain")
+
     def _prepare_network(self, stage: str) -> None:
         """Change the network for a stage that is about to start, or to be restored: put adapters on it."""
 
@@ -122,6 +126,7 @@ class StagedNetwork(Synthesizer, abc.ABC):
             "stage": self.stage,
             "step": self.step,
             "label_dim": self.network.null_label,
+            "private_labels": self._has_private_labels(),
             "shape": list(self.network_shape),
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),

@@ -77,6 +77,7 @@ class DiffusionSynthesizer(StagedNetwork):
         )
 
     def _flips(self) -> bool:
+        """Public images may be mirrored."""
         return self.config.public_data.flip
 
     def _require_labels(self, checkpoint: dict, source: str) -> None:
@@ -174,7 +175,7 @@ class DiffusionSynthesizer(StagedNetwork):
 
     def _pretrain_publicly(self, public: PublicData, private: PrivateData | None) -> None:
         samples = self.images.select(public, private).samples
-        self._fit_public("pretrain", samples, self._pretraining_loss())
+        self._fit_public("pretrain", samples, self._pretraining_loss(), flip=self._flips())
 
     def _pretraining_loss(self) -> EDMLoss:
         return self._make_loss(self.config.pretrain.loss, not self.config.pretrain.cond)
@@ -195,10 +196,15 @@ class DiffusionSynthesizer(StagedNetwork):
         return {} if self.images.central is None else {WARM_UP: section}
 
     def _fit_public(
-        self, stage: str, samples: Samples, loss: EDMLoss, augment: Augmentation | None = None
+        self,
+        stage: str,
+        samples: Samples,
+        loss: EDMLoss,
+        augment: Augmentation | None = None,
+        flip: bool = False,
     ) -> None:
         """Train all weights, without noise, on images that are public or that noise has made so; or what is left of
-        it in a resumed run."""
+        it in a resumed run. `flip`: mirror every other image; what is made of private images is as they are."""
         config = self._stages()[stage]
         batches = public_batches(
             stage,
@@ -217,19 +223,17 @@ class DiffusionSynthesizer(StagedNetwork):
                 part, draws = samples.take(batch[own]), rng[own]
                 if augment is not None:
                     part = replace(part, images=augment(part.images, draws))
-                self._public_loss(loss, part, draws).div(len(batch)).backward()
+                self._public_loss(loss, part, draws, flip).div(len(batch)).backward()
             distributed.sum_gradients(self.network.parameters())
             self.optimizer.step()
             self._finish_step(config.snapshot_freq)
 
-    def _public_loss(self, loss: EDMLoss, batch: Samples, rng: Draws) -> torch.Tensor:
+    def _public_loss(self, loss: EDMLoss, batch: Samples, rng: Draws, flip: bool = False) -> torch.Tensor:
         """Sum of the losses of `batch`."""
-        images = self._encode(self._augment(to_float(batch.images, self.runtime.device), rng))
+        images = to_float(batch.images, self.runtime.device)
+        images = self._encode(randomly_flipped(images, rng) if flip else images)
         labels = torch.from_numpy(batch.labels).to(self.runtime.device)
         return loss(self.network, images, labels, rng).sum()
-
-    def _augment(self, images: torch.Tensor, rng: Draws) -> torch.Tensor:
-        return randomly_flipped(images, rng) if self._flips() else images
 
     def train(self, private: PrivateData) -> None:
         config = self.config.train
@@ -272,6 +276,9 @@ class DiffusionSynthesizer(StagedNetwork):
             labels = preview_labels(self.spec.num_classes)
             images = self._sample(self.config.model.sampler, labels, f"preview {self.stage} {self.step}")
             self.runtime.preview(self.stage, self.step, images, labels)
+
+    def _has_private_labels(self) -> bool:
+        return super()._has_private_labels() or self.images.query is not None
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "central": self.images.state_dict()}
