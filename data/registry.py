@@ -23,7 +23,6 @@ class SourceQuirks:
     first_label: int = 0  # the label that the files give to class 0
     transposed: bool = False  # images are stored with rows and columns swapped
     one_class: bool = False  # a single class folder is enough
-    attribute: str = "Male"  # CelebA: the attribute that is the label
 
 
 NO_QUIRKS = SourceQuirks()

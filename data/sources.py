@@ -27,6 +27,7 @@ LAYOUTS = (
     "allowed: idx files of MNIST, python pickles of CIFAR, npz (x/y, images/labels or train_images/train_labels), "
     "train/<class>/* folders, flat <class>_<rest> files, or a zip of images with dataset.json"
 )
+CELEBA_LABEL = "Male"  # of CelebA's 40 attributes the one that is the label
 
 
 # ------------------------------------------------------------------------------------------------------ records
@@ -134,7 +135,7 @@ def _open_by_layout(path: Path, quirks: SourceQuirks) -> Source:
     if "data_batch_1" in base_names or {"train", "test", "meta"} <= base_names:
         return _read_cifar(tree, names)
     if any(name.startswith("list_attr_celeba") for name in base_names):
-        return _read_celeba(tree, names, quirks.attribute)
+        return _read_celeba(tree, names)
     if "dataset.json" in base_names:
         return _read_dataset_json(tree, names)
     source = _read_image_files(tree, names, quirks)
@@ -378,9 +379,9 @@ def _read_npz_folder(tree: FileTree) -> Source:
 # ------------------------------------------------------------------------------------------------------ CelebA
 
 
-def _read_celeba(tree: FileTree, names: list[str], attribute: str) -> Source:
+def _read_celeba(tree: FileTree, names: list[str]) -> Source:
     """Aligned CelebA with one attribute as the label; official parts 0 (train) and 2 (test), 1 is unused."""
-    labels = _celeba_labels(tree, names, attribute)
+    labels = _celeba_labels(tree, names)
     partition = _celeba_rows(_single(tree, _find(tree, names, r"^list_eval_partition\.(txt|csv)$")))
     archive = next((name for name in names if PurePosixPath(name).name == "img_align_celeba.zip"), None)
     images = tree if archive is None else open_tree(tree.path / archive)
@@ -400,17 +401,17 @@ def _read_celeba(tree: FileTree, names: list[str], attribute: str) -> Source:
     return Source(part("0"), part("2"))
 
 
-def _celeba_labels(tree: FileTree, names: list[str], attribute: str) -> dict[str, int]:
+def _celeba_labels(tree: FileTree, names: list[str]) -> dict[str, int]:
     name = _find(tree, names, r"^list_attr_celeba\.(txt|csv)$")
     content = _single(tree, name)
     header = next(
-        (line for line in content.decode().splitlines() if attribute in line.replace(",", " ").split()), ""
+        (line for line in content.decode().splitlines() if CELEBA_LABEL in line.replace(",", " ").split()), ""
     )
     columns = header.replace(",", " ").split()
-    if attribute not in columns:
-        raise UserError(f"{tree.path}: {name} has no attribute '{attribute}'")
+    if CELEBA_LABEL not in columns:
+        raise UserError(f"{tree.path}: {name} has no attribute '{CELEBA_LABEL}'")
     # Counted from the end: the txt header does not name the first column, the csv header does.
-    column = columns.index(attribute) - len(columns)
+    column = columns.index(CELEBA_LABEL) - len(columns)
     return {file: int(int(fields[column]) > 0) for file, fields in _celeba_rows(content).items()}
 
 

@@ -140,7 +140,7 @@ class DPLoRA(LatentDiffusion):
 
 
 def _add_adapters(network: nn.Module, rank: int) -> None:
-    def is_attention(name: str, layer: nn.Linear) -> bool:
+    def is_attention(name: str) -> bool:
         return name.endswith(tuple(f".{kind}" for kind in ATTENTION_LAYERS))
 
     add_adapters(network, is_attention, rank)

@@ -26,7 +26,7 @@ from utils import distributed
 from utils.errors import UserError, unknown
 from utils.images import to_float
 from utils.progress import progress
-from utils.run_dir import QUERY_ANSWER
+from utils.run_dir import QUERY_ANSWER, atomic, write_json
 from utils.runtime import Runtime, log
 from utils.sections import PublicDataConfig, check
 from utils.seeding import numpy_rng
@@ -186,8 +186,6 @@ class SemanticQuery:
             return
         self._train(classifier, public)
         if cached is not None:
-            from utils.run_dir import atomic
-
             with atomic(cached) as temporary:
                 torch.save(classifier.state_dict(), temporary)
 
@@ -233,8 +231,6 @@ class SemanticQuery:
         return self.runtime.cache_dir / f"query_classifier_{digest.hexdigest()[:16]}.pth"
 
     def _write(self, path: Path, public: PublicData, chosen: list[list[int]], ledger: Ledger) -> None:
-        from utils.run_dir import write_json
-
         saved = {
             "noise_multiplier": ledger.planned(QUERY).noise_multiplier,
             "noise_seeded": ledger.noise_seeded,

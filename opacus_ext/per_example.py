@@ -184,10 +184,8 @@ def _form(gradient: torch.Tensor | Factors) -> torch.Tensor:
     return gradient.form() if isinstance(gradient, Factors) else gradient
 
 
-def _kept(gradient: torch.Tensor | Factors) -> tuple[torch.Tensor | Factors, torch.Tensor]:
+def _kept(gradient: Factors) -> tuple[torch.Tensor | Factors, torch.Tensor]:
     """The gradient in the form that makes norm and weighted sum cheapest, and its squared norms."""
-    if not isinstance(gradient, Factors):
-        return gradient, squared_norms(gradient)
 
     def formed(rehearse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         whole = gradient.form()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from opacus_ext.per_example import PerExampleLoss, clipped_sum, per_example_gradients, rows_of_layers
+from opacus_ext.per_example import PerExampleLoss, per_example_gradients, rows_of_layers
 from opacus_ext.row_by_row import moved
 from utils.draws import Draws
 from utils.errors import UserError
@@ -162,26 +162,3 @@ def _require_complete(
                 f"network: the per-example gradients of '{name}' do not add up to its gradient; it is used outside "
                 f"its own layer's forward (call the layer, not a function on its weight)"
             )
-
-
-def record_influence(
-    network: nn.Module,
-    per_example_loss: PerExampleLoss,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    max_grad_norm: float,
-    draws: Draws,
-) -> float:
-    """How far leaving out one record moves the clipped sum, as a multiple of `max_grad_norm`: the largest of all
-    records. Must be at most 1 up to rounding. Each record is tried in last place, so that the others keep their
-    draws."""
-    moved = []
-    for shift in range(len(labels)):
-        batch, classes = images.roll(shift, 0), labels.roll(shift, 0)
-        last = len(labels) - 1
-        whole, _ = clipped_sum(network, per_example_loss, batch, classes, max_grad_norm, draws[: last + 1])
-        rest, _ = clipped_sum(
-            network, per_example_loss, batch[:last], classes[:last], max_grad_norm, draws[:last]
-        )
-        moved.append(torch.cat([(whole[name] - rest[name]).flatten() for name in whole]).norm().item())
-    return max(moved) / max_grad_norm

@@ -255,7 +255,7 @@ def test_degrees_mean_the_noise_of_the_published_schedule(own):
     assert api.first_level(0) == 0
     api.check_degree(9)
     for wrong in (10, -1, 0.5):
-        with pytest.raises(UserError, match=f"degree {wrong:g} .* from 0 to 9"):
+        with pytest.raises(UserError, match=f"^{wrong:g} is .* from 0 to 9"):
             api.check_degree(wrong)
 
 
@@ -458,7 +458,7 @@ def test_imagenet_networks_make_colour_images_for_any_data(kind, spec, weights):
     assert set(labels) <= set(range(5)) and len(set(labels)) > 1
     varied = checked(api.variation_api(drawn, 9, "v"), LABELS, api.image_shape, "variation_api")
     assert difference(drawn, varied) < difference(drawn, api.variation_api(drawn, 0, "v"))
-    with pytest.raises(UserError, match=f"degree 10 .* {api.name}; .* from 0 to 9"):
+    with pytest.raises(UserError, match=f"^10 is .* {api.name}; .* from 0 to 9"):
         api.check_degree(10)
 
 

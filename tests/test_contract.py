@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUERIED
+from influence import record_influence
 from torch import nn
 
 from models import METHODS
@@ -21,7 +22,6 @@ from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from opacus_ext.ledger import Ledger
 from opacus_ext.noise import GridNoise
 from opacus_ext.private_data import PrivateData
-from opacus_ext.validate import record_influence
 from utils.checkpoints import Checkpoints
 from utils.runtime import Runtime
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from influence import record_influence
 from test_contract import Killed, assert_same_samples, kill_at_booking, resumed_run, tensors
 
 from models import METHODS, dpgan
@@ -14,7 +15,6 @@ from models.nn.discriminator import Discriminator
 from models.nn.generator import Generator
 from opacus_ext import dpsgd
 from opacus_ext.noise import NoiseSource
-from opacus_ext.validate import record_influence
 from utils.config import load_config
 from utils.draws import Draws
 from utils.errors import UserError

@@ -67,7 +67,8 @@ class ImageAPI(abc.ABC):
         return self.spec.image_shape
 
     def check_degree(self, degree: float) -> None:
-        """Raise UserError("... degree 7 ...: allowed ...") for a degree of variation that makes no sense here."""
+        """Raise UserError("7 is not allowed for api ...; it must be ...") for a degree of variation that makes no sense
+        here. Private Evolution puts the key of its setting in front."""
 
     @property
     def needs_public_images(self) -> bool:

@@ -76,7 +76,7 @@ class DiffusionAPI(ImageAPI):
         most = self.config.sampler.num_steps - 1
         if degree != int(degree) or not 0 <= degree <= most:
             raise UserError(
-                f"degree {degree:g} is not allowed for api diffusion; it must be a whole number from 0 to {most}"
+                f"{degree:g} is not allowed for api diffusion; it must be a whole number from 0 to {most}"
             )
 
     @property

@@ -83,9 +83,7 @@ class GlyphsAPI(ImageAPI):
     def check_degree(self, degree: float) -> None:
         if degree not in range(self.config.num_degrees):
             allowed = f"a whole number from 0 to {self.config.num_degrees - 1}, an index into its lists"
-            raise UserError(
-                f"train.variation_degree_schedule: {degree:g} is not allowed with api glyphs; it must be {allowed}"
-            )
+            raise UserError(f"{degree:g} is not allowed for api glyphs; it must be {allowed}")
 
     def random_api(self, labels: np.ndarray, rng_name: str) -> Candidates:
         rng = numpy_rng(self.runtime.seed, rng_name)

@@ -77,7 +77,7 @@ class ImprovedDiffusionAPI(ImageAPI):
         most = len(self._timesteps) - 1
         if degree != int(degree) or not 0 <= degree <= most:
             raise UserError(
-                f"degree {degree:g} is not allowed for api {self.name}; it must be a whole number from 0 to {most}"
+                f"{degree:g} is not allowed for api {self.name}; it must be a whole number from 0 to {most}"
             )
 
     def require_ready(self) -> None:

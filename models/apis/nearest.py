@@ -55,8 +55,7 @@ class NearestAPI(ImageAPI):
     def check_degree(self, degree: float) -> None:
         if degree < 1 or degree != int(degree):
             raise UserError(
-                f"train.variation_degree_schedule: {degree:g} is not allowed with api nearest; it must be a number of "
-                f"neighbours, 1 or more"
+                f"{degree:g} is not allowed for api nearest; it must be a number of neighbours, 1 or more"
             )
 
     def prepare(self, public: PublicData | None) -> None:

@@ -57,7 +57,7 @@ class StableDiffusionAPI(ImageAPI):
         steps = self.config.num_steps
         if not 1 / steps <= degree <= 1:
             raise UserError(
-                f"degree {degree:g} is not allowed for api stable_diffusion; it is the strength of image to image and "
+                f"{degree:g} is not allowed for api stable_diffusion; it is the strength of image to image and "
                 f"must be from {1 / steps:g} (one step of {steps}) to 1"
             )
 

@@ -18,10 +18,7 @@ EMBEDDINGS = Registry(
     "embedding",
     {
         "pixels": "models.embeddings.pixels:Pixels",
-        "random_conv": "models.embeddings.features:RandomConv",
-        "inception": "models.embeddings.features:Inception",
-        "clip": "models.embeddings.features:Clip",
-        "dinov2": "models.embeddings.features:Dinov2",
+        **dict.fromkeys(EXTRACTORS, "models.embeddings.features:Features"),
     },
 )
 
@@ -31,8 +28,8 @@ class Embedding(Protocol):
 
     name: str
 
-    def __init__(self, spec: DataSpec, weights_root: Path, device: str) -> None:
-        """Raises Unavailable with what to install or fetch."""
+    def __init__(self, name: str, spec: DataSpec, weights_root: Path, device: str) -> None:
+        """`name`: its entry in the table. Raises Unavailable with what to install or fetch."""
 
     def __call__(self, images: "torch.Tensor") -> "torch.Tensor":
         """uint8 (B, C, H, W) on the device, of the spec's shape -> (B, D) float32."""
@@ -44,7 +41,8 @@ def build_embedding(name: str, spec: DataSpec, weights_root: Path, device: str) 
     the log says which. Raises UserError for an unknown name, Unavailable where something has to be fetched."""
     if name.casefold() == AUTO:
         name = _best_there_is(weights_root)
-    return EMBEDDINGS.resolve(name)(spec, weights_root, device)
+    name = EMBEDDINGS.canonical(name)
+    return EMBEDDINGS.resolve(name)(name, spec, weights_root, device)
 
 
 def _best_there_is(weights_root: Path) -> str:

@@ -53,8 +53,7 @@ class PrivateEvolution(Synthesizer, abc.ABC):
         )
         settings.check_sizes(spec.num_classes)
         self.api = self.make_api()
-        for degree in settings.variation_degree_schedule[settings.initial_variation_fold == 0 :]:
-            self.api.check_degree(degree)
+        self._check_degrees()
         if self.api.needs_public_images and not has_public_images(config.public_data):
             raise UserError(
                 "public_data.name: null is not allowed with this generator, which needs a public set; give one, for "
@@ -65,6 +64,15 @@ class PrivateEvolution(Synthesizer, abc.ABC):
         self.iteration = 0
         self.population: Candidates | None = None
         self.votes: torch.Tensor | None = None  # (blocks, candidates of the largest block), noisy
+
+    def _check_degrees(self) -> None:
+        settings = self.config.train
+        # The first degree is that of the initial variations, of which there may be none.
+        for degree in settings.variation_degree_schedule[settings.initial_variation_fold == 0 :]:
+            try:
+                self.api.check_degree(degree)
+            except UserError as error:
+                raise UserError(f"train.variation_degree_schedule: {error}") from error
 
     @abc.abstractmethod
     def make_api(self) -> ImageAPI:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.nn.layers import Upsample, conv3x3
 from models.nn.unet import level_sizes
 
 RES_BLOCKS = 2  # per level of the encoder; the decoder has one more
@@ -86,7 +87,7 @@ class _Encoder(nn.Sequential):
     def __init__(
         self, channels: int, out_channels: int, ch: int, ch_mult: list[int], attends: list[bool]
     ) -> None:
-        layers, width = [_conv(channels, ch)], ch
+        layers, width = [conv3x3(channels, ch)], ch
         for level, factor in enumerate(ch_mult):
             if level > 0:
                 layers.append(_Downsample(width))
@@ -107,13 +108,13 @@ class _Decoder(nn.Sequential):
         sizes: list[int],
     ) -> None:
         width = ch_mult[-1] * ch
-        layers = [_conv(latent_channels, width), *_middle(width)]
+        layers = [conv3x3(latent_channels, width), *_middle(width)]
         for level, factor in reversed(list(enumerate(ch_mult))):
             for _ in range(RES_BLOCKS + 1):
                 layers += _block(width, factor * ch, attends[level])
                 width = factor * ch
             if level > 0:
-                layers.append(_Upsample(width, sizes[level - 1]))
+                layers.append(Upsample(width, sizes[level - 1]))
         super().__init__(*layers, *_output(width, channels))
 
 
@@ -127,7 +128,7 @@ def _middle(width: int) -> list[nn.Module]:
 
 
 def _output(width: int, channels: int) -> list[nn.Module]:
-    return [_norm(width), nn.SiLU(), _conv(width, channels)]
+    return [_norm(width), nn.SiLU(), conv3x3(width, channels)]
 
 
 class _ResidualBlock(nn.Module):
@@ -138,10 +139,10 @@ class _ResidualBlock(nn.Module):
         self.change = nn.Sequential(
             _norm(in_channels),
             nn.SiLU(),
-            _conv(in_channels, out_channels),
+            conv3x3(in_channels, out_channels),
             _norm(out_channels),
             nn.SiLU(),
-            _conv(out_channels, out_channels),
+            conv3x3(out_channels, out_channels),
         )
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -179,21 +180,5 @@ class _Downsample(nn.Module):
         return self.conv(F.pad(x, (0, extra, 0, extra)))
 
 
-class _Upsample(nn.Module):
-    """Nearest-neighbour enlargement to `size` pixels, then a convolution."""
-
-    def __init__(self, channels: int, size: int) -> None:
-        super().__init__()
-        self.size = size
-        self.conv = _conv(channels, channels)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, size=(self.size, self.size)))
-
-
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, max(channels // 4, 1)), channels, eps=1e-6)
-
-
-def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1)

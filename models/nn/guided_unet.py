@@ -11,11 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.sections import check_field
+
+NORM_GROUPS = 32
+
 
 @dataclass(frozen=True)
 class GuidedUNetConfig:
     image_size: int  # pixels
-    num_channels: int  # base width, a multiple of 32
+    num_channels: int  # base width, a multiple of NORM_GROUPS
     channel_mult: list[int]  # width factor per level, each level at half the resolution
     num_res_blocks: int  # residual blocks per level
     attention_resolutions: list[int]  # pixels of the levels that attend
@@ -26,6 +30,10 @@ class GuidedUNetConfig:
         bool  # timestep and label scale and shift the second norm of a block; False: are added
     )
     resblock_updown: bool  # residual blocks change the resolution; False: a convolution does
+
+    def __post_init__(self) -> None:
+        fits = self.num_channels > 0 and self.num_channels % NORM_GROUPS == 0
+        check_field(fits, "num_channels", self.num_channels, f"a positive multiple of {NORM_GROUPS}")
 
 
 class GuidedUNet(nn.Module):
@@ -194,7 +202,7 @@ class _Upsample(nn.Module):
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels)
+    return nn.GroupNorm(NORM_GROUPS, channels)
 
 
 def _zeroed(module: nn.Module) -> nn.Module:

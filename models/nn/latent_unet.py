@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.nn.layers import Upsample, conv3x3
 from models.nn.unet import level_sizes, sinusoidal_embedding
 
 
@@ -44,7 +45,7 @@ class LatentUNet(nn.Module):
         condition = 4 * nf
         self.label_embedding = nn.Embedding(label_dim + 1, context_dim)
         self.condition = nn.Sequential(nn.Linear(nf, condition), nn.SiLU(), nn.Linear(condition, condition))
-        self.input_conv = _conv(channels, nf)
+        self.input_conv = conv3x3(channels, nf)
 
         def stage(in_channels: int, out_channels: int, attends: bool) -> _Stage:
             transformer = SpatialTransformer(out_channels, head_width, context_dim) if attends else None
@@ -71,11 +72,11 @@ class LatentUNet(nn.Module):
                 self.up.append(stage(width + skips.pop(), factor * nf, attends[level]))
                 width = factor * nf
             if level > 0:
-                self.up.append(_Upsample(width, sizes[level - 1]))
+                self.up.append(Upsample(width, sizes[level - 1]))
         assert not skips
 
         self.output_norm = _norm(width)
-        self.output_conv = _zero(_conv(width, channels))
+        self.output_conv = _zero(conv3x3(width, channels))
 
     def forward(
         self, latents: torch.Tensor, noise_condition: torch.Tensor, labels: torch.Tensor
@@ -122,10 +123,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, condition: int) -> None:
         super().__init__()
         self.norm_in = _norm(in_channels)
-        self.conv_in = _conv(in_channels, out_channels)
+        self.conv_in = conv3x3(in_channels, out_channels)
         self.condition = nn.Linear(condition, out_channels)
         self.norm_out = _norm(out_channels)
-        self.conv_out = _zero(_conv(out_channels, out_channels))
+        self.conv_out = _zero(conv3x3(out_channels, out_channels))
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -196,25 +197,9 @@ class _FeedForward(nn.Module):
         return self.narrow(values * F.gelu(gates))
 
 
-class _Upsample(nn.Module):
-    """Nearest-neighbour enlargement to `size` pixels, then a convolution."""
-
-    def __init__(self, channels: int, size: int) -> None:
-        super().__init__()
-        self.size = size
-        self.conv = _conv(channels, channels)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, size=(self.size, self.size)))
-
-
 def _norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
     """The published 32 groups; of networks narrower than 32 channels, groups of four."""
     return nn.GroupNorm(32 if channels % 32 == 0 else max(channels // 4, 1), channels, eps=eps)
-
-
-def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:

@@ -12,68 +12,50 @@ from torch import nn
 
 from utils.errors import UserError
 
-# Names of nn.Linear layers, or (name, layer) -> whether it gets an adapter
-Selection = Collection[str] | Callable[[str, nn.Linear], bool]
-
 
 class LoRALinear(nn.Module):
-    """y = base(x) + scale * up(down(x)) on any leading axes; `base` is frozen, down (r, I) and up (O, r) train.
+    """y = base(x) + up(down(x)) on any leading axes; `base` is frozen, down (r, I) and up (O, r) train.
 
     down starts as N(0, 1 / r^2) and up as zero: the adapted layer starts as the one it wraps.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float = 1.0) -> None:
+    def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
-        if rank < 1:
-            raise UserError(f"LoRA rank: {rank} is not allowed; give at least 1")
         place = {"device": base.weight.device, "dtype": base.weight.dtype}
         self.base = base.requires_grad_(False)
         self.down = nn.Linear(base.in_features, rank, bias=False, **place)
         self.up = nn.Linear(rank, base.out_features, bias=False, **place)
-        self.scale = scale
         nn.init.normal_(self.down.weight, std=1 / rank)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + self.scale * self.up(self.down(x))
+        return self.base(x) + self.up(self.down(x))
 
     def merged(self) -> nn.Linear:
-        """The base layer with scale * up @ down added to its weight, in place; still frozen."""
+        """The base layer with up @ down added to its weight, in place; still frozen."""
         with torch.no_grad():
-            self.base.weight += self.scale * self.up.weight @ self.down.weight
+            self.base.weight += self.up.weight @ self.down.weight
         return self.base
 
 
-def add_adapters(network: nn.Module, selection: Selection, rank: int, scale: float = 1.0) -> list[str]:
-    """Put an adapter on every selected layer of `network`, in place, and freeze all other parameters.
+def add_adapters(network: nn.Module, is_selected: Callable[[str], bool], rank: int) -> None:
+    """Put an adapter on every nn.Linear of `network` whose name is selected, in place, and freeze all other parameters.
 
-    Returns the names of the adapted layers. Parameters that shall train besides (a label embedding) are unfrozen by
-    the caller afterwards. Raises UserError for a name that is not an nn.Linear of the network, or if none is selected.
+    Parameters that shall train besides (a label embedding) are unfrozen by the caller afterwards. Raises UserError if
+    none is selected.
     """
     layers = {name: layer for name, layer in network.named_modules() if type(layer) is nn.Linear}
-    if callable(selection):
-        selected = [name for name, layer in layers.items() if selection(name, layer)]
-    else:
-        selected = list(selection)
-    for name in selected:
-        if name not in layers:
-            raise UserError(f"LoRA layer: '{name}' is no nn.Linear; known: {', '.join(layers) or 'none'}")
+    selected = [name for name in layers if is_selected(name)]
     if not selected:
         raise UserError(f"LoRA layers: the selection is empty; known: {', '.join(layers) or 'none'}")
     network.requires_grad_(False)
     for name in selected:
-        network.set_submodule(name, LoRALinear(layers[name], rank, scale))
-    return selected
+        network.set_submodule(name, LoRALinear(layers[name], rank))
 
 
 def adapters(network: nn.Module) -> dict[str, LoRALinear]:
     """Name -> adapter, for all adapters of the network."""
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, LoRALinear)}
-
-
-def trainable_names(network: nn.Module) -> list[str]:
-    """Names of all parameters that train."""
-    return [name for name, parameter in network.named_parameters() if parameter.requires_grad]
 
 
 def adapter_state(network: nn.Module) -> dict[str, torch.Tensor]:

@@ -166,7 +166,7 @@ def subset(draws: int) -> tuple[nn.Module, PerExampleLoss, tuple[int, ...]]:
 def lora(draws: int) -> tuple[nn.Module, PerExampleLoss, tuple[int, ...]]:
     """Rank 8 on q, k, v and o of every attention of the 32-px network."""
     network, loss, shape = UNET_32(draws)
-    add_adapters(network, lambda name, layer: name.rpartition(".")[2] in PROJECTIONS, rank=8)
+    add_adapters(network, lambda name: name.rpartition(".")[2] in PROJECTIONS, rank=8)
     return network, loss, shape
 
 
