@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from utils.config import EVERY_METHOD, Config, format_config, load_config, parser
-from utils.config_files import CONFIG_FOLDER, ConfigFiles, flatten
+from utils.config_files import CONFIG_FOLDER, ConfigFiles, file_values, flatten
 from utils.errors import UserError
 from utils.presets import load_presets, nearest_tier
 from utils.registry import Registry
@@ -257,11 +257,20 @@ def test_published_commands_compose(command):
 
 
 def test_shipped_groups_have_the_same_keys():
-    from utils.config_files import read_yaml
-
     for group in ("data", "public_data", "eval", "setup"):
-        keys = {name: set(flatten(read_yaml(SHIPPED.require(group, name)))) for name in SHIPPED.names(group)}
-        assert len(set(map(frozenset, keys.values()))) == 1, group
+        files = [SHIPPED.require(group, name) for name in SHIPPED.names(group)]
+        assert len({frozenset(key for key, _, _ in file_values(path, "")) for path in files}) == 1, group
+
+
+def test_a_file_that_includes_another_says_which_of_them_wrote_a_value():
+    config = load_config(["-m", "Noise", "eval=none", "setup=multi_gpu"], METHODS)
+    assert config.eval.extractor == "inception" and config.setup.n_gpus_per_node == 4
+    written = {
+        "eval.extractor": "none", "eval.recipe": "quick", "eval.batch_size": "paper",
+        "setup.n_gpus_per_node": "multi_gpu", "setup.precision": "gpu", "setup.n_nodes": "cpu",
+    }  # fmt: skip
+    for key, name in written.items():
+        assert config.provenance[key] == f"base configs/{key.split('.')[0]}/{name}.yaml"
 
 
 # --- layers --------------------------------------------------------------------------------------------------------
