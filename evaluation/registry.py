@@ -17,7 +17,7 @@ from utils.errors import UserError
 from utils.registry import Registry
 
 CLASSIFIERS = Registry(
-    "classifier",
+    "eval.classifiers",
     {
         "logistic_regression": "evaluation.classifiers.logistic_regression:build",
         "small_cnn": "evaluation.classifiers.small_cnn:build",
@@ -27,7 +27,7 @@ CLASSIFIERS = Registry(
     },
 )
 
-METRICS = Registry("metric", {})
+METRICS = Registry("eval.metrics", {})
 
 EXTRACTOR_NEEDS = ("train_features", "test_features", "sample_features", "sample_logits", "train_neighbours")
 NEEDS = (

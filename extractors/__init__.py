@@ -6,7 +6,7 @@ Listing them imports nothing heavy. A new one is a class like extractors.extract
 from utils.registry import Registry
 
 EXTRACTORS = Registry(
-    "extractor",
+    "eval.extractor",
     {
         "inception": "extractors.inception:InceptionExtractor",
         "random_conv": "extractors.random_conv:RandomConvExtractor",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from utils.config import EVERY_METHOD, Config, format_config, load_config, parser
-from utils.config_files import CONFIG_FOLDER, ConfigFiles, flatten
+from utils.config_files import CONFIG_FOLDER, ConfigFiles, file_values, flatten
 from utils.errors import UserError
 from utils.presets import load_presets, nearest_tier
 from utils.registry import Registry
@@ -257,11 +257,20 @@ def test_published_commands_compose(command):
 
 
 def test_shipped_groups_have_the_same_keys():
-    from utils.config_files import read_yaml
-
     for group in ("data", "public_data", "eval", "setup"):
-        keys = {name: set(flatten(read_yaml(SHIPPED.require(group, name)))) for name in SHIPPED.names(group)}
-        assert len(set(map(frozenset, keys.values()))) == 1, group
+        files = [SHIPPED.require(group, name) for name in SHIPPED.names(group)]
+        assert len({frozenset(key for key, _, _ in file_values(path, "")) for path in files}) == 1, group
+
+
+def test_a_file_that_includes_another_says_which_of_them_wrote_a_value():
+    config = load_config(["-m", "Noise", "eval=none", "setup=multi_gpu"], METHODS)
+    assert config.eval.extractor == "inception" and config.setup.n_gpus_per_node == 4
+    written = {
+        "eval.extractor": "none", "eval.recipe": "quick", "eval.batch_size": "paper",
+        "setup.n_gpus_per_node": "multi_gpu", "setup.precision": "gpu", "setup.n_nodes": "cpu",
+    }  # fmt: skip
+    for key, name in written.items():
+        assert config.provenance[key] == f"base configs/{key.split('.')[0]}/{name}.yaml"
 
 
 # --- layers --------------------------------------------------------------------------------------------------------
@@ -594,7 +603,7 @@ ERRORS = {
     "setup.omp_n_threads=all": "setup.omp_n_threads: 'all' is not allowed; it must be int or null",
     "gen.batch_size=\\${train.no}": "gen.batch_size: Interpolation key 'train.no' not found",
     "seed=\\${a": "seed: '${a' is not allowed; it must be int",
-    "--method PrivImge": "unknown method 'PrivImge'; Known: Plain, Toy",
+    "--method PrivImge": "unknown method 'PrivImge'. Known: Plain, Toy",
     "--method Tox": "unknown method 'Tox'; did you mean 'Toy'?",
     "-dn mnist28": "unknown dataset 'mnist28'; did you mean 'mnist_28'?",
     "-dn cats": "to use your own images: python scripts/prepare_data.py --data_name cats --source <folder>",
@@ -614,7 +623,7 @@ ERRORS = {
     "method=DPDM": "method=DPDM: this is a flag, use --method DPDM",
     "privacy.accountant=rpd": "unknown privacy.accountant 'rpd'; did you mean 'rdp'?",
     "eval.mode=vall": "unknown eval.mode 'vall'; did you mean 'val'?",
-    "preset=fast": "unknown preset 'fast'; Known: paper, quick",
+    "preset=fast": "unknown preset 'fast'. Known: paper, quick",
     "eval=papr": "unknown configs/eval file 'papr'; did you mean 'paper'?",
     "setup=multigpu": "unknown configs/setup file 'multigpu'; did you mean 'multi_gpu'?",
     "--plugin no_such_module": "--plugin: cannot import 'no_such_module'",

@@ -68,7 +68,9 @@ def test_auto_takes_what_is_there_and_says_so(spec, tmp_path, monkeypatch, caplo
 
 
 def test_an_unknown_name_and_missing_weights_are_one_line(spec, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="unknown embedding 'inseption'; did you mean 'inception'"):
+    with pytest.raises(
+        UserError, match=r"unknown model\.feature_extractor 'inseption'; did you mean 'inception'"
+    ):
         build_embedding("inseption", spec, tmp_path, "cpu")
     with pytest.raises(MissingWeights, match=r"prepare_weights\.py --name inception") as caught:
         build_embedding("inception", spec, tmp_path, "cpu")

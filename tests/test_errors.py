@@ -38,4 +38,4 @@ def test_the_error_lists_all():
     assert str(unknown("metric", "fdi", ["kid", "fid"])) == (
         "unknown metric 'fdi'; did you mean 'fid'? Known: fid, kid"
     )
-    assert str(unknown("metric", "xx", ["kid", "fid"])) == "unknown metric 'xx'; Known: fid, kid"
+    assert str(unknown("metric", "xx", ["kid", "fid"])) == "unknown metric 'xx'. Known: fid, kid"

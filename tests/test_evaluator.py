@@ -396,8 +396,8 @@ def test_labels_outside_the_classes_are_refused(digits):
     ("changes", "words"),
     [
         ({"metrics": ["fidd"]}, "did you mean 'fid'"),
-        ({"classifiers": ["vgg"]}, "unknown classifier 'vgg'"),
-        ({"extractor": "vgg"}, "unknown extractor 'vgg'"),
+        ({"classifiers": ["vgg"]}, "unknown eval.classifiers 'vgg'"),
+        ({"extractor": "vgg"}, "unknown eval.extractor 'vgg'"),
         ({"classifiers": []}, "needs at least one"),
     ],
 )

@@ -29,10 +29,11 @@ class MissingWeights(Unavailable):
 
 
 def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
-    """The error for a name that is in no table: names the nearest entry and lists what exists."""
+    """The error for a name that is in no table: names the nearest entry and lists what exists. `kind` is the key that
+    has the name as its value, or what such a name stands for."""
     names = sorted(known)
     near = nearest(str(value), names)
-    hint = f"; did you mean '{near}'?" if near else ";"
+    hint = f"; did you mean '{near}'?" if near else "."
     return UserError(f"unknown {kind} '{value}'{hint} Known: {', '.join(names)}")
 
 

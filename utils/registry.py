@@ -9,7 +9,8 @@ from utils.errors import UserError, unknown
 class Registry:
     """A table name -> object, or name -> "module:attribute" imported when first asked for.
 
-    Names match without regard to case. `kind` is what one entry is called in messages ("method").
+    Names match without regard to case. `kind` is what messages call an entry: the key that chooses one
+    ("eval.extractor"), or a word where there is no key ("method").
     """
 
     def __init__(self, kind: str, entries: dict[str, object]) -> None:

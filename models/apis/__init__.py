@@ -3,7 +3,7 @@
 from utils.registry import Registry
 
 APIS = Registry(
-    "api",
+    "model.api",
     {
         "glyphs": "models.apis.glyphs:GlyphsAPI",
         "nearest": "models.apis.nearest:NearestAPI",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 AUTO = "auto"  # inception where its weights are, else random_conv
 
 EMBEDDINGS = Registry(
-    "embedding",
+    "model.feature_extractor",
     {
         "pixels": "models.embeddings.pixels:Pixels",
         **dict.fromkeys(EXTRACTORS, "models.embeddings.features:Features"),
