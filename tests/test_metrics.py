@@ -1,6 +1,7 @@
 """Fidelity and memorisation metrics against closed forms, slow loops and torch-fidelity on the same features."""
 
 import inspect
+import itertools
 import math
 import subprocess
 import sys
@@ -382,9 +383,7 @@ def test_the_fit_goes_on_when_the_loss_rises_and_stops_where_it_stays(monkeypatc
     assert not settled([9.0, 8.0, 7.0, 6.0, 5.0, 6.0, 7.0])
     centres, points = (torch.from_numpy(random_features(n, 3, n)) for n in (12, 40))
     _, losses = slow_fit(centres, points, 50)
-    assert any(
-        later > loss for loss, later in zip(losses[:10], losses[1:10], strict=False)
-    )  # Adam overshoots
+    assert any(later > loss for loss, later in itertools.pairwise(losses[:10]))  # Adam overshoots
     seen = []
     monkeypatch.setattr(
         "evaluation.metrics.fld.settled", lambda found: seen.append(found[-1]) or settled(found)
