@@ -18,6 +18,7 @@ from PIL import Image
 
 from data import prepared as prepared_module
 from data.download import RemoteFile, download
+from data.labels import places_of
 from data.prepare import prepare
 from data.prepared import read_meta, read_prepared
 from data.registry import known_names, known_set
@@ -375,6 +376,38 @@ def test_class_folders_under_other_names_are_taken_in_order_and_said(tmp_path):
     _, meta, notes = prepare("camelyon_32", tmp_path / "root", source=write_files(tmp_path / "raw", files))
     assert meta.class_names == ("normal", "tumor")
     assert "camelyon_32: the classes 0, 1 are taken, in this order, as normal, tumor" in notes
+
+
+def fashion(tmp_path, names) -> tuple:
+    """Labels and notes of F-MNIST in folders of these names, in the published order, one image in each."""
+    files = {
+        f"{part}/{name}/0.png": png(np.full((28, 28), label, np.uint8))
+        for part in ("train", "test")
+        for label, name in enumerate(names)
+    }
+    source = write_files(tmp_path / "raw", files)
+    folder, _, notes = prepare("fmnist_28", tmp_path / "root", source=source)
+    train = read_prepared(folder).train
+    return dict(zip(train.images[:, 0, 0, 0].tolist(), train.labels.tolist(), strict=True)), notes
+
+
+def test_class_names_are_compared_without_case_and_punctuation(tmp_path):
+    names = [name.replace("/", "_").replace(" ", "-").lower() for name in known_set("fmnist_28").class_names]
+    assert fashion(tmp_path, names) == ({label: label for label in range(10)}, [])
+
+
+def test_class_names_of_which_some_are_wanted_are_refused(tmp_path):
+    names = [name.replace("/", "_") for name in known_set("fmnist_28").class_names]
+    names[1] = "Jeans"
+    with pytest.raises(UserError, match="the classes Jeans are not wanted, Trouser are missing; rename them"):
+        fashion(tmp_path, names)
+    assert not (tmp_path / "root" / "fmnist_28").exists()
+
+
+def test_names_that_differ_in_punctuation_alone_are_told_apart():
+    assert places_of(("a-b", "ab"), ["ab", "a-b"]) == {"ab": 1, "a-b": 0}
+    assert places_of(("+", "-"), ["-"]) == {"-": 1}
+    assert places_of(("cat", "dog"), ["Cat", "cat"]) == {"cat": 0}
 
 
 # ------------------------------------------------------------------------------------------------ bad input
