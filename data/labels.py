@@ -21,7 +21,8 @@ def resolve(
 
     parts (N,) of strings, or of integers that count into `stated` (or into `wanted`, if nothing is stated). UserError
     for a label out of range, a test class that training lacks, fewer than two classes, a class without images, or
-    another number of classes than wanted. Names that are not the wanted ones are taken in order, and `note` says so.
+    another number of classes than wanted. Names are compared without regard to case and punctuation. Names of which
+    none is wanted are taken in order, and `note` says so; if only some are wanted, that is a UserError.
     """
     if parts[0].dtype.kind == "U":
         found = _sorted_names(np.unique(parts[0]).tolist())
@@ -74,10 +75,34 @@ def _reorder(
     if len(found) != len(wanted):
         listed, expected = _shortened(found), _shortened(wanted)
         raise UserError(f"{where}: {len(found)} classes ({listed}); {len(wanted)} are wanted: {expected}")
-    if set(found) != set(wanted):
+    place = places_of(wanted, found)
+    others = [name for name in found if name not in place]
+    if len(others) == len(found):
         return parts, f"the classes {_shortened(found)} are taken, in this order, as {_shortened(wanted)}"
-    order = np.array([wanted.index(name) for name in found])
-    return [order[labels] for labels in parts], None
+    if others:
+        left = [name for label, name in enumerate(wanted) if label not in place.values()]
+        raise UserError(
+            f"{where}: the classes {_shortened(others)} are not wanted, {_shortened(left)} are missing; rename them, "
+            f"or name all by their numbers from 0"
+        )
+    table = np.array([place[name] for name in found])
+    return [table[labels] for labels in parts], None
+
+
+def places_of(wanted: tuple[str, ...], found: list[str]) -> dict[str, int]:
+    """The label of each found name that is a wanted one, or is so without regard to case and punctuation."""
+    exact = {name: label for label, name in enumerate(wanted)}
+    simplified = {_simplified(name): label for name, label in exact.items()}
+    # Where names differ in case or punctuation alone, these tell the classes apart.
+    unclear = len(simplified) < len(wanted) or len({_simplified(name) for name in found}) < len(found)
+    if unclear or set(found) <= set(exact):
+        return {name: exact[name] for name in found if name in exact}
+    return {name: simplified[_simplified(name)] for name in found if _simplified(name) in simplified}
+
+
+def _simplified(name: str) -> str:
+    """Letters and digits alone, in lower case: "T-shirt/top" is "T-shirt_top" where it names a folder."""
+    return "".join(filter(str.isalnum, name)).casefold()
 
 
 def _check_classes(train_labels: np.ndarray, class_names: tuple[str, ...], where: str) -> None:

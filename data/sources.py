@@ -49,6 +49,10 @@ class ArrayPart:
     def take(self, rows: np.ndarray) -> "ArrayPart":
         return ArrayPart(self.images[rows], self.labels[rows])
 
+    def join(self, other: "ArrayPart") -> "ArrayPart":
+        labels = np.concatenate([self.labels, other.labels])
+        return ArrayPart(np.concatenate([self.images, other.images]), labels)
+
     def first_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of the images."""
         return (*self.images.shape[1:3], self.images.shape[3] if self.images.ndim == 4 else 1)
@@ -77,6 +81,10 @@ class FilePart:
 
     def take(self, rows: np.ndarray) -> "FilePart":
         return FilePart(self.tree, [self.names[row] for row in rows], self.labels[rows])
+
+    def join(self, other: "FilePart") -> "FilePart":
+        """The files of both, which lie in one tree."""
+        return FilePart(self.tree, self.names + other.names, np.concatenate([self.labels, other.labels]))
 
     def first_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of the first image."""
@@ -156,6 +164,22 @@ def _find(tree: FileTree, names: list[str], pattern: str) -> str:
     return found[0]
 
 
+def _with_parts(path: Path, found: dict[str, Part]) -> Source:
+    """The source of these parts by name: train, and perhaps test and val."""
+    train, test, val = found["train"], found.get("test"), found.get("val")
+    if test is None or val is None:
+        return Source(train, val if test is None else test)
+    if isinstance(train, ArrayPart):
+        shapes = [part.images.shape[1:] for part in (train, val)]
+        if shapes[0] != shapes[1] or train.labels.dtype.kind != val.labels.dtype.kind:
+            raise UserError(
+                f"{path}: training images {shapes[0]} and validation images {shapes[1]}; both must be of one "
+                f"shape, and their labels of one kind"
+            )
+    note = f"{path.name}: its {len(val):,} validation images join the training part"
+    return Source(train.join(val), test, notes=(note,))
+
+
 # ------------------------------------------------------------------------------------------------------ idx files
 
 _IDX_NAME = re.compile(r"(train|t10k|test)-(images|labels)[-.]idx\d")
@@ -186,6 +210,8 @@ def _idx_array(tree: FileTree, name: str, num_dimensions: int) -> np.ndarray:
     if len(content) < header or content[:4] != bytes((0, 0, 8, num_dimensions)):
         raise UserError(f"{where}: not an idx file of {num_dimensions}-dimensional uint8 data")
     shape = tuple(int(size) for size in np.frombuffer(content, ">u4", num_dimensions, 4))
+    if 0 in shape[1:]:
+        raise UserError(f"{where}: shape {shape}; images have at least one pixel")
     if len(content) - header != np.prod(shape, dtype=np.int64):
         raise UserError(f"{where}: truncated, {len(content) - header:,} bytes of data for the shape {shape}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
@@ -273,8 +299,13 @@ def _read_npz(path: Path) -> Source:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise UserError(f"{path}: one array, not an npz of several; images and labels are needed")
+        with archive:
             there, arrays = archive.files, _wanted_arrays(archive)
+    except UserError:
+        raise
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: corrupt, truncated or not an npz of plain arrays ({error})") from error
     train = _npz_part(path, arrays, _TRAIN_KEYS)
@@ -284,9 +315,18 @@ def _read_npz(path: Path) -> Source:
             f"{path}: holds {', '.join(there) or 'nothing'}; one of these pairs is needed: {wanted}"
         )
     validation, test = (_npz_part(path, arrays, keys) for keys in (_VAL_KEYS, _TEST_KEYS))
-    names = next((arrays[key] for key in _NAME_KEYS if key in arrays), None)
-    source = Source(train, test, None if names is None else tuple(str(name) for name in names))
-    return source if validation is None else _join_validation(source, validation, path)
+    parts = {"train": train, "test": test, "val": validation}
+    source = _with_parts(path, {part: found for part, found in parts.items() if found is not None})
+    key = next((key for key in _NAME_KEYS if key in arrays), None)
+    return (
+        source if key is None else replace(source, class_names=_as_class_names(arrays[key], f"{path}: {key}"))
+    )
+
+
+def _as_class_names(names: np.ndarray, where: str) -> tuple[str, ...]:
+    if names.ndim != 1:
+        raise UserError(f"{where}: shape {names.shape}; allowed: one name per class")
+    return tuple(str(name) for name in names)
 
 
 def _wanted_arrays(archive: np.lib.npyio.NpzFile) -> dict[str, np.ndarray]:
@@ -300,7 +340,8 @@ def _npz_part(
 ) -> ArrayPart | None:
     for image_key, label_key in pairs:
         if image_key in arrays and label_key in arrays:
-            images = as_nhwc(_as_uint8(arrays[image_key], f"{path}: {image_key}"), f"{path}: {image_key}")
+            where = f"{path}: {image_key}"
+            images = _as_uint8(as_nhwc(arrays[image_key], where), where)
             labels = _as_label_vector(arrays[label_key], f"{path}: {label_key}")
             _require_equal_counts(f"{path}: {label_key}", images, labels)
             return ArrayPart(images, labels)
@@ -327,7 +368,9 @@ def _as_uint8(images: np.ndarray, where: str) -> np.ndarray:
 
 def as_nhwc(images: np.ndarray, where: str) -> np.ndarray:
     """(N, H, W) or (N, H, W, 3) from NHW, NCHW or NHWC; the channel axis is the one of size 1 or 3. Where two are
-    (a side has 1 or 3 pixels), it is the earlier one, as in the samples of a run."""
+    (a side has 1 or 3 pixels), it is the earlier one, as in the samples of a run. UserError for images of 0 pixels."""
+    if 0 in images.shape[1:]:
+        raise UserError(f"{where}: shape {images.shape}; images have at least one pixel")
     if images.ndim == 3:
         return images
     if images.ndim == 4 and images.shape[1] in (1, 3):
@@ -356,24 +399,32 @@ def _require_equal_counts(where: str, images: np.ndarray, labels: np.ndarray) ->
         raise UserError(f"{where}: {len(labels):,} labels for {len(images):,} images")
 
 
-def _join_validation(source: Source, validation: ArrayPart, path: Path) -> Source:
-    if source.test is None:
-        return replace(source, test=validation)
-    images = np.concatenate([source.train.images, validation.images])
-    joined = ArrayPart(images, np.concatenate([source.train.labels, validation.labels]))
-    note = f"{path.name}: its {len(validation):,} validation images join the training part"
-    return replace(source, train=joined, notes=(note,))
-
-
 def _read_npz_folder(tree: FileTree) -> Source:
-    """A folder of train.npz and test.npz, or of one npz."""
-    by_stem = {PurePosixPath(name).stem: tree.path / name for name in tree.names}
-    if len(by_stem) == 1:
-        return _read_npz(next(iter(by_stem.values())))
-    if "train" not in by_stem:
+    """A folder of train.npz, test.npz and val.npz, or of one npz."""
+    if not isinstance(tree, FolderTree):
+        raise UserError(f"{tree.path}: holds {tree.names[0]}; an npz in an archive is not read, unpack it")
+    if len(tree.names) == 1:
+        return _read_npz(tree.path / tree.names[0])
+    files: dict[str, Path] = {}
+    for name in tree.names:
+        part = _part_of(PurePosixPath(name).stem)
+        if part is None or part in files:
+            raise UserError(
+                f"{tree.path}: {name} is not one of train.npz, test.npz and val.npz; move it away, or give one file"
+            )
+        files[part] = tree.path / name
+    if "train" not in files:
         raise UserError(f"{tree.path}: several npz files but no train.npz; pass one of them as --source")
-    source = _read_npz(by_stem["train"])
-    return replace(source, test=_read_npz(by_stem["test"]).train) if "test" in by_stem else source
+    found = {part: _read_npz(path) for part, path in files.items()}
+    for part, source in found.items():
+        if source.test is not None:
+            raise UserError(
+                f"{files[part]}: has several parts itself; give it alone, without the files beside it"
+            )
+        if source.class_names != found["train"].class_names:
+            raise UserError(f"{files[part]}: its classes are not stated like those of {files['train'].name}")
+    joined = _with_parts(tree.path, {part: source.train for part, source in found.items()})
+    return replace(joined, class_names=found["train"].class_names)
 
 
 # ------------------------------------------------------------------------------------------------------ CelebA
@@ -425,25 +476,39 @@ def _celeba_rows(content: bytes) -> dict[str, list[str]]:
 
 
 def _read_dataset_json(tree: FileTree, names: list[str]) -> Source:
-    """The StyleGAN convention: dataset.json {"labels": [[file, integer], ...]} beside the images."""
-    name = _find(tree, names, r"^dataset\.json$")
-    try:
-        entries = json.loads(_single(tree, name))["labels"]
-        labels = {str(PurePosixPath(name).parent / file): label for file, label in entries}
-    except (ValueError, TypeError, KeyError) as error:
+    """The StyleGAN convention: dataset.json {"labels": [[file, integer], ...]} beside the images; of several, each is
+    that of the part which its folder names."""
+    listings = [name for name in names if PurePosixPath(name).name == "dataset.json"]
+    if len(listings) == 1:
+        return Source(_listed_files(tree, names, listings[0]))
+    parts = [_part_of(PurePosixPath(name).parent.name) for name in listings]
+    if None in parts or len(set(parts)) < len(parts) or "train" not in parts:
         raise UserError(
-            f"{tree.path}: {name} has no list 'labels' of [file, integer] pairs ({error})"
-        ) from error
+            f"{tree.path}: holds {', '.join(listings[:4])}; allowed: one dataset.json, or one in each of the folders "
+            f"train, test and val"
+        )
+    found = zip(parts, listings, strict=True)
+    return _with_parts(tree.path, {part: _listed_files(tree, names, listing) for part, listing in found})
+
+
+def _listed_files(tree: FileTree, names: list[str], listing: str) -> FilePart:
+    """The files that one dataset.json lists."""
+    where = f"{tree.path}: {listing}"
+    try:
+        entries = json.loads(_single(tree, listing))["labels"]
+        labels = {str(PurePosixPath(listing).parent / file): label for file, label in entries}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{where} has no list 'labels' of [file, integer] pairs ({error})") from error
     wrong = next((file for file, label in labels.items() if type(label) is not int), None)
     if wrong is not None:
-        raise UserError(f"{tree.path}: {name} labels {wrong} with {labels[wrong]!r}; allowed: one integer")
+        raise UserError(f"{where} labels {wrong} with {labels[wrong]!r}; allowed: one integer")
     missing = next(iter(labels.keys() - set(names)), None)
     if missing is not None:
-        raise UserError(f"{tree.path}: {name} lists {missing}, which is not there")
+        raise UserError(f"{where} lists {missing}, which is not there")
     files = sorted(labels)
     if not files:
-        raise UserError(f"{tree.path}: {name} lists no images")
-    return Source(FilePart(tree, files, np.array([labels[file] for file in files], np.int64)))
+        raise UserError(f"{where} lists no images")
+    return FilePart(tree, files, np.array([labels[file] for file in files], np.int64))
 
 
 def _read_image_files(tree: FileTree, names: list[str], quirks: SourceQuirks) -> Source:
@@ -452,8 +517,13 @@ def _read_image_files(tree: FileTree, names: list[str], quirks: SourceQuirks) ->
     groups: dict[str, list[str]] = {}
     for name in names:
         parts = PurePosixPath(name).parts[depth:]
-        groups.setdefault(_PART_OF_FOLDER.get(parts[0], "") if len(parts) > 1 else "", []).append(name)
+        groups.setdefault((_part_of(parts[0]) if len(parts) > 1 else None) or "", []).append(name)
     if "train" not in groups:
+        if len(groups) > 1 and "" not in groups:
+            raise UserError(
+                f"{tree.path}: its folders are named like the parts {' and '.join(sorted(groups))}, and none like "
+                f"train; rename one, or give one of them alone"
+            )
         only_one_part = len(groups) == 1 and "" not in groups  # a test folder passed on its own
         return Source(_labelled_files(tree, names, depth + only_one_part, quirks))
     if "" in groups:
@@ -461,19 +531,18 @@ def _read_image_files(tree: FileTree, names: list[str], quirks: SourceQuirks) ->
             f"{tree.path}: {groups[''][0]} lies beside the train folder; move it into train or test"
         )
     found = {part: _labelled_files(tree, files, depth + 1, quirks) for part, files in groups.items()}
-    return _with_parts(tree, found)
+    return _with_parts(tree.path, found)
 
 
-_PART_OF_FOLDER = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+_PARTS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test",
+    "val": "val", "valid": "val", "validation": "val",
+}  # fmt: skip
 
 
-def _with_parts(tree: FileTree, found: dict[str, FilePart]) -> Source:
-    train, test, val = found["train"], found.get("test"), found.get("val")
-    if test is None or val is None:
-        return Source(train, test or val)
-    joined = FilePart(tree, train.names + val.names, np.concatenate([train.labels, val.labels]))
-    note = f"{tree.path.name}: its {len(val):,} validation images join the training part"
-    return Source(joined, test, notes=(note,))
+def _part_of(name: str) -> str | None:
+    """The part that a folder, or a file without its ending, of this name holds: train, test, val or None."""
+    return _PARTS.get(name.casefold())
 
 
 def _shared_depth(names: list[str]) -> int:
@@ -481,7 +550,7 @@ def _shared_depth(names: list[str]) -> int:
     folders = [PurePosixPath(name).parts[:-1] for name in names]
     depth = 0
     while all(len(parts) > depth for parts in folders) and len({parts[depth] for parts in folders}) == 1:
-        if folders[0][depth] in _PART_OF_FOLDER:
+        if _part_of(folders[0][depth]) is not None:
             break
         depth += 1
     return depth

@@ -8,7 +8,15 @@ from data.spec import DataSpec, Samples
 from evaluation.floor import real_floor
 from evaluation.gallery import nearest_training
 from evaluation.inputs import Inputs
-from evaluation.registry import METRICS, Metric, Value, check_classifiers, check_extractor, check_metrics
+from evaluation.registry import (
+    EXTRACTOR_NEEDS,
+    METRICS,
+    Metric,
+    Value,
+    check_classifiers,
+    check_extractor,
+    check_metrics,
+)
 from evaluation.report import Report
 from evaluation.selection import NoisySelection
 from utils.errors import Unavailable, UserError
@@ -87,7 +95,10 @@ class Evaluator:
     def _add_gallery(self, inputs: Inputs, report: Report) -> None:
         passes = inputs.passes(check_extractor(self.config.extractor))
         try:
-            report.nearest.update(nearest_training(passes, inputs.samples.labels, self.device))
+            nearest = _guarded(
+                "gallery", lambda: nearest_training(passes, inputs.samples.labels, self.device)
+            )
+            report.nearest.update(nearest)
         except Unavailable as reason:
             report.missing["gallery"] = str(reason)
 
@@ -98,25 +109,40 @@ def _outcomes(
     """Names without extractor and what became of them, and what real images score."""
     try:
         _check_floor(metric, inputs)
-        # Outside of `_guarded`: a failure of classifiers, and of the mechanism that selects them, ends the run.
-        given = [inputs.given(need, extractor) for need in metric.needs]
-        found = _guarded(metric, lambda: metric.compute(*given))
-        floor = (
-            _guarded(metric, lambda: real_floor(metric, inputs, extractor)) if metric.uses_extractor else {}
-        )
+        given = [_given(need, metric, inputs, extractor) for need in metric.needs]
+        found = _guarded(f"metric {metric.name}", lambda: metric.compute(*given))
     except Unavailable as reason:
         return dict.fromkeys(metric.better, reason), {}
+    floor = _floor(metric, inputs, extractor) if metric.uses_extractor else {}
     return found if isinstance(found, dict) else {metric.name: found}, floor
 
 
-def _guarded(metric: Metric, compute: Callable):
+def _given(need: str, metric: Metric, inputs: Inputs, extractor: str) -> object:
+    """What the metric gets for `need`. A failure of an extractor is one of the metric; a failure of classifiers, and of
+    the mechanism that selects them, ends the run."""
+    if need in EXTRACTOR_NEEDS:
+        return _guarded(f"metric {metric.name}", lambda: inputs.given(need, extractor))
+    return inputs.given(need, extractor)
+
+
+def _floor(metric: Metric, inputs: Inputs, extractor: str) -> dict[str, float]:
+    """What real images score; {} where that fails, as the value of the samples stands without it."""
+    what = f"metric {metric.name} of real images"
+    try:
+        return _guarded(what, lambda: real_floor(metric, inputs, extractor))
+    except Unavailable as reason:
+        log.warning(f"{what} is left out: {reason}")
+        return {}
+
+
+def _guarded(what: str, compute: Callable):
     """What `compute` returns; Unavailable if it fails, so that hours of the other metrics are not lost with it."""
     try:
         return compute()
     except UserError:
         raise
     except FAILURES as error:
-        log.warning(f"metric {metric.name} failed", exc_info=error)
+        log.warning(f"{what} failed", exc_info=error)
         reason = " ".join(str(error).split()) or "no message"
         raise Unavailable(
             f"failed with {type(error).__name__}: {reason}; the traceback is in the log"

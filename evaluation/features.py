@@ -1,6 +1,8 @@
 """Features of the images that are judged: what a frozen network (extractors/) makes of them, with a cache."""
 
 import hashlib
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +11,7 @@ import numpy as np
 from extractors.extractor import Extractor
 from utils.progress import progress
 from utils.run_dir import atomic
+from utils.runtime import log
 
 
 class Features(NamedTuple):
@@ -29,17 +32,34 @@ def extract(
     """One pass of uint8 images (N, C, H, W).
 
     With `cache_dir` the result is kept there under the hash of the images and of the extractor. Features of private
-    images are private: cache them only where the images themselves may lie.
+    images are private: cache them only where the images themselves may lie. A cache that cannot be used costs time and
+    a warning, no more.
     """
     if cache_dir is None:
         return _forward(extractor, images, batch_size, description)
     path = cache_dir / f"{extractor.name}-{content_hash(images, extractor.identity)}.npz"
-    if path.exists():
+    result = _cached(path)
+    if result is None:
+        result = _forward(extractor, images, batch_size, description)
+        try:
+            _write(path, result)
+        except OSError as error:
+            log.warning(f"{path}: features are not kept ({error.strerror or error})")
+    return result
+
+
+def _cached(path: Path) -> Features | None:
+    """The features in `path`; None if there are none, or none that can be read."""
+    try:
         with np.load(path) as stored:
             return Features(stored["features"], stored.get("logits"))
-    result = _forward(extractor, images, batch_size, description)
-    _write(path, result)
-    return result
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    # What NumPy raises for a damaged file, by where the damage is.
+    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        log.warning(f"{path}: kept features cannot be read and are computed again ({reason})")
+        return None
 
 
 def _forward(extractor: Extractor, images: np.ndarray, batch_size: int, description: str) -> Features:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.labels import places_of
 from data.registry import SourceQuirks
 from data.sources import Part, open_source, sizes_note
 from data.spec import DataSpec, Samples
@@ -69,8 +70,8 @@ def _numbers_of(names: np.ndarray, spec: DataSpec, path: Path) -> np.ndarray:
     """Labels of folders or files that are named like classes, or else like the numbers of classes."""
     numbers = {str(label): label for label in range(spec.num_classes)}
     found, inverse = np.unique(names, return_inverse=True)
-    by_name = {name: label for label, name in enumerate(spec.class_names)}
-    table = by_name if set(found) <= set(by_name) else numbers
+    by_name = places_of(spec.class_names, found.tolist())
+    table = by_name if len(by_name) == len(found) else numbers
     unknown = [name for name in found if name not in table]
     if unknown:
         raise UserError(

@@ -117,6 +117,10 @@ def test_folders_are_matched_by_class_name_and_not_by_position(tmp_path, digits)
     samples, notes = read_images(tmp_path / "only", COLOUR)
     assert samples.labels.tolist() == [1] * 4
     assert "no image of class cat" in notes[-1]
+    write_folder(
+        tmp_path / "cased", digits.take(np.arange(4)), lambda row, _: f"{'DOG' if row else 'Cat'}/{row}.png"
+    )
+    assert sorted(read_images(tmp_path / "cased", COLOUR)[0].labels) == [0, 1, 1, 1]
     write_folder(tmp_path / "numbers", digits.take(np.arange(4)), lambda row, _: f"{row % 2}/{row}.png")
     assert sorted(read_images(tmp_path / "numbers", COLOUR)[0].labels) == [0, 0, 1, 1]
 

@@ -304,6 +304,30 @@ def test_a_metric_that_fails_is_said_and_hides_no_other(digits, monkeypatch, cap
     assert "return 1 / 0" in caplog.text  # the traceback, so that a bug can be found
 
 
+def test_an_extractor_that_fails_hides_no_metric_that_does_without(digits, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(random_conv.RandomConvExtractor, "__call__", broken)
+    report = evaluate(digits, metrics=["fid", "authpct", "accuracy"], gallery="private")
+    assert set(report.missing) == {"fid/random_conv", "authpct/random_conv", "gallery"}
+    assert all("failed with RuntimeError: out of memory" in reason for reason in report.missing.values())
+    assert "accuracy/small_cnn/syn_val" in report.metrics
+
+
+def test_a_value_stands_where_that_of_real_images_fails(digits, monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("evaluation.evaluator.real_floor", broken)
+    monkeypatch.setattr(log, "propagate", True)
+    with caplog.at_level("WARNING"):
+        report = evaluate(digits, metrics=["fid"])
+    assert np.isfinite(report.metrics["fid/random_conv"]) and report.missing == {}
+    assert "real_floor" not in report.metric_info["fid/random_conv"]
+    assert "metric fid of real images is left out: failed with RuntimeError: out of memory" in caplog.text
+
+
 def test_a_failure_of_the_private_selection_ends_the_run(digits):
     class Broken:
         def choose(self, name, correct):
@@ -374,6 +398,46 @@ def test_cached_features_need_no_second_pass(digits, tmp_path, monkeypatch):
     changed[0, 0, 0, 0] += 1
     with pytest.raises(AssertionError, match="computed again"):
         evaluate(digits, Samples(changed, digits[0].labels), **arguments)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-50]),
+        lambda path: path.write_bytes(b"hello"),
+        lambda path: path.write_bytes(b""),
+        lambda path: np.savez(path, other=np.zeros(3)),
+        lambda path: path.write_bytes(path.read_bytes()[:300] + b"????" + path.read_bytes()[304:]),
+    ],
+)
+def test_damaged_features_are_computed_again_and_replaced(digits, tmp_path, monkeypatch, caplog, damage):
+    arguments = {"metrics": ["fid"], "cache_dir": tmp_path}
+    first = evaluate(digits, **arguments)
+    paths = list(tmp_path.glob("*.npz"))
+    whole = {path: path.read_bytes() for path in paths}
+    for path in paths:
+        damage(path)
+    monkeypatch.setattr(log, "propagate", True)
+    with caplog.at_level("WARNING"):
+        assert evaluate(digits, **arguments) == first
+    assert sum("kept features cannot be read" in line for line in caplog.messages) == len(paths) > 0
+    assert {path: path.read_bytes() for path in paths} == whole
+
+
+def test_features_that_cannot_be_kept_cost_a_warning_alone(digits, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(log, "propagate", True)
+    with caplog.at_level("WARNING"):
+        report = evaluate(digits, metrics=["fid"], cache_dir=tmp_path / "file" / "cache")
+    assert "fid/random_conv" in report.metrics
+    assert caplog.messages and all("features are not kept" in line for line in caplog.messages)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("evaluation.features.np.savez", full)
+    assert "fid/random_conv" in evaluate(digits, metrics=["fid"], cache_dir=tmp_path / "full").metrics
+    assert list((tmp_path / "full").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Fidelity and memorisation metrics against closed forms, slow loops and torch-fidelity on the same features."""
 
 import inspect
+import itertools
 import math
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from evaluation.metrics.cmmd import cmmd
 from evaluation.metrics.density_coverage import density_coverage
 from evaluation.metrics.fd_dinov2 import fd_dinov2
 from evaluation.metrics.fid import fid, frechet_distance
-from evaluation.metrics.fld import Mixture, fld
+from evaluation.metrics.fld import Mixture, fld, settled
 from evaluation.metrics.inception_score import inception_score
 from evaluation.metrics.kid import kid
 from evaluation.metrics.mind import mind
@@ -323,16 +324,38 @@ def test_density_is_one_on_equal_distributions_and_one_outlier_does_not_move_it(
 
 
 def slow_nll(mixture: Mixture, points: np.ndarray) -> float:
-    """Per feature, from the density written out, with the background component of 0.9 times the distance."""
+    """Per feature, from the density of the centres written out."""
     dim = points.shape[1]
-    variances = mixture.log_variances.exp().double().numpy()
-    centres = torch.cat([mixture.centres, mixture.background]).double().numpy()
-    scale = np.array([1.0] * len(mixture.centres) + [0.81])
+    variances, centres = mixture.log_variances.exp().double().numpy(), mixture.centres.double().numpy()
     total = 0.0
     for point in points.astype(np.float64):
-        squared = scale * ((point - centres) ** 2).sum(axis=1)
+        squared = ((point - centres) ** 2).sum(axis=1)
         total -= np.log(np.mean(np.exp(-squared / (2 * variances)) / (2 * math.pi * variances) ** (dim / 2)))
     return total / len(points) / dim
+
+
+def slow_fit(centres, points, num_epochs: int) -> tuple[torch.Tensor, list[float]]:
+    """Log-variances of the centres, and the losses, of a fit by automatic differentiation as the authors define it:
+    beside the centres there is a background of weight 1 at the mean, whose distances count 0.9 times."""
+    dim, num = points.shape[1], len(centres)
+    squared = torch.cdist(points, centres) ** 2
+    to_mean = 0.81 * ((points - points.mean(dim=0)) ** 2).sum(dim=1, keepdim=True)
+    own = ((squared.min(dim=0).values + 1e-3) / dim).log().requires_grad_()
+    wide = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.Adam([own, wide], lr=0.5)
+    losses = []
+    for _ in range(num_epochs):
+        weights = torch.tensor([math.log(1 / num)] * num + [0.0])
+        log_variances, distances = torch.cat([own, wide]), torch.cat([squared, to_mean], dim=1)
+        logs = (
+            weights - distances / log_variances.exp() / 2 - dim / 2 * (log_variances + math.log(2 * math.pi))
+        )
+        loss = -logs.logsumexp(dim=1).mean() / dim
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return own.detach(), losses
 
 
 def test_likelihood_of_the_mixture_is_that_of_its_density(monkeypatch):
@@ -344,19 +367,46 @@ def test_likelihood_of_the_mixture_is_that_of_its_density(monkeypatch):
     assert Mixture(centres, points).nll(points) == pytest.approx(mixture.nll(points), rel=1e-4)
 
 
-def test_fitting_the_mixture_follows_the_gradient():
+@pytest.mark.parametrize("num_epochs", [1, 20])
+def test_the_mixture_is_fitted_as_automatic_differentiation_does(monkeypatch, num_epochs):
+    monkeypatch.setattr("evaluation.metrics.fld.MAX_EPOCHS", num_epochs)
+    monkeypatch.setattr("evaluation.metrics.fld.settled", lambda losses: False)
     centres, points = (torch.from_numpy(random_features(n, 3, n)) for n in (12, 40))
-    mixture = Mixture(centres, points)
-    log_variances = mixture.log_variances.clone().requires_grad_()
-    distances = mixture._distances(points)
-    exponents = -0.5 * (distances * (-log_variances).exp() + 3 * (log_variances + math.log(2 * math.pi)))
-    (-exponents.logsumexp(dim=1).mean() / 3).backward()
-    mixture._step(distances, torch.optim.SGD([mixture.log_variances], lr=0.0))
-    assert torch.allclose(mixture.log_variances.grad, log_variances.grad, rtol=1e-4, atol=1e-6)
-    # The fit beats what it started from, in every direction of a common factor.
-    fitted = mixture.nll(points)
-    mixture.log_variances += 0.7
-    assert mixture.nll(points) > fitted
+    expected, _ = slow_fit(centres, points, num_epochs)
+    assert torch.allclose(Mixture(centres, points).log_variances, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_fit_goes_on_when_the_loss_rises_and_stops_where_it_stays(monkeypatch):
+    assert not settled([5.0, 5.0, 5.0, 5.0, 5.0, 5.0])  # six epochs are too few
+    assert settled([9.0, 8.0, 5.0, 5.0, 5.0, 5.0004, 5.0])
+    assert not settled([9.0, 8.0, 5.0006, 5.0, 5.0, 5.0, 5.0])
+    assert not settled([9.0, 8.0, 7.0, 6.0, 5.0, 6.0, 7.0])
+    centres, points = (torch.from_numpy(random_features(n, 3, n)) for n in (12, 40))
+    _, losses = slow_fit(centres, points, 50)
+    assert any(later > loss for loss, later in itertools.pairwise(losses[:10]))  # Adam overshoots
+    seen = []
+    monkeypatch.setattr(
+        "evaluation.metrics.fld.settled", lambda found: seen.append(found[-1]) or settled(found)
+    )
+    Mixture(centres, points)
+    assert 7 <= len(seen) < 50 and seen == pytest.approx(losses[: len(seen)], abs=1e-3)
+
+
+def test_the_baseline_has_as_many_centres_as_there_are_samples(generators):
+    train, test = generators["train"], generators["test"]
+    found = {num: fld(train, test, generators["fresh"][:num]) for num in (20, 200, 400)}
+    centres = {num: values["fld"].info["num_baseline_centres"] for num, values in found.items()}
+    assert centres == {20: 20, 200: 200, 400: 200}  # at most half of the training images
+    # 20 good samples are as good as 20 training images.
+    assert abs(found[20]["fld"].value) < 10
+
+
+def test_fld_is_finite_where_samples_coincide_and_are_far_off(generators):
+    train, test = generators["train"], generators["test"]
+    for fake in (np.repeat(train[:1], 50, axis=0), np.full((50, 6), 1e4, np.float32)):
+        found = fld(train, test, fake)
+        assert all(np.isfinite(value.value) for value in found.values())
+        assert found["fld"].value > 10
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from PIL import Image
 
 from data import prepared as prepared_module
 from data.download import RemoteFile, download
+from data.labels import places_of
 from data.prepare import prepare
 from data.prepared import read_meta, read_prepared
 from data.registry import known_names, known_set
@@ -210,6 +211,26 @@ def test_stated_class_names_in_another_order_than_the_published_one_are_mapped_b
     assert np.array_equal(read_prepared(folder).train.labels, np.arange(9, -1, -1))
 
 
+def npz_bytes(**arrays) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "Validation", "Testing")])
+def test_a_validation_npz_joins_training_or_is_the_test_part(tmp_path, names):
+    parts = {
+        f"{name}.npz": npz_bytes(x=colour_images(count, seed=count), y=np.arange(count) % 2)
+        for name, count in zip(names, (10, 4, 6), strict=True)
+    }
+    result, notes = prepare_custom(tmp_path, write_files(tmp_path / "three", parts))
+    assert (len(result.train), len(result.test)) == (14, 6)
+    assert any("its 4 validation images join the training part" in note for note in notes)
+    del parts[f"{names[2]}.npz"]
+    result, notes = prepare_custom(tmp_path, write_files(tmp_path / "two", parts), force=True)
+    assert (len(result.train), len(result.test), notes) == (10, 4, [])
+
+
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz"])
 def test_class_folders_with_train_and_test(tmp_path, kind):
     files = class_files(prefix="top/train/") | class_files(per_class=2, prefix="top/test/")
@@ -226,6 +247,20 @@ def test_class_folders_with_train_and_test(tmp_path, kind):
     assert np.array_equal(result.train.images, colour_images(6).transpose(0, 3, 1, 2))
     assert np.array_equal(result.test.images, colour_images(4).transpose(0, 3, 1, 2))
     assert np.array_equal(result.train.labels, [0, 0, 0, 1, 1, 1])
+
+
+@pytest.mark.parametrize("names", [("Train", "Test", "Val"), ("training", "testing", "validation")])
+def test_part_folders_under_other_names(tmp_path, names):
+    train, test, val = (
+        class_files(prefix=f"top/{name}/", per_class=n) for name, n in zip(names, (3, 2, 1), strict=True)
+    )
+    result, _ = prepare_custom(tmp_path, write_files(tmp_path / "two", train | test), resolution=8)
+    assert result.meta.class_names == ("cat", "dog")
+    assert (len(result.train), len(result.test)) == (6, 4)
+    source = write_files(tmp_path / "three", train | test | val)
+    result, notes = prepare_custom(tmp_path, source, resolution=8, force=True)
+    assert (len(result.train), len(result.test)) == (8, 4)
+    assert any("its 2 validation images join the training part" in note for note in notes)
 
 
 def test_archive_order_does_not_matter(tmp_path):
@@ -268,6 +303,25 @@ def test_zip_with_dataset_json(tmp_path):
     result, _ = prepare_custom(tmp_path, path, public=True, resolution=8)
     assert np.array_equal(result.train.images, images.transpose(0, 3, 1, 2))
     assert np.array_equal(result.train.labels, [0, 1, 0, 1])
+
+
+def listed(folder: str, values: list[int]) -> dict[str, bytes]:
+    """Grey images of these values in a folder with a dataset.json; their labels are 0 and 1 in turn."""
+    names = [f"{value}.png" for value in values]
+    files = {
+        folder + name: png(np.full((8, 8), value, np.uint8))
+        for name, value in zip(names, values, strict=True)
+    }
+    labels = {"labels": [[name, row % 2] for row, name in enumerate(names)]}
+    return files | {f"{folder}dataset.json": json.dumps(labels).encode()}
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("Training", "Testing")])
+def test_of_several_dataset_json_each_is_of_its_folder(tmp_path, names):
+    source = write_zip(tmp_path / "a.zip", listed(f"{names[0]}/", [1, 2, 3]) | listed(f"{names[1]}/", [7, 8]))
+    result, _ = prepare_custom(tmp_path, source, resolution=8)
+    parts = (result.train, result.test)
+    assert [sorted(part.images[:, 0, 0, 0].tolist()) for part in parts] == [[1, 2, 3], [7, 8]]
 
 
 @pytest.mark.parametrize("form", ["txt", "csv"])
@@ -377,6 +431,38 @@ def test_class_folders_under_other_names_are_taken_in_order_and_said(tmp_path):
     assert "camelyon_32: the classes 0, 1 are taken, in this order, as normal, tumor" in notes
 
 
+def fashion(tmp_path, names) -> tuple:
+    """Labels and notes of F-MNIST in folders of these names, in the published order, one image in each."""
+    files = {
+        f"{part}/{name}/0.png": png(np.full((28, 28), label, np.uint8))
+        for part in ("train", "test")
+        for label, name in enumerate(names)
+    }
+    source = write_files(tmp_path / "raw", files)
+    folder, _, notes = prepare("fmnist_28", tmp_path / "root", source=source)
+    train = read_prepared(folder).train
+    return dict(zip(train.images[:, 0, 0, 0].tolist(), train.labels.tolist(), strict=True)), notes
+
+
+def test_class_names_are_compared_without_case_and_punctuation(tmp_path):
+    names = [name.replace("/", "_").replace(" ", "-").lower() for name in known_set("fmnist_28").class_names]
+    assert fashion(tmp_path, names) == ({label: label for label in range(10)}, [])
+
+
+def test_class_names_of_which_some_are_wanted_are_refused(tmp_path):
+    names = [name.replace("/", "_") for name in known_set("fmnist_28").class_names]
+    names[1] = "Jeans"
+    with pytest.raises(UserError, match="the classes Jeans are not wanted, Trouser are missing; rename them"):
+        fashion(tmp_path, names)
+    assert not (tmp_path / "root" / "fmnist_28").exists()
+
+
+def test_names_that_differ_in_punctuation_alone_are_told_apart():
+    assert places_of(("a-b", "ab"), ["ab", "a-b"]) == {"ab": 1, "a-b": 0}
+    assert places_of(("+", "-"), ["-"]) == {"-": 1}
+    assert places_of(("cat", "dog"), ["Cat", "cat"]) == {"cat": 0}
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -475,6 +561,70 @@ BAD_SOURCES = {
     "truncated gzip": (
         folder_of({"train-images-idx3-ubyte.gz": gzip.compress(GREY)[:-50]}),
         "truncated gzip",
+    ),
+    "two listings": (
+        folder_of(listed("a/", [1, 2]) | listed("b/", [3, 4])),
+        r"holds a/dataset\.json, b/dataset\.json; allowed: one dataset\.json, or one in each",
+    ),
+    "listings without training": (
+        folder_of(listed("test/", [1, 2]) | listed("val/", [3, 4])),
+        r"holds test/dataset\.json, val/dataset\.json",
+    ),
+    "parts without training": (
+        folder_of(class_files(prefix="val/") | class_files(prefix="Test/")),
+        "its folders are named like the parts test and val, and none like train",
+    ),
+    "npz in an archive": (
+        lambda path: write_zip(path / "a.zip", {"train.npz": npz_bytes(x=IMAGES, y=LABELS)}),
+        r"a\.zip: holds train\.npz; an npz in an archive is not read, unpack it",
+    ),
+    "another npz beside training": (
+        folder_of({f"{name}.npz": npz_bytes(x=IMAGES, y=LABELS) for name in ("train", "more")}),
+        r"more\.npz is not one of train\.npz, test\.npz and val\.npz",
+    ),
+    "npz of parts beside another": (
+        folder_of(
+            {
+                "train.npz": npz_bytes(x=IMAGES, y=LABELS, x_test=IMAGES, y_test=LABELS),
+                "test.npz": npz_bytes(x=IMAGES, y=LABELS),
+            }
+        ),
+        r"train\.npz: has several parts itself",
+    ),
+    "validation of another size": (
+        npz_of(
+            train_images=IMAGES,
+            train_labels=LABELS,
+            test_images=IMAGES,
+            test_labels=LABELS,
+            val_images=IMAGES[:, 1:],
+            val_labels=LABELS,
+        ),
+        r"training images \(8, 8, 3\) and validation images \(7, 8, 3\)",
+    ),
+    "npy by the name of npz": (
+        lambda path: (np.save(path / "a.npy", IMAGES), (path / "a.npy").rename(path / "a.npz"))[1],
+        r"a\.npz: one array, not an npz",
+    ),
+    "scalar image": (npz_of(x=np.float32(0.5), y=LABELS), r"x: shape \(\); allowed"),
+    "scalar class": (npz_of(x=IMAGES, y=LABELS, classes="cat"), r"classes: shape \(\); allowed: one name"),
+    "no pixels": (
+        npz_of(x=IMAGES[:, :0, :0], y=LABELS),
+        r"x: shape \(14, 0, 0, 3\); images have at least one",
+    ),
+    "no rows": (npz_of(x=IMAGES[:, :0, :, 0] / 1.0, y=LABELS), r"x: shape \(14, 0, 8\)"),
+    "idx of no pixels": (
+        folder_of(
+            {
+                "train-images-idx3-ubyte": idx_bytes(IMAGES[:, :0, :, 0]),
+                "train-labels-idx1-ubyte": idx_bytes(LABELS),
+            }
+        ),
+        r"shape \(14, 0, 8\); images have at least one",
+    ),
+    "no test image": (
+        npz_of(x=IMAGES, y=LABELS, x_test=IMAGES[:0], y_test=LABELS[:0]),
+        "no images in its training or test part",
     ),
     "no label file": (folder_of({"train-images-idx3-ubyte": GREY}), "lacks a file named like"),
 }

@@ -13,9 +13,13 @@ from evaluation.registry import Value, metric
 from utils.progress import progress
 
 MAX_CENTRES = 10_000
-LEARNING_RATE, MAX_EPOCHS, BATCH_SIZE, STOP_BELOW = 0.5, 50, 10_000, 5e-4
+LEARNING_RATE, MAX_EPOCHS, BATCH_SIZE = 0.5, 50, 10_000
+# The fit may stop after so many epochs, once the mean losses of the last few agree. Fewer are no sign of the end: with
+# this learning rate the loss rises for an epoch before it falls on.
+MIN_EPOCHS, LAST_LOSSES, STOP_BELOW = 7, 5, 5e-4
 BACKGROUND_SCALE = 0.9  # distances to the background component are shrunk, so that it reaches far points
-MIN_LOG_VARIANCE = math.log(1e-6)  # of standardised features: a centre on top of a point would need -inf
+# Of standardised features: a centre on top of a point would need -inf, and one that explains no point may drift.
+MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = math.log(1e-6), 40.0
 
 
 @metric(
@@ -39,42 +43,54 @@ def fld(train: np.ndarray, test: np.ndarray, fake: np.ndarray, device: str = "cp
         for points in (train, test, fake)
     )
     half = len(train) // 2
-    baseline = Mixture(train[:half][:MAX_CENTRES], train[half:]).nll(test)
-    mixture = Mixture(fake[:MAX_CENTRES], train)
+    fake = fake[:MAX_CENTRES]
+    # As many centres as there are samples: fewer explain less, however good they are.
+    num_baseline = min(len(fake), half)
+    baseline = Mixture(train[:num_baseline], train[num_baseline:]).nll(test)
+    mixture = Mixture(fake, train)
     on_test, on_train = (100 * (mixture.nll(points) - baseline) for points in (test, train))
-    info = {"num_centres": min(len(fake), MAX_CENTRES), "n_test": len(test)}
+    info = {"num_centres": len(fake), "num_baseline_centres": num_baseline, "n_test": len(test)}
     values = {"fld": on_test, "fld_train": on_train, "fld_gap": on_train - on_test}
     return {name: Value(value, info) for name, value in values.items()}
 
 
 class Mixture:
-    """Equally weighted isotropic Gaussians, one per row of `centres` (M, D) and a wide one at the mean of `points`;
-    their variances are fitted to `points` (N, D) by maximum likelihood."""
+    """Equally weighted isotropic Gaussians, one per row of `centres` (M, D); their variances are fitted to `points`
+    (N, D) by maximum likelihood. In the fit alone one more Gaussian at the mean of `points`, which weighs as much as
+    all others together, takes the points that are far from every centre."""
 
     def __init__(self, centres, points) -> None:
         import torch
 
-        self.centres, self.background = centres, points.mean(dim=0, keepdim=True)
-        distances = self._distances(points)
-        self.log_variances = (
-            (distances.min(dim=0).values / points.shape[1]).log().clamp_(min=MIN_LOG_VARIANCE)
-        )
-        optimizer = torch.optim.Adam([self.log_variances], lr=LEARNING_RATE)
-        before = math.inf
+        self.centres, self.dim = centres, points.shape[1]
+        distances = self._distances_with_background(points)
+        nearest = distances.min(dim=0).values + 1e-3
+        self._log_variances = (nearest / self.dim).log().clamp_(min=MIN_LOG_VARIANCE)
+        self._log_variances[-1] = 0
+        optimizer = torch.optim.Adam([self._log_variances], lr=LEARNING_RATE)
+        losses = []
         for _ in progress(range(MAX_EPOCHS), "fit FLD", unit="epoch"):
             total = 0.0
             for start in range(0, len(points), BATCH_SIZE):
                 total += self._step(distances[start : start + BATCH_SIZE], optimizer)
-            if before - total / len(points) < STOP_BELOW * abs(before if math.isfinite(before) else 1):
+            losses.append(total / len(points))
+            if settled(losses):
                 break
-            before = total / len(points)
+
+    @property
+    def log_variances(self):
+        """Of the centres (M,)."""
+        return self._log_variances[:-1]
 
     def nll(self, points) -> float:
         """Mean negative log-likelihood of points (N, D), per feature."""
         total = 0.0
         for rows in self._rows(len(points)):
-            total -= self._exponents(self._distances(points[rows])).logsumexp(dim=1).double().sum().item()
-        return (total / len(points) + math.log(len(self.log_variances))) / points.shape[1]
+            exponents = _exponents(
+                squared_distances(points[rows], self.centres), self.log_variances, self.dim
+            )
+            total -= exponents.logsumexp(dim=1).double().sum().item()
+        return (total / len(points) + math.log(len(self.centres))) / self.dim
 
     def _step(self, distances, optimizer) -> float:
         """One step of the optimiser on a batch of distances (B, M + 1); returns the batch's summed negative
@@ -82,36 +98,42 @@ class Mixture:
         of the component in the point."""
         import torch
 
-        dim = self.centres.shape[1]
-        gradient, total = torch.zeros_like(self.log_variances), 0.0
+        gradient, total = torch.zeros_like(self._log_variances), 0.0
         for rows in self._rows(len(distances)):
-            exponents = self._exponents(distances[rows])
+            exponents = _exponents(distances[rows], self._log_variances, self.dim)
+            exponents[:, :-1] -= math.log(len(self.centres))
             log_density = exponents.logsumexp(dim=1, keepdim=True)
             shares = (exponents - log_density).exp_()
-            gradient += (shares * (dim - distances[rows] * (-self.log_variances).exp())).sum(dim=0) / 2
-            total -= (log_density - math.log(len(self.log_variances))).double().sum().item()
-        self.log_variances.grad = gradient / (len(distances) * dim)
+            scaled = distances[rows] * (-self._log_variances).exp()
+            gradient += (shares * (self.dim - scaled)).sum(dim=0) / 2
+            total -= log_density.double().sum().item()
+        self._log_variances.grad = gradient / (len(distances) * self.dim)
         optimizer.step()
-        self.log_variances.clamp_(min=MIN_LOG_VARIANCE)
-        return total / dim
+        self._log_variances.clamp_(min=MIN_LOG_VARIANCE, max=MAX_LOG_VARIANCE)
+        return total / self.dim
 
-    def _exponents(self, distances):
-        """Log-densities (B, M + 1) of the components at squared distances of that shape."""
-        dim = self.centres.shape[1]
-        return -0.5 * (
-            distances * (-self.log_variances).exp() + dim * (self.log_variances + math.log(2 * math.pi))
-        )
-
-    def _distances(self, points):
+    def _distances_with_background(self, points):
         """Squared distances (N, M + 1) to all centres, the background last."""
         import torch
 
         found = torch.empty(len(points), len(self.centres) + 1, device=points.device)
+        background = points.mean(dim=0, keepdim=True)
         for rows in self._rows(len(points)):
             found[rows, :-1] = squared_distances(points[rows], self.centres)
-            found[rows, -1:] = squared_distances(points[rows], self.background) * BACKGROUND_SCALE**2
+            found[rows, -1:] = squared_distances(points[rows], background) * BACKGROUND_SCALE**2
         return found
 
     def _rows(self, num_points: int):
         step = max(1, MAX_DISTANCES // (len(self.centres) + 1))
         return (slice(start, start + step) for start in range(0, num_points, step))
+
+
+def settled(losses: list[float]) -> bool:
+    """Is the last loss of an epoch no other than the few before it?"""
+    last = losses[-LAST_LOSSES:]
+    return len(losses) >= MIN_EPOCHS and max(abs(losses[-1] - loss) for loss in last) < STOP_BELOW
+
+
+def _exponents(distances, log_variances, dim: int):
+    """Log-densities (B, M) of Gaussians of (M,) log-variances in `dim` dimensions at squared distances (B, M)."""
+    return -0.5 * (distances * (-log_variances).exp() + dim * (log_variances + math.log(2 * math.pi)))
