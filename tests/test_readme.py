@@ -26,15 +26,10 @@ PARSING = {
 
 def commands() -> list[str]:
     """The python and make lines of README.md's code blocks, continued lines joined, comments removed."""
-    if not README.exists():
-        return []
     blocks = re.findall(r"^```\w*\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found = [re.sub(r"^(\$ |\.venv/bin/)", "", line) for line in lines]
     return [line for line in found if re.match(r"(python|make) ", line)]
-
-
-pytestmark = pytest.mark.skipif(not README.exists(), reason="there is no README.md")
 
 
 def test_the_two_commands_are_at_the_top():
