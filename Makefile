@@ -16,20 +16,24 @@ $(VENV)/.installed: requirements.txt
 	@touch $@
 	@echo "ready; now: . $(VENV)/bin/activate"
 
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(RUN) -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
 quickstart: setup
 	$(RUN) run.py --method PrivImage --data_name digits_8 --epsilon 10
 
 # One process per core; a few tests start processes of their own.
-test: setup
+test: $(VENV)/.installed-dev
 	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-test-slow: setup
+test-slow: $(VENV)/.installed-dev
 	$(RUN) -m pytest -m slow
 
 bench: setup
 	$(RUN) scripts/bench_dpsgd.py
 
-lint: setup
+lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from models import METHODS
 from utils.config import EVERY_METHOD, Config, format_config, load_config, parser
 from utils.config_files import CONFIG_FOLDER, ConfigFiles, file_values, flatten
 from utils.errors import UserError
-from utils.presets import load_presets, nearest_tier
+from utils.presets import TIERS, load_presets, nearest_tier
 from utils.registry import Registry
 from utils.sections import GenConfig, PublicDataConfig
 
@@ -22,10 +23,6 @@ SHIPPED = ConfigFiles([CONFIG_FOLDER])
 DATASETS = SHIPPED.names("data")
 OWN_IMAGES = {"custom": ["sensitive_data.n_classes=3"]}
 
-if (REPOSITORY / "models" / "__init__.py").exists():
-    from models import METHODS
-else:
-    METHODS = Registry("method", {})
 SHIPPED_METHODS = sorted(METHODS)
 
 # The command lines that users of the published benchmark know; the text between <> stands for what a user has.
@@ -194,8 +191,6 @@ def test_every_cell_composes_and_types(method, preset, epsilon):
 
 
 def test_every_method_file_belongs_to_a_method():
-    if not SHIPPED_METHODS:
-        pytest.skip("the table of methods does not exist yet")
     for group in ("method", "presets"):
         assert set(SHIPPED.names(group)) <= set(SHIPPED_METHODS), group
     assert set(SHIPPED_METHODS) <= set(SHIPPED.names("method"))
@@ -220,8 +215,10 @@ def test_every_preset_rule_matches_a_cell_and_changes_a_value(table, preset):
     presets = load_presets(SHIPPED.require("presets", table))
     rules, unused = presets.chosen(preset), {rule.layer for rule in presets.rules[preset]}
     for data in DATASETS:
+        if not any(rule.layer in unused and rule.matches(data, tier) for rule in rules for tier in TIERS):
+            continue  # it takes long to compose, and would show nothing new
         base = values_before_presets(method, data, preset)
-        for tier in (1, 10):
+        for tier in TIERS:
             values = dict(base)
             for rule in rules:
                 if rule.matches(data, tier):
@@ -243,9 +240,6 @@ def test_preset_rules_name_known_datasets(table):
 @pytest.mark.parametrize("command", PUBLISHED)
 def test_published_commands_compose(command):
     program, *arguments = shlex.split(command)
-    method = arguments[arguments.index("--method") + 1]
-    if method not in METHODS:
-        pytest.skip(f"{method} is not in the table of methods")
     config = load_config(arguments, METHODS, program.removesuffix(".py"))
     values = flatten(config.snapshot)
     aliases = {"train.accountant": "privacy.accountant"}

@@ -15,7 +15,7 @@ from models import METHODS
 from opacus_ext.accounting import epsilon_of
 from opacus_ext.ledger import Ledger
 from utils.checkpoints import Checkpoints
-from utils.config import load_config
+from utils.config import Config, load_config
 
 PRIVATE_LABELS = ["DPDM", "PrivImage"]  # the label table has the private classes
 PUBLIC_LABELS = ["PDP-Diffusion", "DP-LDM-SD"]  # it has the 1000 of ImageNet
@@ -27,10 +27,10 @@ def composed(*argv: str):
     return run_program.compose(load_config(list(argv), METHODS))
 
 
-def network_of(*argv: str, label_dim: int) -> torch.nn.Module:
-    """The network of a command line, without memory for its weights."""
+def network_of(config: Config, label_dim: int) -> torch.nn.Module:
+    """The network of a configuration, without memory for its weights."""
     with torch.device("meta"):
-        return load_config(list(argv), METHODS).method_config.model.network.make(label_dim)
+        return config.method_config.model.network.make(label_dim)
 
 
 # ------------------------------------------------------------------------------------------ sizes
@@ -51,8 +51,9 @@ SIZES = {  # data -> parameters by number of labels
 @pytest.mark.parametrize("method", [*PRIVATE_LABELS, *PUBLIC_LABELS])
 @pytest.mark.parametrize("data", SIZES)
 def test_published_settings_reach_the_published_sizes(data, method):
+    config = load_config(["--method", method, "--data_name", data], METHODS)
     for label_dim, published in SIZES[data].items():
-        network = network_of("--method", method, "--data_name", data, label_dim=label_dim)
+        network = network_of(config, label_dim)
         assert sum(p.numel() for p in network.parameters()) == published
 
 
@@ -70,7 +71,8 @@ def test_the_command_line_reaches_the_sizes_of_the_size_study(nf, ch_mult, atten
         f"model.network.{key}={value}".replace(" ", "")
         for key, value in (("nf", nf), ("ch_mult", ch_mult), ("attn_resolutions", attention))
     ]
-    network = network_of("--method", "DPDM", "--data_name", "cifar10_32", *settings, label_dim=10)
+    config = load_config(["--method", "DPDM", "--data_name", "cifar10_32", *settings], METHODS)
+    network = network_of(config, label_dim=10)
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.08)
 
 
@@ -106,12 +108,11 @@ TRAINED = {  # data -> trained parameters by number of labels; 335,840 is the co
 
 @pytest.mark.parametrize("data", TRAINED)
 def test_dp_ldm_sd_trains_the_published_number_of_parameters(data):
-    argv = ["--method", "DP-LDM-SD", "--data_name", data]
-    chosen = load_config(argv, METHODS).method_config.train.trained_groups
+    config = load_config(["--method", "DP-LDM-SD", "--data_name", data], METHODS)
     for label_dim, published in TRAINED[data].items():
-        network = network_of(*argv, label_dim=label_dim)
+        network = network_of(config, label_dim)
         groups = network.parameter_groups()
-        names = [name for group in chosen for name in groups[group]]
+        names = [name for group in config.method_config.train.trained_groups for name in groups[group]]
         assert sum(network.get_parameter(name).numel() for name in names) == published
 
 
