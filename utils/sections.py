@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.errors import FieldError, UserError
+from utils.errors import FieldError, UserError, nearest
 
 
 def check(condition: bool, key: str, value: object, allowed: str) -> None:
@@ -24,7 +24,9 @@ def check_field(condition: bool, field: str, value: object, allowed: str) -> Non
 
 def check_choice(field: str, value: object, known: Sequence[str]) -> None:
     """`check_field` that the value is one of these."""
-    check_field(value in known, field, value, f"{', '.join(known[:-1])} or {known[-1]}")
+    near = nearest(str(value), known)
+    hint = f"; did you mean '{near}'?" if near else ""
+    check_field(value in known, field, value, f"{', '.join(known[:-1])} or {known[-1]}{hint}")
 
 
 @dataclass(frozen=True)
