@@ -95,6 +95,5 @@ def _write(path: Path, result: Features) -> None:
         with os.fdopen(descriptor, "wb") as file:
             np.savez(file, **arrays)
         os.replace(part, path)
-    except BaseException:
+    finally:
         Path(part).unlink(missing_ok=True)
-        raise

@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import pickle
+import struct
 import tarfile
 import threading
 import zipfile
@@ -14,9 +15,10 @@ from unittest.mock import ANY
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data import prepared as prepared_module
+from data.convert import decode
 from data.download import RemoteFile, download
 from data.labels import places_of
 from data.prepare import prepare
@@ -513,6 +515,35 @@ def test_an_alpha_channel_that_hides_nothing_is_dropped(tmp_path):
     _, without, _ = prepare("cats", tmp_path / "data", source=write_files(tmp_path / "less", class_files()))
     num_images = [part.num_train + part.num_test for part in (meta, without)]
     assert num_images[0] == num_images[1] + 1
+
+
+@pytest.mark.parametrize(
+    ("entries", "turned"),
+    [
+        ([], True),
+        ([(0x11A, 2, 4, b"abcd")], True),  # a resolution that is a text: TypeError
+        ([(0x102, 12, 1, b"")], True),  # a number of bits that is a fraction: struct.error
+        (None, False),  # no EXIF at all behind its name
+    ],
+)
+def test_malformed_exif_does_not_hide_the_orientation(entries, turned):
+    rows = [(0x112, 3, 1, struct.pack("<H", 6)), *(entries or [])]
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(rows))
+    exif += b"".join(struct.pack("<HHI4s", *row) for row in rows) + bytes(4)
+    buffer = io.BytesIO()
+    picture = Image.fromarray(colour_images(1, 8)[0, :6])
+    picture.save(buffer, "JPEG", exif=exif if entries is not None else b"Exif\0\0abc")
+    assert decode(buffer.getvalue(), "a.jpg").size == ((6, 8) if turned else (8, 6))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_pictures_are_turned_as_pillow_does(orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(colour_images(1, 8)[0, :6]).save(buffer, "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(buffer))
+    assert np.array_equal(np.asarray(decode(buffer.getvalue(), "a.png")), np.asarray(expected))
 
 
 BAD_SOURCES = {
