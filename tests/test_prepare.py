@@ -412,6 +412,42 @@ def test_grey_follows_pillow(tmp_path):
     assert np.array_equal(result.train.images[:, 0], expected)
 
 
+def mixed_files(prefix: str = "") -> dict[str, bytes]:
+    """Three grey and three colour images."""
+    images = colour_images(6)
+    return {
+        f"{prefix}{name}/{row}.png": png(images[row][..., 0] if name == "cat" else images[row])
+        for row, name in enumerate(["cat"] * 3 + ["dog"] * 3)
+    }
+
+
+def test_grey_and_colour_are_mixed_only_where_channels_are_given(tmp_path):
+    for kind, files in (
+        ("one part", mixed_files()),
+        ("two parts", class_files(prefix="train/") | mixed_files("test/")),
+    ):
+        source = write_files(tmp_path / kind, files)
+        with pytest.raises(
+            UserError, match=r"mine: 3 images are grey and \d+ are in colour; give --channels 1 or 3"
+        ):
+            prepare_custom(tmp_path, source)
+        assert not (tmp_path / "root" / "mine").exists()
+    result, notes = prepare_custom(tmp_path, tmp_path / "one part", channels=3, public=True, resolution=8)
+    assert result.train.images.shape == (6, 3, 8, 8)
+    assert notes == ["mine: grey images are converted to colour: 3 of 6"]
+
+
+@pytest.mark.parametrize("form", ["npz", "folder"])
+def test_a_conversion_of_channels_is_said(tmp_path, form):
+    np.savez(tmp_path / "a.npz", x=colour_images(6), y=np.arange(6) % 2)
+    source = tmp_path / "a.npz" if form == "npz" else write_files(tmp_path / "raw", class_files())
+    _, notes = prepare_custom(tmp_path, source, channels=1, public=True, resolution=8)
+    assert notes == [
+        "mine: colour images are converted to grey (0.299 red + 0.587 green + 0.114 blue): 6 of 6"
+    ]
+    assert prepare_custom(tmp_path, source, public=True, resolution=8, force=True)[1] == []
+
+
 def test_custom_set_without_test_part_gives_a_seventh_of_each_class(tmp_path):
     labels = np.repeat([0, 1, 2], [70, 35, 14])
     images = (
