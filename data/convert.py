@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,19 +14,22 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+# What Pillow raises for broken files and for broken EXIF, by the format and the place of the damage.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error)
+
+
 def decode(content: bytes, where: str) -> Image.Image:
     """An opaque 8-bit RGB or grey picture from the bytes of an image file; UserError with `where` for anything else."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     try:
         picture = Image.open(io.BytesIO(content))
         picture.load()
-        picture = ImageOps.exif_transpose(picture)
-    # Pillow raises SyntaxError and ValueError for some broken PNG and GIF files.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (*_BROKEN, Image.DecompressionBombError) as error:
         unrecognised = isinstance(error, UnidentifiedImageError)  # its text shows the buffer's address
         reason = "" if unrecognised else f" ({error})"
         raise UserError(f"{where}: not an image, or corrupt{reason}") from error
+    picture = _upright(picture)
     if picture.mode == "F" or picture.mode.startswith("I"):
         raise UserError(
             f"{where}: more than 8 bits per channel (mode {picture.mode}); allowed: 8-bit grey or colour"
@@ -33,6 +37,21 @@ def decode(content: bytes, where: str) -> Image.Image:
     if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
         raise UserError(f"{where}: has transparent pixels; put it on a background first")
     return picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says; as it is where EXIF is malformed, as viewers show it."""
+    from PIL import ExifTags, Image
+
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    except _BROKEN:
+        return picture
+    turns = (
+        Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+        Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+    )  # fmt: skip
+    return picture.transpose(turns[orientation - 2]) if orientation in range(2, 9) else picture
 
 
 def square_array(picture: Image.Image, resolution: int, channels: int) -> np.ndarray:

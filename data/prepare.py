@@ -23,7 +23,7 @@ from data.registry import (
     known_names,
     known_set,
 )
-from data.sources import ArrayPart, Part, Source, open_source, sizes_note
+from data.sources import COLOURS, ArrayPart, Part, Source, conversion_notes, open_source
 from data.splits import random_test_rows, stratified_test_rows
 from utils.environment import require_no_run
 from utils.errors import UserError, unknown
@@ -45,6 +45,7 @@ class Target:
     channels: int
     class_names: tuple[str, ...] | None
     public: bool  # a public set: the training part and nothing else
+    mixed: bool = True  # may grey images and colour images be mixed?
 
 
 def prepare(
@@ -101,15 +102,27 @@ def convert_source(
     labelling = resolve(
         [part.labels for part in parts.values()], source.class_names, target.class_names, description
     )
-    sizes: Counter = Counter()
+    forms: Counter = Counter()
     with new_prepared(folder, (target.channels, target.resolution, target.resolution)) as writer:
         for (name, part), labels in zip(parts.items(), labelling.parts, strict=True):
             images = writer.new_part(name, labels)
-            sizes += _fill(images, part, f"{target.name}: converting {name}")
+            forms += _fill(images, part, f"{target.name}: converting {name}")
             images.flush()
+        if not target.mixed:
+            _refuse_mixed(forms, target.name)
         meta = writer.finish(target.name, labelling.class_names, description)
-    notes = (labelling.note, sizes_note(sizes, target.resolution))
-    return meta, [note for note in notes if note is not None]
+    notes = [] if labelling.note is None else [labelling.note]
+    return meta, notes + conversion_notes(forms, target.resolution, target.channels)
+
+
+def _refuse_mixed(forms: Counter, name: str) -> None:
+    """UserError if some images are grey and others are not: which of both is meant nobody has said."""
+    counts = {channels: sum(forms[form] for form in forms if form[2] == channels) for channels in COLOURS}
+    if all(counts.values()):
+        grey, colour = counts[1], counts[3]
+        raise UserError(
+            f"{name}: {grey:,} images are grey and {colour:,} are in colour; give --channels 1 or 3"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ source
@@ -197,7 +210,8 @@ def _target(
     if known is None:
         height, width, found_channels = source.train.first_shape()
         own_size = min(height, width) if isinstance(source.train, ArrayPart) else CUSTOM_RESOLUTION
-        return Target(data_name, resolution or own_size, channels or found_channels, None, public)
+        size, depth = resolution or own_size, channels or found_channels
+        return Target(data_name, size, depth, None, public, mixed=channels is not None)
     if not known.public:
         _refuse_change(data_name, "--resolution", resolution, known.resolution)
         _refuse_change(data_name, "--channels", channels, known.channels)
@@ -232,11 +246,11 @@ def _kept(folder: Path, source: Path | None, channels: int | None) -> tuple[Prep
 
 
 def _fill(images: np.ndarray, part: Part, description: str) -> Counter:
-    """Write every image of `part` into `images` (N, C, R, R); how often each (width, height) was met."""
+    """Write every image of `part` into `images` (N, C, R, R); how often each form was met."""
     channels, resolution = images.shape[1:3]
     if isinstance(part, ArrayPart) and part.images.shape[1:3] == (resolution, resolution):
         return _copy_array(images, part.images)
-    sizes: Counter = Counter()
+    forms: Counter = Counter()
     items = part.items()
     bar = progress(range(0, len(part), IMAGES_AT_ONCE), description, unit="block")
     with ThreadPoolExecutor(
@@ -247,10 +261,10 @@ def _fill(images: np.ndarray, part: Part, description: str) -> Counter:
             converted = pool.map(
                 part.convert, block, itertools.repeat(resolution), itertools.repeat(channels)
             )
-            for row, (image, size) in zip(rows, converted, strict=True):
+            for row, (image, form) in zip(rows, converted, strict=True):
                 images[row] = image
-                sizes[size] += 1
-    return sizes
+                forms[form] += 1
+    return forms
 
 
 def _copy_array(images: np.ndarray, source: np.ndarray) -> Counter:
@@ -259,4 +273,5 @@ def _copy_array(images: np.ndarray, source: np.ndarray) -> Counter:
         block = source[start : start + 4096]
         block = block[:, None] if block.ndim == 3 else block.transpose(0, 3, 1, 2)
         images[start : start + 4096] = to_channels(block, images.shape[1])
-    return Counter({(images.shape[3], images.shape[2]): len(source)})
+    channels = 1 if source.ndim == 3 else 3
+    return Counter({(images.shape[3], images.shape[2], channels): len(source)})

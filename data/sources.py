@@ -33,7 +33,8 @@ CELEBA_LABEL = "Male"  # of CelebA's 40 attributes the one that is the label
 # ------------------------------------------------------------------------------------------------------ records
 
 
-Converted = tuple[np.ndarray, tuple[int, int]]  # (C, R, R) uint8, and the (width, height) before
+Form = tuple[int, int, int]  # width, height, channels
+Converted = tuple[np.ndarray, Form]  # (C, R, R) uint8, and what the image was before
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class ArrayPart:
         from PIL import Image
 
         picture = Image.fromarray(np.ascontiguousarray(item))
-        return square_array(picture, resolution, channels), picture.size
+        return square_array(picture, resolution, channels), _form(picture)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class FilePart:
         """(height, width, channels) of the first image."""
         name, content = next(self.tree.read([self.names[0]]))
         picture = decode(content, f"{self.tree.path}: {name}")
-        return picture.height, picture.width, 1 if picture.mode == "L" else 3
+        width, height, channels = _form(picture)
+        return height, width, channels
 
     def items(self) -> Iterator[tuple[int, tuple[str, bytes]]]:
         """Each row number with what `convert` takes, in the order in which the tree gives the files."""
@@ -101,7 +103,12 @@ class FilePart:
     def convert(self, item: tuple[str, bytes], resolution: int, channels: int) -> Converted:
         name, content = item
         picture = decode(content, f"{self.tree.path}: {name}")
-        return square_array(picture, resolution, channels), picture.size
+        return square_array(picture, resolution, channels), _form(picture)
+
+
+def _form(picture) -> Form:
+    """Of a grey or RGB picture."""
+    return picture.width, picture.height, 1 if picture.mode == "L" else 3
 
 
 Part = ArrayPart | FilePart
@@ -582,7 +589,24 @@ def _class_of_flat_file(tree: FileTree, name: str) -> str:
     return label
 
 
-def sizes_note(sizes: Counter, resolution: int) -> str | None:
+COLOURS = {1: "grey", 3: "colour"}
+_WEIGHTS = {1: " (0.299 red + 0.587 green + 0.114 blue)", 3: ""}
+
+
+def conversion_notes(forms: Counter, resolution: int, channels: int) -> list[str]:
+    """Lines that say how images of these forms were brought to one size and to one number of channels."""
+    sizes: Counter = Counter()
+    for (width, height, _), count in forms.items():
+        sizes[width, height] += count
+    notes = [_sizes_note(sizes, resolution)]
+    converted = sum(count for (_, _, own), count in forms.items() if own != channels)
+    if converted:
+        before, after = COLOURS[4 - channels], COLOURS[channels] + _WEIGHTS[channels]
+        notes.append(f"{before} images are converted to {after}: {converted:,} of {forms.total():,}")
+    return [note for note in notes if note is not None]
+
+
+def _sizes_note(sizes: Counter, resolution: int) -> str | None:
     """One line that says how images of other or of several sizes were brought to one, or None."""
     if set(sizes) <= {(resolution, resolution)}:
         return None

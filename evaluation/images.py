@@ -7,13 +7,10 @@ import numpy as np
 
 from data.labels import places_of
 from data.registry import SourceQuirks
-from data.sources import Part, open_source, sizes_note
+from data.sources import Part, conversion_notes, open_source
 from data.spec import DataSpec, Samples
 from utils.errors import UserError
 from utils.progress import progress
-
-COLOURS = {1: "grey", 3: "colour"}
-WEIGHTS = {1: " (0.299 red + 0.587 green + 0.114 blue)", 3: ""}
 
 
 def read_images(path: Path, spec: DataSpec) -> tuple[Samples, tuple[str, ...]]:
@@ -28,6 +25,8 @@ def read_images(path: Path, spec: DataSpec) -> tuple[Samples, tuple[str, ...]]:
             f"--images: {path} is the folder of a run; give --exp_path {path}, or its gen/gen.npz"
         )
     source = open_source(path, SourceQuirks(one_class=True))
+    if source.test is not None:
+        raise UserError(f"--images: {path} has a training part and a test part; give one of them alone")
     labels = _as_labels(source.train.labels, spec, path)
     images, notes = _converted(source.train, spec, path)
     notes += source.notes
@@ -42,16 +41,12 @@ def read_images(path: Path, spec: DataSpec) -> tuple[Samples, tuple[str, ...]]:
 
 def _converted(part: Part, spec: DataSpec, path: Path) -> tuple[np.ndarray, list[str]]:
     """(N, C, H, W) uint8 in the form of `spec`, and what was changed."""
-    channels = part.first_shape()[2]
-    images, sizes = np.empty((len(part), *spec.image_shape), np.uint8), Counter()
+    images, forms = np.empty((len(part), *spec.image_shape), np.uint8), Counter()
     for row, item in progress(part.items(), f"read {path.name}", total=len(part), unit="image"):
-        images[row], size = part.convert(item, spec.resolution, spec.channels)
-        sizes[size] += 1
-    notes = [sizes_note(sizes, spec.resolution)]
-    if channels != spec.channels:
-        to = COLOURS[spec.channels] + WEIGHTS[spec.channels]
-        notes.append(f"{COLOURS[channels]} images are converted to {to}")
-    return images, [f"{path}: {note}" for note in notes if note is not None]
+        images[row], form = part.convert(item, spec.resolution, spec.channels)
+        forms[form] += 1
+    notes = conversion_notes(forms, spec.resolution, spec.channels)
+    return images, [f"{path}: {note}" for note in notes]
 
 
 def _as_labels(labels: np.ndarray, spec: DataSpec, path: Path) -> np.ndarray:

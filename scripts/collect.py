@@ -17,7 +17,7 @@ from utils.run_dir import CONFIG, RESULTS, read_json, write_text
 
 FACTS = (
     "method", "data", "epsilon", "delta", "private", "spent_epsilon", "selection_epsilon", "noise_seeded", "seed",
-    "preset", "preset_tier", "borrowed", "git",
+    "preset", "preset_tier", "borrowed", "precision", "eval_mode", "overrides", "git",
 )  # fmt: skip
 JUDGED = ("recipe", "eval_seed")  # of the evaluations whose values are in the row, the latest first
 RUN = "run"  # the run's folder, relative to exp_root: the key of a row
@@ -65,6 +65,7 @@ def collect(exp_root: Path) -> tuple[list[dict], list[tuple[Path, str]]]:
         try:
             results = read_json(path)
             facts = {name: results.get(name) for name in FACTS}
+            facts["overrides"] = " ".join(facts["overrides"] or [])
             run = path.parent.relative_to(exp_root).as_posix()
             rows.append({**facts, **judged(results), RUN: run, **results["metrics"]})
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:

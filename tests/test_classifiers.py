@@ -14,6 +14,7 @@ from data.spec import DataSpec, Samples
 from evaluation.classifiers.recipe import Recipe, recipe_for
 from evaluation.classifiers.training import (
     _average,
+    _batches,
     _scheduler,
     candidate_epochs,
     train_classifier,
@@ -72,6 +73,32 @@ def test_one_epoch_of_every_classifier(name, resolution):
     assert logits.shape == (6, 7)
     assert np.isfinite(logits).all()
     assert trained.epochs == [1]
+
+
+@pytest.mark.parametrize("resolution", [4, 7])
+@pytest.mark.parametrize("name", list(CLASSIFIERS))
+def test_tiny_images_are_learned_where_one_is_left_over(name, resolution):
+    spec = spec_of("toy", resolution, 1, num_classes=3)
+    samples = noise(spec, 9)  # of batches of 4
+    assert np.isfinite(train(name, samples, spec).logits(0, samples.images)).all()
+    with pytest.raises(Unavailable, match=f"at least 2 training images of {resolution} pixels, there is 1"):
+        train(name, samples.take(np.arange(1)), spec)
+
+
+@pytest.mark.parametrize("name", list(CLASSIFIERS))
+def test_one_image_of_eight_pixels_is_learned(name):
+    spec = spec_of("toy", 8, 1, num_classes=3)
+    samples = noise(spec, 1)
+    assert np.isfinite(train(name, samples, spec).logits(0, samples.images)).all()
+
+
+@pytest.mark.parametrize(
+    ("num", "sizes"), [(1, [1]), (4, [4]), (5, [5]), (6, [4, 2]), (8, [4, 4]), (9, [4, 5])]
+)
+def test_every_epoch_has_every_image_once_and_none_alone(num, sizes):
+    found = list(_batches(np.arange(10, 10 + num), ONE_EPOCH, np.random.default_rng(0)))
+    assert [len(batch) for batch in found] == sizes
+    assert sorted(np.concatenate(found)) == list(range(10, 10 + num))
 
 
 def test_small_cnn_takes_large_images():

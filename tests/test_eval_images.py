@@ -108,6 +108,32 @@ def test_grey_becomes_colour(tmp_path, digits):
     assert "grey images are converted to colour" in notes[0]
 
 
+def test_of_mixed_images_those_that_are_converted_are_counted(tmp_path, digits):
+    for row in range(4):
+        path = tmp_path / "mixed" / f"{'dog' if row % 2 else 'cat'}_{row}.png"
+        path.parent.mkdir(exist_ok=True)
+        grey = Image.fromarray(digits.images[row, 0])
+        (grey if row == 3 else grey.convert("RGB")).save(path)  # the first is in colour
+    assert "grey images are converted to colour: 1 of 4" in read_images(tmp_path / "mixed", COLOUR)[1][0]
+
+
+@pytest.mark.parametrize("form", ["zip", "npz"])
+def test_a_training_and_a_test_part_are_refused(tmp_path, digits, form):
+    if form == "npz":
+        path = tmp_path / "both.npz"
+        half = np.arange(30)
+        np.savez(
+            path, x=digits.images, y=digits.labels, x_test=digits.images[half], y_test=digits.labels[half]
+        )
+    else:
+        write_folder(
+            tmp_path / "b", digits, lambda row, label: f"{'train' if row % 2 else 'test'}/{label}/{row}.png"
+        )
+        path = zipped(tmp_path / "b", tmp_path / "both.zip")
+    with pytest.raises(UserError, match=f"both.{form} has a training part and a test part; give one of them"):
+        read_images(path, SPEC)
+
+
 def test_folders_are_matched_by_class_name_and_not_by_position(tmp_path, digits):
     write_folder(
         tmp_path / "named", digits.take(np.arange(4)), lambda row, _: f"{'dog' if row else 'cat'}/{row}.png"

@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import pickle
+import struct
 import tarfile
 import threading
 import zipfile
@@ -14,9 +15,10 @@ from unittest.mock import ANY
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data import prepared as prepared_module
+from data.convert import decode
 from data.download import RemoteFile, download
 from data.labels import places_of
 from data.prepare import prepare
@@ -410,6 +412,42 @@ def test_grey_follows_pillow(tmp_path):
     assert np.array_equal(result.train.images[:, 0], expected)
 
 
+def mixed_files(prefix: str = "") -> dict[str, bytes]:
+    """Three grey and three colour images."""
+    images = colour_images(6)
+    return {
+        f"{prefix}{name}/{row}.png": png(images[row][..., 0] if name == "cat" else images[row])
+        for row, name in enumerate(["cat"] * 3 + ["dog"] * 3)
+    }
+
+
+def test_grey_and_colour_are_mixed_only_where_channels_are_given(tmp_path):
+    for kind, files in (
+        ("one part", mixed_files()),
+        ("two parts", class_files(prefix="train/") | mixed_files("test/")),
+    ):
+        source = write_files(tmp_path / kind, files)
+        with pytest.raises(
+            UserError, match=r"mine: 3 images are grey and \d+ are in colour; give --channels 1 or 3"
+        ):
+            prepare_custom(tmp_path, source)
+        assert not (tmp_path / "root" / "mine").exists()
+    result, notes = prepare_custom(tmp_path, tmp_path / "one part", channels=3, public=True, resolution=8)
+    assert result.train.images.shape == (6, 3, 8, 8)
+    assert notes == ["mine: grey images are converted to colour: 3 of 6"]
+
+
+@pytest.mark.parametrize("form", ["npz", "folder"])
+def test_a_conversion_of_channels_is_said(tmp_path, form):
+    np.savez(tmp_path / "a.npz", x=colour_images(6), y=np.arange(6) % 2)
+    source = tmp_path / "a.npz" if form == "npz" else write_files(tmp_path / "raw", class_files())
+    _, notes = prepare_custom(tmp_path, source, channels=1, public=True, resolution=8)
+    assert notes == [
+        "mine: colour images are converted to grey (0.299 red + 0.587 green + 0.114 blue): 6 of 6"
+    ]
+    assert prepare_custom(tmp_path, source, public=True, resolution=8, force=True)[1] == []
+
+
 def test_custom_set_without_test_part_gives_a_seventh_of_each_class(tmp_path):
     labels = np.repeat([0, 1, 2], [70, 35, 14])
     images = (
@@ -513,6 +551,35 @@ def test_an_alpha_channel_that_hides_nothing_is_dropped(tmp_path):
     _, without, _ = prepare("cats", tmp_path / "data", source=write_files(tmp_path / "less", class_files()))
     num_images = [part.num_train + part.num_test for part in (meta, without)]
     assert num_images[0] == num_images[1] + 1
+
+
+@pytest.mark.parametrize(
+    ("entries", "turned"),
+    [
+        ([], True),
+        ([(0x11A, 2, 4, b"abcd")], True),  # a resolution that is a text: TypeError
+        ([(0x102, 12, 1, b"")], True),  # a number of bits that is a fraction: struct.error
+        (None, False),  # no EXIF at all behind its name
+    ],
+)
+def test_malformed_exif_does_not_hide_the_orientation(entries, turned):
+    rows = [(0x112, 3, 1, struct.pack("<H", 6)), *(entries or [])]
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(rows))
+    exif += b"".join(struct.pack("<HHI4s", *row) for row in rows) + bytes(4)
+    buffer = io.BytesIO()
+    picture = Image.fromarray(colour_images(1, 8)[0, :6])
+    picture.save(buffer, "JPEG", exif=exif if entries is not None else b"Exif\0\0abc")
+    assert decode(buffer.getvalue(), "a.jpg").size == ((6, 8) if turned else (8, 6))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_pictures_are_turned_as_pillow_does(orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(colour_images(1, 8)[0, :6]).save(buffer, "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(buffer))
+    assert np.array_equal(np.asarray(decode(buffer.getvalue(), "a.png")), np.asarray(expected))
 
 
 BAD_SOURCES = {

@@ -17,7 +17,7 @@ from opacus_ext.accounting import Release
 from opacus_ext.ledger import Budget, Ledger
 from utils import run_dir
 from utils.checkpoints import Checkpoints, read
-from utils.environment import require_no_run, require_same_config
+from utils.environment import require_no_run, require_same_config, settings_of
 from utils.errors import UserError
 from utils.results import results_of, write_privacy
 from utils.run_dir import atomic, create, discard_unstarted, find, find_any, read_json, write_json, write_text
@@ -243,6 +243,10 @@ class RunConfig:
     preset_tier: int = 10
     borrowed: bool = True
     images: None = None
+    words: tuple[str, ...] = ("--method", "Noise", "seed=3")
+    snapshot: dict = dataclasses.field(
+        default_factory=lambda: {"setup": {"precision": "tf32"}, "eval": {"mode": "val"}}
+    )
 
 
 TRAINING = {
@@ -280,17 +284,33 @@ def test_writing_results_again_keeps_what_describes_the_training(tmp_path):
     report, settings = Report({"fid/a": 1.0}, {"fid/a": {}}), {"mode": "syn", "seed": 3}
     first = results_of(tmp_path, RunConfig(), privacy, report, settings, {"train": 5.123}, {})
     write_json(tmp_path / "results.json", {**first, "git": "of the training"})
-    again, report = RunConfig(seed=9, preset="paper", borrowed=False), Report({"fid/b": 2.0}, {"fid/b": {}})
+    snapshot = {"setup": {"precision": "float32"}, "eval": {"mode": "syn"}}
+    again = RunConfig(seed=9, preset="paper", borrowed=False, words=("seed=9",), snapshot=snapshot)
+    report = Report({"fid/b": 2.0}, {"fid/b": {}})
     settings = {"mode": "syn", "seed": 9}
     results = results_of(tmp_path, again, privacy, report, settings, {"evaluate": 1.0}, {"n": 7})
     assert results["git"] == "of the training" and results["judged_git"] == first["git"]
     assert results["metrics"] == {"fid/b": 2.0} and results["n"] == 7
     assert (results["seed"], results["preset"], results["borrowed"]) == (3, "quick", True)
+    assert (results["precision"], results["eval_mode"], results["overrides"]) == ("tf32", "val", ["seed=3"])
     assert results["evaluation"] == {"mode": "syn", "seed": 9}
     assert results["timing"] == {"train": 5.12, "evaluate": 1.0}
     assert results["epsilon"] == results["spent_epsilon"] == math.inf
     assert results["selection_epsilon"] == 0.75
     assert results["noise_seeded"] is True, "the noise of one choice was known"
+
+
+def test_the_settings_of_a_run_are_those_it_was_started_with(tmp_path):
+    now = RunConfig(
+        words=("--epsilon=1", "train.n_epochs=2", "-ed", "a=b", "seed=4", "--data_name", "digits_8")
+    )
+    assert settings_of(tmp_path, now)["overrides"] == ["train.n_epochs=2", "seed=4"]
+    write_text(tmp_path / "config.yaml", "setup: {precision: bf16}\neval: {mode: sen}\n")
+    write_json(tmp_path / "environment.json", {"command": ["run.py", "--method", "Noise", "setup=gpu"]})
+    expected = {"precision": "bf16", "eval_mode": "sen", "overrides": ["setup=gpu"]}
+    assert settings_of(tmp_path, now) == expected
+    write_json(tmp_path / "environment.json", {})
+    assert settings_of(tmp_path, now) == {**expected, "overrides": None}
 
 
 def test_the_time_of_a_stage_is_of_all_starts_together(tmp_path):

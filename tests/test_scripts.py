@@ -135,6 +135,8 @@ def test_collect_reads_what_run_writes(tmp_path):
     row = table(tmp_path / "table.csv")[f"noise/{outcome.folder.name}"]
     assert all(row[name] for name in ("method", "data", "epsilon", "delta", "spent_epsilon", "seed", "git"))
     assert float(row["fid/random_conv"]) > 0
+    assert (row["precision"], row["eval_mode"]) == ("float32", "syn")
+    assert row["overrides"] == "preset=quick gen.data_num=100 eval.metrics=[fid]"
 
 
 # ------------------------------------------------------------------------------------------------- grids of runs

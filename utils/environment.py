@@ -1,8 +1,10 @@
 """What it takes to repeat a run: configuration with provenance, versions, hardware, seeds."""
 
 import importlib.metadata
+import itertools
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils.config_files import flatten, read_yaml
@@ -98,6 +100,38 @@ def words_of(folder: Path) -> list[str]:
     if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
         raise UserError(f"{path}: damaged (no command is in it); restore it or move it away")
     return command[1:]
+
+
+def settings_of(folder: Path, config) -> dict:
+    """What tells a run from another of the same name: how the one in `folder` was started; of images that no run made,
+    how `config` judges them. `overrides` are the words key=value of the command line, in its order."""
+    values, words = flatten(config.snapshot), config.words
+    if (folder / ENVIRONMENT).exists():
+        values = values_of(folder)
+        try:
+            words = words_of(folder)
+        except UserError:  # damaged: no reason to lose what a long evaluation found
+            words = None
+    overrides = None if words is None else _overrides(words)
+    return {
+        "precision": values.get("setup.precision"),
+        "eval_mode": values.get("eval.mode"),
+        "overrides": overrides,
+    }
+
+
+def _overrides(words: Sequence[str]) -> list[str]:
+    """The words that are neither a flag nor the value of one."""
+    pairs = itertools.pairwise(["", *words])
+    return [
+        word
+        for before, word in pairs
+        if "=" in word and not word.startswith("-") and not _takes_value(before)
+    ]
+
+
+def _takes_value(word: str) -> bool:
+    return word.startswith("-") and "=" not in word
 
 
 def describe(config) -> dict:

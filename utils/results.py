@@ -3,12 +3,14 @@
 from datetime import datetime
 from pathlib import Path
 
-from utils.environment import git_commit, versions
+from utils.environment import git_commit, settings_of, versions
 from utils.run_dir import PRIVACY, RESULTS, read_json, write_json
 
 SCHEMA = 1
 # What a later evaluation leaves alone.
-OF_TRAINING = ("epsilon", "seed", "preset", "preset_tier", "borrowed", "git", "versions")
+OF_TRAINING = (
+    "epsilon", "seed", "preset", "preset_tier", "borrowed", "precision", "eval_mode", "overrides", "git", "versions",
+)  # fmt: skip
 
 
 def write_privacy(folder: Path, training: dict, selection: dict | None = None) -> dict:
@@ -55,6 +57,7 @@ def results_of(
         "preset": config.preset,
         "preset_tier": config.preset_tier,
         "borrowed": config.borrowed,
+        **settings_of(folder, config),
         **facts,
         "metrics": evaluated["metrics"],
         "metric_info": evaluated["metric_info"],

@@ -22,6 +22,8 @@ from utils.seeding import numpy_rng, seeded
 
 # Weights of at most this many epochs are kept: 10 x 36 million parameters are 1.5 GB.
 MAX_CANDIDATES = 10
+# Smaller images are one pixel in the last layers, where batch normalisation cannot do with a single image.
+SIZE_FOR_ONE_IMAGE = 8
 STEPS_TO_COMPILE_FOR = 5000
 TRITON_NEEDS = (7, 0)  # compute capability of the oldest GPU that torch.compile can generate code for
 
@@ -73,13 +75,15 @@ def train_classifier(
     """Train classifier `name` on the images `chosen` (indices) of `samples`.
 
     Equal arguments give equal weights on the same machine. `batch_size` is that of later testing. Raises Unavailable
-    when the weights are no longer finite.
+    when the weights are no longer finite, and for a single image of less than SIZE_FOR_ONE_IMAGE pixels.
     """
+    if len(chosen) == 1 and spec.resolution < SIZE_FOR_ONE_IMAGE:
+        raise Unavailable(f"needs at least 2 training images of {spec.resolution} pixels, there is 1")
     with seeded(seed, f"classifier/{name}", device):
         network = CLASSIFIERS.resolve(name)(spec).to(device, memory_format=torch.channels_last)
         averaged = copy.deepcopy(network)
         optimizer = _optimizer(network, recipe)
-        steps_per_epoch = math.ceil(len(chosen) / recipe.batch_size)
+        steps_per_epoch = num_batches(len(chosen), recipe.batch_size)
         scheduler = _scheduler(optimizer, recipe, steps_per_epoch)
         kept = candidate_epochs(recipe.num_epochs)
         states = []
@@ -105,12 +109,18 @@ def candidate_epochs(num_epochs: int) -> list[int]:
     return [math.ceil(num_epochs * position / count) for position in range(1, count + 1)]
 
 
+def num_batches(num_images: int, batch_size: int) -> int:
+    """Of an epoch. A single image that is left over has no batch of its own, but joins the one before."""
+    whole, rest = divmod(num_images, batch_size)
+    return max(1, whole + (rest > 1))
+
+
 def _batches(chosen: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Index arrays of all batches of all epochs, every epoch in a new order; the last one may be smaller."""
+    """Index arrays of all batches of all epochs, every epoch in a new order; the last one may be smaller, or larger by
+    one image."""
+    ends = recipe.batch_size * np.arange(1, num_batches(len(chosen), recipe.batch_size))
     for _ in range(recipe.num_epochs):
-        order = rng.permutation(chosen)
-        for start in range(0, len(order), recipe.batch_size):
-            yield order[start : start + recipe.batch_size]
+        yield from np.split(rng.permutation(chosen), ends)
 
 
 def accelerated(network: nn.Module, device: str, num_steps: int) -> Callable[[torch.Tensor], torch.Tensor]:
