@@ -11,7 +11,9 @@ EPSILONS=${EPSILONS:-0.2 1 5 10 15 20}
 SIZE_DATA=${SIZE_DATA:-cifar10_32}
 SIZE_EPSILON=${SIZE_EPSILON:-10}
 
-# Label and settings per size: millions of parameters of the denoising networks, widths of the generators.
+# Label and settings per size: millions of parameters of the denoising networks, widths of the generators. These have
+# 3.8, 6.6, 10.1, 14.4 and 19.4 million at 32 pixels, as published; GS-WGAN has a generator of its own, whose widths are
+# those at which it has as many.
 sizes() { # method
     case "$1" in
         DPDM | PDP-Diffusion | PrivImage | DP-LDM-SD | DP-FETA | DP-FETA-Pro) cat <<'END' ;;
@@ -33,6 +35,14 @@ g60 model.Generator.g_conv_dim=60
 g80 model.Generator.g_conv_dim=80
 g100 model.Generator.g_conv_dim=100
 g120 model.Generator.g_conv_dim=120
+g140 model.Generator.g_conv_dim=140
+END
+        GS-WGAN) cat <<'END' ;;
+g64 model.Generator.g_conv_dim=64
+g84 model.Generator.g_conv_dim=84
+g104 model.Generator.g_conv_dim=104
+g125 model.Generator.g_conv_dim=125
+g145 model.Generator.g_conv_dim=145
 END
     esac
 }

@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import ROOT, arguments, call, data_root, strict_json
 
 import run as run_program
 from models import METHODS
+from models.nn.generator import Generator, GeneratorConfig
+from models.nn.sn_gan import ResNetGenerator
 from scripts import collect, grid_cells, test_classifier
 from utils.config import load_config
 from utils.run_dir import write_json
@@ -311,7 +314,8 @@ def test_the_grid_is_of_all_methods(commands):
 @pytest.mark.parametrize(
     ("script", "variables", "count"),
     [
-        ("rq2", {"METHODS": "DPDM DP-LoRA DPGAN", "EPSILONS": "0.2"}, 3 + 5 + 5 + 4),
+        ("rq1", {"DATA": "celeba_male_128", "EPSILONS": "10"}, len(list(METHODS))),
+        ("rq2", {"METHODS": "DPDM DP-LoRA DPGAN GS-WGAN", "EPSILONS": "0.2"}, 4 + 4 * 5),
         ("rq3", {"METHODS": "DPGAN PDP-Diffusion", "DATA": "fmnist_28"}, 2 * 5),
         ("rq4", {"SELECTIVE": "DPDM", "CENTRAL": "DP-MERF", "CKPT": "some/where.pth"}, 3),
         ("gpu_methods", {}, 5 * 2),
@@ -328,6 +332,24 @@ def test_grids_compose(commands, script, variables, count):
         config = load_config(cell, METHODS)
         assert config.snapshot["seed"] == 3
         assert of(cell, "--exp_description").startswith(script)
+
+
+def test_the_grid_has_the_published_datasets(commands):
+    cells = commands("rq1", METHODS="Noise", EPSILONS="10")
+    published = {path.stem for path in (ROOT / "configs/data").glob("*.yaml")} - {"custom", "digits_8"}
+    assert {of(cell, "--data_name") for cell in cells} == published
+
+
+def test_generators_have_the_published_sizes(commands):
+    """Millions of parameters at 32 pixels and 10 classes."""
+    own = {"DPGAN": lambda g: Generator(GeneratorConfig(60, 128, g, True, [2]), 32, 3, 10),
+           "GS-WGAN": lambda g: ResNetGenerator(32, 3, 10, 10, g)}  # fmt: skip
+    for method, make in own.items():
+        cells = commands("rq2", METHODS=method, DATA=" ")
+        widths = [int(cell[-1].partition("g_conv_dim=")[2]) for cell in cells]
+        with torch.device("meta"):
+            sizes = [sum(weight.numel() for weight in make(width).parameters()) / 1e6 for width in widths]
+        assert sizes == pytest.approx([3.8, 6.6, 10.1, 14.4, 19.4], abs=0.1), method
 
 
 @pytest.mark.slow
