@@ -405,7 +405,7 @@ def test_stopped_before_the_first_snapshot_the_query_is_not_asked_again(tmp_path
     assert [release["executed"] for release in releases] == [1, 2]
 
 
-def _stop(*_) -> None:
+def _stop(*_, **__) -> None:
     raise KeyboardInterrupt
 
 
