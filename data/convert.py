@@ -47,11 +47,12 @@ def _upright(picture: Image.Image) -> Image.Image:
         orientation = picture.getexif().get(ExifTags.Base.Orientation)
     except _BROKEN:
         return picture
-    turns = (
-        Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-        Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
-    )  # fmt: skip
-    return picture.transpose(turns[orientation - 2]) if orientation in range(2, 9) else picture
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.get(orientation)  # fmt: skip
+    return picture if turn is None else picture.transpose(turn)
 
 
 def square_array(picture: Image.Image, resolution: int, channels: int) -> np.ndarray:

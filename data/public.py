@@ -18,7 +18,7 @@ from utils.sections import PublicDataConfig
 
 GLYPH_SEED = 0  # the public set is the same in every run
 ROWS_AT_ONCE = 4096  # converted at a time
-CONVERSION_VERSION = 1  # part of every cache key: raise it when converted pixels change
+CONVERSION_VERSION = 2  # part of every cache key: raise it when converted pixels change
 
 
 def has_public_images(section: PublicDataConfig) -> bool:

@@ -73,7 +73,8 @@ def require_apart(public: PublicDataConfig, section: SensitiveDataConfig, data_r
     for path in stored_folders(public, data_root) if named else [Path(public.train_path)]:
         if private is None:
             continue
-        if _overlap(path, private) or _overlap(_origin(path), _origin(private)):
+        origin = _origin(path)
+        if any(_overlap(*pair) for pair in ((path, private), (origin, private), (origin, _origin(private)))):
             key = "name" if named else "train_path"
             raise UserError(f"public_data.{key}: {path} holds the private images; give a public set")
     if not named:

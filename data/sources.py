@@ -348,7 +348,7 @@ def _npz_part(
     for image_key, label_key in pairs:
         if image_key in arrays and label_key in arrays:
             where = f"{path}: {image_key}"
-            images = _as_uint8(as_nhwc(arrays[image_key], where), where)
+            images = _as_uint8(_as_nhwc(arrays[image_key], where), where)
             labels = _as_label_vector(arrays[label_key], f"{path}: {label_key}")
             _require_equal_counts(f"{path}: {label_key}", images, labels)
             return ArrayPart(images, labels)
@@ -373,7 +373,7 @@ def _as_uint8(images: np.ndarray, where: str) -> np.ndarray:
     return np.round(images * 255).astype(np.uint8)
 
 
-def as_nhwc(images: np.ndarray, where: str) -> np.ndarray:
+def _as_nhwc(images: np.ndarray, where: str) -> np.ndarray:
     """(N, H, W) or (N, H, W, 3) from NHW, NCHW or NHWC; the channel axis is the one of size 1 or 3. Where two are
     (a side has 1 or 3 pixels), it is the earlier one, as in the samples of a run. UserError for images of 0 pixels."""
     if 0 in images.shape[1:]:

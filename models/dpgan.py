@@ -171,7 +171,7 @@ class DPGAN(Synthesizer):
         if own.start < own.stop:
             rng = draws[own]
             images = to_float(self.images.augmented(batch.images[own], rng), self.runtime.device)
-            if self.config.public_data.flip:
+            if self.images.flip:
                 images = randomly_flipped(images, rng)
             labels = torch.from_numpy(batch.labels[own]).to(self.runtime.device) % loss.num_labels
             loss(self.discriminator, images, labels, rng).sum().div(len(batch)).backward()

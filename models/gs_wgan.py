@@ -182,7 +182,7 @@ class GSWGAN(Synthesizer):
         batch = public.samples.take(np.sort(chosen))
         rng = self.runtime.draws(f"{stream} changes", len(batch))
         images = (to_float(self.images.augmented(batch.images, rng), self.runtime.device) + 1) / 2
-        if self.config.public_data.flip:
+        if self.images.flip:
             images = randomly_flipped(images, rng)
         labels = torch.from_numpy(batch.labels * config.cond).to(self.runtime.device)
         return images[None], labels[None]

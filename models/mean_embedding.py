@@ -313,8 +313,7 @@ class EmbeddingSynthesizer(Synthesizer):
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
         public = self.images.ask(public, private)
         if public is not None and self._pretraining(len(public)).num_steps:
-            flip = self.config.public_data.flip
-            target = self.fitted.public_mean(public, self.config.pretrain.cond, flip)
+            target = self.fitted.public_mean(public, self.config.pretrain.cond, self.images.flip)
             self._fit("pretrain", target, self._pretraining(len(public)))
 
     def train(self, private: PrivateData) -> None:

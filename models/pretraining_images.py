@@ -16,6 +16,7 @@ from utils.sections import PublicDataConfig
 
 # Why settings do nothing.
 NO_IMAGES = "this run has no images to pretrain on"
+NO_FLIP = "there are no public images; what is made of private ones is never mirrored"
 SELECTIVE, NO_SELECTION = (
     "public_data.selective",
     "there is no public set to select from; give public_data.name",
@@ -53,6 +54,11 @@ class PretrainingImages:
             self.central = CentralImages(kind, public.central, spec, runtime)
 
     @property
+    def flip(self) -> bool:
+        """Every other image is mirrored. Central images never are: they may be characters."""
+        return self.public.flip and self.central is None
+
+    @property
     def num_labels(self) -> int:
         """Labels that a generator needs: the private classes, and the public ones where those are trained."""
         public_classes = 0 if self.query is not None else self.public.n_classes or 0
@@ -63,7 +69,7 @@ class PretrainingImages:
         if has_public_images(self.public):
             return {}
         idle = {"pretrain": NO_IMAGES} if self.used and self.central is None else {}
-        return {**idle, SELECTIVE: NO_SELECTION}
+        return {**idle, SELECTIVE: NO_SELECTION, "public_data.flip": NO_FLIP}
 
     def plan(self) -> list[Release]:
         return [query.release() for query in (self.query, self.central) if query is not None]

@@ -25,13 +25,12 @@ from utils.progress import progress
 PerExample = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | OuterProducts]
 
 COARSE = 4  # pixels of the random images on which functions are tried, before these are enlarged
+NUM_TRIED = {"values": 3, "choices": 16}  # records on which functions are tried
 _TUNED = (
     "the values of the presets, although they were chosen by experiments on this very data set (by the papers, and for "
     "preset=quick here), which added no noise to that choice: for records that need protection take a preset that was "
     "tuned on other images"
 )
-
-NUM_TRIED = {"values": 3, "choices": 16}  # records on which functions are tried
 
 
 class PrivateData:

@@ -272,14 +272,18 @@ def test_a_network_without_labels_gets_the_null_label(own, public):
     assert (api.random_api(LABELS, "initial").info[MODEL_LABEL] == public.num_classes).all()
 
 
-def test_a_network_of_selected_public_classes_knows_the_private_ones(make_trial, own, tmp_path):
-    """PrivImage relabels what its query has selected; that has cost what the checkpoint says."""
+@pytest.mark.parametrize("cond", [True, False])
+def test_a_network_of_selected_public_classes_knows_the_private_ones(cond, make_trial, own, tmp_path):
+    """PrivImage relabels what its query has selected, unless its pretraining ignores labels; that has cost what the
+    checkpoint says."""
     network = ["model.network.nf=4", "model.network.ch_mult=[1,2]", "model.network.attn_resolutions=[]"]
-    trial = make_trial("PrivImage", *network, "model.network.num_res_blocks=1")
+    trial = make_trial("PrivImage", *network, "model.network.num_res_blocks=1", f"pretrain.cond={cond}")
     trial.synthesizer.pretrain(trial.public, trial.private)
     Checkpoints(tmp_path, "PrivImage", trial.synthesizer, trial.private.ledger).save("pretrain", "final")
-    api = own(ckpt=str(tmp_path / "pretrain" / "checkpoints" / "final_checkpoint.pth"))
-    assert api.random_api(LABELS, "initial").info[MODEL_LABEL].tolist() == LABELS.tolist()
+    path = tmp_path / "pretrain" / "checkpoints" / "final_checkpoint.pth"
+    api = own(ckpt=str(path), pretrain={"cond": cond})
+    expected = LABELS if cond else np.full_like(LABELS, 3)
+    assert api.random_api(LABELS, "initial").info[MODEL_LABEL].tolist() == expected.tolist()
     assert [release.name for release in api.releases()] == ["checkpoint: semantic query"]
 
 

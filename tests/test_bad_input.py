@@ -1,5 +1,6 @@
 """What a user can get wrong: exit code 2, one line that names the thing, its value and what is allowed, no folder."""
 
+import json
 import os
 import resource
 import shutil
@@ -328,6 +329,17 @@ def test_what_the_private_images_were_made_from_as_public_images(public, tmp_pat
     assert prepare(tmp_path / "images", tmp_path / "public", "--public").code == 0
     (tmp_path / "link").symlink_to(tmp_path / "images")
     settings = ["public_data.name=other", f"public_data.train_path={tmp_path / public}", "pretrain.epochs=1"]
+    more = [*MINE, "--data_root", str(prepared), "gen.data_num=4", *settings]
+    assert "holds the private images" in refused(tmp_path, *more, method="DP-MERF")
+
+
+def test_a_copy_of_private_rows_that_a_run_kept(tmp_path, prepared):
+    """Of a large set the training part of eval.mode=val is written to the cache."""
+    shutil.copytree(prepared / "mine", tmp_path / "copy")
+    meta = json.loads((tmp_path / "copy" / "meta.json").read_text())
+    source = str(prepared / "mine" / "train_images.npy")
+    (tmp_path / "copy" / "meta.json").write_text(json.dumps({**meta, "source": source}))
+    settings = ["public_data.name=other", f"public_data.train_path={tmp_path / 'copy'}", "pretrain.epochs=1"]
     more = [*MINE, "--data_root", str(prepared), "gen.data_num=4", *settings]
     assert "holds the private images" in refused(tmp_path, *more, method="DP-MERF")
 

@@ -378,6 +378,12 @@ def test_gans_see_central_images_changed_a_little_at_every_look(name, make_trial
     assert set(looks) == {3} and len(looks) >= 3
 
 
+@pytest.mark.parametrize("name", ["DPGAN", "GS-WGAN", "DP-MERF", "DP-FETA"])
+def test_central_images_are_never_mirrored(name, make_method):
+    method = make_method(name, "public_data.name=central_mean", "public_data.flip=true")
+    assert not method.images.flip and "public_data.flip" in method.idle_settings()
+
+
 def test_mean_embeddings_say_that_they_change_no_central_image(make_method):
     idle = make_method("DP-MERF", "public_data.name=central_mean").idle_settings()
     assert {"public_data.central.num_ops", "public_data.central.max_magnitude"} <= set(idle)

@@ -179,7 +179,11 @@ def test_what_is_left_of_an_interrupted_run(tmp_path, monkeypatch):
     )
     assert left.endswith(" here")
     alone = ["--exp_root", str(tmp_path / "exp"), "--resume_exp", folder.name, "--dry_run"]
-    assert call(run_program.main, alone).out.splitlines()[-1].startswith(told)
+    for more in ([], ["setup.omp_n_threads=1", "eval=quick"]):
+        outcome = call(run_program.main, [*alone, *more])
+        assert outcome.out.splitlines()[-1].startswith(told), outcome.err
+        assert outcome.out.startswith("as it was started: run.py --method PDP-Diffusion ")
+    assert "setup.omp_n_threads=1" in outcome.out.splitlines()[0]
     assert sorted(folder.rglob("*")) == files
     finished = call(run_program.main, arguments("PDP-Diffusion", tmp_path / "exp", *resume))
     assert finished.code == 0, finished.err

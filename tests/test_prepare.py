@@ -24,7 +24,7 @@ from data.labels import places_of
 from data.prepare import prepare
 from data.prepared import read_meta, read_prepared
 from data.registry import known_names, known_set
-from data.sources import as_nhwc, open_source
+from data.sources import _as_nhwc, open_source
 from scripts.prepare_data import main
 from utils.errors import UserError
 
@@ -180,8 +180,8 @@ def test_npz_key_names(tmp_path, keys):
 
 
 def test_of_two_axes_that_may_be_channels_the_first_is_taken():
-    assert as_nhwc(np.zeros((5, 1, 8, 3), np.uint8), "").shape == (5, 8, 3)
-    assert as_nhwc(np.zeros((5, 3, 8, 1), np.uint8), "").shape == (5, 8, 1, 3)
+    assert _as_nhwc(np.zeros((5, 1, 8, 3), np.uint8), "").shape == (5, 8, 3)
+    assert _as_nhwc(np.zeros((5, 3, 8, 1), np.uint8), "").shape == (5, 8, 1, 3)
 
 
 def test_medmnist_npz_joins_validation_to_training_and_says_so(tmp_path):
@@ -570,6 +570,13 @@ def test_malformed_exif_does_not_hide_the_orientation(entries, turned):
     picture = Image.fromarray(colour_images(1, 8)[0, :6])
     picture.save(buffer, "JPEG", exif=exif if entries is not None else b"Exif\0\0abc")
     assert decode(buffer.getvalue(), "a.jpg").size == ((6, 8) if turned else (8, 6))
+
+
+def test_an_orientation_that_is_no_whole_number_by_type():
+    exif = b"Exif\0\0II*\0" + struct.pack("<IHHHIf", 8, 1, 0x112, 11, 1, 6.0) + bytes(4)
+    buffer = io.BytesIO()
+    Image.fromarray(colour_images(1, 8)[0, :6]).save(buffer, "JPEG", exif=exif)
+    assert decode(buffer.getvalue(), "a.jpg").size == (6, 8)
 
 
 @pytest.mark.parametrize("orientation", range(10))

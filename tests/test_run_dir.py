@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import math
+import types
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from opacus_ext.accounting import Release
 from opacus_ext.ledger import Budget, Ledger
 from utils import run_dir
 from utils.checkpoints import Checkpoints, read
-from utils.environment import require_no_run, require_same_config, settings_of
+from utils.environment import require_no_run, require_same_config, settings_of, words_of
 from utils.errors import UserError
 from utils.results import results_of, write_privacy
 from utils.run_dir import atomic, create, discard_unstarted, find, find_any, read_json, write_json, write_text
@@ -87,6 +88,37 @@ def test_a_run_is_found_by_name_and_by_path(tmp_path):
         with pytest.raises(UserError, match=f"no run '{name}' in "):
             find_any(tmp_path, name)
     assert find_any(tmp_path, folder.name) == find_any(Path("elsewhere"), str(folder)) == folder
+    write_text(tmp_path / "dpdm" / folder.name / "config.yaml", "seed: 0\n")
+    with pytest.raises(UserError, match=r"may be .*dpdm.* or .*noise.*; give the path of one"):
+        find_any(tmp_path, folder.name)
+
+
+def test_the_words_of_a_run_come_back_as_they_were(tmp_path):
+    """Also those that JSON, as it is written here, makes numbers of."""
+    words = ["--method", "Noise", "--epsilon", "inf", "seed=1"]
+    write_json(tmp_path / "environment.json", {"command": ["run.py", *words]})
+    assert words_of(tmp_path) == words
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_what_does_not_reach_the_disk_takes_no_ones_place(code, tmp_path, monkeypatch):
+    def fail(_) -> None:
+        raise OSError(code, "no")
+
+    write_text(tmp_path / "file", "before")
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="no"):
+        write_text(tmp_path / "file", "after")
+    assert (tmp_path / "file").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_system_that_cannot_flush_keeps_nobody_from_writing(tmp_path, monkeypatch):
+    def fail(_) -> None:
+        raise OSError(errno.EINVAL, "no")
+
+    monkeypatch.setattr("os.fsync", fail)
+    write_text(tmp_path / "file", "after")
+    assert (tmp_path / "file").read_text() == "after"
 
 
 def test_only_a_folder_without_checkpoints_is_discarded(tmp_path):
@@ -244,6 +276,7 @@ class RunConfig:
     borrowed: bool = True
     images: None = None
     words: tuple[str, ...] = ("--method", "Noise", "seed=3")
+    eval: types.SimpleNamespace = types.SimpleNamespace(mode="val")
     snapshot: dict = dataclasses.field(
         default_factory=lambda: {"setup": {"precision": "tf32"}, "eval": {"mode": "val"}}
     )

@@ -97,6 +97,8 @@ def words_of(folder: Path) -> list[str]:
     path = folder / ENVIRONMENT
     record = read_json(path)
     command = record.get("command") if isinstance(record, dict) else None
+    if isinstance(command, list):  # read_json makes numbers of the words inf and nan
+        command = [str(word) if isinstance(word, float) else word for word in command]
     if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
         raise UserError(f"{path}: damaged (no command is in it); restore it or move it away")
     return command[1:]
@@ -105,7 +107,7 @@ def words_of(folder: Path) -> list[str]:
 def settings_of(folder: Path, config) -> dict:
     """What tells a run from another of the same name: how the one in `folder` was started; of images that no run made,
     how `config` judges them. `overrides` are the words key=value of the command line, in its order."""
-    values, words = flatten(config.snapshot), config.words
+    values, words = flatten(config.snapshot) | {"eval.mode": config.eval.mode}, config.words
     if (folder / ENVIRONMENT).exists():
         values = values_of(folder)
         try:

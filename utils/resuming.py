@@ -6,22 +6,30 @@ from pathlib import Path
 from utils.command_line import read_command_line
 from utils.config import Config, load_config
 from utils.config_files import flatten
-from utils.environment import values_of, words_of
+from utils.environment import FREE, values_of, words_of
 from utils.registry import Registry
 from utils.run_dir import find, find_any
+from utils.runtime import log
 
 # The flags beside --resume_exp that are of this call and not of the run.
 OF_THIS_CALL = {"exp_root", "dry_run", "print_config"}
 
 
 def with_own_words(argv: list[str]) -> list[str]:
-    """python run.py --resume_exp <run> alone: the words with which that run was started, and these."""
+    """python run.py --resume_exp <run>, with no more than settings that a resumed run may change: the words with which
+    that run was started, and these."""
     flags, settings, given = read_command_line(argv, "run")
-    if "resume_exp" not in given or settings or given - {"resume_exp", *OF_THIS_CALL}:
+    others = given - {"resume_exp", *OF_THIS_CALL} or [
+        key for key in settings if not f"{key}.".startswith(FREE)
+    ]
+    if "resume_exp" not in given or others:
         return argv
     folder = find_any(Path(flags.exp_root).expanduser(), flags.resume_exp)
-    again = [f"--{flag}" for flag in ("dry_run", "print_config") if getattr(flags, flag)]
-    return [*words_of(folder), "--resume_exp", str(folder), *again]
+    words = [word for word in words_of(folder) if word.partition("=")[0] not in settings]
+    words += [f"{key}={value}" for key, value in settings.items()]
+    log.info(f"as it was started: run.py {shlex.join(words)}")
+    words += [f"--{flag}" for flag in ("dry_run", "print_config") if getattr(flags, flag)]
+    return [*words, "--resume_exp", str(folder.resolve())]
 
 
 def how_to_continue(folder: Path) -> str:

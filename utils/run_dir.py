@@ -1,6 +1,5 @@
 """The folder of one run, and writing files so that a killed program leaves whole ones or none."""
 
-import contextlib
 import errno
 import json
 import math
@@ -35,19 +34,22 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # not every file system can flush a folder
-            _flush(path.parent)
+        _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the entries of a folder, are on the disk, where the file system can tell."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM):
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -151,13 +153,15 @@ def discard_unstarted(folder: Path) -> bool:
 
 def find_any(exp_root: Path, name: str) -> Path:
     """The folder of an earlier run of whatever method, by name or by path."""
-    named = exp_root.glob(f"*/{name}") if re.fullmatch(r"[^/\\*?\[]+", name) else []
-    for folder in (*named, Path(name)):
-        if (folder / CONFIG).is_file():
-            return folder
-    raise UserError(
-        f"--resume_exp: no run '{name}' in {exp_root}; give the name of a run's folder, or its path"
-    )
+    named = sorted(exp_root.glob(f"*/{name}")) if re.fullmatch(r"[^/\\*?\[]+", name) else []
+    found = [folder for folder in (*named, Path(name)) if (folder / CONFIG).is_file()]
+    if not found:
+        raise UserError(
+            f"--resume_exp: no run '{name}' in {exp_root}; give the name of a run's folder, or its path"
+        )
+    if len(found) > 1:
+        raise UserError(f"--resume_exp: '{name}' may be {' or '.join(map(str, found))}; give the path of one")
+    return found[0]
 
 
 def find(exp_root: Path, method: str, name: str) -> Path:

@@ -23,7 +23,7 @@ from models.diffusion.denoiser import guided
 from models.diffusion.loss import EDMLoss, LossConfig
 from models.diffusion.samplers import SamplerConfig, sample
 from models.diffusion.staged import StagedNetwork
-from models.pretraining_images import NO_IMAGES, NO_SELECTION, SELECTIVE, PretrainingImages
+from models.pretraining_images import NO_FLIP, NO_IMAGES, NO_SELECTION, SELECTIVE, PretrainingImages
 from models.public_batches import public_batches, randomly_flipped
 from models.synthesizer import Cost, balanced_labels, preview_labels
 from models.timing import batch_rows, seconds_of
@@ -90,7 +90,8 @@ class DiffusionSynthesizer(StagedNetwork):
             )
 
     def idle_settings(self) -> dict[str, str]:
-        idle = {} if has_public_images(self.config.public_data) else {SELECTIVE: NO_SELECTION}
+        without = {SELECTIVE: NO_SELECTION, "public_data.flip": NO_FLIP}
+        idle = {} if has_public_images(self.config.public_data) else without
         if self.config.pretrain.n_epochs == 0:
             return idle
         if self.images.central is None:
@@ -278,7 +279,8 @@ class DiffusionSynthesizer(StagedNetwork):
             self.runtime.preview(self.stage, self.step, images, labels)
 
     def _has_private_labels(self) -> bool:
-        return super()._has_private_labels() or self.images.query is not None
+        selected = self.images.query is not None and self.config.pretrain.cond
+        return super()._has_private_labels() or selected
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "central": self.images.state_dict()}
