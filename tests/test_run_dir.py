@@ -276,7 +276,7 @@ class RunConfig:
     borrowed: bool = True
     images: None = None
     words: tuple[str, ...] = ("--method", "Noise", "seed=3")
-    eval: types.SimpleNamespace = types.SimpleNamespace(mode="val")
+    eval: object = dataclasses.field(default_factory=lambda: types.SimpleNamespace(mode="val"))
     snapshot: dict = dataclasses.field(
         default_factory=lambda: {"setup": {"precision": "tf32"}, "eval": {"mode": "val"}}
     )
