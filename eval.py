@@ -28,7 +28,7 @@ from utils.bounds import at_most
 from utils.command_line import read_command_line, short_help
 from utils.config import COMMAND_LINE, Config, format_config, load_config
 from utils.config_files import flatten
-from utils.environment import values_of
+from utils.environment import ENVIRONMENT, values_of, words_of
 from utils.errors import UserError
 from utils.log import also_to, to_terminal
 from utils.run_dir import CONFIG, PRIVACY, RESULTS, SAMPLES, new_folder, read_json, working_in
@@ -96,8 +96,9 @@ def with_run(argv: list[str]) -> list[str]:
             raise UserError(f"{key}={settings[key]}: judging samples does not use it; leave it out")
     if flags.exp_path is None:
         return argv
-    run = values_of(Path(flags.exp_path).expanduser())
-    words = []
+    folder = Path(flags.exp_path).expanduser()
+    run = values_of(folder)
+    words = [] if "plugin" in given else plugins_of(folder)
     missing = [
         key for key in (*RUN_FLAGS.values(), "seed", "preset", *FIXED, "eval.metrics") if key not in run
     ]
@@ -118,6 +119,14 @@ def with_run(argv: list[str]) -> list[str]:
         if key not in settings:
             words.append(f"{key}={'syn' if (key, run[key]) == ('eval.mode', 'val') else as_text(run[key])}")
     return [*argv, *words]
+
+
+def plugins_of(folder: Path) -> list[str]:
+    """The words --plugin <module> with which the run was started: its method may be one of theirs."""
+    if not (folder / ENVIRONMENT).exists():
+        return []
+    flags, _, _ = read_command_line(words_of(folder), "run")
+    return [word for name in flags.plugin for word in ("--plugin", name)]
 
 
 def as_text(value: object) -> str:
@@ -170,6 +179,7 @@ def evaluate_images(config: Config) -> int:
     samples, notes = read_images(config.images, spec)
     for line in (*lines, *notes):
         log.info(line)
+    log.info(f"{len(samples):,} images of {config.images} against {spec.name}")
     facts = facts_of(samples, spec)
     if config.out is not None and earlier_report(config.out, config.data_name, facts) is None:
         raise UserError(

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from judging import INCOMPLETE, REVEALED, RealData, judge, oracle_data, validation_data, write_account
 from models import METHODS
 from utils import distributed
-from utils.command_line import short_help
+from utils.command_line import read_command_line, short_help
 from utils.config import COMMAND_LINE, Config, format_config, load_config
-from utils.config_files import flatten
+from utils.config_files import config_folders, flatten
 from utils.errors import UserError
 from utils.progress import duration
 from utils.resuming import as_started, how_to_continue, with_own_words
@@ -66,10 +66,10 @@ def main(argv: list[str]) -> int:
     from utils.log import to_terminal
 
     to_terminal()
-    if not argv:
-        print(f"{short_help('run')}\n\nmethods: {', '.join(METHODS)}", file=sys.stderr)
-        return 2
     try:
+        if names_nothing(argv):
+            print(f"{short_help('run')}\n\nmethods: {', '.join(METHODS)}", file=sys.stderr)
+            return 2
         with sigterm_interrupts(), distributed.main_process_first():
             return start(argv)
     except UserError as error:
@@ -85,6 +85,15 @@ def main(argv: list[str]) -> int:
         return exit_code(stop)
     except BrokenPipeError:
         return UNREAD
+
+
+def names_nothing(argv: list[str]) -> bool:
+    """There is no word in it but plugins, whose methods are in the table then."""
+    flags, settings, given = read_command_line(argv, "run")
+    if settings or given - {"plugin"}:
+        return False
+    config_folders(flags)
+    return True
 
 
 def start(argv: list[str]) -> int:
@@ -117,17 +126,19 @@ def dry_run(config: Config) -> Iterator[str]:
 
     parts = compose(config)
     yield from describe(config, parts.spec, parts.ledger, parts.synthesizer.parameter_counts())
-    num_public = num_public_images(config.public_data, config.data_root)
+    num_public = None
+    if parts.synthesizer.uses_public_images:
+        num_public = num_public_images(config.public_data, config.data_root)
     costs = [] if num_public is None else parts.synthesizer.public_costs(num_public)
     costs += [] if parts.ledger is None else parts.synthesizer.costs()
     yield from cost_lines(costs, config)
     if config.resume is not None:
         yield what_is_left(parts, costs)
     unknown_time = "; until then the time of pretraining is unknown"
-    for require, section, more in (
-        (require_prepared, config.sensitive_data, ""),
-        (require_public, config.public_data, unknown_time),
-    ):
+    needed = [(require_prepared, config.sensitive_data, "")]
+    if parts.synthesizer.uses_public_images:
+        needed.append((require_public, config.public_data, unknown_time))
+    for require, section, more in needed:
         try:
             require(section, config.data_root)
         except UserError as error:
@@ -282,7 +293,9 @@ def load_images(parts: Parts) -> Images:
     with distributed.main_goes_first():  # public images are rendered or converted once
         if parts.ledger is not None:
             sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
-        public = load_public(config.public_data, parts.spec, config.data_root)
+        public = None
+        if parts.synthesizer.uses_public_images:
+            public = load_public(config.public_data, parts.spec, config.data_root)
     # All processes draw the same Poisson samples, so they share the secret key.
     noise = distributed.from_main(lambda: NoiseSource(config.privacy.noise_seed))
     if sensitive is not None:

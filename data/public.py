@@ -99,7 +99,7 @@ def _count_classes(section: PublicDataConfig, data_root: Path) -> int | None:
         return len(CHARACTERS)
     if section.train_path is not None and not is_prepared(Path(section.train_path)):
         if not Path(section.train_path).exists():
-            return None
+            raise UserError(f"public_data.train_path: {section.train_path} does not exist")
         source = open_source(Path(section.train_path))
         return len(source.class_names or np.unique(source.train.labels))
     stored = stored_folders(section, data_root)

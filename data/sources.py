@@ -174,8 +174,12 @@ def _find(tree: FileTree, names: list[str], pattern: str) -> str:
 def _with_parts(path: Path, found: dict[str, Part]) -> Source:
     """The source of these parts by name: train, and perhaps test and val."""
     train, test, val = found["train"], found.get("test"), found.get("val")
-    if test is None or val is None:
-        return Source(train, val if test is None else test)
+    if val is None:
+        return Source(train, test)
+    if test is None:
+        return Source(
+            train, val, notes=(f"{path.name}: its {len(val):,} validation images are the test part",)
+        )
     if isinstance(train, ArrayPart):
         shapes = [part.images.shape[1:] for part in (train, val)]
         if shapes[0] != shapes[1] or train.labels.dtype.kind != val.labels.dtype.kind:
@@ -535,7 +539,7 @@ def _read_image_files(tree: FileTree, names: list[str], quirks: SourceQuirks) ->
         return Source(_labelled_files(tree, names, depth + only_one_part, quirks))
     if "" in groups:
         raise UserError(
-            f"{tree.path}: {groups[''][0]} lies beside the train folder; move it into train or test"
+            f"{tree.path}: {groups[''][0]} lies beside the folders of the parts; move it into one of them, or away"
         )
     found = {part: _labelled_files(tree, files, depth + 1, quirks) for part, files in groups.items()}
     return _with_parts(tree.path, found)
@@ -574,12 +578,25 @@ def _labelled_files(tree: FileTree, names: list[str], depth: int, quirks: Source
             raise UserError(f"{tree.path}: there is one class, '{only}'; at least 2 class folders are needed")
         labels = [_class_of_flat_file(tree, name) for name in names]
     elif all(folders):
+        if not quirks.nested_classes:
+            _refuse_parts_as_classes(tree, folders)
         labels = ["/".join(parts[1:] or parts) if quirks.nested_classes else parts[0] for parts in folders]
     else:
         stray = names[folders.index(())]
         advice = "move it into one of them, or away if it is no image"
         raise UserError(f"{tree.path}: {stray} lies beside the class folders; {advice}")
     return FilePart(tree, names, np.array(labels))
+
+
+def _refuse_parts_as_classes(tree: FileTree, folders: list[tuple[str, ...]]) -> None:
+    """UserError where train_set/cat and test_set/cat would become the classes train_set and test_set."""
+    tops = sorted({parts[0] for parts in folders})
+    like_parts = [name for name in tops if name.casefold().startswith(("train", "test", "val"))]
+    if like_parts and all(len(parts) > 1 for parts in folders):
+        raise UserError(
+            f"{tree.path}: holds {', '.join(tops[:4])}, each with folders in it; name the parts train, test and val, "
+            f"with a folder per class in each, or rename these classes"
+        )
 
 
 def _class_of_flat_file(tree: FileTree, name: str) -> str:

@@ -76,7 +76,10 @@ def metric(
     this metric alone needs is not installed.
     """
     unknown_needs = set(needs) - set(NEEDS)
-    assert not unknown_needs, f"metric '{name}' needs {unknown_needs}; known: {NEEDS}"
+    if unknown_needs:
+        raise UserError(
+            f"metric '{name}' needs {', '.join(sorted(unknown_needs))}; known: {', '.join(NEEDS)}"
+        )
     better = {name: better} if isinstance(better, str) else better
     assert set(better.values()) <= {"higher", "lower"}, better
 

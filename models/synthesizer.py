@@ -81,6 +81,11 @@ class Synthesizer(abc.ABC):
         """Settings that do nothing in this run: dotted key, or section for all in it -> why."""
         return {}
 
+    @property
+    def uses_public_images(self) -> bool:
+        """Images of public_data are read for this method, if the configuration names any."""
+        return True
+
     def public_costs(self, num_images: int) -> list[Cost]:
         """What learning from `num_images` public images will take, for --dry_run."""
         return []

@@ -11,11 +11,13 @@ _RELATION = {
 
 def privacy_card(report: dict) -> str:
     """Markdown from the content of privacy.json."""
-    lines = ["# Privacy card", "", _headline(report), ""]
+    report = _of_what_was_planned(report)
+    lines = ["# Privacy card", "", *_subject_lines(report), _headline(report), ""]
     lines += [
         f"- **Unit of protection**: one image with its label; neighbouring data sets differ by "
         f"{_RELATION[report['relation']]}.",
-        f"- **delta**: {at_most(report['budget']['delta'])}, by which a probability may exceed what epsilon allows.",
+        f"- **delta**: {at_most(report['budget']['delta'])}, by which a probability may exceed what epsilon "
+        f"allows (1 / (N ln N) for N images, unless privacy.delta was given).",
         f"- **Accountant**: {_accountants(report)}.",
         "",
         "| stage that asks the private images | mechanism | noise multiplier | sampling rate | steps | epsilon alone |",
@@ -34,6 +36,7 @@ def privacy_card(report: dict) -> str:
 
 def privacy_summary(report: dict) -> str:
     """A few lines for the terminal from the content of privacy.json; the card says more."""
+    report = _of_what_was_planned(report)
     budget = report["budget"]
     if not report["private"]:
         lines = ["privacy: this run is NOT private (epsilon = inf); the samples may reveal training images"]
@@ -56,6 +59,22 @@ def privacy_summary(report: dict) -> str:
             f"  choosing classifiers spent epsilon {at_most(total)} on other private images, held out for it"
         )
     return "\n".join([*lines, *(f"  warning: {line.replace('**', '')}" for line in _warnings(report))])
+
+
+def _of_what_was_planned(report: dict) -> dict:
+    """Without stages of no steps, as those of a run that only samples from a checkpoint."""
+    return {**report, "releases": [release for release in report["releases"] if release["planned"]]}
+
+
+def _subject_lines(report: dict) -> list[str]:
+    """Which samples the card is about."""
+    if "run" not in report:
+        return []
+    return [
+        f"Of the samples (gen/gen.npz) of the run **{report['run']}**, whose private training images are "
+        f"{report['num_records']:,} of **{report['data']}**.",
+        "",
+    ]
 
 
 def _warnings(report: dict) -> list[str]:

@@ -231,6 +231,7 @@ class PrivateData:
         """The ledger's report plus what concerns this set: assumptions, seeding of the noise."""
         return {
             **self.ledger.report(),
+            "data": self.spec.name,
             "num_records": self.spec.num_train,
             "data_identity": self.spec.identity,
             "assumptions": [

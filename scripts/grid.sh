@@ -5,6 +5,10 @@
 # Environment: SETTINGS, key=value words for every cell; NAME tells grids with different SETTINGS apart, as it is part of
 # every run folder's name; EXP_ROOT, where the runs go; PYTHON; JOBS, cells at a time, for networks that leave a GPU or
 # most cores idle: what each of them says is then in <EXP_ROOT>/logs.
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+    echo "grid.sh is what rq1.sh to rq4.sh share; run one of these, or see their --help" >&2
+    exit 2
+fi
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 

@@ -25,7 +25,10 @@ STARTED = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-*"  # how a folder's name 
 
 
 def main(argv: list[str]) -> int:
-    action, *rest = argv
+    action, *rest = argv or [""]
+    if action not in ("done", "dry_run"):
+        print(__doc__)
+        return 0 if action in ("--help", "-h") else 2
     return done(*rest) if action == "done" else dry_run(rest)
 
 

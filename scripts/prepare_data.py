@@ -11,6 +11,7 @@ from data.prepared import PreparedMeta
 from data.registry import known_names, known_set
 from utils.errors import UserError
 from utils.places import data_root
+from utils.stopping import exit_code, sigterm_interrupts
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -50,10 +51,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = vars(parse_arguments(argv))
     try:
-        folder, meta, notes = prepare(**arguments)
+        with sigterm_interrupts():
+            folder, meta, notes = prepare(**arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        print("\nstopped; no prepared set was written", file=sys.stderr)
+        return exit_code(stop)
     for note in notes:
         print(note)
     print(

@@ -340,8 +340,15 @@ def test_the_published_command_starts_from_a_checkpoint_of_the_published_size(tm
     path = tmp_path / "pretrain" / "checkpoints" / "snapshot_checkpoint.pth"
     outcome = call(run.main, [*command, f"model.api_params.ckpt={path}", "--dry_run"])
     assert outcome.code == 0, outcome.err
-    assert "UNet 3,867,299" in outcome.out
+    assert "UNet 3,867,299" in outcome.out and "missing: public_data" not in outcome.out
     assert float(re.search(r"\n  votes +([\d.]+)", outcome.out)[1]) == pytest.approx(1.181, rel=2e-3)
+
+
+def test_without_a_checkpoint_the_public_set_is_wanted(tmp_path):
+    command = ["--method", "PE-SD", "--data_name", "cifar10_32", "--data_root", str(tmp_path), "--dry_run"]
+    outcome = call(run.main, command)
+    assert outcome.code == 0, outcome.err
+    assert "missing: public_data.name: 'imagenet' is not prepared" in outcome.out
 
 
 def test_a_checkpoint_that_does_not_fit_is_one_line(own, checkpoint, spec):

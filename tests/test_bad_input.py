@@ -46,6 +46,7 @@ def refused(tmp_path: Path, *more: str, method: str = "Noise") -> str:
         (["--epsilon", "-1"], ["epsilon", "-1", "greater than 0"]),
         (["--epsilon", "abc"], ["epsilon", "abc", "number"]),
         (["--epsilon", "nan"], ["epsilon", "nan", "number"]),
+        (["--epsilon", "1001"], ["epsilon", "1001", "at most 1000, or inf"]),
         (["privacy.delta=1"], ["privacy.delta: 1.0", "(0, 1)"]),
         (["privacy.delta=0"], ["privacy.delta: 0.0", "(0, 1)"]),
         (["privacy.relation=swap_one"], ["swap_one", "replace_one"]),

@@ -179,7 +179,9 @@ def test_what_is_left_of_an_interrupted_run(tmp_path, monkeypatch):
     )
     assert left.endswith(" here")
     alone = ["--exp_root", str(tmp_path / "exp"), "--resume_exp", folder.name, "--dry_run"]
-    for more in ([], ["setup.omp_n_threads=1", "eval=quick"]):
+    refusal = call(run_program.main, [*alone, "train.n_epochs=9"]).refusal
+    assert "was started with train.n_epochs=3; this command has train.n_epochs=9; resume" in refusal
+    for more in ([], ["setup.omp_n_threads=1", "eval=quick", "train.dp.max_physical_batch_size=64"]):
         outcome = call(run_program.main, [*alone, *more])
         assert outcome.out.splitlines()[-1].startswith(told), outcome.err
         assert outcome.out.startswith("as it was started: run.py --method PDP-Diffusion ")

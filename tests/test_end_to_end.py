@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -428,7 +429,7 @@ def test_stopped_from_the_keyboard(tmp_path, monkeypatch):
         patched.setattr("models.mean_embedding.EmbeddingGenerator.steps", _stop)
         stopped = call(run_program.main, argv)
     assert stopped.code == 130 and "Traceback" not in stopped.err
-    advice = next(line for line in stopped.out.splitlines() if line.startswith("stopped; to continue: "))
+    advice = next(line for line in stopped.out.splitlines() if line.startswith("stopped; to continue from "))
     assert advice.endswith(f"python run.py --resume_exp {stopped.folder}")
     resumed = call(run_program.main, ["--resume_exp", str(stopped.folder)])
     assert resumed.code == 0, resumed.err
@@ -465,6 +466,40 @@ def test_resuming_an_unknown_run_names_the_known_ones(finished):
 
 
 # ------------------------------------------------------------------------------------------------- other ways to run
+
+
+def test_a_method_of_a_plugin_is_listed_run_and_judged_again(tmp_path):
+    (tmp_path / "my_shelf.py").write_text(
+        "from models import METHODS\nMETHODS.register('Mine', METHODS.resolve('Noise'))\n"
+    )
+
+    def program(name: str, *argv: str):
+        return execute(name, list(argv), PYTHONPATH=str(tmp_path))
+
+    listed = program("run.py", "--plugin", "my_shelf")
+    assert listed.code == 2 and "usage: python run.py" in listed.err and ", Mine" in listed.err
+    argv = [
+        "--plugin",
+        "my_shelf",
+        "--method",
+        "Mine",
+        "--data_name",
+        "digits_8",
+        "--exp_root",
+        str(tmp_path / "exp"),
+    ]
+    refused = program("run.py", *argv)
+    assert refused.refusal.startswith("error: --method: Mine has no file of settings; write ")
+    settings = tmp_path / "configs" / "method"
+    settings.mkdir(parents=True)
+    shutil.copy(ROOT / "configs" / "method" / "Noise.yaml", settings / "Mine.yaml")
+    done = program("run.py", *argv, "gen.data_num=20", "eval=none")
+    assert done.code == 0, done.err
+    judged = program(
+        "eval.py", "--exp_path", str(done.folder), "--metrics", "fid", "eval.extractor=random_conv"
+    )
+    assert judged.code == 0, judged.err
+    assert strict_json(done.folder / "results.json")["method"] == "Mine"
 
 
 def test_without_privacy_every_file_says_so(tmp_path):

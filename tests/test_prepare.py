@@ -230,7 +230,8 @@ def test_a_validation_npz_joins_training_or_is_the_test_part(tmp_path, names):
     assert any("its 4 validation images join the training part" in note for note in notes)
     del parts[f"{names[2]}.npz"]
     result, notes = prepare_custom(tmp_path, write_files(tmp_path / "two", parts), force=True)
-    assert (len(result.train), len(result.test), notes) == (10, 4, [])
+    assert (len(result.train), len(result.test)) == (10, 4)
+    assert notes == ["mine: two: its 4 validation images are the test part"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz"])
@@ -263,6 +264,19 @@ def test_part_folders_under_other_names(tmp_path, names):
     result, notes = prepare_custom(tmp_path, source, resolution=8, force=True)
     assert (len(result.train), len(result.test)) == (8, 4)
     assert any("its 2 validation images join the training part" in note for note in notes)
+
+
+@pytest.mark.parametrize("names", [("train_set", "test_set"), ("Train2017", "val2017"), ("cats", "tests")])
+def test_parts_under_names_of_ones_own_do_not_become_classes(tmp_path, names):
+    files = {}
+    for name in names:
+        files |= class_files(prefix=f"top/{name}/")
+    with pytest.raises(UserError, match=r"each with folders in it; name the parts train, test and val"):
+        prepare_custom(tmp_path, write_files(tmp_path / "two", files), resolution=8)
+    flat = {f"top/{name}/{i}.png": PICTURE for name in names for i in range(4)}
+    assert prepare_custom(tmp_path, write_files(tmp_path / "flat", flat), resolution=8)[
+        0
+    ].meta.class_names == tuple(sorted(names))
 
 
 def test_archive_order_does_not_matter(tmp_path):

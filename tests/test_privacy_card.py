@@ -117,6 +117,19 @@ def test_unit_delta_assumptions_and_caveats_are_named(two_stages):
     assert "seeded (" not in card
 
 
+def test_the_card_says_whose_samples_it_is_about(two_stages):
+    card = privacy_card({**two_stages, "run": "dpdm/toy_eps2.0-2026"})
+    assert "Of the samples (gen/gen.npz) of the run **dpdm/toy_eps2.0-2026**" in card
+    assert f"whose private training images are {NUM_RECORDS:,} of **toy**" in card
+
+
+def test_a_stage_of_no_steps_is_not_told():
+    """As that of DP-SGD where a run only samples from another's checkpoint."""
+    report = report_of([Release("look", 10.0), Release("training", None, num_steps=0)])
+    assert "training" not in privacy_summary(report) and "| training |" not in privacy_card(report)
+    assert "| look |" in privacy_card(report)
+
+
 def test_presets_that_were_tuned_on_these_very_images_are_named(two_stages):
     argv = ["--method", "Noise", "--data_name", "digits_8"]
     spec, _ = spec_of(load_config(argv, METHODS).sensitive_data, "syn", Path("nowhere"))

@@ -292,7 +292,7 @@ TRAINING = {
 
 
 def test_selections_add_up_in_privacy_json(tmp_path):
-    write_privacy(tmp_path, TRAINING)
+    assert write_privacy(tmp_path, TRAINING)["run"] == f"{tmp_path.parent.name}/{tmp_path.name}"
     for number in (1, 2):
         for spent in (0.25, 0.5):  # booked choice by choice
             choice = {"id": str(number), "spent": spent}

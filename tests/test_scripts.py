@@ -208,6 +208,17 @@ def test_a_cell_of_other_words_is_not_asked_anew(finished, tmp_path):
     assert grid_cells.state(*cell, "seed=1") == expected
 
 
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["what"], 2)])
+def test_grid_cells_says_what_it_takes(argv, code, capsys):
+    assert grid_cells.main(argv) == code
+    assert "scripts/grid_cells.py done EXP_ROOT METHOD" in capsys.readouterr().out
+
+
+def test_the_shared_part_of_the_grids_is_no_program():
+    outcome = subprocess.run(["bash", "scripts/grid.sh"], cwd=ROOT, capture_output=True, text=True)
+    assert outcome.returncode == 2 and "run one of these" in outcome.stderr
+
+
 @pytest.mark.parametrize("command", [None, ["run.py", 1], ["run.py", "--exp_root=exp"]])
 def test_a_cell_whose_record_is_damaged_is_not_asked_anew(command, tmp_path):
     folder = tmp_path / "noise" / "digits_8_eps10.0grid-2026-01-01-00-00-00"

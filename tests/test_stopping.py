@@ -47,7 +47,10 @@ def test_sigterm_in_a_run_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr("models.noop.Noise.generate", terminate)
     stopped = call(run_program.main, arguments("Noise", tmp_path, "eval=none"))
     assert stopped.code == 143 and "Traceback" not in stopped.err
-    assert f"stopped; to continue: python run.py --resume_exp {stopped.folder}" in stopped.out
+    assert (
+        f"stopped; to continue from the last snapshot: python run.py --resume_exp {stopped.folder}"
+        in stopped.out
+    )
 
 
 def test_sigterm_in_eval(monkeypatch):

@@ -4,6 +4,7 @@ Nothing is guessed: an unknown flag, a stray word, and a setting that is given t
 """
 
 import argparse
+import math
 import re
 
 from utils.errors import UserError, unknown
@@ -150,6 +151,7 @@ FLAGS = (
 )
 
 REPEATABLE = ("plugin",)
+LARGEST_EPSILON = 1000  # more bounds nothing, and takes the accountants minutes
 PURPOSE = {
     "run": "Train one synthesizer on one dataset at one privacy budget, generate, and evaluate.",
     "eval": "Judge a finished run, or any labelled images, against a dataset.",
@@ -250,7 +252,9 @@ def _split_settings(words: list[str]) -> dict[str, str]:
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not re.fullmatch(r"[\w.]+", key):
-            raise UserError(f"cannot read '{word}': expected key=value or a flag (see --help)")
+            raise UserError(
+                f"cannot read '{word}': expected key=value or a flag (see --help); of several values write a,b"
+            )
         target = f"--{key}" if f"--{key}" in flag_names else ALIASES.get(key, key)
         if target.startswith("--"):
             raise UserError(f"{key}={text}: this is a flag, use {target} {text}")
@@ -266,7 +270,8 @@ def parse_epsilon(text: str) -> float:
         epsilon = float(text)
     except ValueError:
         epsilon = float("nan")
-    check(epsilon > 0, "--epsilon", text, "a number greater than 0, or inf for a non-private run")
+    allowed = f"a number greater than 0 and at most {LARGEST_EPSILON:g}, or inf for a non-private run"
+    check(0 < epsilon <= LARGEST_EPSILON or epsilon == math.inf, "--epsilon", text, allowed)
     return epsilon
 
 

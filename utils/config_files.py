@@ -47,7 +47,10 @@ def _plugin_folder(name: str) -> Path:
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"--plugin: cannot import '{name}': {error}") from error
+        raise UserError(
+            f"--plugin: cannot import '{name}': {error}; give a module's name, as in `import my_package.my_module`, "
+            f"which Python finds from here or by PYTHONPATH"
+        ) from error
     if module.__file__ is None:
         raise UserError(f"--plugin: '{name}' is a folder without __init__.py, so it registers nothing")
     return Path(module.__file__).resolve().parent / "configs"
@@ -76,6 +79,9 @@ class ConfigFiles:
 
     def require(self, group: str, name: str) -> Path:
         found = self.find(group, name)
+        if found is None and group == "method":  # a registered one
+            places = " or ".join(str(folder / group / f"{name}.yaml") for folder in self.folders)
+            raise UserError(f"--method: {name} has no file of settings; write {places}")
         if found is None:
             raise unknown(f"configs/{group} file", name, self.names(group))
         return found

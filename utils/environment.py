@@ -25,7 +25,9 @@ PACKAGES = (
 ENVIRONMENT = "environment.json"
 
 # What may differ in a resumed run: how and on what it computes, how it is evaluated, how much it may pay for.
-FREE = ("setup.", "eval.", "model.api_params.openai.max_")
+FREE = (
+    "setup.", "eval.", "model.api_params.openai.max_", "train.dp.max_physical_batch_size", "train.dp.n_split",
+)  # fmt: skip
 
 
 def write(folder: Path, config, data_identity: str) -> None:

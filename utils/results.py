@@ -23,6 +23,7 @@ def write_privacy(folder: Path, training: dict, selection: dict | None = None) -
     others = [entry for entry in before["selection"] if selection is None or entry["id"] != selection["id"]]
     privacy = {
         **training,
+        "run": f"{folder.resolve().parent.name}/{folder.name}",
         "selection": others + ([] if selection is None else [selection]),
         "revealed": list(dict.fromkeys([*before["revealed"], *training["revealed"]])),
     }

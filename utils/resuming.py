@@ -6,7 +6,7 @@ from pathlib import Path
 from utils.command_line import read_command_line
 from utils.config import Config, load_config
 from utils.config_files import flatten
-from utils.environment import FREE, values_of, words_of
+from utils.environment import values_of, words_of
 from utils.registry import Registry
 from utils.run_dir import find, find_any
 from utils.runtime import log
@@ -16,13 +16,10 @@ OF_THIS_CALL = {"exp_root", "dry_run", "print_config"}
 
 
 def with_own_words(argv: list[str]) -> list[str]:
-    """python run.py --resume_exp <run>, with no more than settings that a resumed run may change: the words with which
-    that run was started, and these."""
+    """python run.py --resume_exp <run>, with settings or without: the words with which that run was started, and
+    these. Who names method, data or budget gives the whole command."""
     flags, settings, given = read_command_line(argv, "run")
-    others = given - {"resume_exp", *OF_THIS_CALL} or [
-        key for key in settings if not f"{key}.".startswith(FREE)
-    ]
-    if "resume_exp" not in given or others:
+    if "resume_exp" not in given or given - {"resume_exp", *OF_THIS_CALL}:
         return argv
     folder = find_any(Path(flags.exp_root).expanduser(), flags.resume_exp)
     words = [word for word in words_of(folder) if word.partition("=")[0] not in settings]
@@ -33,7 +30,7 @@ def with_own_words(argv: list[str]) -> list[str]:
 
 
 def how_to_continue(folder: Path) -> str:
-    return f"to continue: python run.py --resume_exp {shlex.quote(str(folder))}"
+    return f"to continue from the last snapshot: python run.py --resume_exp {shlex.quote(str(folder))}"
 
 
 def as_started(config: Config, argv: list[str], methods: Registry) -> Config:

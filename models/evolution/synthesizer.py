@@ -84,6 +84,13 @@ class PrivateEvolution(Synthesizer, abc.ABC):
         name = self.config.model.feature_extractor
         return build_embedding(name, self.spec, self.runtime.weights_root, self.runtime.device)
 
+    @property
+    def uses_public_images(self) -> bool:
+        return self.api.needs_public_images
+
+    def idle_settings(self) -> dict[str, str]:
+        return {} if self.uses_public_images else {"public_data": "this generator takes no public images"}
+
     # -------------------------------------------------------------------------------------------- stages
 
     def privacy_plan(self) -> list[Release]:
