@@ -605,7 +605,7 @@ ERRORS = {
     "sensitive_data.name=mnist_28": "sensitive_data.name=mnist_28: choose it with --data_name, or null",
     "public_data.name=imagenett": "unknown public set 'imagenett'; did you mean 'imagenet'?",
     "public_data.name=null public_data.train_path=x": "public_data.train_path=x needs a name",
-    "--epsilon 0": "--epsilon: 0 is not allowed; it must be a number greater than 0, or inf",
+    "--epsilon 0": "--epsilon: 0 is not allowed; it must be a number greater than 0 and at most 1000, or inf",
     "--epsilon -1": "--epsilon: -1 is not allowed",
     "--epsilon nan": "--epsilon: nan is not allowed",
     "--epsilon ten": "--epsilon: ten is not allowed",
@@ -686,7 +686,7 @@ def test_a_wrong_method_file_is_one_line(load, toy_folder, text, message):
 
 def test_a_method_without_a_file_is_named(load, toy_folder):
     (toy_folder / "method" / "Plain.yaml").unlink()
-    with pytest.raises(UserError, match="unknown configs/method file 'Plain'"):
+    with pytest.raises(UserError, match=r"--method: Plain has no file of settings; write .*method/Plain.yaml"):
         load("-m Plain")
 
 
