@@ -686,7 +686,9 @@ def test_a_wrong_method_file_is_one_line(load, toy_folder, text, message):
 
 def test_a_method_without_a_file_is_named(load, toy_folder):
     (toy_folder / "method" / "Plain.yaml").unlink()
-    with pytest.raises(UserError, match=r"--method: Plain has no file of settings; write .*method/Plain.yaml"):
+    with pytest.raises(
+        UserError, match=r"--method: Plain has no file of settings; write .*method/Plain.yaml"
+    ):
         load("-m Plain")
 
 
