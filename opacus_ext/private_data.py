@@ -27,9 +27,9 @@ PerExample = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | OuterProducts
 COARSE = 4  # pixels of the random images on which functions are tried, before these are enlarged
 NUM_TRIED = {"values": 3, "choices": 16}  # records on which functions are tried
 _TUNED = (
-    "the values of the presets, although they were chosen by experiments on this very data set (by the papers, and for "
-    "preset=quick here), which added no noise to that choice: for records that need protection take a preset that was "
-    "tuned on other images"
+    "the values of the presets, although they may have been chosen by experiments on this very data set (by the papers "
+    "or, for preset=quick, by this toolkit), which added no noise to that choice: for records that need protection "
+    "take a preset that was tuned on other images"
 )
 
 

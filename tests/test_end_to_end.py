@@ -470,7 +470,10 @@ def test_resuming_an_unknown_run_names_the_known_ones(finished):
 
 def test_a_method_of_a_plugin_is_listed_run_and_judged_again(tmp_path):
     (tmp_path / "my_shelf.py").write_text(
-        "from models import METHODS\nMETHODS.register('Mine', METHODS.resolve('Noise'))\n"
+        "from evaluation.registry import metric\nfrom models import METHODS\n"
+        "METHODS.register('Mine', METHODS.resolve('Noise'))\n"
+        "@metric('brightness', better='higher', needs=('samples',))\n"
+        "def brightness(samples):\n    return float(samples.images.mean())\n"
     )
 
     def program(name: str, *argv: str):
@@ -496,10 +499,11 @@ def test_a_method_of_a_plugin_is_listed_run_and_judged_again(tmp_path):
     done = program("run.py", *argv, "gen.data_num=20", "eval=none")
     assert done.code == 0, done.err
     judged = program(
-        "eval.py", "--exp_path", str(done.folder), "--metrics", "fid", "eval.extractor=random_conv"
+        "eval.py", "--exp_path", str(done.folder), "--metrics", "fid,brightness", "eval.extractor=random_conv"
     )
     assert judged.code == 0, judged.err
-    assert strict_json(done.folder / "results.json")["method"] == "Mine"
+    results = strict_json(done.folder / "results.json")
+    assert results["method"] == "Mine" and 100 < results["metrics"]["brightness"] < 155
 
 
 def test_without_privacy_every_file_says_so(tmp_path):

@@ -121,6 +121,8 @@ def test_the_card_says_whose_samples_it_is_about(two_stages):
     card = privacy_card({**two_stages, "run": "dpdm/toy_eps2.0-2026"})
     assert "Of the samples (gen/gen.npz) of the run **dpdm/toy_eps2.0-2026**" in card
     assert f"whose private training images are {NUM_RECORDS:,} of **toy**" in card
+    older = {key: value for key, value in two_stages.items() if key not in ("data", "num_records")}
+    assert "Of the samples" not in privacy_card({**older, "run": "dpdm/toy_eps2.0-2026"})
 
 
 def test_a_stage_of_no_steps_is_not_told():
