@@ -331,7 +331,7 @@ def _step_loss(release: Release, relation: str, grid: float, lost: float):
         "value_discretization_interval": grid,
         "neighboring_relation": dp_accounting.NeighboringRelation[relation.upper()],
         # Of the Gaussian with the record; large losses come from it, and it is there with probability `rate`.
-        "log_mass_truncation_bound": min(-25.0, math.log(lost / rate)),
+        "log_mass_truncation_bound": min(-10.0, math.log(lost / rate)),
     }
     if release.max_batch_size is None:
         return privacy_loss_distribution.from_gaussian_mechanism(
