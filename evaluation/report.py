@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from utils.table import aligned
 
 # Settings that change what classifiers find, but not the names of the values.
-CHANGING = ("recipe", "recipe_version", "num_val", "selection_epsilon", "seed")
+CHANGING = ("recipe", "recipe_version", "protocol", "num_val", "selection_epsilon", "seed")
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,10 @@ class SensitiveDataConfig:
     class_names: list[str] | None  # in label order; None: from the prepared data
     path: str | None  # folder of prepared data; None: <data_root>/<name>
     prompt: str  # ImageReward prompt, "{}" stands for the class name
+    protocol: str  # sizes and published training of the test classifiers: standard or cifar
 
     def __post_init__(self) -> None:
+        check_choice("protocol", self.protocol, ("standard", "cifar"))
         check_field(self.resolution > 0, "resolution", self.resolution, "at least 1")
         check_field(self.num_channels in (1, 3), "num_channels", self.num_channels, "1 or 3")
         for field in ("n_classes", "num_train"):
