@@ -190,6 +190,7 @@ def _metric_row(name: str, value: float, info: dict) -> str:
         )
     elif "std" in info and "classifiers" not in info:
         remarks.append(f"deviation {info['std']:.3g} over subsets")
+    remarks += [f"standard error {info['std_error']:.3g}"] if "std_error" in info else []
     remarks += [f"epoch {info['epoch']} of {info['num_epochs']}"] if "epoch" in info else []
     remarks += ["found by an earlier evaluation"] if "evaluation" in info and "unlike_now" not in info else []
     remarks += remarks_on_settings(info)

@@ -97,7 +97,7 @@ def test_own_images_follow_the_standard_protocol_unless_they_say_otherwise(tmp_p
     assert spec_of(own_section(name="cifar_scans"), "syn", tmp_path)[0].protocol == "standard"
     chosen = own_section(name="cifar_scans", protocol="cifar")
     assert spec_of(chosen, "syn", tmp_path)[0].protocol == "cifar"
-    with pytest.raises(UserError, match="protocol: cifer .*standard or cifar.*'cifar'"):
+    with pytest.raises(UserError, match=r"protocol: cifer .*standard or cifar.*'cifar'"):
         own_section(protocol="cifer")
 
 

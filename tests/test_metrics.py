@@ -251,6 +251,31 @@ def test_mind_of_sets_of_different_size_ignores_order():
     assert mind(real[::-1], fake[np.random.default_rng(0).permutation(80)]).value == found.value
 
 
+def test_mind_of_equal_sizes_has_the_error_of_its_directions_alone():
+    real, fake = random_features(80, 8, 1), random_features(80, 8, 2, shift=0.5)
+    values = [value_of_mind(real, fake, seed) for seed in range(200)]
+    assert mind(real, fake, num_projections=30).info["std_error"] == pytest.approx(np.std(values), rel=0.3)
+
+
+@pytest.mark.parametrize(("num_real", "num_fake"), [(400, 80), (80, 400), (90, 80)])
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_the_error_of_mind_is_its_spread_over_subsets_and_directions(num_real, num_fake, shift):
+    real, fake = random_features(num_real, 8, 1), random_features(num_fake, 8, 2, shift=shift)
+    values = [value_of_mind(real, fake, seed) for seed in range(200)]
+    found = mind(real, fake, num_projections=30)
+    assert found.info["std_error"] == pytest.approx(np.std(values), rel=0.35)
+    assert found.value == pytest.approx(np.mean(values), abs=4 * found.info["std_error"])
+
+
+def value_of_mind(real: np.ndarray, fake: np.ndarray, seed: int) -> float:
+    """Its formula, with a random subset of the larger set and 30 random directions."""
+    rng, count = np.random.default_rng(seed), min(len(real), len(fake))
+    directions = rng.normal(size=(30, real.shape[1]))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    sets = [directions @ points[rng.choice(len(points), count, replace=False)].T for points in (real, fake)]
+    return 3 * real.shape[1] * float(np.square(np.sort(sets[0]) - np.sort(sets[1])).mean())
+
+
 def test_kid_is_unbiased_and_ignores_order():
     values = [kid(random_features(60, 8, seed), random_features(60, 8, seed + 100), num_subsets=1).value
               for seed in range(40)]  # fmt: skip
@@ -309,6 +334,32 @@ def test_density_and_coverage_match_a_loop(k, monkeypatch):
     found = density_coverage(real, fake, k=k)
     assert found == {"density": pytest.approx(inside.sum() / (k * 45)), "coverage": inside.any(axis=0).mean()}
     assert density_coverage(real[::-1], fake[::-1], k=k) == pytest.approx(found)
+
+
+@pytest.mark.parametrize("grid", [False, True], ids=["no ties", "ties"])
+def test_ties_alone_tell_density_coverage_precision_and_recall_from_prdc(grid):
+    """The formulas of the package prdc: other points alone count as neighbours, and a ball is open."""
+    real, fake = random_features(60, 3, 7), random_features(45, 3, 8, shift=0.5)
+    if grid:  # many equal distances
+        real, fake = np.round(real), np.round(fake)
+    radii = {
+        (name, k): np.sort(np.linalg.norm(points[:, None] - points, axis=2), axis=1)[:, k]
+        for name, points in (("real", real), ("fake", fake))
+        for k in (3, 5)
+    }
+    distances = np.linalg.norm(real[:, None] - fake, axis=2)
+    expected = {
+        "density": (distances < radii["real", 5][:, None]).sum(axis=0).mean() / 5,
+        "coverage": (distances.min(axis=1) < radii["real", 5]).mean(),
+        "precision": (distances < radii["real", 3][:, None]).any(axis=0).mean(),
+        "recall": (distances < radii["fake", 3]).any(axis=1).mean(),
+    }
+    found = density_coverage(real, fake) | precision_recall(real, fake)
+    for name, value in expected.items():
+        if grid:
+            assert found[name] > value, name
+        else:
+            assert found[name] == pytest.approx(value), name
 
 
 def test_density_is_one_on_equal_distributions_and_one_outlier_does_not_move_it():

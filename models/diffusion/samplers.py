@@ -9,7 +9,8 @@ import torch
 from models.diffusion.denoiser import Denoiser
 from utils.sections import check_field
 
-MAX_GAMMA = math.sqrt(2) - 1  # most churn of one step: the noise variance at most doubles (Karras et al., algorithm 2)
+# Most churn of one step (algorithm 2): the variance of the noise at most doubles.
+MAX_GAMMA = math.sqrt(2) - 1
 
 
 @dataclass(frozen=True)
