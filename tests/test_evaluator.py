@@ -36,7 +36,7 @@ def config(**changes) -> EvalConfig:
     values = {
         "mode": "syn", "selection_epsilon": 1.0, "classifiers": ["small_cnn"], "metrics": ["accuracy"],
         "recipe": "quick", "num_val": 30, "batch_size": 64, "extractor": "random_conv",
-        "oracles": False, "gallery": None,
+        "oracles": False, "gallery": None, "ceiling": "none",
     }  # fmt: skip
     return EvalConfig(**values | changes)
 
