@@ -6,19 +6,25 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.linalg
 import scipy.optimize
+import scipy.special
+import sklearn.metrics
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from evaluation.metrics.accuracy import bootstrap_interval, confusion_matrix
+from data.spec import Samples
+from evaluation.metrics.accuracy import accuracy, bootstrap_interval, confusion_matrix
+from evaluation.metrics.auroc import area, auroc
 from evaluation.metrics.authenticity import authpct
+from evaluation.metrics.balanced_accuracy import balanced_accuracy
 from evaluation.metrics.calibration import ece
 from evaluation.metrics.cmmd import cmmd
 from evaluation.metrics.density_coverage import density_coverage
@@ -31,6 +37,7 @@ from evaluation.metrics.mind import mind
 from evaluation.metrics.neighbour_ratio import nn_ratio
 from evaluation.metrics.precision_recall import precision_recall
 from evaluation.neighbours import CentredPoints, centre_of, nearest, nearest_others
+from evaluation.selection import Choice, JudgedClassifier
 
 
 def gaussian(num: int, mean: np.ndarray, root: np.ndarray, seed: int) -> np.ndarray:
@@ -542,6 +549,58 @@ def test_calibration_error_of_hand_computed_cases():
     assert ece(sure, np.array([0, 1, 1, 1])) == pytest.approx(0.75)
     # Gaps of different bins do not cancel: 0.5 too little in one half, 1 too much in the other.
     assert ece(np.concatenate([even, sure]), np.array([0] * 4 + [1] * 4)) == pytest.approx((0.5 + 1) / 2)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 7])
+@pytest.mark.parametrize("scale", [1.0, 200.0], ids=["unsure", "sure"])
+def test_metrics_of_classifiers_match_scikit_learn(num_classes, scale):
+    rng = np.random.default_rng(num_classes)
+    shares = rng.dirichlet(np.ones(num_classes))
+    labels = np.concatenate([np.arange(num_classes), rng.choice(num_classes, 300, p=shares)])
+    logits = rng.normal(size=(len(labels), num_classes)).round(1)  # with ties
+    logits[np.arange(len(labels)), labels] += 0.7
+    logits = (scale * logits).astype(np.float32)
+    choice = Choice(1, logits)
+    judged = [JudgedClassifier("a", 10, 1, {"last_epoch": choice})]
+    blank = np.zeros((len(labels), 1, 2, 2), np.uint8)
+    test, spec = Samples(blank, labels.astype(np.int64)), SimpleNamespace(num_classes=num_classes)
+    predicted, constant = logits.argmax(axis=1), np.full(len(labels), np.bincount(labels).argmax())
+    found = accuracy(judged, test, spec)["accuracy/a/last_epoch"]
+    assert found.value == pytest.approx(100 * sklearn.metrics.accuracy_score(labels, predicted))
+    level = found.info["majority_class"]
+    assert level == pytest.approx(100 * sklearn.metrics.accuracy_score(labels, constant))
+    found = balanced_accuracy(judged, test, spec)["balanced_accuracy/a/last_epoch"]
+    assert found.value == pytest.approx(100 * sklearn.metrics.balanced_accuracy_score(labels, predicted))
+    level = found.info["majority_class"]
+    assert level == pytest.approx(100 * sklearn.metrics.balanced_accuracy_score(labels, constant))
+    found = auroc(judged, test)["auroc/mean/last_epoch"]
+    if num_classes == 2:
+        odds = logits[:, 1].astype(np.float64) - logits[:, 0]
+        assert found.value == pytest.approx(sklearn.metrics.roc_auc_score(labels, odds))
+    elif scale == 1.0:  # the probabilities of sure answers are rounded to 0 and 1
+        chances = scipy.special.softmax(logits.astype(np.float64), axis=1)
+        expected = sklearn.metrics.roc_auc_score(labels, chances, multi_class="ovr", average="macro")
+        assert found.value == pytest.approx(expected, abs=1e-3)  # rounding decides some ties
+    assert found.info["majority_class"] == 0.5
+
+
+def test_a_class_without_test_images_counts_for_neither_balanced_accuracy_nor_auroc():
+    labels = np.array([0, 0, 0, 2, 2])
+    logits = np.array([[3.0, 0, 0], [3, 0, 0], [0, 0, 3], [0, 3, 0], [0, 0, 3]], np.float32)
+    judged = [JudgedClassifier("a", 10, 1, {"last_epoch": Choice(1, logits)})]
+    test = Samples(np.zeros((5, 1, 2, 2), np.uint8), labels)
+    found = balanced_accuracy(judged, test, SimpleNamespace(num_classes=3))["balanced_accuracy/a/last_epoch"]
+    assert found.value == pytest.approx(100 * (2 / 3 + 1 / 2) / 2)
+    assert found.info["majority_class"] == 50.0
+    by_pairs = [area_by_pairs(logits, labels, label) for label in (0, 2)]
+    assert area(logits, labels) == pytest.approx(np.mean(by_pairs))
+
+
+def area_by_pairs(logits: np.ndarray, labels: np.ndarray, label: int) -> float:
+    """The share of pairs of an image of the class and another one that are in the right order; half of ties."""
+    scores = scipy.special.softmax(logits.astype(np.float64), axis=1)[:, label]
+    differences = scores[labels == label][:, None] - scores[labels != label]
+    return float(np.mean(np.where(np.isclose(differences, 0), 0.5, differences > 0)))
 
 
 def test_confusion_matrix_has_true_classes_in_rows():
