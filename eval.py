@@ -307,14 +307,10 @@ def real_images(config: Config, spec, split: str, device: str) -> RealData:
 def plan_of(config: Config, count: int, source: Path) -> str:
     """What --dry_run prints: how the images would be judged, what it would cost, and what is missing."""
     from evaluation.listing import lacking
-    from evaluation.registry import uses_classifiers
     from utils.dry_run import evaluation_line
 
     judged = config.eval
-    lines = [
-        f"{count:,} images of {source} would be judged",
-        evaluation_line(config, uses_classifiers(judged.metrics)),
-    ]
+    lines = [f"{count:,} images of {source} would be judged", evaluation_line(config)]
     if judged.mode == "val":
         spent = sum(selection["spent"] for selection in read_json(source / PRIVACY)["selection"])
         lines.append(f"so far choices have cost these images epsilon {at_most(spent)}; it adds up")

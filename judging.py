@@ -44,7 +44,6 @@ def judge(
     from evaluation.earlier import facts_of
     from evaluation.evaluator import Evaluator
     from evaluation.page import GALLERY, REPORT
-    from evaluation.registry import uses_classifiers
     from opacus_ext.card import privacy_card, privacy_summary
 
     evaluator = Evaluator(
@@ -58,7 +57,7 @@ def judge(
     oracle = None if real.oracle is None else real.oracle.reveal(ORACLE)
     if oracle is not None:
         training = {**training, "revealed": [*training["revealed"], ORACLE]}
-    if uses_classifiers(config.eval.metrics) and with_ceiling(config.eval):
+    if with_ceiling(config.eval):
         training = {**training, "revealed": [*training["revealed"], CEILING]}
     if config.eval.gallery == "report":
         training = {**training, "revealed": [*training["revealed"], SHOWN]}
@@ -151,12 +150,12 @@ class NoisyChoice:
 
 def validation_data(config: Config, spec, images, noise, device: str):
     """The validation images behind a ledger of their own, which plans one noisy choice per classifier; or None."""
-    from evaluation.registry import check_classifiers, uses_classifiers
+    from evaluation.registry import check_classifiers, needs_of
     from opacus_ext.accounting import noisy_max_release
     from opacus_ext.ledger import Budget, Ledger
     from opacus_ext.private_data import PrivateData
 
-    if images is None or not uses_classifiers(config.eval.metrics):
+    if images is None or "classifiers" not in needs_of(config.eval.metrics):
         return None
     names = check_classifiers(config.eval.classifiers)
     each = config.eval.selection_epsilon / len(names)

@@ -122,14 +122,10 @@ def dry_run(config: Config) -> Iterator[str]:
     from data.public import num_public_images, require_public
     from data.sensitive import require_prepared
     from evaluation.listing import lacking
-    from evaluation.registry import uses_classifiers
     from utils.dry_run import cost_lines, describe
 
     parts = compose(config)
-    yield from describe(
-        config, parts.spec, parts.ledger, parts.synthesizer.parameter_counts(),
-        trains_classifiers=uses_classifiers(config.eval.metrics),
-    )  # fmt: skip
+    yield from describe(config, parts.spec, parts.ledger, parts.synthesizer.parameter_counts())
     num_public = None
     if parts.synthesizer.uses_public_images:
         num_public = num_public_images(config.public_data, config.data_root)

@@ -10,7 +10,7 @@ import numpy as np
 from data.spec import DataSpec, Samples
 from evaluation.classifiers.recipe import RECIPE_VERSIONS, recipe_for
 from evaluation.features import UNREADABLE
-from evaluation.registry import SMALL_CLASSIFIERS, check_classifiers
+from evaluation.registry import SMALL_CLASSIFIERS, check_classifiers, needs_of
 from evaluation.selection import Choice
 from utils.run_dir import atomic
 from utils.runtime import log
@@ -18,7 +18,9 @@ from utils.sections import EvalConfig
 
 
 def with_ceiling(config: EvalConfig) -> list[str]:
-    """The classifiers of `config` whose ceiling is measured."""
+    """The classifiers of `config` whose ceiling is measured; none if no metric needs classifiers."""
+    if "classifiers" not in needs_of(config.metrics):
+        return []
     names = check_classifiers(config.classifiers)
     wanted = {"auto": SMALL_CLASSIFIERS, "all": names, "none": ()}[config.ceiling]
     return [name for name in names if name in wanted]

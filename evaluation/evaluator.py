@@ -16,7 +16,7 @@ from evaluation.registry import (
     check_classifiers,
     check_extractor,
     check_metrics,
-    uses_classifiers,
+    needs_of,
 )
 from evaluation.report import Report
 from evaluation.selection import NoisySelection
@@ -42,7 +42,7 @@ class Evaluator:
     ) -> None:  # fmt: skip
         self.values = check_metrics(config.metrics)
         check_extractor(config.extractor)
-        needing = [value for value in self.values if uses_classifiers([value])]
+        needing = [value for value in self.values if "classifiers" in needs_of([value])]
         if needing and not check_classifiers(config.classifiers):
             raise UserError(f"eval.classifiers is empty; the metric {needing[0]} needs at least one")
         self.config, self.spec, self.prompt = config, spec, prompt

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data.spec import DataSpec, Samples
-from evaluation.registry import uses_classifiers
+from evaluation.registry import needs_of
 from evaluation.report import BESIDE_ACCURACY, Report, remarks_on_settings, spread
 from utils.run_dir import write_json, write_text
 
@@ -145,7 +145,7 @@ def _about(results: dict) -> str:
         borrowed = f", settings of epsilon {results['preset_tier']}" if results["borrowed"] else ""
         rows["training"] = f"preset {results['preset']}{borrowed}, seed {results['seed']}"
     rows["judged"] = f"{results['judged']}, seed {judged['seed']}"
-    if uses_classifiers(judged["metrics"]):
+    if "classifiers" in needs_of(judged["metrics"]):
         rows["classifiers"] = (
             f"{', '.join(judged['classifiers'])}; recipe {judged['recipe']}, eval.mode={judged['mode']}"
         )

@@ -116,10 +116,10 @@ def check_metrics(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
-def uses_classifiers(names: Iterable[str]) -> bool:
-    """Does a metric of these names need classifiers that are trained on the samples?"""
+def needs_of(names: Iterable[str]) -> set[str]:
+    """What these metrics need together, of NEEDS. Raises UserError for an unknown name."""
     load_metrics()
-    return any("classifiers" in METRICS.resolve(name).needs for name in names)
+    return {need for name in names for need in METRICS.resolve(name).needs}
 
 
 def check_classifiers(names: Iterable[str]) -> list[str]:

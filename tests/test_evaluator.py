@@ -14,10 +14,14 @@ from data.digits import load_digits_8
 from data.spec import DataSpec, Samples
 from evaluation.ceiling import with_ceiling
 from evaluation.evaluator import Evaluator
-from evaluation.registry import check_metrics, uses_classifiers
+from evaluation.registry import check_metrics, needs_of
 from evaluation.report import Report, spread
 from evaluation.selection import split_samples
 from extractors import inception, random_conv
+from judging import validation_data
+from models import METHODS
+from opacus_ext.noise import NoiseSource
+from utils.config import load_config
 from utils.errors import Unavailable, UserError
 from utils.images import to_float
 from utils.runtime import log
@@ -196,8 +200,21 @@ def test_each_metric_of_classifiers_needs_one(digits):
     for name in ("accuracy", "balanced_accuracy", "auroc", "calibration_error"):
         with pytest.raises(UserError, match=f"eval.classifiers .* {name} needs"):
             evaluate(digits, metrics=[name], classifiers=[])
-        assert uses_classifiers(["fid", name.upper()])
-    assert not uses_classifiers(["fid", "kid"])
+        assert "classifiers" in needs_of(["fid", name.upper()])
+    assert "classifiers" not in needs_of(["fid", "kid"])
+
+
+@pytest.mark.parametrize("name", ["Accuracy", "balanced_accuracy", "auroc", "calibration_error"])
+def test_every_metric_of_classifiers_gets_the_noisy_choice_that_it_needs(digits, name):
+    """However the metric and the classifier are spelled."""
+    settings = ["eval.mode=val", "sensitive_data.num_val=100", "eval.classifiers=[Small_CNN]"]
+    argv = ["--method", "Noise", "--data_name", "digits_8", *settings]
+    held_out = digits[0].take(np.arange(100))
+    for metrics, planned in ((f"[{name}]", ["selection/small_cnn"]), ("[fid]", None)):
+        asked = load_config([*argv, f"eval.metrics={metrics}"], METHODS)
+        found = validation_data(asked, SPEC, held_out, NoiseSource(None), "cpu")
+        names = None if found is None else [release["name"] for release in found.report()["releases"]]
+        assert names == planned
 
 
 # ------------------------------------------------------------------------------------------------- ceiling
@@ -226,7 +243,9 @@ def test_the_ceiling_is_the_classifier_trained_on_all_real_training_images(digit
     ("choice", "expected"), [("auto", ["logistic_regression"]), ("all", ["logistic_regression", "wrn"]), ("none", [])]
 )  # fmt: skip
 def test_large_classifiers_have_a_ceiling_only_if_it_is_asked_for(choice, expected):
-    assert with_ceiling(config(classifiers=["Logistic_Regression", "WRN"], ceiling=choice)) == expected
+    classifiers = ["Logistic_Regression", "WRN"]
+    assert with_ceiling(config(classifiers=classifiers, ceiling=choice)) == expected
+    assert with_ceiling(config(classifiers=classifiers, ceiling=choice, metrics=["fid"])) == []
 
 
 def test_a_mean_has_a_ceiling_if_all_its_classifiers_have(digits, monkeypatch):

@@ -7,16 +7,13 @@ from utils.table import aligned
 LONG = 86400  # seconds after which a shorter way is pointed out
 
 
-def describe(
-    config, spec, ledger, parameter_counts: dict[str, int], *, trains_classifiers: bool
-) -> list[str]:
-    """What --dry_run prints first. `ledger` has adopted the plan, or is None in a run without private data.
-    `trains_classifiers`: does a metric of the evaluation need them?"""
+def describe(config, spec, ledger, parameter_counts: dict[str, int]) -> list[str]:
+    """What --dry_run prints first. `ledger` has adopted the plan, or is None in a run without private data."""
     lines = [f"{config.method} on {config.data_name}, preset {config.preset}"]
     if ledger is None:
         lines.append("no private stage (sensitive_data.name=null)")
     else:
-        lines += [*plan_lines(ledger, spec.num_train), evaluation_line(config, trains_classifiers)]
+        lines += [*plan_lines(ledger, spec.num_train), evaluation_line(config)]
     lines += [f"parameters: {name} {count:,}" for name, count in parameter_counts.items()]
     return lines
 
@@ -47,7 +44,7 @@ def _release_row(release: dict) -> tuple[str, ...]:
     )
 
 
-def evaluation_line(config, trains_classifiers: bool) -> str:
+def evaluation_line(config) -> str:
     """By what the samples are judged, how classifiers choose their epoch, and what that costs."""
     judged = config.eval
     choice = {
@@ -56,7 +53,7 @@ def evaluation_line(config, trains_classifiers: bool) -> str:
         "syn": "on samples; costs no epsilon",
         "sen": "on the test images, which is not private",
     }
-    if not trains_classifiers:
+    if not {"accuracy", "calibration_error"} & set(judged.metrics):
         return f"evaluation: {', '.join(judged.metrics) or 'none'}; costs no epsilon"
     return (
         f"evaluation: {', '.join(judged.metrics)}; classifiers choose their epoch {choice[judged.mode]} "
