@@ -283,7 +283,10 @@ def test_defaults_of_the_toy(load):
     assert config.method_config.model.s_max == math.inf
     assert config.method_config.gen is config.gen and config.method_config.public_data is config.public_data
     assert config.privacy.delta is None and config.privacy.epsilon == 10.0
-    assert config.eval.extractor == "random_conv" and config.eval.classifiers == ["small_cnn", "logistic_regression"]
+    assert config.eval.extractor == "random_conv" and config.eval.classifiers == [
+        "small_cnn",
+        "logistic_regression",
+    ]
     assert (config.resume, config.exp_path, config.dry_run, config.print_config) == (None, None, False, False)
 
 
