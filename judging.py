@@ -18,6 +18,9 @@ from utils.runtime import Runtime, log
 REVEALED = "fidelity metrics compare with the private training images"
 ORACLE = "eval.oracles=true: epochs of classifiers are chosen on the private validation images without noise"
 SHOWN = "eval.gallery=report: report.html was written with training images in it"
+CEILING = (
+    "eval.ceiling: classifiers were trained on the private training images, to report what real images reach"
+)
 INCOMPLETE = 3  # exit code: the run is done, but metrics are missing
 
 
@@ -38,6 +41,7 @@ def judge(
     own ledger; `training` is the report of the training ledger.
     """
     from data.sensitive import private_cache
+    from evaluation.ceiling import with_ceiling
     from evaluation.earlier import facts_of
     from evaluation.evaluator import Evaluator
     from evaluation.page import GALLERY, REPORT
@@ -54,6 +58,8 @@ def judge(
     oracle = None if real.oracle is None else real.oracle.reveal(ORACLE)
     if oracle is not None:
         training = {**training, "revealed": [*training["revealed"], ORACLE]}
+    if with_ceiling(config.eval):
+        training = {**training, "revealed": [*training["revealed"], CEILING]}
     if config.eval.gallery == "report":
         training = {**training, "revealed": [*training["revealed"], SHOWN]}
     write_account(folder, training)  # before anything is shown, whatever becomes of the rest
@@ -145,20 +151,17 @@ class NoisyChoice:
 
 def validation_data(config: Config, spec, images, noise, device: str):
     """The validation images behind a ledger of their own, which plans one noisy choice per classifier; or None."""
+    from evaluation.registry import check_classifiers, needs_of
     from opacus_ext.accounting import noisy_max_release
     from opacus_ext.ledger import Budget, Ledger
     from opacus_ext.private_data import PrivateData
 
-    if images is None or "accuracy" not in config.eval.metrics:
+    if images is None or "classifiers" not in needs_of(config.eval.metrics):
         return None
-    each = config.eval.selection_epsilon / len(config.eval.classifiers)
+    names = check_classifiers(config.eval.classifiers)
+    each = config.eval.selection_epsilon / len(names)
     ledger = Ledger(Budget(config.eval.selection_epsilon, 0.0), relation=config.privacy.relation)
-    ledger.adopt(
-        [
-            noisy_max_release(f"selection/{name}", each, config.privacy.relation)
-            for name in config.eval.classifiers
-        ]
-    )
+    ledger.adopt([noisy_max_release(f"selection/{name}", each, config.privacy.relation) for name in names])
     return PrivateData(images, dataclasses.replace(spec, num_train=len(images)), ledger, noise, device)
 
 

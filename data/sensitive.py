@@ -52,6 +52,7 @@ def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[D
         class_names,
         "" if meta is None else meta.identity,
         section.path is None and (_is_embedded(section) or known_set(section.name or "") is not None),
+        section.protocol,
     )
     return spec, _count_notes(section, available, num_private)
 

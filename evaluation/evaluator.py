@@ -17,6 +17,7 @@ from evaluation.registry import (
     check_classifiers,
     check_extractor,
     check_metrics,
+    needs_of,
 )
 from evaluation.report import Report
 from evaluation.selection import NoisySelection
@@ -42,8 +43,9 @@ class Evaluator:
     ) -> None:  # fmt: skip
         self.values = check_metrics(config.metrics)
         check_extractor(config.extractor)
-        if "accuracy" in self.values and not check_classifiers(config.classifiers):
-            raise UserError("eval.classifiers is empty; the metric accuracy needs at least one")
+        needing = [value for value in self.values if "classifiers" in needs_of([value])]
+        if needing and not check_classifiers(config.classifiers):
+            raise UserError(f"eval.classifiers is empty; the metric {needing[0]} needs at least one")
         self.config, self.spec, self.prompt = config, spec, prompt
         self.weights_root, self.device, self.seed = Path(weights_root), device, seed
         self.cache = cache
@@ -88,7 +90,8 @@ class Evaluator:
             outcome = outcome if isinstance(outcome, Value) else Value(outcome)
             report.metrics[name + suffix] = float(outcome.value)
             info = _info(metric, value_name, inputs, extractor) | outcome.info
-            info |= {"real_floor": floor[name]} if name in floor else {}
+            real = "ceiling" if "classifiers" in metric.needs else "real_floor"
+            info |= {real: floor[name]} if name in floor else {}
             report.metric_info[name + suffix] = info
             if outcome.details:
                 report.details[name + suffix] = outcome.details
@@ -114,7 +117,8 @@ def _outcomes(
         found = _guarded(f"metric {metric.name}", lambda: metric.compute(*given))
     except Unavailable as reason:
         return dict.fromkeys(metric.better, reason), {}
-    floor = _floor(metric, inputs, extractor) if metric.uses_extractor else {}
+    compared = metric.uses_extractor or "classifiers" in metric.needs
+    floor = _floor(metric, inputs, extractor) if compared else {}
     return found if isinstance(found, dict) else {metric.name: found}, floor
 
 

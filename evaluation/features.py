@@ -13,6 +13,9 @@ from utils.progress import progress
 from utils.run_dir import atomic
 from utils.runtime import log
 
+# What NumPy raises for a damaged npz file, by where the damage is.
+UNREADABLE = (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
+
 
 class Features(NamedTuple):
     """Features (N, D) float32; class logits (N, 1008) float32, or None where the extractor has no classes."""
@@ -55,8 +58,7 @@ def _cached(path: Path) -> Features | None:
             return Features(stored["features"], stored.get("logits"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    # What NumPy raises for a damaged file, by where the damage is.
-    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         log.warning(f"{path}: kept features cannot be read and are computed again ({reason})")
         return None

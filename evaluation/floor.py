@@ -9,9 +9,10 @@ from utils.seeding import numpy_rng
 
 
 def real_floor(metric: Metric, inputs: Inputs, extractor: str) -> dict[str, float]:
-    """The metric's values with real test images in the place of the samples, by name; {} where there are too few.
+    """The metric's values with real images in the place of the samples, by name; {} where there are too few.
 
-    A metric that also compares with the test images gets one half of them as samples and the other as test images.
+    These are test images; a metric that also compares with the test images gets one half of them as samples and the
+    other as test images. Classifiers are trained on the real training images (evaluation/ceiling.py).
     """
     passes = inputs.passes(extractor)
     stand_in = rest = np.arange(len(inputs.test))
@@ -24,6 +25,7 @@ def real_floor(metric: Metric, inputs: Inputs, extractor: str) -> dict[str, floa
         "sample_features": lambda: passes.test_features[stand_in],
         "sample_logits": lambda: passes.test_logits[stand_in],
         "test_features": lambda: passes.test_features[rest],
+        "classifiers": lambda: inputs.real_classifiers,
     }
     given = [replaced[need]() if need in replaced else inputs.given(need, extractor) for need in metric.needs]
     found = metric.compute(*given)

@@ -9,8 +9,9 @@ from data.cache import PrivateCache
 from data.spec import DataSpec, Samples
 from evaluation.features import Features, extract
 from evaluation.neighbours import NUM_NEIGHBOURS, CentredPoints, centre_of, nearest_others
-from evaluation.registry import CLASSIFIERS, EXTRACTOR_NEEDS
+from evaluation.registry import CLASSIFIERS, EXTRACTOR_NEEDS, check_classifiers
 from evaluation.selection import (
+    Choice,
     JudgedClassifier,
     NoisySelection,
     References,
@@ -21,6 +22,7 @@ from evaluation.selection import (
 from extractors import EXTRACTORS
 from extractors.extractor import Extractor
 from utils.errors import Unavailable
+from utils.runtime import log
 from utils.sections import EvalConfig
 
 
@@ -67,6 +69,29 @@ class Inputs:
             return JudgedClassifier(name, len(chosen), recipe.num_epochs, dict.fromkeys(wanted, reason))
         references = References(self.samples.take(held_out), self.test, self.select, self.validation)
         return judge(trained, wanted, references)
+
+    @cached_property
+    def real_classifiers(self) -> list[JudgedClassifier]:
+        """Every classifier of the config, trained on the real training images, at its last epoch whatever selects the
+        others'. One that is not measured has Unavailable choices."""
+        from evaluation.ceiling import trained_on_real, with_ceiling
+
+        judged, measured = [], with_ceiling(self.config)
+        for name in check_classifiers(self.config.classifiers):
+            choice: Choice | Unavailable = Unavailable(f"eval.ceiling={self.config.ceiling}")
+            if name in measured:
+                try:
+                    choice = trained_on_real(
+                        name, self.train, self.test, spec=self.spec, config=self.config, device=self.device,
+                        seed=self.seed, cache_dir=self.cache_dir,
+                    )  # fmt: skip
+                except Unavailable as reason:
+                    log.warning(f"the ceiling of {name} is left out: {reason}")
+                    choice = reason
+            choices = dict.fromkeys(selections(self.config.mode, self.config.oracles), choice)
+            epochs = choice.epoch if isinstance(choice, Choice) else 0
+            judged.append(JudgedClassifier(name, len(self.train), epochs, choices))
+        return judged
 
 
 class Passes:

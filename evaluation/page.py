@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from data.spec import DataSpec, Samples
-from evaluation.report import Report, remarks_on_settings
+from evaluation.registry import needs_of
+from evaluation.report import BESIDE_ACCURACY, Report, remarks_on_settings, spread
 from utils.run_dir import write_json, write_text
 
 REPORT, DETAILS, GALLERY = "report.html", "details.json", "private/nearest.html"
 PER_CLASS = 12  # samples shown of a class
 CELL = 48  # least height of an image on the screen, in CSS pixels
+MAJORITY = "majority class"  # title of a column
 GAP = 1  # pixels between the images of a strip
 CONTAINS_PRIVATE = "<b>Contains training images: do not share, unless they are public.</b>"
 CARD_NOTE = (
@@ -143,7 +145,7 @@ def _about(results: dict) -> str:
         borrowed = f", settings of epsilon {results['preset_tier']}" if results["borrowed"] else ""
         rows["training"] = f"preset {results['preset']}{borrowed}, seed {results['seed']}"
     rows["judged"] = f"{results['judged']}, seed {judged['seed']}"
-    if {"accuracy", "calibration_error"} & set(judged["metrics"]):
+    if "classifiers" in needs_of(judged["metrics"]):
         rows["classifiers"] = (
             f"{', '.join(judged['classifiers'])}; recipe {judged['recipe']}, eval.mode={judged['mode']}"
         )
@@ -157,15 +159,23 @@ def _about(results: dict) -> str:
 
 def _metrics(report: Report) -> str:
     """The table of values, and what is missing."""
-    head = "<tr><th>metric</th><th class='n'>value</th><th>better</th><th class='n'>real test images</th>"
-    head += "<th class='n'># real</th><th class='n'># samples</th><th>remarks</th></tr>"
-    rows = "".join(
-        _metric_row(name, report.metrics[name], report.metric_info[name]) for name in report.shown()
+    beside = {title for name in report.shown() for title in report.beside(name).values()}
+    columns = [title for title in BESIDE_ACCURACY.values() if title in beside]
+    if any("majority_class" in info for info in report.metric_info.values()):
+        columns.insert(0, MAJORITY)
+    head = "<tr><th>metric</th><th class='n'>value</th><th>better</th>"
+    head += "".join(
+        f"<th class='n'>{title}</th>" for title in (*columns, "real images", "# real", "# samples")
     )
-    text = f"<h2>Metrics</h2><div class='scroll'><table>{head}{rows}</table></div>"
-    text += "<p class='note'>Real test images: what they score in the place of the samples, the best to "
-    text += "hope for. Their number differs from that of the samples, and some metrics depend on it. "
-    text += "scripts/test_classifier.py measures the accuracy that real training images reach."
+    rows = "".join(_metric_row(name, report, columns) for name in report.shown())
+    text = f"<h2>Metrics</h2><div class='scroll'><table>{head}<th>remarks</th></tr>{rows}</table></div>"
+    text += (
+        "<p class='note'>Real images: what they score in the place of the samples, the best to hope for. For "
+    )
+    text += "classifiers these are the training images (eval.ceiling), for other metrics test images, whose number "
+    text += "differs from that of the samples, and some metrics depend on it. This column is not private."
+    if MAJORITY in columns:
+        text += " Majority class: what the most frequent class of the test images scores as the only answer."
     if any("private" in info for info in report.metric_info.values()):
         text += " * reads private training images, or chooses by private or test images, without noise."
     text += "</p>"
@@ -178,28 +188,33 @@ def _metrics(report: Report) -> str:
     return text
 
 
-def _metric_row(name: str, value: float, info: dict) -> str:
+def _metric_row(name: str, report: Report, columns: list[str]) -> str:
+    """One row of the table of values; `columns` are the titles after that of the direction."""
+    info = report.metric_info[name]
     arrow = {"higher": "&#9650; higher", "lower": "&#9660; lower"}[info["better"]]
     remarks = []
     if "interval_95" in info:
         low, high = info["interval_95"]
         remarks.append(f"95 % interval {low:.2f} to {high:.2f}")
-    if len(info.get("classifiers", ())) > 1:
-        remarks.append(
-            f"of {', '.join(info['classifiers'])}; deviation {info['std']:.3g}, best {info['max']:.4g}"
-        )
-    elif "std" in info and "classifiers" not in info:
+    remarks += spread(info)
+    if "std" in info and "classifiers" not in info:
         remarks.append(f"deviation {info['std']:.3g} over subsets")
+    remarks += [f"standard error {info['std_error']:.3g}"] if "std_error" in info else []
     remarks += [f"epoch {info['epoch']} of {info['num_epochs']}"] if "epoch" in info else []
     remarks += ["found by an earlier evaluation"] if "evaluation" in info and "unlike_now" not in info else []
     remarks += remarks_on_settings(info)
     remarks += ["fewer images than features: biased upwards"] if info.get("n_below_dim") else []
     remarks += [f"weights {info['weights_sha256'][:8]}"] if "weights_sha256" in info else []
-    floor = f"{info['real_floor']:.4g}" if "real_floor" in info else ""
+    beside = {title: report.metrics[other] for other, title in report.beside(name).items()}
+    beside |= {MAJORITY: info["majority_class"]} if "majority_class" in info else {}
+    numbers = [*(beside.get(title) for title in columns), info.get("ceiling", info.get("real_floor"))]
+    texts = ["" if number is None else f"{number:.4g}" for number in numbers]
+    texts += [f"{info['n_real']:,}", f"{info['n_fake']:,}"]
+    cells = "".join(f"<td class='n'>{text}</td>" for text in texts)
     star = " *" if "private" in info else ""
     return (
-        f"<tr><td>{html.escape(name)}{star}</td><td class='n'><b>{value:.4g}</b></td><td>{arrow}</td>"
-        f"<td class='n'>{floor}</td><td class='n'>{info['n_real']:,}</td><td class='n'>{info['n_fake']:,}</td>"
+        f"<tr><td>{html.escape(name)}{star}</td><td class='n'><b>{report.metrics[name]:.4g}</b></td><td>{arrow}</td>"
+        f"{cells}"
         f"<td class='note'>{html.escape('; '.join(remarks))}</td></tr>"
     )
 

@@ -27,6 +27,9 @@ CLASSIFIERS = Registry(
     },
 )
 
+# Quick to train, on all real training images too: eval.ceiling=auto measures their ceiling.
+SMALL_CLASSIFIERS = ("logistic_regression", "small_cnn")
+
 METRICS = Registry("eval.metrics", {})
 
 EXTRACTOR_NEEDS = ("train_features", "test_features", "sample_features", "sample_logits", "train_neighbours")
@@ -111,6 +114,12 @@ def check_metrics(names: Iterable[str]) -> list[str]:
         canonical, entry = METRICS.canonical(name), METRICS.resolve(name)
         values += [canonical] if canonical in entry.better else list(entry.better)
     return list(dict.fromkeys(values))
+
+
+def needs_of(names: Iterable[str]) -> set[str]:
+    """What these metrics need together, of NEEDS. Raises UserError for an unknown name."""
+    load_metrics()
+    return {need for name in names for need in METRICS.resolve(name).needs}
 
 
 def check_classifiers(names: Iterable[str]) -> list[str]:

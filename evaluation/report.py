@@ -1,11 +1,14 @@
 """What an evaluation found: values, what each value means, and what could not be computed and why."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from utils.table import aligned
 
+# What a table for a person shows in columns of the row of accuracy, not in rows of their own: name -> title.
+BESIDE_ACCURACY = {"balanced_accuracy": "balanced", "auroc": "AUROC"}
 # Settings that change what classifiers find, but not the names of the values.
-CHANGING = ("recipe", "recipe_version", "num_val", "selection_epsilon", "seed")
+CHANGING = ("recipe", "recipe_version", "protocol", "num_val", "selection_epsilon", "seed")
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,15 @@ class Report:
 
     def table(self) -> str:
         """An aligned table for the terminal, missing values last. A star marks non-private numbers, a caret those of an
-        earlier evaluation."""
-        header = ("metric", "value", "better", "# real", "# samples")
-        rows = [self._row(name) for name in self.shown()]
-        lines = aligned([header, *rows], right=(1, 3, 4))
-        lines.insert(1, "-" * len(lines[0]))
-        if any(name.startswith("accuracy/") for name in self.metrics):
-            lines.append(
-                "accuracy: percent of real test images that a classifier trained on the samples recognises"
-            )
+        earlier evaluation. Columns without a value are left out."""
+        titles = ("majority class", "real images", *BESIDE_ACCURACY.values())
+        rows = [("metric", "value", "better", *titles, "# real", "# samples")]
+        rows += [self._row(name) for name in self.shown()]
+        filled = [any(column[1:]) or len(rows) == 1 for column in zip(*rows, strict=True)]
+        rows = [tuple(cell for cell, kept in zip(row, filled, strict=True) if kept) for row in rows]
+        lines = aligned(rows, right={1, *range(3, len(rows[0]))})
+        lines.insert(1, "-" * max(map(len, lines)))
+        lines += self._notes(rows[0])
         if any("private" in info for info in self.metric_info.values()):
             lines.append(
                 "* reads private training images, or chooses by private or test images, without noise"
@@ -44,8 +47,24 @@ class Report:
             lines.append("^ found by an earlier evaluation of the same samples")
         for name in self.shown():
             lines += [f"  {name}: {remark}" for remark in remarks_on_settings(self.metric_info[name])]
+            lines += [f"  {name}: {line}" for line in spread(self.metric_info[name])]
         lines += [f"missing: {name}: {reason}" for name, reason in self.missing.items()]
         return "\n".join(lines)
+
+    def _notes(self, titles: Sequence[str]) -> list[str]:
+        """What the columns that are shown mean."""
+        lines = []
+        if any(name.startswith("accuracy/") for name in self.metrics):
+            lines.append(
+                "accuracy: percent of real test images that a classifier trained on the samples recognises"
+            )
+        if "majority class" in titles:
+            lines.append(
+                "majority class: what the most frequent class of the test images as the only answer scores"
+            )
+        if "real images" in titles:
+            lines.append("real images: what they score in the place of the samples; not private")
+        return lines
 
     def after(self, earlier: "Report", now: dict) -> "Report":
         """This report, which was found with the settings `now`, with what `earlier` found about the same samples: what
@@ -78,8 +97,28 @@ class Report:
         return len(means[0]) == 1 < len(means[1])
 
     def shown(self) -> list[str]:
-        """The names for a person: a mean over one classifier only says its accuracy again."""
-        return [name for name in self.metrics if len(self.metric_info[name].get("classifiers", [])) != 1]
+        """The names of the rows for a person: a mean over one classifier only says its accuracy again, and values of
+        BESIDE_ACCURACY have columns."""
+        beside = {of for name in self.metrics for of in self.beside(name)}
+        rows = [name for name in self.metrics if name not in beside]
+        return [name for name in rows if len(self.metric_info[name].get("classifiers", [])) != 1]
+
+    def beside(self, name: str) -> dict[str, str]:
+        """What is shown in the row of the value `name`: names of the same evaluation's values of the same classifier
+        and selection -> titles of their columns."""
+        kind, _, which = name.partition("/")
+        if kind != "accuracy":
+            return {}
+        found = {f"{other}/{which}": title for other, title in BESIDE_ACCURACY.items()}
+        return {
+            other: title
+            for other, title in found.items()
+            if other in self.metrics
+            and all(
+                self.metric_info[other].get(key) == self.metric_info[name].get(key)
+                for key in ("evaluation", "unlike_now")
+            )
+        }
 
     def to_dict(self) -> dict:
         """What results.json holds."""
@@ -88,8 +127,33 @@ class Report:
     def _row(self, name: str) -> tuple[str, ...]:
         info = self.metric_info[name]
         star = (" *" if "private" in info else "") + (" ^" if "evaluation" in info else "")
-        value = f"{self.metrics[name]:.2f}" if name.startswith("accuracy/") else f"{self.metrics[name]:.4g}"
-        return name + star, value, info["better"], f"{info['n_real']:,}", f"{info['n_fake']:,}"
+        real = info.get("ceiling", info.get("real_floor"))
+        beside = {title: self.text(other, self.metrics[other]) for other, title in self.beside(name).items()}
+        return (
+            name + star,
+            self.text(name, self.metrics[name]),
+            info["better"],
+            self.text(name, info["majority_class"]) if "majority_class" in info else "",
+            "" if real is None else self.text(name, real),
+            *(beside.get(title, "") for title in BESIDE_ACCURACY.values()),
+            f"{info['n_real']:,}",
+            f"{info['n_fake']:,}",
+        )
+
+    @staticmethod
+    def text(name: str, value: float) -> str:
+        """A value of the metric `name` for a person."""
+        percent = name.partition("/")[0] in ("accuracy", "balanced_accuracy")
+        return f"{value:.2f}" if percent else f"{value:.4g}"
+
+
+def spread(info: dict) -> list[str]:
+    """Of a mean over several classifiers: how far apart they are, and which is which."""
+    values = info.get("values", {})
+    if len(values) < 2:
+        return []
+    low, high = min(values, key=values.get), max(values, key=values.get)
+    return [f"from {values[low]:.4g} ({low}) to {values[high]:.4g} ({high}), deviation {info['std']:.3g}"]
 
 
 def _of_classifiers(info: dict) -> bool:

@@ -89,7 +89,8 @@ def judge(config: Config):
     shown = open_door(sensitive.validation).reveal(REASON)
     training = read_json(folder / PRIVACY)
     write_account(folder, {**training, "revealed": [*training["revealed"], REASON]})
-    evaluator = Evaluator(config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed)
+    judged = dataclasses.replace(config.eval, ceiling="none")  # other images than the test images are asked
+    evaluator = Evaluator(judged, spec, config.weights_root, prepare_device(config.setup), config.seed)
     return evaluator.evaluate(read_samples(folder / SAMPLES), train=sensitive.train, test=shown, select=None)
 
 

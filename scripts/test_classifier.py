@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
 
 def non_private(config: Config) -> Config:
     """The configuration of the upper bound: accuracy alone, chosen without private validation images."""
-    judged = dataclasses.replace(config.eval, mode="syn", metrics=["accuracy"])
+    judged = dataclasses.replace(config.eval, mode="syn", metrics=["accuracy"], ceiling="none")
     return dataclasses.replace(
         config, method=GROUP, epsilon=math.inf, preset_tier=None, borrowed=False, eval=judged
     )

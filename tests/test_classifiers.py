@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from data.digits import load_digits_8
@@ -21,6 +22,7 @@ from evaluation.classifiers.training import (
     with_noise,
 )
 from evaluation.registry import CLASSIFIERS, check_classifiers
+from utils.config_files import CONFIG_FOLDER
 from utils.errors import Unavailable, UserError
 from utils.images import to_float
 from utils.seeding import seeded
@@ -29,7 +31,11 @@ ONE_EPOCH = Recipe("adam", 1e-3, 0.0, decay_every=None, num_epochs=1, batch_size
 
 
 def spec_of(name: str, resolution: int, channels: int, num_classes: int = 10) -> DataSpec:
-    return DataSpec(name, resolution, channels, num_classes, 100, tuple(map(str, range(num_classes))))
+    """The toy set "toy" follows the standard protocol, a shipped set the one that its file names."""
+    file = CONFIG_FOLDER / "data" / f"{name}.yaml"
+    protocol = OmegaConf.load(file).protocol if file.exists() else "standard"
+    class_names = tuple(map(str, range(num_classes)))
+    return DataSpec(name, resolution, channels, num_classes, 100, class_names, protocol=protocol)
 
 
 def noise(spec: DataSpec, num: int, seed: int = 0) -> Samples:
@@ -174,6 +180,24 @@ def test_paper_recipes():
     other = recipe_for("paper", spec_of("celeba_male_128", 128, 3), 55_000)
     assert (other.optimizer, other.learning_rate, other.weight_decay) == ("adam", 0.01, 0.0)
     assert (other.decay_every, other.num_epochs, other.batch_size, other.num_splits) == (20, 50, 256, 1)
+
+
+def test_the_built_in_cifar_sets_alone_follow_the_cifar_protocol():
+    """As the published benchmark has it, which these sets must stay comparable with."""
+    files = (CONFIG_FOLDER / "data").glob("*.yaml")
+    protocols = {path.stem: OmegaConf.load(path).protocol for path in files}
+    assert len(protocols) == 11
+    for name, protocol in protocols.items():
+        assert protocol == ("cifar" if name in ("cifar10_32", "cifar100_32") else "standard"), name
+
+
+def test_the_name_of_a_set_does_not_choose_its_classifiers():
+    own = DataSpec("my_cifar_subset", 32, 3, 2, 100, ("a", "b"))
+    assert recipe_for("paper", own, 100).optimizer == "adam"
+    assert recipe_for("paper", dataclasses.replace(own, name="x", protocol="cifar"), 100).optimizer == "sgd"
+    with torch.device("meta"):
+        network = CLASSIFIERS.resolve("wrn")(own)
+    assert sum(parameter.numel() for parameter in network.parameters()) < 1e7
 
 
 def test_learning_rate_falls_by_a_fifth_every_so_many_epochs():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from models import METHODS
+from models.diffusion.samplers import MAX_GAMMA
 from utils.config import EVERY_METHOD, Config, format_config, load_config, parser
 from utils.config_files import CONFIG_FOLDER, ConfigFiles, file_values, flatten
 from utils.errors import UserError
@@ -187,7 +188,11 @@ def test_every_cell_composes_and_types(method, preset, epsilon):
         config = load_config(arguments + OWN_IMAGES.get(data, []), METHODS)
         assert config.sensitive_data.name == data and config.privacy.epsilon == epsilon
         assert (config.method, config.preset, config.borrowed) == (method, preset, False)
-        assert set(config.provenance) == set(flatten(config.snapshot))
+        values = flatten(config.snapshot)
+        assert set(config.provenance) == set(values)
+        for key in (key for key in values if key.endswith(".s_churn")):
+            per_step = values[key] / values[key.replace("s_churn", "num_steps")]
+            assert per_step < MAX_GAMMA, "the sampler would cut the churn of a shipped setting"
 
 
 def test_every_method_file_belongs_to_a_method():
@@ -278,7 +283,10 @@ def test_defaults_of_the_toy(load):
     assert config.method_config.model.s_max == math.inf
     assert config.method_config.gen is config.gen and config.method_config.public_data is config.public_data
     assert config.privacy.delta is None and config.privacy.epsilon == 10.0
-    assert config.eval.extractor == "random_conv" and config.eval.classifiers == ["small_cnn"]
+    assert config.eval.extractor == "random_conv" and config.eval.classifiers == [
+        "small_cnn",
+        "logistic_regression",
+    ]
     assert (config.resume, config.exp_path, config.dry_run, config.print_config) == (None, None, False, False)
 
 

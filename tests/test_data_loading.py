@@ -89,6 +89,16 @@ def test_num_train_in_val_mode_is_the_published_one_before_anything_is_prepared(
     assert spec_of(section, "sen", tmp_path)[0].num_train == section.num_train
     assert found.num_classes == section.n_classes == len(set(found.class_names))
     assert found.resolution == int(name.rsplit("_", 1)[1])
+    assert found.protocol == ("cifar" if name in ("cifar10_32", "cifar100_32") else "standard")
+
+
+def test_own_images_follow_the_standard_protocol_unless_they_say_otherwise(tmp_path):
+    write_set(tmp_path / "cifar_scans")
+    assert spec_of(own_section(name="cifar_scans"), "syn", tmp_path)[0].protocol == "standard"
+    chosen = own_section(name="cifar_scans", protocol="cifar")
+    assert spec_of(chosen, "syn", tmp_path)[0].protocol == "cifar"
+    with pytest.raises(UserError, match=r"protocol: cifer .*standard or cifar.*'cifar'"):
+        own_section(protocol="cifer")
 
 
 def test_spec_reads_counts_and_classes_of_a_custom_set_from_disk(tmp_path):

@@ -261,7 +261,7 @@ def test_guidance_costs_a_second_call():
 
 
 def test_churn_adds_what_algorithm_2_says():
-    """The first step from t_0 = 80 goes up by gamma = S_churn / n, at most 1, with matching noise."""
+    """The first step from t_0 = 80 goes up by gamma = S_churn / n, at most sqrt(2) - 1, with matching noise."""
     seen = []
 
     def denoiser(x, sigma, labels):
@@ -269,7 +269,7 @@ def test_churn_adds_what_algorithm_2_says():
         return torch.zeros_like(x)
 
     labels, shape = torch.zeros(4).long(), (1, 50, 50)
-    for churn, gamma in ((5.0, 0.5), (100.0, 1.0)):
+    for churn, gamma in ((4.0, 0.4), (100.0, math.sqrt(2) - 1)):
         seen.clear()
         config = sampler(type="edm", num_steps=10, s_churn=churn, s_max=100.0)
         sample(denoiser, config, shape, labels, rng())

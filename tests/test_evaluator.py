@@ -13,11 +13,16 @@ from torch_fidelity import feature_extractor_inceptionv3 as torch_fidelity_incep
 from data.cache import PrivateCache
 from data.digits import load_digits_8
 from data.spec import DataSpec, Samples
+from evaluation.ceiling import with_ceiling
 from evaluation.evaluator import Evaluator
-from evaluation.registry import check_metrics
-from evaluation.report import Report
+from evaluation.registry import check_metrics, needs_of
+from evaluation.report import Report, spread
 from evaluation.selection import split_samples
 from extractors import inception, random_conv
+from judging import validation_data
+from models import METHODS
+from opacus_ext.noise import NoiseSource
+from utils.config import load_config
 from utils.errors import Unavailable, UserError
 from utils.images import to_float
 from utils.runtime import log
@@ -37,7 +42,7 @@ def config(**changes) -> EvalConfig:
     values = {
         "mode": "syn", "selection_epsilon": 1.0, "classifiers": ["small_cnn"], "metrics": ["accuracy"],
         "recipe": "quick", "num_val": 30, "batch_size": 64, "extractor": "random_conv",
-        "oracles": False, "gallery": None,
+        "oracles": False, "gallery": None, "ceiling": "none",
     }  # fmt: skip
     return EvalConfig(**values | changes)
 
@@ -170,6 +175,115 @@ def test_a_class_without_test_images_has_no_accuracy(digits):
     assert evaluate(digits, test=test).details["accuracy/small_cnn/last_epoch"]["per_class"][3] is None
 
 
+def test_sister_metrics_of_accuracy_share_its_classifiers_and_selections(digits):
+    wanted = ["accuracy", "balanced_accuracy", "auroc"]
+    report = evaluate(digits, metrics=wanted)
+    labels = digits[1].labels
+    for which in ("small_cnn/syn_val", "small_cnn/last_epoch", "mean/syn_val", "mean/last_epoch"):
+        assert all(f"{name}/{which}" in report.metrics for name in wanted)
+        levels = [report.metric_info[f"{name}/{which}"]["majority_class"] for name in wanted]
+        assert levels == pytest.approx([100 * np.bincount(labels).max() / 100, 10.0, 0.5])
+    tables = report.details["accuracy/small_cnn/syn_val"]
+    balanced = report.metrics["balanced_accuracy/small_cnn/syn_val"]
+    assert balanced == pytest.approx(np.mean(tables["per_class"]))
+    assert 0.9 < report.metrics["auroc/small_cnn/syn_val"] <= 1
+
+
+def test_no_auroc_without_a_second_class(digits):
+    test = digits[1].take(np.flatnonzero(digits[1].labels == 3))
+    report = evaluate(digits, test=test, metrics=["auroc", "accuracy"])
+    assert list(report.missing) == ["auroc"] and "two classes" in report.missing["auroc"]
+    info = report.metric_info["accuracy/small_cnn/last_epoch"]
+    assert info["majority_class"] == 100.0
+
+
+def test_each_metric_of_classifiers_needs_one(digits):
+    for name in ("accuracy", "balanced_accuracy", "auroc", "calibration_error"):
+        with pytest.raises(UserError, match=f"eval.classifiers .* {name} needs"):
+            evaluate(digits, metrics=[name], classifiers=[])
+        assert "classifiers" in needs_of(["fid", name.upper()])
+    assert "classifiers" not in needs_of(["fid", "kid"])
+
+
+@pytest.mark.parametrize("name", ["Accuracy", "balanced_accuracy", "auroc", "calibration_error"])
+def test_every_metric_of_classifiers_gets_the_noisy_choice_that_it_needs(digits, name):
+    """However the metric and the classifier are spelled."""
+    settings = ["eval.mode=val", "sensitive_data.num_val=100", "eval.classifiers=[Small_CNN]"]
+    argv = ["--method", "Noise", "--data_name", "digits_8", *settings]
+    held_out = digits[0].take(np.arange(100))
+    for metrics, planned in ((f"[{name}]", ["selection/small_cnn"]), ("[fid]", None)):
+        asked = load_config([*argv, f"eval.metrics={metrics}"], METHODS)
+        found = validation_data(asked, SPEC, held_out, NoiseSource(None), "cpu")
+        names = None if found is None else [release["name"] for release in found.report()["releases"]]
+        assert names == planned
+
+
+# ------------------------------------------------------------------------------------------------- ceiling
+
+
+def test_the_ceiling_is_the_classifier_trained_on_all_real_training_images(digits, monkeypatch):
+    monkeypatch.setattr("evaluation.classifiers.recipe.QUICK_EPOCHS", (2, 2))
+    noise = Samples(np.random.default_rng(0).integers(0, 256, (60, 1, 8, 8), np.uint8), np.arange(60) % 10)
+    metrics = ["accuracy", "auroc", "calibration_error"]
+    report = evaluate(digits, noise, metrics=metrics, ceiling="auto")
+    # With nothing held out, samples that are the real images, in the order of training, lead to the same network.
+    order, _ = split_samples(200, 0)
+    real = evaluate(digits, digits[0].take(np.argsort(order)), metrics=metrics, num_val=0)
+    for name in metrics:
+        for selection in ("syn_val", "last_epoch"):
+            ceiling = report.metric_info[f"{name}/small_cnn/{selection}"]["ceiling"]
+            assert ceiling == pytest.approx(real.metrics[f"{name}/small_cnn/last_epoch"])
+    info = report.metric_info["accuracy/mean/syn_val"]
+    assert info["ceiling"] > report.metrics["accuracy/mean/syn_val"]
+    assert "ceiling" not in real.metric_info["accuracy/small_cnn/last_epoch"]
+    row = next(line for line in report.table().splitlines() if line.startswith("accuracy/small_cnn/syn_val"))
+    assert f"{info['ceiling']:.2f}" in row.split() and f"{info['majority_class']:.2f}" in row.split()
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"), [("auto", ["logistic_regression"]), ("all", ["logistic_regression", "wrn"]), ("none", [])]
+)  # fmt: skip
+def test_large_classifiers_have_a_ceiling_only_if_it_is_asked_for(choice, expected):
+    classifiers = ["Logistic_Regression", "WRN"]
+    assert with_ceiling(config(classifiers=classifiers, ceiling=choice)) == expected
+    assert with_ceiling(config(classifiers=classifiers, ceiling=choice, metrics=["fid"])) == []
+
+
+def test_a_mean_has_a_ceiling_if_all_its_classifiers_have(digits, monkeypatch):
+    monkeypatch.setattr("evaluation.classifiers.recipe.QUICK_EPOCHS", (1, 1))
+    monkeypatch.setattr("evaluation.ceiling.SMALL_CLASSIFIERS", ("small_cnn",))
+    report = evaluate(digits, classifiers=["small_cnn", "logistic_regression"], ceiling="auto")
+    found = {name.split("/")[1] for name, info in report.metric_info.items() if "ceiling" in info}
+    assert found == {"small_cnn"}
+
+
+def test_a_ceiling_is_trained_once_per_dataset_recipe_and_seed(digits, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr("evaluation.classifiers.recipe.QUICK_EPOCHS", (1, 1))
+    monkeypatch.setattr("evaluation.ceiling.log.info", trained.append)
+    name = "accuracy/logistic_regression/last_epoch"
+    small = digits[0].take(np.arange(40))
+
+    def ceiling(spec=SPEC, seed=0, train=digits[0]) -> float:
+        settings = config(classifiers=["logistic_regression"], ceiling="auto")
+        evaluator = Evaluator(settings, spec, Path("absent"), "cpu", seed, cache_dir=tmp_path)
+        report = evaluator.evaluate(small, train=train, test=digits[1], select=None)
+        return report.metric_info[name]["ceiling"]
+
+    first = ceiling()
+    assert ceiling() == first and len(trained) == 1
+    for changes in ({"seed": 1}, {"train": small}, {"spec": replace(SPEC, identity="prepared again")}):
+        before = len(trained)
+        ceiling(**changes)
+        assert len(trained) == before + 1, changes
+    (kept,) = (path for path in tmp_path.iterdir() if "prepared again" in path.name)
+    content = kept.read_bytes()
+    for damaged in (content[:100], b""):
+        kept.write_bytes(damaged)
+        assert ceiling(spec=replace(SPEC, identity="prepared again")) == first
+        assert kept.read_bytes() == content
+
+
 def test_mean_over_classifiers(digits, monkeypatch):
     monkeypatch.setattr("evaluation.classifiers.recipe.QUICK_EPOCHS", (1, 1))
     small = digits[0].take(np.arange(60))
@@ -179,6 +293,11 @@ def test_mean_over_classifiers(digits, monkeypatch):
     info = report.metric_info["accuracy/mean/last_epoch"]
     assert info["std"] == pytest.approx(np.std(each))
     assert info["max"] == max(each)
+    assert info["values"] == dict(zip(("small_cnn", "resnet"), each, strict=True))
+    (low, least), (high, most) = sorted(info["values"].items(), key=lambda item: item[1])
+    (line,) = spread(info)
+    assert line.index(f"{least:.4g} ({low})") < line.index(f"{most:.4g} ({high})")
+    assert f"accuracy/mean/last_epoch: {line}" in report.table()
     assert (info["n_real"], info["n_fake"], info["better"]) == (100, 54, "higher")
 
 

@@ -6,19 +6,25 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.linalg
 import scipy.optimize
+import scipy.special
+import sklearn.metrics
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from evaluation.metrics.accuracy import bootstrap_interval, confusion_matrix
+from data.spec import Samples
+from evaluation.metrics.accuracy import accuracy, bootstrap_interval, confusion_matrix
+from evaluation.metrics.auroc import area, auroc
 from evaluation.metrics.authenticity import authpct
+from evaluation.metrics.balanced_accuracy import balanced_accuracy
 from evaluation.metrics.calibration import ece
 from evaluation.metrics.cmmd import cmmd
 from evaluation.metrics.density_coverage import density_coverage
@@ -31,6 +37,7 @@ from evaluation.metrics.mind import mind
 from evaluation.metrics.neighbour_ratio import nn_ratio
 from evaluation.metrics.precision_recall import precision_recall
 from evaluation.neighbours import CentredPoints, centre_of, nearest, nearest_others
+from evaluation.selection import Choice, JudgedClassifier
 
 
 def gaussian(num: int, mean: np.ndarray, root: np.ndarray, seed: int) -> np.ndarray:
@@ -251,6 +258,31 @@ def test_mind_of_sets_of_different_size_ignores_order():
     assert mind(real[::-1], fake[np.random.default_rng(0).permutation(80)]).value == found.value
 
 
+def test_mind_of_equal_sizes_has_the_error_of_its_directions_alone():
+    real, fake = random_features(80, 8, 1), random_features(80, 8, 2, shift=0.5)
+    values = [value_of_mind(real, fake, seed) for seed in range(200)]
+    assert mind(real, fake, num_projections=30).info["std_error"] == pytest.approx(np.std(values), rel=0.3)
+
+
+@pytest.mark.parametrize(("num_real", "num_fake"), [(400, 80), (80, 400), (90, 80)])
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_the_error_of_mind_is_its_spread_over_subsets_and_directions(num_real, num_fake, shift):
+    real, fake = random_features(num_real, 8, 1), random_features(num_fake, 8, 2, shift=shift)
+    values = [value_of_mind(real, fake, seed) for seed in range(200)]
+    found = mind(real, fake, num_projections=30)
+    assert found.info["std_error"] == pytest.approx(np.std(values), rel=0.35)
+    assert found.value == pytest.approx(np.mean(values), abs=4 * found.info["std_error"])
+
+
+def value_of_mind(real: np.ndarray, fake: np.ndarray, seed: int) -> float:
+    """Its formula, with a random subset of the larger set and 30 random directions."""
+    rng, count = np.random.default_rng(seed), min(len(real), len(fake))
+    directions = rng.normal(size=(30, real.shape[1]))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    sets = [directions @ points[rng.choice(len(points), count, replace=False)].T for points in (real, fake)]
+    return 3 * real.shape[1] * float(np.square(np.sort(sets[0]) - np.sort(sets[1])).mean())
+
+
 def test_kid_is_unbiased_and_ignores_order():
     values = [kid(random_features(60, 8, seed), random_features(60, 8, seed + 100), num_subsets=1).value
               for seed in range(40)]  # fmt: skip
@@ -309,6 +341,32 @@ def test_density_and_coverage_match_a_loop(k, monkeypatch):
     found = density_coverage(real, fake, k=k)
     assert found == {"density": pytest.approx(inside.sum() / (k * 45)), "coverage": inside.any(axis=0).mean()}
     assert density_coverage(real[::-1], fake[::-1], k=k) == pytest.approx(found)
+
+
+@pytest.mark.parametrize("grid", [False, True], ids=["no ties", "ties"])
+def test_ties_alone_tell_density_coverage_precision_and_recall_from_prdc(grid):
+    """The formulas of the package prdc: other points alone count as neighbours, and a ball is open."""
+    real, fake = random_features(60, 3, 7), random_features(45, 3, 8, shift=0.5)
+    if grid:  # many equal distances
+        real, fake = np.round(real), np.round(fake)
+    radii = {
+        (name, k): np.sort(np.linalg.norm(points[:, None] - points, axis=2), axis=1)[:, k]
+        for name, points in (("real", real), ("fake", fake))
+        for k in (3, 5)
+    }
+    distances = np.linalg.norm(real[:, None] - fake, axis=2)
+    expected = {
+        "density": (distances < radii["real", 5][:, None]).sum(axis=0).mean() / 5,
+        "coverage": (distances.min(axis=1) < radii["real", 5]).mean(),
+        "precision": (distances < radii["real", 3][:, None]).any(axis=0).mean(),
+        "recall": (distances < radii["fake", 3]).any(axis=1).mean(),
+    }
+    found = density_coverage(real, fake) | precision_recall(real, fake)
+    for name, value in expected.items():
+        if grid:
+            assert found[name] > value, name
+        else:
+            assert found[name] == pytest.approx(value), name
 
 
 def test_density_is_one_on_equal_distributions_and_one_outlier_does_not_move_it():
@@ -491,6 +549,58 @@ def test_calibration_error_of_hand_computed_cases():
     assert ece(sure, np.array([0, 1, 1, 1])) == pytest.approx(0.75)
     # Gaps of different bins do not cancel: 0.5 too little in one half, 1 too much in the other.
     assert ece(np.concatenate([even, sure]), np.array([0] * 4 + [1] * 4)) == pytest.approx((0.5 + 1) / 2)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 7])
+@pytest.mark.parametrize("scale", [1.0, 200.0], ids=["unsure", "sure"])
+def test_metrics_of_classifiers_match_scikit_learn(num_classes, scale):
+    rng = np.random.default_rng(num_classes)
+    shares = rng.dirichlet(np.ones(num_classes))
+    labels = np.concatenate([np.arange(num_classes), rng.choice(num_classes, 300, p=shares)])
+    logits = rng.normal(size=(len(labels), num_classes)).round(1)  # with ties
+    logits[np.arange(len(labels)), labels] += 0.7
+    logits = (scale * logits).astype(np.float32)
+    choice = Choice(1, logits)
+    judged = [JudgedClassifier("a", 10, 1, {"last_epoch": choice})]
+    blank = np.zeros((len(labels), 1, 2, 2), np.uint8)
+    test, spec = Samples(blank, labels.astype(np.int64)), SimpleNamespace(num_classes=num_classes)
+    predicted, constant = logits.argmax(axis=1), np.full(len(labels), np.bincount(labels).argmax())
+    found = accuracy(judged, test, spec)["accuracy/a/last_epoch"]
+    assert found.value == pytest.approx(100 * sklearn.metrics.accuracy_score(labels, predicted))
+    level = found.info["majority_class"]
+    assert level == pytest.approx(100 * sklearn.metrics.accuracy_score(labels, constant))
+    found = balanced_accuracy(judged, test, spec)["balanced_accuracy/a/last_epoch"]
+    assert found.value == pytest.approx(100 * sklearn.metrics.balanced_accuracy_score(labels, predicted))
+    level = found.info["majority_class"]
+    assert level == pytest.approx(100 * sklearn.metrics.balanced_accuracy_score(labels, constant))
+    found = auroc(judged, test)["auroc/mean/last_epoch"]
+    if num_classes == 2:
+        odds = logits[:, 1].astype(np.float64) - logits[:, 0]
+        assert found.value == pytest.approx(sklearn.metrics.roc_auc_score(labels, odds))
+    elif scale == 1.0:  # the probabilities of sure answers are rounded to 0 and 1
+        chances = scipy.special.softmax(logits.astype(np.float64), axis=1)
+        expected = sklearn.metrics.roc_auc_score(labels, chances, multi_class="ovr", average="macro")
+        assert found.value == pytest.approx(expected, abs=1e-3)  # rounding decides some ties
+    assert found.info["majority_class"] == 0.5
+
+
+def test_a_class_without_test_images_counts_for_neither_balanced_accuracy_nor_auroc():
+    labels = np.array([0, 0, 0, 2, 2])
+    logits = np.array([[3.0, 0, 0], [3, 0, 0], [0, 0, 3], [0, 3, 0], [0, 0, 3]], np.float32)
+    judged = [JudgedClassifier("a", 10, 1, {"last_epoch": Choice(1, logits)})]
+    test = Samples(np.zeros((5, 1, 2, 2), np.uint8), labels)
+    found = balanced_accuracy(judged, test, SimpleNamespace(num_classes=3))["balanced_accuracy/a/last_epoch"]
+    assert found.value == pytest.approx(100 * (2 / 3 + 1 / 2) / 2)
+    assert found.info["majority_class"] == 50.0
+    by_pairs = [area_by_pairs(logits, labels, label) for label in (0, 2)]
+    assert area(logits, labels) == pytest.approx(np.mean(by_pairs))
+
+
+def area_by_pairs(logits: np.ndarray, labels: np.ndarray, label: int) -> float:
+    """The share of pairs of an image of the class and another one that are in the right order; half of ties."""
+    scores = scipy.special.softmax(logits.astype(np.float64), axis=1)[:, label]
+    differences = scores[labels == label][:, None] - scores[labels != label]
+    return float(np.mean(np.where(np.isclose(differences, 0), 0.5, differences > 0)))
 
 
 def test_confusion_matrix_has_true_classes_in_rows():

@@ -130,6 +130,43 @@ def test_the_page_holds_everything_and_needs_nothing_else(tmp_path):
     assert not (tmp_path / "private").exists()
 
 
+def test_what_accuracy_is_compared_with_stands_in_its_row(tmp_path):
+    """On the page and on the terminal; columns that nothing fills are left out."""
+    found = report()
+    found.metric_info["accuracy/cnn/syn_val"].update(majority_class=37.5, ceiling=91.25)
+    for name, value, majority in (("balanced_accuracy", 48.125, 33.0), ("auroc", 0.625, 0.5)):
+        found.metrics[f"{name}/cnn/syn_val"] = value
+        facts = {"better": "higher", "n_real": 9, "n_fake": 20, "majority_class": majority, "ceiling": 0.99}
+        found.metric_info[f"{name}/cnn/syn_val"] = facts
+    text = page(tmp_path, report=found)
+    Checker(text)
+    row = re.search(r"<tr><td>accuracy/cnn/syn_val</td>.*?</tr>", text)[0]
+    cells = re.findall(r"<td class='n'>(.*?)</td>", row)
+    assert cells == ["<b>50</b>", "37.5", "48.12", "0.625", "91.25", "9", "20"]
+    assert ">auroc/cnn" not in text
+    lines = found.table().splitlines()
+    row = next(line for line in lines if line.startswith("accuracy/cnn/syn_val"))
+    assert row.split()[1:] == ["50.00", "higher", "37.50", "91.25", "48.12", "0.625", "9", "20"]
+    assert not any(line.startswith("auroc") for line in lines)
+    titles = [title for title in ("majority class", "real images", "balanced", "AUROC") if title in lines[0]]
+    assert len(titles) == 4 and all(title in text for title in titles)
+    bare = Report({"x": 1.0}, {"x": {"better": "lower", "n_real": 0, "n_fake": 5}}).table()
+    assert bare.splitlines()[0].split() == ["metric", "value", "better", "#", "real", "#", "samples"]
+
+
+def test_a_sister_value_of_another_evaluation_has_a_row_of_its_own(tmp_path):
+    found, name = report(), "auroc/cnn/syn_val"
+    found.metrics[name] = 0.625
+    found.metric_info[name] = {
+        "better": "higher",
+        "n_real": 9,
+        "n_fake": 20,
+        "evaluation": {"recipe": "paper"},
+    }
+    assert f">{name}<" in page(tmp_path, report=found)
+    assert any(line.startswith(name) for line in found.table().splitlines())
+
+
 def test_the_grid_shows_the_samples_class_by_class(tmp_path):
     shown = samples(0, 20)
     images = Checker(page(tmp_path, samples=shown)).images
@@ -231,6 +268,8 @@ def test_oracles_of_a_run_are_marked_and_listed_as_revealed(run_folder):
         info = results["metric_info"][f"accuracy/mean/{selection}"]
         assert ("private" in info) == selection.startswith("best")
     assert any("eval.oracles" in reason for reason in privacy["revealed"])
+    assert any("eval.ceiling" in reason for reason in privacy["revealed"])
+    assert results["metric_info"]["accuracy/small_cnn/noisy_val"]["ceiling"] > 95
     assert results["selection_epsilon"] == pytest.approx(1.0)
     assert not any("report.html" in reason for reason in privacy["revealed"])
 
@@ -247,8 +286,9 @@ def test_a_run_whose_report_shows_training_images_says_so(tmp_path):
 
 
 def test_without_oracles_nothing_of_the_validation_images_is_revealed(tmp_path):
-    more = ["eval.mode=val", "sensitive_data.num_val=137", "eval.metrics=[accuracy]"]
+    more = ["eval.mode=val", "sensitive_data.num_val=137", "eval.metrics=[accuracy]", "eval.ceiling=none"]
     folder = call(run_program.main, arguments("Noise", tmp_path, *more)).folder
+    assert not any("eval.ceiling" in reason for reason in strict_json(folder / "privacy.json")["revealed"])
     assert not [
         reason for reason in strict_json(folder / "privacy.json")["revealed"] if "validation" in reason
     ]

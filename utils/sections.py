@@ -42,8 +42,10 @@ class SensitiveDataConfig:
     class_names: list[str] | None  # in label order; None: from the prepared data
     path: str | None  # folder of prepared data; None: <data_root>/<name>
     prompt: str  # ImageReward prompt, "{}" stands for the class name
+    protocol: str  # sizes and published training of the test classifiers: standard or cifar
 
     def __post_init__(self) -> None:
+        check_choice("protocol", self.protocol, ("standard", "cifar"))
         check_field(self.resolution > 0, "resolution", self.resolution, "at least 1")
         check_field(self.num_channels in (1, 3), "num_channels", self.num_channels, "1 or 3")
         for field in ("n_classes", "num_train"):
@@ -143,10 +145,12 @@ class EvalConfig:
     extractor: str  # feature extractor of the fidelity metrics: inception, random_conv, dinov2 or clip
     oracles: bool  # also report the epochs that are best on validation and test images, which is not private
     gallery: str | None  # samples beside their nearest training images: private, a page of its own, or report
+    ceiling: str  # classifiers that are also trained on the real training images: auto (small), all or none
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, ("val", "syn", "sen"))
         check_choice("recipe", self.recipe, ("paper", "quick"))
+        check_choice("ceiling", self.ceiling, ("auto", "all", "none"))
         check_field(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         check_field(self.num_val >= 0, "num_val", self.num_val, "0 or more")
         known = self.gallery in (None, "private", "report")

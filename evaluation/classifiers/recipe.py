@@ -34,14 +34,16 @@ class Recipe:
     input_noise: float = 0.0
 
 
-PAPER_CIFAR = Recipe("sgd", 0.1, 5e-4, decay_every=60, num_epochs=200, batch_size=126)
-PAPER_OTHER = Recipe("adam", 0.01, 0.0, decay_every=20, num_epochs=50, batch_size=256)
+PAPER = {  # by the protocol of the dataset
+    "cifar": Recipe("sgd", 0.1, 5e-4, decay_every=60, num_epochs=200, batch_size=126),
+    "standard": Recipe("adam", 0.01, 0.0, decay_every=20, num_epochs=50, batch_size=256),
+}
 
 
 def recipe_for(kind: str, spec: DataSpec, num_images: int) -> Recipe:
     """The recipe of `kind` ("paper" or "quick") for `num_images` training images of this dataset."""
     if kind == "paper":
-        return PAPER_CIFAR if "cifar" in spec.name else PAPER_OTHER
+        return PAPER[spec.protocol]
     assert kind == "quick", kind
     least, most = QUICK_EPOCHS
     num_epochs = min(most, max(least, round(QUICK_IMAGES_SEEN / num_images)))

@@ -8,8 +8,8 @@ from evaluation.classifiers.initialise import he_normal
 
 
 def build(spec: DataSpec) -> nn.Module:
-    """The published classifier: depth 164 for CIFAR, 110 for every other dataset."""
-    depth = 164 if "cifar" in spec.name else 110
+    """The published classifier: depth 164 for the protocol "cifar", 110 for "standard"."""
+    depth = 164 if spec.protocol == "cifar" else 110
     return ResNet(depth, spec.channels, spec.num_classes)
 
 

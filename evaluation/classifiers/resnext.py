@@ -10,8 +10,8 @@ CARDINALITY = 8
 
 
 def build(spec: DataSpec) -> nn.Module:
-    """The published classifier: depth 28, widening 10 for CIFAR; depth 29, widening 4 for every other dataset."""
-    depth, widen_factor = (28, 10) if "cifar" in spec.name else (29, 4)
+    """The published classifier: depth 28, widening 10 for the protocol "cifar"; 29 and 4 for "standard"."""
+    depth, widen_factor = (28, 10) if spec.protocol == "cifar" else (29, 4)
     return ResNeXt(depth, widen_factor, spec.channels, spec.num_classes)
 
 

@@ -10,8 +10,8 @@ DROPOUT = 0.3
 
 
 def build(spec: DataSpec) -> nn.Module:
-    """The published classifier: WRN 28-10 for CIFAR, WRN 40-4 for every other dataset."""
-    depth, widen_factor = (28, 10) if "cifar" in spec.name else (40, 4)
+    """The published classifier: WRN 28-10 for the protocol "cifar", WRN 40-4 for "standard"."""
+    depth, widen_factor = (28, 10) if spec.protocol == "cifar" else (40, 4)
     return WideResNet(depth, widen_factor, spec.channels, spec.num_classes)
 
 

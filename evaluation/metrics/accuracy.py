@@ -1,4 +1,6 @@
-"""Accuracy on real test images of classifiers trained on the samples."""
+"""Accuracy on real test images of classifiers trained on the samples, and what its sister metrics share with it."""
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,13 +17,20 @@ def accuracy(classifiers: list, test, spec) -> dict[str, Value | Unavailable]:
 
     The mean is missing when one of its classifiers is.
     """
+    return for_each_choice(
+        "accuracy", classifiers, lambda logits: _percent(logits, test.labels, spec.num_classes)
+    )
+
+
+def for_each_choice(
+    metric_name: str, classifiers: list, value_of: Callable[[np.ndarray], Value]
+) -> dict[str, Value | Unavailable]:
+    """`value_of` the logits (N, K) on the test images, per classifier and selection, and the mean over classifiers."""
     values = {}
     for selection in classifiers[0].choices:
-        each = {
-            judged.name: _percent(judged, selection, test.labels, spec.num_classes) for judged in classifiers
-        }
-        values |= {f"accuracy/{name}/{selection}": value for name, value in each.items()}
-        values[f"accuracy/mean/{selection}"] = _mean(each)
+        each = {judged.name: _value(judged, selection, value_of) for judged in classifiers}
+        values |= {f"{metric_name}/{name}/{selection}": value for name, value in each.items()}
+        values[f"{metric_name}/mean/{selection}"] = _mean(each)
     return values
 
 
@@ -51,16 +60,24 @@ def bootstrap_interval(num_right: int, num_images: int) -> list[float]:
     return (100 * binom.ppf(tails, num_images, num_right / num_images) / num_images).tolist()
 
 
-def _percent(judged, selection: str, labels: np.ndarray, num_classes: int) -> Value | Unavailable:
+def _value(judged, selection: str, value_of: Callable[[np.ndarray], Value]) -> Value | Unavailable:
     choice = judged.choices[selection]
     if isinstance(choice, Unavailable):
         return choice
-    confusion = confusion_matrix(choice.logits.argmax(axis=1), labels, num_classes)
+    found = value_of(choice.logits)
+    return Value(found.value, facts(judged, selection) | found.info, found.details)
+
+
+def _percent(logits: np.ndarray, labels: np.ndarray, num_classes: int) -> Value:
+    confusion = confusion_matrix(logits.argmax(axis=1), labels, num_classes)
     right, of_class = confusion.trace(), confusion.sum(axis=1)
     per_class = [
         100.0 * row[k] / n if n else None for k, (row, n) in enumerate(zip(confusion, of_class, strict=True))
     ]
-    info = facts(judged, selection) | {"interval_95": bootstrap_interval(right, len(labels))}
+    info = {
+        "interval_95": bootstrap_interval(right, len(labels)),
+        "majority_class": 100.0 * float(of_class.max() / len(labels)),
+    }
     details = {"per_class": per_class, "confusion": confusion.tolist()}
     return Value(100.0 * float(right / len(labels)), info, details)
 
@@ -69,8 +86,9 @@ def _mean(each: dict[str, Value | Unavailable]) -> Value | Unavailable:
     missing = [name for name, value in each.items() if isinstance(value, Unavailable)]
     if missing:
         return Unavailable(f"no value for {', '.join(missing)}")
-    percents = [value.value for value in each.values()]
-    info = {"std": float(np.std(percents)), "max": max(percents), "classifiers": list(each)}
+    values = {name: value.value for name, value in each.items()}
+    found = list(values.values())
+    info = {"std": float(np.std(found)), "max": max(found), "classifiers": list(each), "values": values}
     shared = next(iter(each.values())).info
-    info |= {key: shared[key] for key in ("n_fake", "private") if key in shared}
-    return Value(float(np.mean(percents)), info)
+    info |= {key: shared[key] for key in ("n_fake", "private", "majority_class") if key in shared}
+    return Value(float(np.mean(found)), info)

@@ -19,7 +19,8 @@ def density_coverage(
 
     A ball around each real point reaches to its k-th nearest other real point; the border belongs to it. Density:
     the mean number of balls that a fake point lies in, divided by k; 1 in expectation for equal distributions, and may
-    exceed it. Coverage: the share of balls that hold a fake point, in [0, 1].
+    exceed it. Coverage: the share of balls that hold a fake point, in [0, 1]. The package prdc leaves the border out,
+    so it counts less if distances are equal, as those of copies are.
     """
     import torch
 

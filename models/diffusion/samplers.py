@@ -9,6 +9,9 @@ import torch
 from models.diffusion.denoiser import Denoiser
 from utils.sections import check_field
 
+# Most churn of one step (algorithm 2): the variance of the noise at most doubles.
+MAX_GAMMA = math.sqrt(2) - 1
+
 
 @dataclass(frozen=True)
 class SamplerConfig:
@@ -18,7 +21,7 @@ class SamplerConfig:
     tmax: float
     rho: float
     guid_scale: float  # guidance weight w; 0 = none
-    s_churn: float  # edm only: how much noise is added back
+    s_churn: float  # edm only: how much noise is added back, over all steps; see MAX_GAMMA
     s_min: float  # edm only: churn between these noise levels
     s_max: float
 
@@ -84,7 +87,7 @@ def _edm(denoiser, config, levels, x, labels, rng) -> torch.Tensor:
     """Stochastic second-order sampler (algorithm 2), S_noise = 1; the last step, to t = 0, is Euler."""
     for t, t_next in pairwise([*levels, 0.0]):
         churned = config.s_churn > 0 and config.s_min <= t <= config.s_max
-        gamma = min(config.s_churn / config.num_steps, 1.0) if churned else 0.0
+        gamma = min(config.s_churn / config.num_steps, MAX_GAMMA) if churned else 0.0
         t_hat = t * (1 + gamma)
         if gamma > 0:
             extra = torch.randn(x.shape, generator=rng, device=x.device)
