@@ -162,7 +162,7 @@ def show_parts(config: Config) -> int:
 
 def evaluate_images(config: Config) -> int:
     """Judge the images of --images against all training and test images; returns the exit code."""
-    from data.sensitive import load_sensitive, require_prepared, spec_of
+    from data.sensitive import load_sensitive, private_cache, require_prepared, spec_of
     from evaluation.earlier import earlier_report, facts_of
     from evaluation.evaluator import Evaluator
     from evaluation.images import read_images
@@ -173,7 +173,7 @@ def evaluate_images(config: Config) -> int:
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
     evaluator = Evaluator(
         config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed,
-        config.data_root / ".cache", config.sensitive_data.prompt,
+        private_cache(config.sensitive_data, config.data_root), config.sensitive_data.prompt,
     )  # fmt: skip
     require_prepared(config.sensitive_data, config.data_root)  # before images are read, which takes time
     samples, notes = read_images(config.images, spec)
@@ -193,7 +193,7 @@ def evaluate_images(config: Config) -> int:
     name = "-".join(filter(None, (spec.name, config.description)))
     folder = config.out or new_folder(config.exp_root, config.method, name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # of one that exists the rights stay
     except OSError as error:
         raise UserError(
             f"--out: cannot make {folder} ({error.strerror}); give a folder that can be written"
@@ -262,9 +262,7 @@ def evaluate(config: Config) -> int:
     if config.dry_run:
         log.info(plan_of(config, len(samples), folder))
         return 0
-    runtime = Runtime(
-        prepare_device(config.setup), config.seed, config.setup.precision, folder, config.data_root / ".cache"
-    )
+    runtime = Runtime(prepare_device(config.setup), config.seed, config.setup.precision, folder)
     also_to(folder / "stdout.txt")
     real = real_images(config, spec, split, runtime.device)
     with working_in(folder):

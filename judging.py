@@ -40,6 +40,7 @@ def judge(
     `real` holds the training images (revealed for this), the test images, and the validation images behind their
     own ledger; `training` is the report of the training ledger.
     """
+    from data.sensitive import private_cache
     from evaluation.ceiling import with_ceiling
     from evaluation.earlier import facts_of
     from evaluation.evaluator import Evaluator
@@ -47,8 +48,8 @@ def judge(
     from opacus_ext.card import privacy_card, privacy_summary
 
     evaluator = Evaluator(
-        config.eval, spec, config.weights_root, runtime.device, config.seed, runtime.cache_dir,
-        config.sensitive_data.prompt,
+        config.eval, spec, config.weights_root, runtime.device, config.seed,
+        private_cache(config.sensitive_data, config.data_root), config.sensitive_data.prompt,
     )  # fmt: skip
     start = time.perf_counter()
     selection = None

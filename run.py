@@ -195,6 +195,7 @@ def require_same_settings(config: Config) -> None:
 
 def compose(config: Config, plan: list | None = None) -> Parts:
     """Spec, ledger and method, with the method's plan adopted, or the calibrated `plan`; reads no image."""
+    from data.cache import CACHE_NAME
     from data.public import num_public_classes
     from data.sensitive import require_apart, spec_of
     from evaluation.evaluator import Evaluator
@@ -215,7 +216,7 @@ def compose(config: Config, plan: list | None = None) -> Parts:
         prepare_device(config.setup),
         config.seed,
         config.setup.precision,
-        cache_dir=config.data_root / ".cache",
+        cache_dir=config.data_root / CACHE_NAME,
         weights_root=config.weights_root,
     )
     Evaluator(config.eval, spec, config.weights_root, runtime.device, config.seed)  # unknown names fail now

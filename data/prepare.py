@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.cache import CACHE_NAME
 from data.convert import to_channels
 from data.download import download
 from data.labels import resolve
@@ -27,6 +28,7 @@ from data.sources import COLOURS, ArrayPart, Part, Source, conversion_notes, ope
 from data.splits import random_test_rows, stratified_test_rows
 from utils.environment import require_no_run
 from utils.errors import UserError, unknown
+from utils.private_files import readable_by_others
 from utils.progress import progress
 
 __all__ = ["Target", "convert_source", "prepare", "read_prepared"]
@@ -89,6 +91,8 @@ def prepare(
         notes.append(note)
     folder = data_root / _folder_name(data_name, known, target.resolution)
     meta, more = convert_source(found, target, folder, str(source.resolve()))  # data/sensitive.py compares it
+    if not target.public and readable_by_others(folder):
+        more.append(f"warning: others can read the images: the file system of {folder} keeps no rights")
     return folder, meta, [f"{data_name}: {note}" for note in notes + more]
 
 
@@ -103,7 +107,8 @@ def convert_source(
         [part.labels for part in parts.values()], source.class_names, target.class_names, description
     )
     forms: Counter = Counter()
-    with new_prepared(folder, (target.channels, target.resolution, target.resolution)) as writer:
+    shape = (target.channels, target.resolution, target.resolution)
+    with new_prepared(folder, shape, private=not target.public) as writer:
         for (name, part), labels in zip(parts.items(), labelling.parts, strict=True):
             images = writer.new_part(name, labels)
             forms += _fill(images, part, f"{target.name}: converting {name}")
@@ -132,10 +137,7 @@ def _known_set(data_name: str, source: Path | None) -> KnownSet | None:
     """The table's entry, or None for a custom name, which needs a source."""
     if data_name in EMBEDDED_SENSITIVE or data_name in EMBEDDED_PUBLIC:
         raise UserError(f"{data_name} is embedded: there is nothing to prepare")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", data_name):
-        raise UserError(
-            f"--data_name: '{data_name}' is not allowed; it must be letters, digits, '_', '-' and '.'"
-        )
+    require_allowed_name("--data_name", data_name)
     known = known_set(data_name)
     if known is None and source is None:
         raise UserError(
@@ -144,11 +146,21 @@ def _known_set(data_name: str, source: Path | None) -> KnownSet | None:
     return known
 
 
+def require_allowed_name(flag: str, data_name: str) -> None:
+    """Raise UserError unless `data_name` is a plain name, which cannot lead out of the data root."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", data_name):
+        raise UserError(f"{flag}: '{data_name}' is not allowed; it must be letters, digits, '_', '-' and '.'")
+
+
+def downloads_folder(name: str, data_root: Path) -> Path:
+    return data_root / CACHE_NAME / "downloads" / name
+
+
 def _download_all(known: KnownSet, data_root: Path) -> Path:
     """Fetch the files of a known set into the cache and return their folder."""
     if not known.downloads:
         raise UserError(f"{known.name} cannot be downloaded: {known.advice}")
-    folder = data_root / ".cache" / "downloads" / known.name
+    folder = downloads_folder(known.name, data_root)
     for remote in known.downloads:
         download(remote, folder)
     return folder

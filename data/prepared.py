@@ -2,7 +2,8 @@
 
     <folder>/meta.json  train_images.npy (N, C, H, W)  train_labels.npy (N,)  [test_images.npy  test_labels.npy]
 
-A folder is written beside its place and renamed, so a folder that exists is complete.
+A folder is written beside its place and renamed, so a folder that exists is complete. Private images, and meta.json,
+whose digests tell whether a guess of all images is right, can be read by their owner alone (0700, files 0600).
 """
 
 import contextlib
@@ -20,6 +21,7 @@ import numpy as np
 
 from data.spec import Samples
 from utils.errors import UserError
+from utils.private_files import create_private_file
 
 MEMORY_MAP_ABOVE = (
     2 * 1024**3
@@ -73,18 +75,19 @@ def sha256_of(path: Path) -> str:
 class PreparedWriter:
     """Fills the arrays of a new prepared folder; `finish` computes the digests and writes meta.json."""
 
-    def __init__(self, folder: Path, image_shape: tuple[int, int, int]) -> None:
+    def __init__(self, folder: Path, image_shape: tuple[int, int, int], private: bool) -> None:
         self.folder = folder
         self.image_shape = image_shape
+        self._private = private
         self._counts = {"train": 0, "test": 0}
 
     def new_part(self, part: str, labels: np.ndarray) -> np.ndarray:
         """Write the labels of `part` and return its (N, C, H, W) uint8 images, mapped and ready to be filled."""
         shape = (len(labels), *self.image_shape)
         require_free_space(self.folder, int(np.prod(shape)))
-        np.save(self.folder / f"{part}_labels.npy", labels.astype(np.int64))
+        np.save(self._new_file(f"{part}_labels.npy"), labels.astype(np.int64))
         self._counts[part] = len(labels)
-        path = self.folder / f"{part}_images.npy"
+        path = self._new_file(f"{part}_images.npy")
         return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
 
     def finish(self, name: str, class_names: tuple[str, ...], source: str) -> PreparedMeta:
@@ -102,15 +105,24 @@ class PreparedWriter:
             secrets.token_hex(8),
         )
         text = json.dumps(asdict(meta), indent=2, ensure_ascii=False)
-        (self.folder / META_NAME).write_text(text + "\n", encoding="utf-8")
+        self._new_file(META_NAME).write_text(text + "\n", encoding="utf-8")
         return meta
+
+    def _new_file(self, name: str) -> Path:
+        path = self.folder / name
+        if self._private:
+            create_private_file(path)
+        return path
 
 
 @contextlib.contextmanager
-def new_prepared(folder: Path, image_shape: tuple[int, int, int]) -> Iterator[PreparedWriter]:
+def new_prepared(
+    folder: Path, image_shape: tuple[int, int, int], *, private: bool = True
+) -> Iterator[PreparedWriter]:
     """A writer whose folder takes the place `folder` when the block ends well, and vanishes when it does not.
 
-    An existing prepared folder is replaced; anything else at that place is an error.
+    Only its owner can read a `private` folder; the rights to another one follow the umask. An existing prepared folder
+    is replaced; anything else at that place is an error.
     """
     if folder.exists() and not is_prepared(folder):
         raise UserError(
@@ -119,8 +131,8 @@ def new_prepared(folder: Path, image_shape: tuple[int, int, int]) -> Iterator[Pr
     _make_writable(folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / "new"
-        fresh.mkdir()
-        yield PreparedWriter(fresh, image_shape)
+        fresh.mkdir(mode=0o700 if private else 0o777)
+        yield PreparedWriter(fresh, image_shape, private)
         if folder.exists():
             os.rename(folder, Path(scratch) / "old")
         os.rename(fresh, folder)

@@ -1,10 +1,11 @@
-"""Public data at the shape of the private data. Converted copies are kept under <data_root>/.cache."""
+"""Public data at the shape of the private data. Converted copies are kept in the public cache."""
 
 import hashlib
 from pathlib import Path
 
 import numpy as np
 
+from data.cache import CACHE_NAME, public_cache
 from data.convert import resized, to_channels
 from data.prepare import Target, convert_source
 from data.prepared import Prepared, is_prepared, new_prepared, read_meta, read_prepared, sha256_of
@@ -122,10 +123,10 @@ def _load_glyphs(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> 
 
     per_class = DEFAULT_PER_CLASS if section.per_class is None else section.per_class
     key = rendering_key(spec.resolution, per_class, GLYPH_SEED)
-    folder = data_root / ".cache" / f"glyphs-{spec.resolution}-{key}"
+    folder = public_cache(data_root / CACHE_NAME, f"glyphs-{spec.resolution}-{key}")
     if not is_prepared(folder):
         rendered = EMBEDDED_PUBLIC.resolve(section.name)(spec.resolution, per_class, GLYPH_SEED)
-        with new_prepared(folder, (1, spec.resolution, spec.resolution)) as writer:
+        with new_prepared(folder, (1, spec.resolution, spec.resolution), private=False) as writer:
             writer.new_part("train", rendered.samples.labels)[:] = rendered.samples.images
             writer.finish("glyphs", tuple(CHARACTERS), "rendered from the fonts of matplotlib")
     grey = read_prepared(folder).train
@@ -179,7 +180,7 @@ def _prepared_from_path(section: PublicDataConfig, spec: DataSpec, data_root: Pa
         return None
     path = Path(section.train_path)
     key = _key(_path_hash(path), spec.resolution, spec.channels)
-    folder = data_root / ".cache" / f"{section.name}-{spec.resolution}-{key}"
+    folder = public_cache(data_root / CACHE_NAME, f"{section.name}-{spec.resolution}-{key}")
     if not is_prepared(folder):
         target = Target(section.name, spec.resolution, spec.channels, None, public=True)
         _, notes = convert_source(open_source(path), target, folder, str(path))
@@ -208,10 +209,10 @@ def _converted_copy(
     """The training part, its first per_class images of each class, at the spec's shape; made once, then cached."""
     meta = prepared.meta
     key = _key(meta.content_hash, spec.resolution, spec.channels, section.per_class)
-    folder = data_root / ".cache" / f"{meta.name}-{spec.resolution}-{key}"
+    folder = public_cache(data_root / CACHE_NAME, f"{meta.name}-{spec.resolution}-{key}")
     if not is_prepared(folder):
         rows = _first_rows(prepared.train.labels, section.per_class)
-        with new_prepared(folder, spec.image_shape) as writer:
+        with new_prepared(folder, spec.image_shape, private=False) as writer:
             images = writer.new_part("train", prepared.train.labels[rows])
             for start in progress(range(0, len(rows), ROWS_AT_ONCE), f"resizing {meta.name}", unit="block"):
                 block = prepared.train.images[rows[start : start + ROWS_AT_ONCE]]

@@ -1,11 +1,11 @@
 """The private data of a run: what is public about it (read without opening an image), and its fixed split."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data.cache import PrivateCache, private_places
 from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta, read_prepared
 from data.public import has_public_images, stored_folders
 from data.registry import EMBEDDED_SENSITIVE, known_set, prepare_command
@@ -100,14 +100,20 @@ def load_sensitive(section: SensitiveDataConfig, mode: str, data_root: Path) -> 
     """
     if section.name is None:
         raise UserError("sensitive_data.name: null has no images to load; name a dataset")
-    spec_of(section, mode, data_root)  # the checks
+    spec, _ = spec_of(section, mode, data_root)  # with its checks
     train, test = _load_parts(section, data_root)
     num_held_out = _num_held_out(section, mode, len(train))
     if num_held_out == 0:
         return SensitiveData(train, None, test)
     train_rows, validation_rows = validation_split(len(train), num_held_out)
-    kept = _take(train, train_rows, data_root, f"{section.name}-train-{num_held_out}")
+    cache = private_cache(section, data_root)
+    kept = _take(train, train_rows, cache, f"train-without-{num_held_out}-{spec.identity}")
     return SensitiveData(kept, train.take(validation_rows), test)
+
+
+def private_cache(section: SensitiveDataConfig, data_root: Path) -> PrivateCache:
+    """The one place for what is computed from this set without noise: next to its images."""
+    return PrivateCache(*private_places(_folder(section, data_root)))
 
 
 def _class_names(section: SensitiveDataConfig, meta: PreparedMeta | None) -> tuple[str, ...]:
@@ -184,15 +190,12 @@ def _count_notes(section: SensitiveDataConfig, available: int, num_private: int)
     )
 
 
-def _take(samples: Samples, rows: np.ndarray, data_root: Path, name: str) -> Samples:
-    """The chosen rows. Of mapped images the copy is written to the cache once and mapped too."""
-    if not isinstance(samples.images, np.memmap):
+def _take(samples: Samples, rows: np.ndarray, cache: PrivateCache, name: str) -> Samples:
+    """The chosen rows. Of mapped images the copy is written to the cache once and mapped too; without one it is held
+    in memory."""
+    if not isinstance(samples.images, np.memmap) or cache.folder is None:
         return samples.take(rows)
-    stamp = Path(samples.images.filename).stat()
-    key = hashlib.sha256(
-        f"{samples.images.filename}/{stamp.st_size}/{stamp.st_mtime_ns}".encode()
-    ).hexdigest()[:16]
-    folder = data_root / ".cache" / f"{name}-{key}"
+    folder = cache.folder / name
     if not is_prepared(folder):
         with new_prepared(folder, samples.images.shape[1:]) as writer:
             images = writer.new_part("train", samples.labels[rows])

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from data.cache import PrivateCache
 from data.spec import DataSpec, Samples
 from evaluation.floor import real_floor
 from evaluation.gallery import nearest_training
@@ -32,13 +33,13 @@ __all__ = ["Evaluator", "NoisySelection"]
 class Evaluator:
     """The metrics of `config` for one dataset.
 
-    `weights_root` holds the weights of feature extractors. `cache_dir`, when given, keeps features on disk; those of
-    private images are private. `prompt` describes an image for text-based metrics; {} stands for the class name.
+    `weights_root` holds the weights of feature extractors. `cache`, when given, keeps the features of all images on
+    disk. `prompt` describes an image for text-based metrics; {} stands for the class name.
     """
 
     def __init__(
         self, config: EvalConfig, spec: DataSpec, weights_root: Path, device: str, seed: int,
-        cache_dir: Path | None = None, prompt: str = "an image of a {}",
+        cache: PrivateCache | None = None, prompt: str = "an image of a {}",
     ) -> None:  # fmt: skip
         self.values = check_metrics(config.metrics)
         check_extractor(config.extractor)
@@ -47,7 +48,7 @@ class Evaluator:
             raise UserError(f"eval.classifiers is empty; the metric {needing[0]} needs at least one")
         self.config, self.spec, self.prompt = config, spec, prompt
         self.weights_root, self.device, self.seed = Path(weights_root), device, seed
-        self.cache_dir = cache_dir
+        self.cache = cache
 
     def evaluate(
         self, samples: Samples, *, train: Samples, test: Samples, select: NoisySelection | None,
@@ -65,7 +66,7 @@ class Evaluator:
         inputs = Inputs(
             self.config, self.spec, samples=samples, train=train, test=test, select=select, validation=validation,
             prompt=self.prompt, weights_root=self.weights_root, device=self.device, seed=self.seed,
-            cache_dir=self.cache_dir,
+            cache=self.cache,
         )  # fmt: skip
         report = Report()
         for metric in dict.fromkeys(METRICS.resolve(value) for value in self.values):

@@ -1,6 +1,5 @@
 """Features of the images that are judged: what a frozen network (extractors/) makes of them, with a cache."""
 
-import hashlib
 import zipfile
 import zlib
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.cache import PrivateCache
 from extractors.extractor import Extractor
 from utils.progress import progress
 from utils.run_dir import atomic
@@ -30,17 +30,17 @@ def extract(
     *,
     batch_size: int,
     description: str,
-    cache_dir: Path | None = None,
+    cache: PrivateCache | None = None,
 ) -> Features:
     """One pass of uint8 images (N, C, H, W).
 
-    With `cache_dir` the result is kept there under the hash of the images and of the extractor. Features of private
-    images are private: cache them only where the images themselves may lie. A cache that cannot be used costs time and
-    a warning, no more.
+    With `cache` the result is kept there, under a name that depends on the images and the extractor. Features tell
+    exactly which images they are of, so those of private images, and of images of unknown origin, are as private as
+    these. A cache that cannot be used costs time and a warning, no more.
     """
-    if cache_dir is None:
+    path = None if cache is None else _place(cache, extractor, images)
+    if path is None:
         return _forward(extractor, images, batch_size, description)
-    path = cache_dir / f"{extractor.name}-{content_hash(images, extractor.identity)}.npz"
     result = _cached(path)
     if result is None:
         result = _forward(extractor, images, batch_size, description)
@@ -79,15 +79,20 @@ def _forward(extractor: Extractor, images: np.ndarray, batch_size: int, descript
     return Features(np.concatenate(features), None if logits[0] is None else np.concatenate(logits))
 
 
-def content_hash(array: np.ndarray, identity: str) -> str:
-    """A digest that changes with any value of `array`, with its shape, and with `identity`."""
-    digest = hashlib.sha256(f"{identity} {array.shape}".encode())
-    for start in range(0, len(array), 1024):
-        digest.update(np.ascontiguousarray(array[start : start + 1024]))
-    return digest.hexdigest()[:32]
+def _place(cache: PrivateCache, extractor: Extractor, images: np.ndarray) -> Path | None:
+    """The file of these features: its name changes with any value of the images, their shape and the extractor's
+    weights. None if nothing can be kept."""
+    folder = cache.folder
+    if folder is None:
+        return None
+    digest = cache.new_hash()
+    digest.update(f"{extractor.identity} {images.shape}".encode())
+    for start in range(0, len(images), 1024):
+        digest.update(np.ascontiguousarray(images[start : start + 1024]))
+    return folder / f"{extractor.name}-{digest.hexdigest()}.npz"
 
 
 def _write(path: Path, result: Features) -> None:
     arrays = {"features": result.features} | ({} if result.logits is None else {"logits": result.logits})
-    with atomic(path) as temporary:
+    with atomic(path, private=True) as temporary:
         np.savez(temporary, **arrays)

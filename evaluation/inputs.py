@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.cache import PrivateCache
 from data.spec import DataSpec, Samples
 from evaluation.features import Features, extract
 from evaluation.neighbours import NUM_NEIGHBOURS, CentredPoints, centre_of, nearest_others
@@ -31,12 +32,12 @@ class Inputs:
     def __init__(
         self, config: EvalConfig, spec: DataSpec, *, samples: Samples, train: Samples, test: Samples,
         select: NoisySelection | None, validation: Samples | None, prompt: str, weights_root: Path, device: str,
-        seed: int, cache_dir: Path | None,
+        seed: int, cache: PrivateCache | None,
     ) -> None:  # fmt: skip
         self.config, self.spec, self.prompt = config, spec, prompt
         self.samples, self.train, self.test = samples, train, test
         self.select, self.validation = select, validation
-        self.weights_root, self.device, self.seed, self.cache_dir = weights_root, device, seed, cache_dir
+        self.weights_root, self.device, self.seed, self.cache = weights_root, device, seed, cache
         self._passes: dict[str, Passes] = {}
 
     def passes(self, extractor: str) -> "Passes":
@@ -82,7 +83,7 @@ class Inputs:
                 try:
                     choice = trained_on_real(
                         name, self.train, self.test, spec=self.spec, config=self.config, device=self.device,
-                        seed=self.seed, cache_dir=self.cache_dir,
+                        seed=self.seed, cache=self.cache,
                     )  # fmt: skip
                 except Unavailable as reason:
                     log.warning(f"the ceiling of {name} is left out: {reason}")
@@ -157,5 +158,5 @@ class Passes:
     def _pass(self, samples: Samples, what: str) -> Features:
         return extract(
             self.extractor, samples.images, batch_size=self._inputs.config.batch_size,
-            description=f"{self.extractor.name} features of {what}", cache_dir=self._inputs.cache_dir,
+            description=f"{self.extractor.name} features of {what}", cache=self._inputs.cache,
         )  # fmt: skip

@@ -70,7 +70,7 @@ def write_page(
     embedded = shown is not None and gallery == "report"
     if shown is not None and not embedded:
         page = _document(f"{title}: nearest training images", f"<p class='red'>{CONTAINS_PRIVATE}</p>{shown}")
-        write_text(folder / GALLERY, page)
+        write_text(folder / GALLERY, page, private=True)
     sections = [
         f"<p class='red'>{CONTAINS_PRIVATE}</p>" if embedded else "",
         _head(samples, spec),

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data.cache import public_cache
 from data.spec import DataSpec, PublicData
 from models.nn.resnet import CLASSIFIERS
 from models.synthesizer import Cost
@@ -185,9 +186,13 @@ class SemanticQuery:
             )
             return
         self._train(classifier, public)
-        if cached is not None:
+        if cached is None:
+            return
+        try:
             with atomic(cached) as temporary:
                 torch.save(classifier.state_dict(), temporary)
+        except OSError as error:
+            log.warning(f"{cached}: the query classifier is not kept ({error.strerror or error})")
 
     def _train(self, classifier: nn.Module, public: PublicData) -> None:
         config, samples = self.config, public.samples
@@ -228,7 +233,7 @@ class SemanticQuery:
         )
         digest.update(np.ascontiguousarray(public.samples.images))
         digest.update(public.samples.labels)
-        return self.runtime.cache_dir / f"query_classifier_{digest.hexdigest()[:16]}.pth"
+        return public_cache(self.runtime.cache_dir, f"query_classifier_{digest.hexdigest()[:16]}.pth")
 
     def _write(self, path: Path, public: PublicData, chosen: list[list[int]], ledger: Ledger) -> None:
         saved = {

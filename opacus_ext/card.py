@@ -31,6 +31,7 @@ def privacy_card(report: dict) -> str:
     lines += _revealed_lines(report.get("revealed", []))
     lines += ["**Assumed public**", "", *(f"- {line}" for line in report["assumptions"]), ""]
     lines += ["**What this does not cover**", "", *(f"- {line}" for line in _caveats(report)), ""]
+    lines += ["**Not for sharing**", "", *(f"- {line}" for line in _private_files(report)), ""]
     return "\n".join(lines)
 
 
@@ -159,6 +160,19 @@ def _revealed_lines(reasons: list[str]) -> list[str]:
         "",
         *(f"- {reason}" for reason in dict.fromkeys(reasons)),
         "",
+    ]
+
+
+def _private_files(report: dict) -> list[str]:
+    """What holds private images, or results computed from them without noise, and where it lies."""
+    name = report.get("data", "NAME")
+    return [
+        "in the folder of the run: results.json, details.json, report.html, stdout.txt and private/",
+        "in the folder of the prepared images: the images, meta.json and .cache, which keeps features of the images, "
+        "and with eval.mode=val may keep copies of them (in ~/.cache/dp-image-bench/private if it is read-only)",
+        "these folders are made so that only their owner can read them; do not widen their rights",
+        f"`python scripts/prepare_data.py --forget {name}` removes the prepared images with all features and copies, "
+        f"and names the runs on them",
     ]
 
 

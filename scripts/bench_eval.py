@@ -162,6 +162,7 @@ def _features(num_images: int, passes: int) -> Timed:
     """The last of `passes` over 32-pixel images, its value the mean feature; a second one finds them in the cache."""
     import numpy as np
 
+    from data.cache import PrivateCache
     from data.spec import DataSpec
     from evaluation.features import extract
     from extractors.random_conv import RandomConvExtractor
@@ -169,7 +170,7 @@ def _features(num_images: int, passes: int) -> Timed:
     images = np.random.default_rng(0).integers(0, 256, (num_images, 3, 32, 32), dtype=np.uint8)
     extractor = RandomConvExtractor(DataSpec("bench", 32, 3, 2, 2, ("a", "b")), Path(), "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        options = {"batch_size": 256, "description": "features", "cache_dir": Path(folder)}
+        options = {"batch_size": 256, "description": "features", "cache": PrivateCache(Path(folder))}
         for _ in range(passes):
             found = timed(lambda: float(extract(extractor, images, **options).features.mean()))
     return found

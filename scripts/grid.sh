@@ -104,7 +104,7 @@ cell() { # method data epsilon name [key=value ...]
     fi
     local log
     log=$EXP_ROOT/logs/$(date +%F-%H-%M-%S)-${label//[^A-Za-z0-9.]/-}.txt
-    mkdir -p "$EXP_ROOT/logs"
+    mkdir -p -m 700 "$EXP_ROOT/logs"  # what the runs print are metrics without noise
     "$PYTHON" run.py "${named[@]}" "${place[@]}" "${words[@]}" >"$log" 2>&1 &
     running+=($!)
     labels+=("$label, see $log")

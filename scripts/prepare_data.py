@@ -1,4 +1,7 @@
-"""Download or convert a dataset into the prepared format: python scripts/prepare_data.py --data_name mnist_28"""
+"""Download or convert a dataset into the prepared format: python scripts/prepare_data.py --data_name mnist_28
+
+--forget NAME removes a prepared set, with its private cache and all copies.
+"""
 
 import argparse
 import sys
@@ -6,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.forget import forget
 from data.prepare import prepare
 from data.prepared import PreparedMeta
 from data.registry import known_names, known_set
@@ -20,8 +24,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "downloaded; with it, what you have is converted, whatever its layout (docs/datasets.md).",
         epilog=f"Known names: {', '.join(known_names())}. Any other name is a set of your own and needs --source.",
     )
-    parser.add_argument(
-        "--data_name", required=True, metavar="NAME", help="known name, or a name for your own set"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data_name", metavar="NAME", help="known name, or a name for your own set")
+    what.add_argument(
+        "--forget", metavar="NAME", help="remove this prepared set, its private cache, copies and downloads"
     )
     parser.add_argument("--source", type=Path, metavar="PATH", help="folder, npz, zip or tar that you have")
     parser.add_argument(
@@ -45,19 +51,40 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--public", action="store_true", help="a public set of your own: no test part is put aside"
     )
     parser.add_argument("--force", action="store_true", help="replace a prepared set of this name")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--exp_root",
+        type=Path,
+        metavar="DIR",
+        help="with --forget: where to look for runs, which are named and not removed (default: exp)",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.forget is not None:
+        for flag in ("source", "test_source", "resolution", "channels", "public", "force"):
+            if getattr(arguments, flag) not in (None, False):
+                parser.error(f"--{flag}: is not used with --forget; leave it out")
+    elif arguments.exp_root is not None:
+        parser.error("--exp_root: is used with --forget only; leave it out")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = vars(parse_arguments(argv))
+    forgotten, exp_root = arguments.pop("forget"), arguments.pop("exp_root")
     try:
         with sigterm_interrupts():
+            if forgotten is not None:
+                for line in forget(forgotten, arguments["data_root"], exp_root or Path("exp")):
+                    print(line)
+                return 0
             folder, meta, notes = prepare(**arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("\nstopped; no prepared set was written", file=sys.stderr)
+        advice = (
+            "no prepared set was written" if forgotten is None else "repeat the command to remove the rest"
+        )
+        print(f"\nstopped; {advice}", file=sys.stderr)
         return exit_code(stop)
     for note in notes:
         print(note)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch_fidelity import feature_extractor_inceptionv3 as torch_fidelity_inception
 
+from data.cache import PrivateCache
 from data.digits import load_digits_8
 from data.spec import DataSpec, Samples
 from evaluation.ceiling import with_ceiling
@@ -54,11 +56,11 @@ def evaluate(
     select=None,
     validation=None,
     root="absent",
-    cache_dir=None,
+    cache=None,
     **changes,
 ):
     train, own_test = digits
-    evaluator = Evaluator(config(**changes), SPEC, Path(root), "cpu", 0, cache_dir=cache_dir)
+    evaluator = Evaluator(config(**changes), SPEC, Path(root), "cpu", 0, cache=cache)
     return evaluator.evaluate(
         train if samples is None else samples, train=train, test=test or own_test, select=select,
         validation=validation,
@@ -265,7 +267,7 @@ def test_a_ceiling_is_trained_once_per_dataset_recipe_and_seed(digits, tmp_path,
 
     def ceiling(spec=SPEC, seed=0, train=digits[0]) -> float:
         settings = config(classifiers=["logistic_regression"], ceiling="auto")
-        evaluator = Evaluator(settings, spec, Path("absent"), "cpu", seed, cache_dir=tmp_path)
+        evaluator = Evaluator(settings, spec, Path("absent"), "cpu", seed, cache=PrivateCache(tmp_path))
         report = evaluator.evaluate(small, train=train, test=digits[1], select=None)
         return report.metric_info[name]["ceiling"]
 
@@ -276,6 +278,7 @@ def test_a_ceiling_is_trained_once_per_dataset_recipe_and_seed(digits, tmp_path,
         ceiling(**changes)
         assert len(trained) == before + 1, changes
     (kept,) = (path for path in tmp_path.iterdir() if "prepared again" in path.name)
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     content = kept.read_bytes()
     for damaged in (content[:100], b""):
         kept.write_bytes(damaged)
@@ -505,7 +508,7 @@ def test_grey_and_its_colour_copy_have_equal_inception_features(random_inception
 
 
 def test_cached_features_need_no_second_pass(digits, tmp_path, monkeypatch):
-    arguments = {"metrics": ["fid", "precision", "recall"], "cache_dir": tmp_path}
+    arguments = {"metrics": ["fid", "precision", "recall"], "cache": PrivateCache(tmp_path)}
     first = evaluate(digits, **arguments)
 
     def refuse(*_):
@@ -530,7 +533,7 @@ def test_cached_features_need_no_second_pass(digits, tmp_path, monkeypatch):
     ],
 )
 def test_damaged_features_are_computed_again_and_replaced(digits, tmp_path, monkeypatch, caplog, damage):
-    arguments = {"metrics": ["fid"], "cache_dir": tmp_path}
+    arguments = {"metrics": ["fid"], "cache": PrivateCache(tmp_path)}
     first = evaluate(digits, **arguments)
     paths = list(tmp_path.glob("*.npz"))
     whole = {path: path.read_bytes() for path in paths}
@@ -548,16 +551,20 @@ def test_features_that_cannot_be_kept_cost_a_warning_alone(digits, tmp_path, mon
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(log, "propagate", True)
     with caplog.at_level("WARNING"):
-        report = evaluate(digits, metrics=["fid"], cache_dir=tmp_path / "file" / "cache")
+        report = evaluate(digits, metrics=["fid"], cache=PrivateCache(tmp_path / "file" / "cache"))
     assert "fid/random_conv" in report.metrics
-    assert caplog.messages and all("features are not kept" in line for line in caplog.messages)
+    (line,) = set(caplog.messages)
+    assert "not kept" in line and str(tmp_path / "file" / "cache") in line
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("evaluation.features.np.savez", full)
-    assert "fid/random_conv" in evaluate(digits, metrics=["fid"], cache_dir=tmp_path / "full").metrics
-    assert list((tmp_path / "full").iterdir()) == []
+    cache = PrivateCache(tmp_path / "full")
+    caplog.clear()
+    assert "fid/random_conv" in evaluate(digits, metrics=["fid"], cache=cache).metrics
+    assert len({line for line in caplog.messages if "features are not kept" in line}) == 2
+    assert [path.name for path in cache.folder.iterdir()] == ["key"]
 
 
 @pytest.mark.parametrize(

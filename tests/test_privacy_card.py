@@ -117,6 +117,22 @@ def test_unit_delta_assumptions_and_caveats_are_named(two_stages):
     assert "seeded (" not in card
 
 
+def test_the_card_lists_what_is_not_for_sharing_and_how_it_is_removed(two_stages):
+    section = privacy_card(two_stages).split("**Not for sharing**")[1]
+    for name in (
+        "results.json",
+        "details.json",
+        "report.html",
+        "stdout.txt",
+        "private/",
+        "meta.json",
+        ".cache",
+    ):
+        assert name in section
+    assert "--forget toy`" in section
+    assert "--forget NAME`" in privacy_card({k: v for k, v in two_stages.items() if k != "data"})
+
+
 def test_the_card_says_whose_samples_it_is_about(two_stages):
     card = privacy_card({**two_stages, "run": "dpdm/toy_eps2.0-2026"})
     assert "Of the samples (gen/gen.npz) of the run **dpdm/toy_eps2.0-2026**" in card

@@ -14,6 +14,14 @@ def weights_root(given: str | None = None) -> Path:
     return _place(given, "DPIB_WEIGHTS_ROOT", "~/.cache/dp-image-bench")
 
 
+def user_cache() -> Path | None:
+    """The user's own folder for what can be computed again; None for a user without a home folder."""
+    try:
+        return Path("~/.cache/dp-image-bench").expanduser()
+    except RuntimeError:
+        return None
+
+
 def _place(given: str | None, variable: str, usual: str) -> Path:
     """An empty flag or variable counts as absent; "~" is the home folder."""
     return Path(given or os.environ.get(variable) or usual).expanduser()

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.private_files import create_private_file, make_private_folder
 
 CONFIG = "config.yaml"  # written first: a folder without it is no run
 PRIVACY = "privacy.json"  # the account of what was asked of private images
@@ -25,12 +26,20 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, fil
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the place of `path` when the block ends without an error, on the
-    disk too: what was booked or answered must not be forgotten by a machine that loses power."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    disk too: what was booked or answered must not be forgotten by a machine that loses power.
+
+    A `private` file has the rights 0600, and its folder 0700, from the moment that they are made.
+    """
+    if private:
+        make_private_folder(path.parent)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
+        if private:
+            create_private_file(temporary)
         yield temporary
         _flush(temporary)
         os.replace(temporary, path)
@@ -52,8 +61,8 @@ def _flush(path: Path) -> None:
             raise
 
 
-def write_text(path: Path, text: str) -> None:
-    with atomic(path) as temporary:
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    with atomic(path, private=private) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -97,14 +106,14 @@ def create(exp_root: Path, method: str, data_name: str, epsilon: float, descript
 
 
 def new_folder(exp_root: Path, group: str, name: str) -> Path:
-    """Make <exp_root>/<group>/<name>-<time>/ and return it; never an existing folder."""
+    """Make <exp_root>/<group>/<name>-<time>/ with the rights 0700 and return it; never an existing folder."""
     if re.search(r"[/\\\0]", name):
         raise UserError(f"--exp_description: '{name}' must not contain a path separator")
     stem = f"{name}-{datetime.now():%Y-%m-%d-%H-%M-%S}"
     for attempt in range(100):
         folder = exp_root / group / (stem if attempt == 0 else f"{stem}-{attempt}")
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir(mode=0o700, parents=True)
         except FileExistsError:
             if folder.is_dir():
                 continue

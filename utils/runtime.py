@@ -22,7 +22,7 @@ class Runtime:
     seed: int = 0
     precision: str = "float32"  # of networks in training and sampling: float32, tf32 or bf16
     folder: Path | None = None  # the run's folder
-    cache_dir: Path | None = None  # in the data root; may hold features of private images
+    cache_dir: Path | None = None  # of public data alone (data.cache.public_cache)
     weights_root: Path = Path("weights")  # published weights that have been fetched
     snapshot: Callable[[str], None] = field(default=_keep_nothing)  # stage -> save state and ledger together
 
