@@ -20,6 +20,7 @@ from utils import distributed
 from utils.command_line import read_command_line, short_help
 from utils.config import COMMAND_LINE, Config, format_config, load_config
 from utils.config_files import config_folders, flatten
+from utils.divergence import explaining_divergence, require_not_diverged
 from utils.errors import UserError
 from utils.progress import duration
 from utils.resuming import as_started, how_to_continue, with_own_words
@@ -342,7 +343,7 @@ def work(parts: Parts, folder: Path, images: Images) -> int:
         return 0
     if distributed.is_main():
         write_account(folder, images.private.report())
-    samples = generate(parts, folder, times)
+    samples = generate(parts, folder, images, times)
     distributed.leave()
     if not distributed.is_main():
         return 0
@@ -383,6 +384,7 @@ def find_folder(parts: Parts) -> Path:
     folder = run_dir.find(config.exp_root, config.method, config.resume)
     environment.require_same_config(folder, config)
     environment.require_same_data(folder, parts.spec.identity)
+    require_not_diverged(folder)
     return folder
 
 
@@ -431,15 +433,20 @@ def train(parts: Parts, folder: Path, images: Images, times: StageTimes) -> None
     for stage, take in stages.items():
         if is_past(checkpoints, restored, stage):
             continue
-        with times.of(stage):
-            take()
+        with explaining_divergence(stage, parts.config, checkpoints, name_of(images.public)):
+            with times.of(stage):
+                take()
+            checkpoints.agree()
+            checkpoints.save(stage, "final")
         taken = times.seconds()[stage]
         if taken >= 0.5:  # a method without this stage has nothing to say about it
             log.info(f"{stage}: done in {duration(taken)}")
-        checkpoints.agree()
-        checkpoints.save(stage, "final")
     if parts.ledger is not None:
         parts.ledger.require_complete()
+
+
+def name_of(public: PublicData | None) -> str | None:
+    return None if public is None else public.name
 
 
 def is_past(checkpoints, restored: str | None, stage: str) -> bool:
@@ -447,16 +454,21 @@ def is_past(checkpoints, restored: str | None, stage: str) -> bool:
     return checkpoints.finished(stage) or (stage == "pretrain" and (restored or "").startswith("train"))
 
 
-def generate(parts: Parts, folder: Path, times: StageTimes) -> Samples:
+def generate(parts: Parts, folder: Path, images: Images, times: StageTimes) -> Samples:
     """The samples of the run: those of gen/gen.npz if an earlier start left them, else drawn now."""
     from data.samples_file import read_samples
+    from utils.checkpoints import Checkpoints
 
     kept = distributed.from_main(
         lambda: read_samples(folder / SAMPLES) if (folder / SAMPLES).exists() else None
     )
     if kept is not None:
         return kept
-    with times.of("generate"):
+    checkpoints = Checkpoints(folder, parts.config.method, parts.synthesizer, parts.ledger)
+    with (
+        explaining_divergence("generate", parts.config, checkpoints, name_of(images.public)),
+        times.of("generate"),
+    ):
         return parts.synthesizer.generate(parts.config.gen.data_num)
 
 
