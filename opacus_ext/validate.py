@@ -109,8 +109,8 @@ def _require_finite(network: nn.Module, gradients: dict[str, torch.Tensor]) -> N
         found = f"the gradient of '{broken[0]}' on random images is NaN or infinite" if broken else ""
     if broken:
         raise UserError(
-            f"network: {found} before the first private step; if it was pretrained, that diverged: lower the "
-            f"learning rate of the pretraining, or give another checkpoint"
+            f"network: {found} before the first private step; if it was pretrained, the pretraining "
+            f"diverged: lower its learning rate or give another checkpoint; else the loss is undefined"
         )
 
 
