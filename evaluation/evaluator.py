@@ -16,6 +16,7 @@ from evaluation.registry import (
     check_classifiers,
     check_extractor,
     check_metrics,
+    needs_of,
 )
 from evaluation.report import Report
 from evaluation.selection import NoisySelection
@@ -41,25 +42,27 @@ class Evaluator:
     ) -> None:  # fmt: skip
         self.values = check_metrics(config.metrics)
         check_extractor(config.extractor)
-        if "accuracy" in self.values and not check_classifiers(config.classifiers):
-            raise UserError("eval.classifiers is empty; the metric accuracy needs at least one")
+        if "classifiers" in needs_of(self.values) and not check_classifiers(config.classifiers):
+            raise UserError("eval.classifiers is empty; a metric that is asked for needs at least one")
         self.config, self.spec, self.prompt = config, spec, prompt
         self.weights_root, self.device, self.seed = Path(weights_root), device, seed
         self.cache_dir = cache_dir
 
     def evaluate(
-        self, samples: Samples, *, train: Samples, test: Samples, select: NoisySelection | None,
+        self, samples: Samples, *, train: Samples | None, test: Samples, select: NoisySelection | None,
         validation: Samples | None = None,
     ) -> Report:  # fmt: skip
         """Judge `samples` against the real `train` images (fidelity) and the real `test` images (accuracy).
 
+        `train` may be None where nothing that is asked for compares with them (registry.comparing_with_training).
         `select` answers for the private validation records; only eval.mode=val asks it, once per classifier.
         `validation` holds these records themselves, for the oracle that eval.oracles adds. A metric that cannot be
         computed is listed as missing and never hides the others. Raises UserError when images do not have the
         dataset's size and channels or labels lie outside its classes.
         """
         for what, images in (("samples", samples), ("training images", train), ("test images", test)):
-            check_samples(what, images, self.spec)
+            if images is not None:
+                check_samples(what, images, self.spec)
         inputs = Inputs(
             self.config, self.spec, samples=samples, train=train, test=test, select=select, validation=validation,
             prompt=self.prompt, weights_root=self.weights_root, device=self.device, seed=self.seed,

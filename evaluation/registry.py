@@ -33,6 +33,7 @@ EXTRACTOR_NEEDS = ("train_features", "test_features", "sample_features", "sample
 NEEDS = (
     *EXTRACTOR_NEEDS, "classifiers", "samples", "train", "test", "spec", "prompt", "device", "seed", "weights_root"
 )  # fmt: skip
+TRAINING_NEEDS = {"train", "train_features", "train_neighbours"}
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,17 @@ def check_metrics(names: Iterable[str]) -> list[str]:
         canonical, entry = METRICS.canonical(name), METRICS.resolve(name)
         values += [canonical] if canonical in entry.better else list(entry.better)
     return list(dict.fromkeys(values))
+
+
+def needs_of(names: Iterable[str]) -> set[str]:
+    """What these metrics need together, of NEEDS. Raises UserError for an unknown name."""
+    load_metrics()
+    return {need for name in names for need in METRICS.resolve(name).needs}
+
+
+def comparing_with_training(names: Iterable[str]) -> list[str]:
+    """Those of these metrics that look at the private training images, by their canonical names."""
+    return [name for name in check_metrics(names) if TRAINING_NEEDS & needs_of([name])]
 
 
 def check_classifiers(names: Iterable[str]) -> list[str]:

@@ -16,7 +16,7 @@ class Report:
     test data without noise, and says how; "evaluation" when an earlier evaluation found it, with the settings of that
     one; "before" lists values that other settings gave. missing: name -> reason, with the command that helps.
     details: name -> tables that are too large for metric_info. nearest: sample -> nearest training images (rows), for
-    the gallery.
+    the gallery. warnings: signs that the samples are of no use or not what they seem.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -24,10 +24,11 @@ class Report:
     missing: dict[str, str] = field(default_factory=dict)
     details: dict[str, dict] = field(default_factory=dict)
     nearest: dict[int, list[int]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def table(self) -> str:
-        """An aligned table for the terminal, missing values last. A star marks non-private numbers, a caret those of an
-        earlier evaluation."""
+        """An aligned table for the terminal, missing values and warnings last. A star marks non-private numbers, a
+        caret those of an earlier evaluation."""
         header = ("metric", "value", "better", "# real", "# samples")
         rows = [self._row(name) for name in self.shown()]
         lines = aligned([header, *rows], right=(1, 3, 4))
@@ -45,6 +46,7 @@ class Report:
         for name in self.shown():
             lines += [f"  {name}: {remark}" for remark in remarks_on_settings(self.metric_info[name])]
         lines += [f"missing: {name}: {reason}" for name, reason in self.missing.items()]
+        lines += [f"warning: {line}" for line in self.warnings]
         return "\n".join(lines)
 
     def after(self, earlier: "Report", now: dict) -> "Report":
