@@ -24,32 +24,30 @@ def sample_warnings(samples: Samples, spec: DataSpec) -> list[str]:
 def accuracy_warnings(report: Report) -> list[str]:
     """Classifiers that learned nothing from the samples. The classes of the test images are read from the confusion
     tables of the report."""
-    at_most_majority, at_most_chance = [], []
+    below_majority, below_chance, majority, chance = [], [], 0.0, 0.0
     for name, tables in report.details.items():
         if not name.startswith("accuracy/") or name not in report.metrics:
             continue
         confusion = np.asarray(tables["confusion"])
         of_class = confusion.sum(axis=1)
         present = of_class > 0
-        majority, chance = 100 * of_class.max() / of_class.sum(), 100 / present.sum()
-        balanced = 100 * float((confusion.diagonal()[present] / of_class[present]).mean())
-        low = report.metric_info[name].get("interval_95", [report.metrics[name]])[0]
         if present.sum() < 2:
             continue
-        if low <= majority:
-            at_most_majority.append(
-                f"{name} {report.metrics[name]:.1f} % (from {low:.1f}) of {majority:.1f} %"
-            )
+        majority, chance = 100 * of_class.max() / of_class.sum(), 100 / present.sum()
+        balanced = 100 * float((confusion.diagonal()[present] / of_class[present]).mean())
+        value = report.metrics[name]
+        if report.metric_info[name].get("interval_95", [value])[0] <= majority:
+            below_majority.append(f"{name} {value:.1f} %")
         if balanced <= chance:
-            at_most_chance.append(f"{name} {balanced:.1f} % of {chance:.1f} %")
+            below_chance.append(f"{name} {balanced:.1f} %")
     lines = []
-    if at_most_majority:
+    if below_majority:
         lines.append(
-            "accuracy is not above the share of the most frequent class of the test images, beyond its 95 % interval: "
-            + "; ".join(at_most_majority)
+            f"within its 95 % interval the accuracy is not above that of always answering the most frequent class of "
+            f"the test images, {majority:.1f} %: {', '.join(below_majority)}"
         )
-    if at_most_chance:
-        lines.append("balanced accuracy is not above chance: " + "; ".join(at_most_chance))
+    if below_chance:
+        lines.append(f"balanced accuracy is not above chance, {chance:.1f} %: {', '.join(below_chance)}")
     return lines
 
 

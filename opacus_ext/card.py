@@ -168,20 +168,15 @@ def _samples_are(report: dict) -> list[str]:
     copies = copies_of_public(report)
     if not copies and report["public_data"] is not None:
         copies = ["no sample equals a public image byte for byte"]
-    balanced = max(counts) - min(counts) <= 1
-    labels = (
-        f"{min(counts):,} to {max(counts):,} of each class"
-        if min(counts) < max(counts)
-        else f"{counts[0]:,} of each class"
-    )
-    if balanced:
+    low, high = min(counts), max(counts)
+    labels = f"{low:,} of each class" if low == high else f"{low:,} to {high:,} of each class"
+    if high - low <= 1:
+        learned = (
+            "learns with noise, for training alone" if report["learns_class_shares"] else "does not learn"
+        )
         labels += (
-            ": balanced by construction, whatever the classes' shares of the private images are; the method "
-            + (
-                "uses noisy shares in training only"
-                if report["learns_class_shares"]
-                else "does not learn shares"
-            )
+            f", balanced by construction: they do not follow the classes' shares of the private images, which the "
+            f"method {learned}"
         )
     return [*copies, f"labels: {labels}", *(f"warning: {line}" for line in report.get("sample_warnings", []))]
 
