@@ -30,7 +30,7 @@ class Inputs:
     """Images, features and classifiers of one evaluation."""
 
     def __init__(
-        self, config: EvalConfig, spec: DataSpec, *, samples: Samples, train: Samples, test: Samples,
+        self, config: EvalConfig, spec: DataSpec, *, samples: Samples, train: Samples | None, test: Samples,
         select: NoisySelection | None, validation: Samples | None, prompt: str, weights_root: Path, device: str,
         seed: int, cache: PrivateCache | None,
     ) -> None:  # fmt: skip
