@@ -14,7 +14,6 @@ from pathlib import Path
 
 from judging import (
     INCOMPLETE,
-    REVEALED,
     RealData,
     judge,
     no_account,
@@ -295,7 +294,7 @@ def real_images(config: Config, spec, split: str, device: str) -> RealData:
     sensitive = load_sensitive(config.sensitive_data, split, config.data_root)
     held_out = sensitive.validation if config.eval.mode == "val" else None  # other modes have no use for them
     return RealData(
-        open_door(sensitive.train).reveal(REVEALED),
+        open_door(sensitive.train),
         sensitive.test,
         validation_data(config, spec, held_out, NoiseSource(config.privacy.noise_seed), device),
         oracle_data(config, held_out),
@@ -304,8 +303,7 @@ def real_images(config: Config, spec, split: str, device: str) -> RealData:
 
 def plan_of(config: Config, count: int, source: Path) -> str:
     """What --dry_run prints: how the images would be judged, what it would cost, and what is missing."""
-    from evaluation.listing import lacking
-    from utils.dry_run import evaluation_line
+    from evaluation.listing import evaluation_line, lacking
 
     judged = config.eval
     lines = [f"{count:,} images of {source} would be judged", evaluation_line(config)]

@@ -15,7 +15,7 @@ from utils.config import Config
 from utils.run_dir import CARD, GRID, PRIVACY, RESULTS, read_json, write_json, write_text
 from utils.runtime import Runtime, log
 
-REVEALED = "fidelity metrics compare with the private training images"
+REVEALED = "the private training images, which samples are compared with by"
 ORACLE = "eval.oracles=true: epochs of classifiers are chosen on the private validation images without noise"
 SHOWN = "eval.gallery=report: report.html was written with training images in it"
 CEILING = (
@@ -37,14 +37,14 @@ def judge(
     """Evaluate `samples`; write privacy.json, the card and (last) results.json into `folder`, and print them. What an
     earlier evaluation of the same samples found, and this one is not asked for, stays in the files.
 
-    `real` holds the training images (revealed for this), the test images, and the validation images behind their
-    own ledger; `training` is the report of the training ledger.
+    `real` holds the test images, and the training and validation images behind their ledgers; `training` is the
+    report of the training ledger, with what is known of the samples.
     """
     from data.sensitive import private_cache
-    from evaluation.ceiling import with_ceiling
     from evaluation.earlier import facts_of
     from evaluation.evaluator import Evaluator
     from evaluation.page import GALLERY, REPORT
+    from evaluation.sample_checks import sample_warnings
     from opacus_ext.card import privacy_card, privacy_summary
 
     evaluator = Evaluator(
@@ -55,22 +55,16 @@ def judge(
     selection = None
     if real.validation is not None:
         selection = NoisyChoice(real.validation, lambda report: write_account(folder, training, report))
-    oracle = None if real.oracle is None else real.oracle.reveal(ORACLE)
-    if oracle is not None:
-        training = {**training, "revealed": [*training["revealed"], ORACLE]}
-    if with_ceiling(config.eval):
-        training = {**training, "revealed": [*training["revealed"], CEILING]}
-    if config.eval.gallery == "report":
-        training = {**training, "revealed": [*training["revealed"], SHOWN]}
+    train, oracle, reasons = revealed(config, real)
+    training = {**training, "revealed": [*training["revealed"], *reasons]}
+    training["sample_warnings"] = sample_warnings(samples, spec)
     write_account(folder, training)  # before anything is shown, whatever becomes of the rest
-    report = evaluator.evaluate(
-        samples, train=real.train, test=real.test, select=selection, validation=oracle
-    )
+    report = evaluator.evaluate(samples, train=train, test=real.test, select=selection, validation=oracle)
     timing = {**timing, "evaluate": time.perf_counter() - start}
     privacy = read_json(folder / PRIVACY)
     title = f"{config.method} on {spec.name}, epsilon {config.epsilon:g}"
     written = write_down(
-        folder, config, spec, report, samples, real.train, title=title, account=privacy,
+        folder, config, spec, report, samples, train, title=title, account=privacy,
         card=privacy_card(privacy), timing=timing, facts=facts_of(samples, spec),
     )  # fmt: skip
     log.info(f"\n{privacy_summary(privacy)}\n\n{written.table()}\n")
@@ -81,15 +75,39 @@ def judge(
     return INCOMPLETE if report.missing else 0
 
 
+def revealed(config: Config, real: "RealData"):
+    """The training images, the validation images of the oracle, each None unless something that is asked for needs
+    them, and the reasons for which they are revealed."""
+    from evaluation.ceiling import with_ceiling
+    from evaluation.registry import comparing_with_training
+
+    train = oracle = None
+    users = comparing_with_training(config.eval.metrics) + (["eval.gallery"] if config.eval.gallery else [])
+    reasons = [SHOWN] if config.eval.gallery == "report" else []
+    if users:
+        reasons.insert(0, f"{REVEALED} {', '.join(users)}")
+        train = real.train.reveal(reasons[0])
+    if with_ceiling(config.eval):
+        reasons.append(CEILING)
+        train = real.train.reveal(CEILING)
+    if real.oracle is not None:
+        reasons.append(ORACLE)
+        oracle = real.oracle.reveal(ORACLE)
+    return train, oracle, reasons
+
+
 def write_down(
     folder: Path, config: Config, spec, report, samples, train, *, title: str, account: dict, card: str | None,
     timing: dict[str, float], facts: dict,
 ):  # fmt: skip
     """Write report.html and (last) results.json about `report`, and what an earlier evaluation of the same samples
-    found; returns both as one Report. `account` says what the samples cost, `facts` by what they are recognised."""
+    found; returns both as one Report, with warnings. `account` says what the samples cost, `facts` by what they are
+    recognised."""
     from evaluation.earlier import earlier_report
     from evaluation.page import write_page
+    from evaluation.sample_checks import accuracy_warnings, sample_warnings
     from evaluation.settings import evaluation_settings
+    from opacus_ext.card import copies_of_public
     from utils.results import results_of
 
     earlier = earlier_report(folder, config.data_name, facts)
@@ -97,6 +115,8 @@ def write_down(
         log.info("the earlier evaluation was of other samples; it is replaced")
     settings = evaluation_settings(config)
     written = report if earlier is None else report.after(earlier, settings)
+    warnings = [*copies_of_public(account), *sample_warnings(samples, spec), *accuracy_warnings(written)]
+    written = dataclasses.replace(written, warnings=warnings)
     results = results_of(folder, config, account, written, settings, timing, facts)
     write_page(folder, written, samples, train, spec, title, card, config.eval.gallery, results)
     write_json(folder / RESULTS, results)
@@ -122,7 +142,7 @@ def write_account(folder: Path, training: dict, selection: dict | None = None) -
 class RealData:
     """What samples are judged against."""
 
-    train: object  # Samples
+    train: object  # Disclosure: revealed if a metric needs them
     test: object  # Samples
     validation: (
         object  # PrivateData with a plan of one noisy choice per classifier; None in modes syn and sen

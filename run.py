@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from judging import INCOMPLETE, REVEALED, RealData, judge, oracle_data, validation_data, write_account
+from judging import INCOMPLETE, RealData, judge, oracle_data, validation_data, write_account
 from models import METHODS
 from utils import distributed
 from utils.command_line import read_command_line, short_help
 from utils.config import COMMAND_LINE, Config, format_config, load_config
 from utils.config_files import config_folders, flatten
+from utils.divergence import explaining_divergence, require_not_diverged
+from utils.environment import training_overrides
 from utils.errors import UserError
 from utils.progress import duration
 from utils.resuming import as_started, how_to_continue, with_own_words
@@ -121,11 +123,12 @@ def dry_run(config: Config) -> Iterator[str]:
     The plan comes before its steps are timed."""
     from data.public import num_public_images, require_public
     from data.sensitive import require_prepared
-    from evaluation.listing import lacking
+    from evaluation.listing import evaluation_line, lacking
     from utils.dry_run import cost_lines, describe
 
     parts = compose(config)
-    yield from describe(config, parts.spec, parts.ledger, parts.synthesizer.parameter_counts())
+    counts = parts.synthesizer.parameter_counts()
+    yield from describe(config, parts.spec, parts.ledger, counts, evaluation_line(config))
     num_public = None
     if parts.synthesizer.uses_public_images:
         num_public = num_public_images(config.public_data, config.data_root)
@@ -342,8 +345,8 @@ def work(parts: Parts, folder: Path, images: Images) -> int:
         distributed.leave()
         return 0
     if distributed.is_main():
-        write_account(folder, images.private.report())
-    samples = generate(parts, folder, times)
+        write_account(folder, account_of(parts, folder, images))
+    samples = generate(parts, folder, images, times)
     distributed.leave()
     if not distributed.is_main():
         return 0
@@ -352,7 +355,10 @@ def work(parts: Parts, folder: Path, images: Images) -> int:
 
 def deliver(parts: Parts, folder: Path, samples: Samples, images: Images, timing: dict[str, float]) -> int:
     """Write the samples down and judge them. Returns the exit code."""
+    import numpy as np
+
     from data.samples_file import write_samples
+    from evaluation.sample_checks import public_copies
     from opacus_ext.disclosure import Disclosure
     from utils.images import save_grid
 
@@ -364,12 +370,30 @@ def deliver(parts: Parts, folder: Path, samples: Samples, images: Images, timing
     config, sensitive = parts.config, images.sensitive
     held_out = validation_data(config, parts.spec, sensitive.validation, images.noise, parts.runtime.device)
     real = RealData(
-        Disclosure(sensitive.train, parts.ledger).reveal(REVEALED),
+        Disclosure(sensitive.train, parts.ledger),
         sensitive.test,
         held_out,
         oracle_data(config, sensitive.validation),
     )
-    return judge(config, parts.spec, parts.runtime, folder, samples, real, images.private.report(), timing)
+    account = account_of(parts, folder, images)
+    if images.public is not None:
+        account["public_copies"] = public_copies(samples.images, images.public.samples.images)
+    account["samples_per_class"] = np.bincount(samples.labels, minlength=parts.spec.num_classes).tolist()
+    return judge(config, parts.spec, parts.runtime, folder, samples, real, account, timing)
+
+
+def account_of(parts: Parts, folder: Path, images: Images) -> dict:
+    """What privacy.json says: the report of the training ledger, and what else the samples were made from."""
+    public = images.public
+    described = None
+    if public is not None:
+        described = {"name": public.name, "images": len(public), "classes": public.num_classes}
+    return {
+        **images.private.report(),
+        "public_data": described,
+        "overrides": training_overrides(folder, parts.config),
+        "learns_class_shares": parts.synthesizer.learns_class_shares,
+    }
 
 
 def find_folder(parts: Parts) -> Path:
@@ -384,6 +408,7 @@ def find_folder(parts: Parts) -> Path:
     folder = run_dir.find(config.exp_root, config.method, config.resume)
     environment.require_same_config(folder, config)
     environment.require_same_data(folder, parts.spec.identity)
+    require_not_diverged(folder)
     return folder
 
 
@@ -432,15 +457,20 @@ def train(parts: Parts, folder: Path, images: Images, times: StageTimes) -> None
     for stage, take in stages.items():
         if is_past(checkpoints, restored, stage):
             continue
-        with times.of(stage):
-            take()
+        with explaining_divergence(stage, parts.config, checkpoints, name_of(images.public)):
+            with times.of(stage):
+                take()
+            checkpoints.agree()
+            checkpoints.save(stage, "final")
         taken = times.seconds()[stage]
         if taken >= 0.5:  # a method without this stage has nothing to say about it
             log.info(f"{stage}: done in {duration(taken)}")
-        checkpoints.agree()
-        checkpoints.save(stage, "final")
     if parts.ledger is not None:
         parts.ledger.require_complete()
+
+
+def name_of(public: PublicData | None) -> str | None:
+    return None if public is None else public.name
 
 
 def is_past(checkpoints, restored: str | None, stage: str) -> bool:
@@ -448,16 +478,21 @@ def is_past(checkpoints, restored: str | None, stage: str) -> bool:
     return checkpoints.finished(stage) or (stage == "pretrain" and (restored or "").startswith("train"))
 
 
-def generate(parts: Parts, folder: Path, times: StageTimes) -> Samples:
+def generate(parts: Parts, folder: Path, images: Images, times: StageTimes) -> Samples:
     """The samples of the run: those of gen/gen.npz if an earlier start left them, else drawn now."""
     from data.samples_file import read_samples
+    from utils.checkpoints import Checkpoints
 
     kept = distributed.from_main(
         lambda: read_samples(folder / SAMPLES) if (folder / SAMPLES).exists() else None
     )
     if kept is not None:
         return kept
-    with times.of("generate"):
+    checkpoints = Checkpoints(folder, parts.config.method, parts.synthesizer, parts.ledger)
+    with (
+        explaining_divergence("generate", parts.config, checkpoints, name_of(images.public)),
+        times.of("generate"),
+    ):
         return parts.synthesizer.generate(parts.config.gen.data_num)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.cache import PrivateCache
 from data.spec import DataSpec, Samples
 from evaluation.classifiers.recipe import RECIPE_VERSIONS, recipe_for
 from evaluation.features import UNREADABLE
@@ -28,22 +29,22 @@ def with_ceiling(config: EvalConfig) -> list[str]:
 
 def trained_on_real(
     name: str, train: Samples, test: Samples, *, spec: DataSpec, config: EvalConfig, device: str, seed: int,
-    cache_dir: Path | None,
+    cache: PrivateCache | None,
 ) -> Choice:  # fmt: skip
     """The last epoch of classifier `name`, trained on all of `train` as on samples, and its logits on `test`.
 
-    With `cache_dir`, which must be private, the logits are kept there: per prepared dataset, numbers of images,
-    recipe and seed. Raises Unavailable if the training fails.
+    With `cache` the logits are kept there: per prepared dataset, numbers of images, recipe and seed. Raises
+    Unavailable if the training fails.
     """
     from evaluation.classifiers.training import train_classifier
 
     recipe = recipe_for(config.recipe, spec, len(train))
     path, shape = None, (len(test), spec.num_classes)
-    if cache_dir is not None:
+    if cache is not None and cache.folder is not None:
         # A prepared folder has a random name in `identity`; the file's name says nothing about the images.
         facts = (spec.identity or spec.name, len(train), len(test), name, spec.protocol, config.recipe)
         version = RECIPE_VERSIONS[config.recipe]
-        path = cache_dir / f"ceiling-{'-'.join(map(str, facts))}-v{version}-seed{seed}.npz"
+        path = cache.folder / f"ceiling-{'-'.join(map(str, facts))}-v{version}-seed{seed}.npz"
     logits = None if path is None else _kept(path, shape)
     if logits is None:
         log.info(f"ceiling: {name} is trained on the {len(train):,} real training images")
@@ -75,7 +76,7 @@ def _kept(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
 
 def _keep(path: Path, logits: np.ndarray) -> None:
     try:
-        with atomic(path) as temporary:
+        with atomic(path, private=True) as temporary:
             np.savez(temporary, logits=logits)
     except OSError as error:
         log.warning(f"{path}: the ceiling is not kept ({error.strerror or error})")

@@ -51,18 +51,21 @@ class Evaluator:
         self.cache = cache
 
     def evaluate(
-        self, samples: Samples, *, train: Samples, test: Samples, select: NoisySelection | None,
+        self, samples: Samples, *, train: Samples | None, test: Samples, select: NoisySelection | None,
         validation: Samples | None = None,
     ) -> Report:  # fmt: skip
         """Judge `samples` against the real `train` images (fidelity) and the real `test` images (accuracy).
 
+        `train` may be None where nothing that is asked for compares with them (registry.comparing_with_training)
+        and no ceiling is measured (ceiling.with_ceiling).
         `select` answers for the private validation records; only eval.mode=val asks it, once per classifier.
         `validation` holds these records themselves, for the oracle that eval.oracles adds. A metric that cannot be
         computed is listed as missing and never hides the others. Raises UserError when images do not have the
         dataset's size and channels or labels lie outside its classes.
         """
         for what, images in (("samples", samples), ("training images", train), ("test images", test)):
-            check_samples(what, images, self.spec)
+            if images is not None:
+                check_samples(what, images, self.spec)
         inputs = Inputs(
             self.config, self.spec, samples=samples, train=train, test=test, select=select, validation=validation,
             prompt=self.prompt, weights_root=self.weights_root, device=self.device, seed=self.seed,

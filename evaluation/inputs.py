@@ -30,7 +30,7 @@ class Inputs:
     """Images, features and classifiers of one evaluation."""
 
     def __init__(
-        self, config: EvalConfig, spec: DataSpec, *, samples: Samples, train: Samples, test: Samples,
+        self, config: EvalConfig, spec: DataSpec, *, samples: Samples, train: Samples | None, test: Samples,
         select: NoisySelection | None, validation: Samples | None, prompt: str, weights_root: Path, device: str,
         seed: int, cache: PrivateCache | None,
     ) -> None:  # fmt: skip
@@ -83,7 +83,7 @@ class Inputs:
                 try:
                     choice = trained_on_real(
                         name, self.train, self.test, spec=self.spec, config=self.config, device=self.device,
-                        seed=self.seed, cache_dir=self.cache_dir,
+                        seed=self.seed, cache=self.cache,
                     )  # fmt: skip
                 except Unavailable as reason:
                     log.warning(f"the ceiling of {name} is left out: {reason}")

@@ -1,8 +1,9 @@
-"""What there is to judge with, and what of it is missing on this machine: eval.py --list."""
+"""What there is to judge with, what of it is missing on this machine, and how samples will be judged: eval.py --list
+and --dry_run."""
 
 from pathlib import Path
 
-from evaluation.registry import CLASSIFIERS, METRICS, Metric, load_metrics
+from evaluation.registry import CLASSIFIERS, METRICS, Metric, load_metrics, needs_of
 from extractors import EXTRACTORS
 from utils.errors import Unavailable
 
@@ -30,6 +31,23 @@ def lacking(names: list[str], extractor: str, weights_root: Path) -> list[str]:
         for reason in reasons:
             found.setdefault(reason, []).append(entry.name)
     return [f"{', '.join(metrics)}: {reason}" for reason, metrics in found.items()]
+
+
+def evaluation_line(config) -> str:
+    """By what the samples are judged, how classifiers choose their epoch, and what that costs."""
+    judged = config.eval
+    choice = {
+        "val": f"on {config.sensitive_data.num_val:,} private images that training does not see; costs these images "
+        f"epsilon {judged.selection_epsilon:g} of their own (eval.selection_epsilon)",
+        "syn": "on samples; costs no epsilon",
+        "sen": "on the test images, which is not private",
+    }
+    if "classifiers" not in needs_of(judged.metrics):
+        return f"evaluation: {', '.join(judged.metrics) or 'none'}; costs no epsilon"
+    return (
+        f"evaluation: {', '.join(judged.metrics)}; classifiers choose their epoch {choice[judged.mode]} "
+        f"(eval.mode={judged.mode})"
+    )
 
 
 def _metric_lines(entry: Metric, weights_root: Path) -> list[str]:

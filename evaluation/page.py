@@ -53,7 +53,7 @@ def write_page(
     folder: Path,
     report: Report,
     samples: Samples,
-    train: Samples,
+    train: Samples | None,
     spec: DataSpec,
     title: str,
     card: str | None,
@@ -74,6 +74,7 @@ def write_page(
     sections = [
         f"<p class='red'>{CONTAINS_PRIVATE}</p>" if embedded else "",
         _head(samples, spec),
+        *(f"<p class='warn'><b>Warning:</b> {html.escape(line)}.</p>" for line in report.warnings),
         _about(results),
         _metrics(report),
         _grid(samples, spec),
@@ -82,6 +83,13 @@ def write_page(
         "" if card is None else f"<h2>Privacy</h2>{CARD_NOTE}{markdown(card)}",
     ]
     write_text(folder / REPORT, _document(title, "\n".join(sections)))
+
+
+def public_set(public: dict | None) -> str:
+    """The public set of a run, as results.json has it."""
+    if public is None:
+        return "none"
+    return f"{public['name']}: {public['images']:,} images in {public['classes']} classes"
 
 
 def markdown(text: str) -> str:
@@ -144,6 +152,9 @@ def _about(results: dict) -> str:
     if results["images"] is None:
         borrowed = f", settings of epsilon {results['preset_tier']}" if results["borrowed"] else ""
         rows["training"] = f"preset {results['preset']}{borrowed}, seed {results['seed']}"
+        rows["settings given"] = " ".join(results["overrides"] or []) or "none"
+        if "public_data" in results:  # which older runs did not record
+            rows["public images"] = public_set(results["public_data"])
     rows["judged"] = f"{results['judged']}, seed {judged['seed']}"
     if "classifiers" in needs_of(judged["metrics"]):
         rows["classifiers"] = (

@@ -36,6 +36,7 @@ EXTRACTOR_NEEDS = ("train_features", "test_features", "sample_features", "sample
 NEEDS = (
     *EXTRACTOR_NEEDS, "classifiers", "samples", "train", "test", "spec", "prompt", "device", "seed", "weights_root"
 )  # fmt: skip
+TRAINING_NEEDS = {"train", "train_features", "train_neighbours"}
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,11 @@ def needs_of(names: Iterable[str]) -> set[str]:
     """What these metrics need together, of NEEDS. Raises UserError for an unknown name."""
     load_metrics()
     return {need for name in names for need in METRICS.resolve(name).needs}
+
+
+def comparing_with_training(names: Iterable[str]) -> list[str]:
+    """Those of these metrics that look at the private training images, by their canonical names."""
+    return [name for name in check_metrics(names) if TRAINING_NEEDS & needs_of([name])]
 
 
 def check_classifiers(names: Iterable[str]) -> list[str]:

@@ -19,7 +19,7 @@ class Report:
     test data without noise, and says how; "evaluation" when an earlier evaluation found it, with the settings of that
     one; "before" lists values that other settings gave. missing: name -> reason, with the command that helps.
     details: name -> tables that are too large for metric_info. nearest: sample -> nearest training images (rows), for
-    the gallery.
+    the gallery. warnings: signs that the samples are of no use or not what they seem.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -27,10 +27,11 @@ class Report:
     missing: dict[str, str] = field(default_factory=dict)
     details: dict[str, dict] = field(default_factory=dict)
     nearest: dict[int, list[int]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def table(self) -> str:
-        """An aligned table for the terminal, missing values last. A star marks non-private numbers, a caret those of an
-        earlier evaluation. Columns without a value are left out."""
+        """An aligned table for the terminal, missing values and warnings last. A star marks non-private numbers, a
+        caret those of an earlier evaluation. Columns without a value are left out."""
         titles = ("majority class", "real images", *BESIDE_ACCURACY.values())
         rows = [("metric", "value", "better", *titles, "# real", "# samples")]
         rows += [self._row(name) for name in self.shown()]
@@ -49,6 +50,7 @@ class Report:
             lines += [f"  {name}: {remark}" for remark in remarks_on_settings(self.metric_info[name])]
             lines += [f"  {name}: {line}" for line in spread(self.metric_info[name])]
         lines += [f"missing: {name}: {reason}" for name, reason in self.missing.items()]
+        lines += [f"warning: {line}" for line in self.warnings]
         return "\n".join(lines)
 
     def _notes(self, titles: Sequence[str]) -> list[str]:

@@ -55,6 +55,7 @@ class DPFETAPro(DiffusionSynthesizer):
 
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         self.has_frequency_stage = bool(config.pretrain.n_epochs and config.freq.n_epochs)
+        self.learns_class_shares = self.has_frequency_stage
         super().__init__(config, spec, runtime)
         freq = config.freq
         self.embedding = FourierEmbedding(

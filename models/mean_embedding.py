@@ -276,6 +276,7 @@ class EmbeddingSynthesizer(Synthesizer):
     """
 
     selects_public_classes = True
+    learns_class_shares = True  # the weights of generated images in `_take_step`
 
     def __init__(self, config, spec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)

@@ -24,7 +24,8 @@ from opacus_ext.accounting import Release
 from opacus_ext.ledger import Ledger
 from opacus_ext.private_data import PrivateData
 from utils import distributed
-from utils.errors import UserError, unknown
+from utils.checkpoints import not_finite
+from utils.errors import Diverged, UserError, unknown
 from utils.images import to_float
 from utils.progress import progress
 from utils.run_dir import QUERY_ANSWER, atomic, write_json
@@ -186,6 +187,8 @@ class SemanticQuery:
             )
             return
         self._train(classifier, public)
+        if broken := not_finite(classifier.state_dict()):  # before it is cached, and asks the private images
+            raise Diverged(f"'{broken[0]}' of the query classifier is NaN or infinite")
         if cached is None:
             return
         try:

@@ -31,6 +31,9 @@ class Synthesizer(abc.ABC):
 
     Config: ClassVar[type]
     selects_public_classes: ClassVar[bool] = False  # by the query of public_data.selective
+    learns_class_shares: bool = (
+        False  # uses noisy shares of the private classes in training; labels stay balanced
+    )
 
     def __init__(self, config, spec: DataSpec, runtime: Runtime) -> None:
         public = getattr(config, "public_data", None)

@@ -1,5 +1,8 @@
 """The privacy card: what a run's guarantee says, in plain words."""
 
+import math
+from collections.abc import Iterator
+
 from opacus_ext.ledger import weak_delta
 from utils.bounds import at_most
 
@@ -27,12 +30,26 @@ def privacy_card(report: dict) -> str:
     ]
     if not report["releases"]:
         lines += ["No stage asks the private images.", ""]
+    lines += _list("What the samples are", _samples_are(report))
+    lines += _list("What they were made from, besides the private images", _made_from(report))
     lines += _selection_lines(report.get("selection", []))
     lines += _revealed_lines(report.get("revealed", []))
-    lines += ["**Assumed public**", "", *(f"- {line}" for line in report["assumptions"]), ""]
-    lines += ["**What this does not cover**", "", *(f"- {line}" for line in _caveats(report)), ""]
-    lines += ["**Not for sharing**", "", *(f"- {line}" for line in _private_files(report)), ""]
+    lines += _list("Assumed public", report["assumptions"])
+    lines += _list("What this does not cover", _caveats(report))
+    lines += _list("Not for sharing", _private_files(report))
     return "\n".join(lines)
+
+
+def copies_of_public(report: dict) -> list[str]:
+    """A line if samples are public images as they are, else none. `report` is the content of privacy.json."""
+    copies = report.get("public_copies")
+    if not copies:
+        return []
+    total, public = sum(report["samples_per_class"]), report["public_data"]["name"]
+    return [
+        f"{copies:,} of {total:,} samples are images of the public set {public}, byte for byte; the private images "
+        f"at most had a say in which ones: metrics of these samples judge public images"
+    ]
 
 
 def privacy_summary(report: dict) -> str:
@@ -146,6 +163,45 @@ def _sampling(release: dict) -> str:
     return f"{release['sample_rate']:.4g}" + ("" if bound is None else f", at most {bound} images")
 
 
+def _list(title: str, items: list[str]) -> list[str]:
+    return [f"**{title}**", "", *(f"- {item}" for item in items), ""] if items else []
+
+
+def _samples_are(report: dict) -> list[str]:
+    """What a person should know of the samples before they are used; nothing of it needs a look at real images."""
+    counts = report.get("samples_per_class")
+    if counts is None:  # not drawn yet, or in an older report
+        return []
+    copies = copies_of_public(report)
+    if not copies and report["public_data"] is not None:
+        copies = ["no sample equals a public image byte for byte"]
+    low, high = min(counts), max(counts)
+    labels = f"{low:,} of each class" if low == high else f"{low:,} to {high:,} of each class"
+    if high - low <= 1:
+        learned = (
+            "learns with noise, for training alone" if report["learns_class_shares"] else "does not learn"
+        )
+        labels += (
+            f", balanced by construction: they do not follow the classes' shares of the private images, which the "
+            f"method {learned}"
+        )
+    return [*copies, f"labels: {labels}", *(f"warning: {line}" for line in report.get("sample_warnings", []))]
+
+
+def _made_from(report: dict) -> list[str]:
+    if "public_data" not in report:  # as older reports
+        return []
+    public, overrides = report["public_data"], report["overrides"]
+    found = "public images: none"
+    if public is not None:
+        found = (
+            f"public images: **{public['name']}**, {public['images']:,} images in {public['classes']} classes; that "
+            f"they are public, and that no private image is among them, is taken on trust"
+        )
+    given = "not known, the run's record is damaged" if overrides is None else ", ".join(overrides) or "none"
+    return [found, f"settings given on the command line: {given}"]
+
+
 def _selection_lines(selections: list[dict]) -> list[str]:
     if not selections:
         return []
@@ -182,11 +238,34 @@ def _private_files(report: dict) -> list[str]:
     ]
 
 
+def _group_lines(report: dict) -> Iterator[str]:
+    """What several images of one person do to the guarantee."""
+    yield (
+        "several images of one person count as several records: for k of them epsilon becomes k x epsilon, and delta "
+        "k x exp((k - 1) x epsilon) x delta; to protect a person choose both for that"
+    )
+    if report["private"] and report["releases"]:
+        limit = unprotected_group(report["spent"], report["budget"]["delta"])
+        yield (
+            f"**for a person with {limit} or more images nothing is guaranteed**: at this epsilon and delta, the delta "
+            f"of {limit} images is 1 or more"
+        )
+
+
+def unprotected_group(epsilon: float, delta: float) -> int:
+    """The least number of records k whose group delta, k exp((k - 1) epsilon) delta, is 1 or more. delta > 0."""
+    low, high = 0, math.ceil(1 / delta)  # that many suffice at any epsilon
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = math.log(middle) + (middle - 1) * epsilon + math.log(delta) >= 0
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
 def _caveats(report: dict) -> list[str]:
     return [
         *_warnings(report),
-        "several images of one person count as several records: for k of them epsilon becomes k x epsilon, and delta "
-        "k x exp((k - 1) x epsilon) x delta; to protect a person choose both for that",
+        *_group_lines(report),
         "the noise comes from a generator keyed by the operating system and is rounded to a grid together with the "
         "sums, against attacks on floating-point rounding; duration and memory of the run are not protected",
         "the metrics in results.json, details.json, report.html and stdout.txt compare with real images without noise; "

@@ -68,6 +68,7 @@ def _validated(network, per_example_loss, images, labels) -> dict[str, set[int]]
             (images[fewer], labels[fewer], draws[fewer]),
         )
     )
+    _require_finite(network, before)
     tolerance = _tolerance(before)
     floors = {}
     if tolerance > EXACT:
@@ -96,6 +97,21 @@ def _validated(network, per_example_loss, images, labels) -> dict[str, set[int]]
             )
     _require_same_again(network, per_example_loss, images, labels, draws, before, tolerance, floors)
     return rows_of_layers(network, per_example_loss, images, labels, draws[:])
+
+
+def _require_finite(network: nn.Module, gradients: dict[str, torch.Tensor]) -> None:
+    """Raise UserError if the network is broken before it has seen a private example."""
+    broken = [name for name, value in _state(network).items() if torch.isnan(value).any()]
+    if broken:
+        found = f"'{broken[0]}' is NaN"
+    else:
+        broken = [name for name, rows in gradients.items() if not torch.isfinite(rows).all()]
+        found = f"the gradient of '{broken[0]}' on random images is NaN or infinite" if broken else ""
+    if broken:
+        raise UserError(
+            f"network: {found} before the first private step; if it was pretrained, the pretraining "
+            f"diverged: lower its learning rate or give another checkpoint; else the loss is undefined"
+        )
 
 
 def _require_same_again(

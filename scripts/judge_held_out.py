@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import require_same_split, with_run
-from judging import open_door, write_account
+from judging import RealData, open_door, revealed, write_account
 from models import METHODS
 from utils.config import Config, load_config
 from utils.environment import values_of
@@ -81,17 +81,18 @@ def judge(config: Config):
     from utils.device import prepare_device
 
     folder = config.exp_path
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, gallery=None, ceiling="none"))
     spec, _ = spec_of(config.sensitive_data, "val", config.data_root)
     require_same_split(
         folder, dataclasses.replace(config, eval=dataclasses.replace(config.eval, mode="val")), spec
     )
     sensitive = load_sensitive(config.sensitive_data, "val", config.data_root)
     shown = open_door(sensitive.validation).reveal(REASON)
+    train, _, reasons = revealed(config, RealData(open_door(sensitive.train), shown, None))
     training = read_json(folder / PRIVACY)
-    write_account(folder, {**training, "revealed": [*training["revealed"], REASON]})
-    judged = dataclasses.replace(config.eval, ceiling="none")  # other images than the test images are asked
-    evaluator = Evaluator(judged, spec, config.weights_root, prepare_device(config.setup), config.seed)
-    return evaluator.evaluate(read_samples(folder / SAMPLES), train=sensitive.train, test=shown, select=None)
+    write_account(folder, {**training, "revealed": [*training["revealed"], *reasons, REASON]})
+    evaluator = Evaluator(config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed)
+    return evaluator.evaluate(read_samples(folder / SAMPLES), train=train, test=shown, select=None)
 
 
 if __name__ == "__main__":

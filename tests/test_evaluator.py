@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -266,7 +267,7 @@ def test_a_ceiling_is_trained_once_per_dataset_recipe_and_seed(digits, tmp_path,
 
     def ceiling(spec=SPEC, seed=0, train=digits[0]) -> float:
         settings = config(classifiers=["logistic_regression"], ceiling="auto")
-        evaluator = Evaluator(settings, spec, Path("absent"), "cpu", seed, cache_dir=tmp_path)
+        evaluator = Evaluator(settings, spec, Path("absent"), "cpu", seed, cache=PrivateCache(tmp_path))
         report = evaluator.evaluate(small, train=train, test=digits[1], select=None)
         return report.metric_info[name]["ceiling"]
 
@@ -277,6 +278,7 @@ def test_a_ceiling_is_trained_once_per_dataset_recipe_and_seed(digits, tmp_path,
         ceiling(**changes)
         assert len(trained) == before + 1, changes
     (kept,) = (path for path in tmp_path.iterdir() if "prepared again" in path.name)
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     content = kept.read_bytes()
     for damaged in (content[:100], b""):
         kept.write_bytes(damaged)

@@ -10,7 +10,7 @@ from data.sensitive import spec_of
 from data.spec import DataSpec, Samples
 from models import METHODS
 from opacus_ext.accounting import Release, noisy_max_release
-from opacus_ext.card import privacy_card, privacy_summary
+from opacus_ext.card import privacy_card, privacy_summary, unprotected_group
 from opacus_ext.ledger import Budget, Ledger
 from opacus_ext.noise import NoiseSource
 from opacus_ext.private_data import PrivateData
@@ -131,6 +131,53 @@ def test_the_card_lists_what_is_not_for_sharing_and_how_it_is_removed(two_stages
         assert name in section
     assert "--forget toy`" in section
     assert "--forget NAME`" in privacy_card({k: v for k, v in two_stages.items() if k != "data"})
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta"), [(10.0, 1e-4), (1.0, 1e-5), (0.1, 1e-6), (3.0, 0.4), (0.0, 0.01)]
+)
+def test_the_least_group_for_which_nothing_is_guaranteed(epsilon, delta):
+    least = unprotected_group(epsilon, delta)
+    deltas = [k * math.exp((k - 1) * epsilon) * delta for k in range(1, least + 1)]
+    assert deltas[-1] >= 1 and all(value < 1 for value in deltas[:-1])
+
+
+@pytest.mark.parametrize(("epsilon", "least"), [(10.0, 2), (1.0, 10)])
+def test_a_person_with_many_images_is_told_when_nothing_is_guaranteed(epsilon, least):
+    card = privacy_card(
+        report_of([Release("look", None)], epsilon=epsilon, delta=1e-4 if epsilon == 10 else 2e-5)
+    )
+    assert f"for a person with {least} or more images nothing is guaranteed" in card
+    for other in ([], [Release("look", None)]):
+        card = privacy_card(report_of(other, epsilon=math.inf if other else 1.0))
+        assert "nothing is guaranteed" not in card
+
+
+MADE = {
+    "public_data": {"name": "letters", "images": 1240, "classes": 62},
+    "overrides": ["train.n_epochs=2"],
+    "learns_class_shares": False,
+    "samples_per_class": [20, 20],
+    "public_copies": 0,
+    "sample_warnings": ["3 of 40 samples are odd"],
+}
+
+
+def test_the_card_says_what_the_samples_are_and_were_made_from(two_stages):
+    card = privacy_card({**two_stages, **MADE})
+    assert "**letters**, 1,240 images" in card and "train.n_epochs=2" in card
+    assert "no sample equals a public image" in card and "3 of 40 samples are odd" in card
+    assert "20 of each class, balanced by construction" in card and "does not learn" in card
+    learning = privacy_card({**two_stages, **MADE, "learns_class_shares": True})
+    assert "learns with noise" in learning
+    uneven = privacy_card({**two_stages, **MADE, "samples_per_class": [5, 35]})
+    assert "5 to 35 of each class" in uneven and "balanced" not in uneven
+    without = privacy_card({**two_stages, **MADE, "public_data": None, "overrides": []})
+    assert "public images: none" in without and "command line: none" in without
+    assert "equals a public image" not in without
+    copied = privacy_card({**two_stages, **MADE, "public_copies": 38})
+    assert "38 of 40 samples are images of the public set letters" in copied
+    assert "What the samples are" not in privacy_card(two_stages)  # not drawn yet
 
 
 def test_the_card_says_whose_samples_it_is_about(two_stages):

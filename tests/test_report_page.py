@@ -63,7 +63,8 @@ def report(**changes) -> Report:
 
 RESULTS = {
     "images": None, "preset": "quick", "preset_tier": 10, "borrowed": True, "seed": 3, "judged": "2026-01-01 12:00",
-    "git": None, "evaluation": {"classifiers": ["a"], "recipe": "paper", "mode": "syn", "extractor": "clip", "seed": 7,
+    "git": None, "overrides": ["train.x=<1>"], "public_data": {"name": "letters", "images": 1240, "classes": 62},
+    "evaluation": {"classifiers": ["a"], "recipe": "paper", "mode": "syn", "extractor": "clip", "seed": 7,
                    "metrics": ["accuracy"]},
 }  # fmt: skip
 
@@ -114,6 +115,7 @@ def test_the_page_holds_everything_and_needs_nothing_else(tmp_path):
     checker = Checker(text)
     assert all(address.startswith("data:") for address in checker.addresses)
     assert not re.search(r"https?://|url\(|@import|<script", text)
+    assert "letters: 1,240 images in 62 classes" in text and "train.x=&lt;1&gt;" in text
     assert "preset quick, settings of epsilon 10, seed 3" in text and "recipe paper, eval.mode=syn" in text
     assert (
         "a &lt;title&gt;" in text
@@ -165,6 +167,12 @@ def test_a_sister_value_of_another_evaluation_has_a_row_of_its_own(tmp_path):
     }
     assert f">{name}<" in page(tmp_path, report=found)
     assert any(line.startswith(name) for line in found.table().splitlines())
+
+
+def test_warnings_come_before_the_table(tmp_path):
+    text = page(tmp_path, report=report(warnings=["9 samples of <x> are copies"]))
+    assert "9 samples of &lt;x&gt; are copies" in text.partition("<h2>Metrics")[0]
+    assert "Warning" not in page(tmp_path)
 
 
 def test_the_grid_shows_the_samples_class_by_class(tmp_path):

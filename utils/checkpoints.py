@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from utils import distributed
-from utils.errors import UserError
+from utils.errors import Diverged, UserError
 from utils.run_dir import atomic
 
 
@@ -31,11 +31,26 @@ class Checkpoints:
 
     STAGES = ("pretrain", "train")
 
+    def __post_init__(self) -> None:
+        # What is infinite by design, such as the mask of an attention, is so from the start.
+        self._infinite_by_design = frozenset(not_finite(self.synthesizer.state_dict()))
+
     def save(self, stage: str, kind: str) -> None:
-        """Write a snapshot (overwritten each time), or the final checkpoint of a stage."""
+        """Write a snapshot (overwritten each time), or the final checkpoint of a stage.
+
+        Raises Diverged, and leaves the earlier file as it is, if a tensor of the method has become NaN or infinite.
+        """
         if not distributed.is_main():
             return
-        write(self._path(stage, kind), self._content())
+        content = self._content()
+        if broken := [name for name in not_finite(content["state"]) if name not in self._infinite_by_design]:
+            raise Diverged(f"{_listed(broken)} NaN or infinite")
+        write(self._path(stage, kind), content)
+
+    def last(self) -> Path | None:
+        """The file that `restore` would load; None if there is none."""
+        paths = (self._path(stage, kind) for stage in reversed(self.STAGES) for kind in ("final", "snapshot"))
+        return next((path for path in paths if path.exists()), None)
 
     def finished(self, stage: str) -> bool:
         return distributed.from_main(self._path(stage, "final").exists)
@@ -71,12 +86,10 @@ class Checkpoints:
         }
 
     def _furthest(self) -> tuple[str, dict] | None:
-        for stage in reversed(self.STAGES):
-            for kind in ("final", "snapshot"):
-                path = self._path(stage, kind)
-                if path.exists():
-                    return f"{stage} ({kind})", read(str(path))
-        return None
+        path = self.last()
+        if path is None:
+            return None
+        return f"{path.parent.parent.name} ({path.name.partition('_')[0]})", read(str(path))
 
     def _load(self, content: dict) -> None:
         # The ledger first: nothing may be asked before what was spent is known.
@@ -86,6 +99,34 @@ class Checkpoints:
 
     def _path(self, stage: str, kind: str) -> Path:
         return self.folder / stage / "checkpoints" / f"{kind}_checkpoint.pth"
+
+
+def not_finite(value: object, name: str = "") -> list[str]:
+    """Dotted names of the floating-point tensors in nested containers that hold a NaN or an infinite number."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return [name] if value.is_floating_point() and not torch.isfinite(value).all() else []
+    if isinstance(value, dict):
+        entries = value.items()
+    else:
+        entries = enumerate(value) if isinstance(value, list | tuple) else ()
+    return [
+        found for key, entry in entries for found in not_finite(entry, f"{name}.{key}" if name else str(key))
+    ]
+
+
+def _listed(names: list[str]) -> str:
+    """The first name and the number of the others, as the subject of a sentence."""
+    return f"'{names[0]}' is" if len(names) == 1 else f"'{names[0]}' and {len(names) - 1} other tensors are"
+
+
+def require_finite(source: str, state: object) -> None:
+    """Raise UserError if `state`, which was read from `source`, holds weights that are NaN or infinite."""
+    if broken := not_finite(state):
+        raise UserError(
+            f"{source}: {_listed(broken)} NaN or infinite; its training diverged, give another checkpoint"
+        )
 
 
 def write(path: Path, content: dict) -> None:

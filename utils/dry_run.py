@@ -7,13 +7,14 @@ from utils.table import aligned
 LONG = 86400  # seconds after which a shorter way is pointed out
 
 
-def describe(config, spec, ledger, parameter_counts: dict[str, int]) -> list[str]:
-    """What --dry_run prints first. `ledger` has adopted the plan, or is None in a run without private data."""
+def describe(config, spec, ledger, parameter_counts: dict[str, int], evaluation: str) -> list[str]:
+    """What --dry_run prints first. `evaluation` says how samples will be judged. `ledger` has adopted the plan, or is
+    None in a run without private data."""
     lines = [f"{config.method} on {config.data_name}, preset {config.preset}"]
     if ledger is None:
         lines.append("no private stage (sensitive_data.name=null)")
     else:
-        lines += [*plan_lines(ledger, spec.num_train), evaluation_line(config)]
+        lines += [*plan_lines(ledger, spec.num_train), evaluation]
     lines += [f"parameters: {name} {count:,}" for name, count in parameter_counts.items()]
     return lines
 
@@ -41,23 +42,6 @@ def _release_row(release: dict) -> tuple[str, ...]:
         f"{release['sample_rate']:.5g}" + ("" if bound is None else f", at most {bound} images"),
         f"{release['planned']:,}",
         at_most(release["epsilon_alone"]),
-    )
-
-
-def evaluation_line(config) -> str:
-    """By what the samples are judged, how classifiers choose their epoch, and what that costs."""
-    judged = config.eval
-    choice = {
-        "val": f"on {config.sensitive_data.num_val:,} private images that training does not see; costs these images "
-        f"epsilon {judged.selection_epsilon:g} of their own (eval.selection_epsilon)",
-        "syn": "on samples; costs no epsilon",
-        "sen": "on the test images, which is not private",
-    }
-    if not {"accuracy", "calibration_error"} & set(judged.metrics):
-        return f"evaluation: {', '.join(judged.metrics) or 'none'}; costs no epsilon"
-    return (
-        f"evaluation: {', '.join(judged.metrics)}; classifiers choose their epoch {choice[judged.mode]} "
-        f"(eval.mode={judged.mode})"
     )
 
 

@@ -124,6 +124,14 @@ def settings_of(folder: Path, config) -> dict:
     }
 
 
+def training_overrides(folder: Path, config) -> list[str] | None:
+    """The settings that were given for the training of the run in `folder`, as key=value, without those that name
+    places, secrets, the machine or the evaluation; None where the run's record of them is damaged."""
+    hidden = ("setup.", "eval.", "sensitive_data.path", "privacy.noise_seed")
+    words = settings_of(folder, config)["overrides"]
+    return None if words is None else [word for word in words if not word.startswith(hidden)]
+
+
 def _overrides(words: Sequence[str]) -> list[str]:
     """The words that are neither a flag nor the value of one."""
     pairs = itertools.pairwise(["", *words])

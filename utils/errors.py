@@ -17,6 +17,10 @@ class FieldError(UserError):
     name; utils/typed.py, which knows the place, puts the section's key before it."""
 
 
+class Diverged(UserError):
+    """Weights or samples of a network are NaN or infinite. The message names them; run.py adds what helps."""
+
+
 class Unavailable(UserError):
     """Something that cannot be had here and now: a package, weights, enough images. The text says what would help.
 

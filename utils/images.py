@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.errors import Diverged
 from utils.run_dir import atomic
 
 
@@ -22,7 +23,16 @@ def to_float(images, device="cpu"):
 
 
 def to_uint8(images) -> np.ndarray:
-    """(N, C, H, W) float tensor, nominally in [-1, 1] -> uint8 array, rounded and clipped."""
+    """(N, C, H, W) float tensor, nominally in [-1, 1] -> uint8 array, rounded and clipped.
+
+    Raises Diverged if a value is NaN or infinite: as a pixel it would look like a valid one.
+    """
+    import torch
+
+    finite = torch.isfinite(images).flatten(1).all(dim=1)
+    if not finite.all():
+        failed = len(finite) - int(finite.sum())
+        raise Diverged(f"{failed} of {len(finite)} images of a batch have pixels that are NaN or infinite")
     return images.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()
 
 

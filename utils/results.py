@@ -60,6 +60,8 @@ def results_of(
         "borrowed": config.borrowed,
         **settings_of(folder, config),
         **facts,
+        **{key: privacy[key] for key in ("public_data", "public_copies") if key in privacy},
+        "warnings": report.warnings,
         "metrics": evaluated["metrics"],
         "metric_info": evaluated["metric_info"],
         "missing": evaluated["missing"],

@@ -19,6 +19,7 @@ PRIVACY = "privacy.json"  # the account of what was asked of private images
 QUERY_ANSWER = (
     "pretrain/semantic_query.json"  # a noisy answer about private images, before the first checkpoint
 )
+DIVERGED = "diverged.json"  # private training failed: why, and what it has spent
 SAMPLES, GRID = "gen/gen.npz", "gen/sample.png"
 CARD = "privacy_card.md"  # what PRIVACY says, in words
 RESULTS = "results.json"  # written last: its presence means "done"
@@ -154,7 +155,8 @@ def working_in(folder: Path) -> Iterator[None]:
 def discard_unstarted(folder: Path) -> bool:
     """Remove the folder of a run that failed before its first checkpoint, with nothing to continue from and no answer
     about private images in it; was it one?"""
-    unstarted = not any(folder.glob("*/checkpoints/*.pth")) and not (folder / QUERY_ANSWER).exists()
+    asked = (folder / QUERY_ANSWER).exists() or (folder / DIVERGED).exists()
+    unstarted = not any(folder.glob("*/checkpoints/*.pth")) and not asked
     if unstarted:
         shutil.rmtree(folder)
     return unstarted

@@ -11,12 +11,13 @@ from utils.errors import UserError
 
 def read_checkpoint(path: str) -> tuple[dict, list[Release]]:
     """The method's state, and the private releases that were booked up to it."""
-    from utils.checkpoints import read
+    from utils.checkpoints import read, require_finite
 
     content = read(path)
     state = content["state"]
     if "network" not in state or "label_dim" not in state:
         raise UserError(f"model.ckpt: {path} is not a checkpoint of a diffusion method")
+    require_finite(f"checkpoint {path}", state)
     return state, spent_releases(content, "checkpoint")
 
 
