@@ -9,9 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.prepare import prepare
 from data.prepared import PreparedMeta
 from data.registry import known_names, known_set
-from utils.errors import UserError
 from utils.places import data_root
-from utils.stopping import exit_code, sigterm_interrupts
+from utils.program import program, run_process
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -48,17 +47,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+@program
+def main(argv: list[str]) -> int:
     arguments = vars(parse_arguments(argv))
     try:
-        with sigterm_interrupts():
-            folder, meta, notes = prepare(**arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print("\nstopped; no prepared set was written", file=sys.stderr)
-        return exit_code(stop)
+        folder, meta, notes = prepare(**arguments)
+    except KeyboardInterrupt:
+        print("\nno prepared set was written", file=sys.stderr)
+        raise
     for note in notes:
         print(note)
     print(
@@ -80,4 +76,4 @@ def usage_line(folder: Path, meta: PreparedMeta, public: bool, usual_root: Path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)
