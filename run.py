@@ -193,6 +193,7 @@ def compose(config: Config, plan: list | None = None) -> Parts:
     from evaluation.evaluator import Evaluator
     from opacus_ext.ledger import Budget, Ledger, default_delta, weak_delta
     from utils.device import prepare_device
+    from utils.memory import require_memory
 
     for line in config.notes:
         log.info(line)
@@ -204,6 +205,7 @@ def compose(config: Config, plan: list | None = None) -> Parts:
         raise UserError(
             f"gen.data_num: {config.gen.data_num}; it must be at least {spec.num_classes}, one per class"
         )
+    require_memory("gen.data_num", config.gen.data_num, spec.image_shape)
     runtime = Runtime(
         prepare_device(config.setup),
         config.seed,

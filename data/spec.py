@@ -11,7 +11,7 @@ class DataSpec:
 
     `num_train` is the number of private training records; it is treated as public, and the ledger records that.
     `identity` is a random name of the prepared folder; empty: images that come with the toolkit. `is_benchmark`: a set
-    on which settings are compared, those of the presets among them.
+    on which settings are compared, those of the presets among them. `num_unused`: training images that are left out.
     """
 
     name: str
@@ -22,6 +22,7 @@ class DataSpec:
     class_names: tuple[str, ...]
     identity: str = ""
     is_benchmark: bool = False
+    num_unused: int = 0
 
     def __post_init__(self) -> None:
         assert self.channels in (1, 3), self.channels

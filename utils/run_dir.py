@@ -74,12 +74,13 @@ def require_writable(folder: Path) -> None:
 @contextmanager
 def discarded_on_failure(folder: Path, is_new: bool) -> Iterator[None]:
     """Remove `folder`, if it is new, where the block ends with an error or is interrupted."""
+    completed = False
     try:
         yield
-    except BaseException:
-        if is_new:
+        completed = True
+    finally:
+        if is_new and not completed:
             shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def save_array(path: Path, array) -> None:

@@ -31,7 +31,9 @@ def signals_interrupt() -> Iterator[None]:
     handled = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
 
     def stop(number: int, _) -> None:
-        for other in handled:  # not SIG_IGN: Python complains about a signal that has come and is ignored since
+        for (
+            other
+        ) in handled:  # not SIG_IGN: Python complains about a signal that has come and is ignored since
             signal.signal(other, lambda *_: None)
         raise StoppedBySignal(number)
 
