@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data.convert import to_channels
+from data.convert import COLOURS, conversion_notes, to_channels
 from data.download import download
 from data.labels import resolve
 from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta, read_prepared
+from data.readers.layouts import open_source
+from data.readers.source import ArrayPart, Part, Source
 from data.registry import (
     EMBEDDED_PUBLIC,
     EMBEDDED_SENSITIVE,
@@ -23,7 +25,6 @@ from data.registry import (
     known_names,
     known_set,
 )
-from data.sources import COLOURS, ArrayPart, Part, Source, conversion_notes, open_source
 from data.splits import random_test_rows, stratified_test_rows
 from utils.environment import require_no_run
 from utils.errors import UserError, unknown

@@ -8,8 +8,8 @@ import numpy as np
 from data.convert import resized, to_channels
 from data.prepare import Target, convert_source
 from data.prepared import Prepared, is_prepared, new_prepared, read_meta, read_prepared, sha256_of
+from data.readers.layouts import open_source
 from data.registry import EMBEDDED_PUBLIC, prepare_command
-from data.sources import open_source
 from data.spec import DataSpec, PublicData, Samples
 from utils.errors import UserError
 from utils.progress import progress

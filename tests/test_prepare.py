@@ -23,8 +23,9 @@ from data.download import RemoteFile, download
 from data.labels import places_of
 from data.prepare import prepare
 from data.prepared import read_meta, read_prepared
+from data.readers.layouts import open_source
+from data.readers.npz import as_nhwc
 from data.registry import known_names, known_set
-from data.sources import _as_nhwc, open_source
 from scripts.prepare_data import main
 from utils.errors import UserError
 
@@ -180,8 +181,8 @@ def test_npz_key_names(tmp_path, keys):
 
 
 def test_of_two_axes_that_may_be_channels_the_first_is_taken():
-    assert _as_nhwc(np.zeros((5, 1, 8, 3), np.uint8), "").shape == (5, 8, 3)
-    assert _as_nhwc(np.zeros((5, 3, 8, 1), np.uint8), "").shape == (5, 8, 1, 3)
+    assert as_nhwc(np.zeros((5, 1, 8, 3), np.uint8), "").shape == (5, 8, 3)
+    assert as_nhwc(np.zeros((5, 3, 8, 1), np.uint8), "").shape == (5, 8, 1, 3)
 
 
 def test_medmnist_npz_joins_validation_to_training_and_says_so(tmp_path):
