@@ -8,7 +8,7 @@ import numpy as np
 
 from data.readers.source import ArrayPart, Source, find_one, read_one, require_equal_counts
 from data.registry import SourceQuirks
-from data.trees import FileTree
+from data.trees.tree import FileTree
 from utils.errors import UserError
 
 IDX_NAME = re.compile(r"(train|t10k|test)-(images|labels)[-.]idx\d")

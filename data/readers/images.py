@@ -1,14 +1,19 @@
 """Image files: class folders, flat <class>_<rest> files, and files that a dataset.json lists."""
 
 import json
+import posixpath
+from collections import Counter
 from pathlib import PurePosixPath
 
 import numpy as np
 
 from data.readers.source import LAYOUTS, FilePart, Source, part_of, read_one, with_parts
 from data.registry import SourceQuirks
-from data.trees import FileTree
+from data.trees.tree import FileTree, is_document
 from utils.errors import UserError
+from utils.text import listed
+
+_MOST_LABEL = 1 << 31  # no label is near it; larger ones do not fit into an array
 
 
 def read_dataset_json(tree: FileTree, names: list[str]) -> Source:
@@ -16,6 +21,7 @@ def read_dataset_json(tree: FileTree, names: list[str]) -> Source:
     that of the part which its folder names."""
     listings = [name for name in names if PurePosixPath(name).name == "dataset.json"]
     if len(listings) == 1:
+        _require_listed(tree, names, listings)
         return Source(_listed_files(tree, names, listings[0]))
     parts = [part_of(PurePosixPath(name).parent.name) for name in listings]
     if None in parts or len(set(parts)) < len(parts) or "train" not in parts:
@@ -23,24 +29,46 @@ def read_dataset_json(tree: FileTree, names: list[str]) -> Source:
             f"{tree.path}: holds {', '.join(listings[:4])}; allowed: one dataset.json, or one in each of the folders "
             f"train, test and val"
         )
+    _require_listed(tree, names, listings)
     found = zip(parts, listings, strict=True)
     return with_parts(tree.path, {part: _listed_files(tree, names, listing) for part, listing in found})
 
 
+def _require_listed(tree: FileTree, names: list[str], listings: list[str]) -> None:
+    """UserError for images outside of the folders that have a listing."""
+    folders = tuple(listing.removesuffix("dataset.json") for listing in listings)
+    stray = [name for name in names if not name.startswith(folders) and not is_document(name)]
+    if stray:
+        raise UserError(f"{tree.path}: no dataset.json lists {listed(stray)}; list every image, or remove it")
+
+
 def _listed_files(tree: FileTree, names: list[str], listing: str) -> FilePart:
-    """The files that one dataset.json lists."""
+    """The files that one dataset.json lists, which must be all images of its folder."""
     where = f"{tree.path}: {listing}"
+    folder = listing.removesuffix("dataset.json")
     try:
         entries = json.loads(read_one(tree, listing))["labels"]
-        labels = {str(PurePosixPath(listing).parent / file): label for file, label in entries}
-    except (ValueError, TypeError, KeyError) as error:
+        pairs = [(posixpath.normpath(folder + file.replace("\\", "/")), label) for file, label in entries]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{where} has no list 'labels' of [file, integer] pairs ({error})") from error
-    wrong = next((file for file, label in labels.items() if type(label) is not int), None)
+    wrong = next(
+        ((file, label) for file, label in pairs if type(label) is not int or abs(label) > _MOST_LABEL), None
+    )
     if wrong is not None:
-        raise UserError(f"{where} labels {wrong} with {labels[wrong]!r}; allowed: one integer")
-    missing = next(iter(labels.keys() - set(names)), None)
-    if missing is not None:
-        raise UserError(f"{where} lists {missing}, which is not there")
+        raise UserError(f"{where} labels {wrong[0]} with {str(wrong[1])[:40]}; allowed: one integer, from 0")
+    labels = dict(pairs)
+    if len(labels) < len(pairs):
+        twice = Counter(file for file, _ in pairs).most_common(1)[0][0]
+        raise UserError(f"{where} lists {twice} more than once; allowed: once, with one label")
+    there = {name for name in names if name.startswith(folder) and not is_document(name)}
+    missing = sorted(labels.keys() - there)
+    if missing:
+        raise UserError(f"{where} lists {listed(missing)}, which is not there")
+    unlisted = sorted(there - labels.keys())
+    if unlisted and labels:
+        raise UserError(
+            f"{where} does not list {listed(unlisted)}; list every image, or remove it from there"
+        )
     files = sorted(labels)
     if not files:
         raise UserError(f"{where} lists no images")
@@ -64,7 +92,8 @@ def read_image_files(tree: FileTree, names: list[str], quirks: SourceQuirks) -> 
         return Source(_labelled_files(tree, names, depth + only_one_part, quirks))
     if "" in groups:
         raise UserError(
-            f"{tree.path}: {groups[''][0]} lies beside the folders of the parts; move it into one of them, or away"
+            f"{tree.path}: {groups[''][0]} is outside the train, val and test folders; move it into one of them, or "
+            f"remove it"
         )
     found = {part: _labelled_files(tree, files, depth + 1, quirks) for part, files in groups.items()}
     return with_parts(tree.path, found)
@@ -97,8 +126,10 @@ def _labelled_files(tree: FileTree, names: list[str], depth: int, quirks: Source
         labels = ["/".join(parts[1:] or parts) if quirks.nested_classes else parts[0] for parts in folders]
     else:
         stray = names[folders.index(())]
-        advice = "move it into one of them, or away if it is no image"
-        raise UserError(f"{tree.path}: {stray} lies beside the class folders; {advice}")
+        raise UserError(
+            f"{tree.path}: {stray} is outside the class folders; move it into one of them, or remove it if it is no "
+            f"image"
+        )
     return FilePart(tree, names, np.array(labels))
 
 

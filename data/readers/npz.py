@@ -1,27 +1,51 @@
 """Arrays of images and labels: one npz, or a folder of train.npz, test.npz and val.npz."""
 
-import zipfile
-import zlib
+import re
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from data.readers.source import ArrayPart, Source, part_of, require_equal_counts, with_parts
-from data.trees import FileTree, FolderTree
+from data.readers.source import ArrayPart, Part, Source, part_of, require_equal_counts, with_parts
+from data.trees.folder import FolderTree
+from data.trees.tree import FileTree, left_out
+from data.trees.zips import DAMAGED, zip_members
 from utils.errors import UserError
+from utils.text import listed, printable
 
-_TRAIN_KEYS = (
-    ("train_images", "train_labels"), ("x_train", "y_train"), ("x", "y"), ("images", "labels"),
-    ("arr_0", "arr_1"),  # of arrays without a name
-)  # fmt: skip
-_VAL_KEYS = (("val_images", "val_labels"),)
-_TEST_KEYS = (("test_images", "test_labels"), ("x_test", "y_test"))
-_NAME_KEYS = ("classes", "class_names")
+_IMAGES = {"x", "images", "image", "imgs"}
+_LABELS = {"y", "labels", "label", "targets"}
+_UNNAMED = {"arr_0": "images", "arr_1": "labels"}  # as np.savez calls arrays that are given without a name
+_CLASSES = {"classes", "class_names", "label_names"}
+_NAMES = (
+    "x and y, images and labels, each of them perhaps with train, val or test (x_train, train_images), two arrays "
+    "without names, and class_names"
+)
 
 
 def read_npz(path: Path) -> Source:
     """One npz with a training part, and perhaps validation (joined to training) and test parts."""
+    arrays, unread = _load(path)
+    parts: dict[str, Part] = {}
+    for part in dict.fromkeys(part for part, _ in arrays if part != "classes"):
+        parts[part] = _npz_part(path, arrays, part)
+    if "train" not in parts:
+        there = ", ".join([*(key for key, _ in arrays.values()), *unread]) or "nothing"
+        raise UserError(f"{path}: holds {printable(there)} and no training images; known names: {_NAMES}")
+    source = with_parts(path, parts)
+    notes = [*source.notes, *(f"{path.name}: {note}" for note in left_out(unread, f"known names: {_NAMES}"))]
+    names = None
+    if ("classes", "names") in arrays:
+        key, array = arrays["classes", "names"]
+        names = _as_class_names(array, f"{path}: {key}")
+    return replace(source, class_names=names, notes=tuple(notes))
+
+
+Arrays = dict[tuple[str, str], tuple[str, np.ndarray]]  # (part, images or labels) -> name in the file, array
+
+
+def _load(path: Path) -> tuple[Arrays, list[str]]:
+    """The arrays whose names are known, and the other names."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
@@ -29,49 +53,78 @@ def read_npz(path: Path) -> Source:
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise UserError(f"{path}: one array, not an npz of several; images and labels are needed")
         with archive:
-            there, arrays = archive.files, _wanted_arrays(archive)
+            zip_members(path)
+            return _known_arrays(path, archive)
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except (*DAMAGED, MemoryError) as error:
         raise UserError(f"{path}: corrupt, truncated or not an npz of plain arrays ({error})") from error
-    train = _npz_part(path, arrays, _TRAIN_KEYS)
-    if train is None:
-        wanted = ", ".join("/".join(keys) for keys in _TRAIN_KEYS)
+
+
+def _known_arrays(path: Path, archive: np.lib.npyio.NpzFile) -> tuple[Arrays, list[str]]:
+    arrays: Arrays = {}
+    unread = []
+    for key in archive.files:
+        role = _role(key)
+        if role is None:
+            unread.append(key)
+            continue
+        if role in arrays:
+            raise UserError(f"{path}: {arrays[role][0]} and {key} mean the same part; keep one of them")
+        array = archive[key]
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"{path}: {key} is not an array")
+        arrays[role] = key, array
+    more = [key for key in unread if re.fullmatch(r"arr_\d+", key)]
+    if more:
         raise UserError(
-            f"{path}: holds {', '.join(there) or 'nothing'}; one of these pairs is needed: {wanted}"
+            f"{path}: holds {listed(more)}; of arrays without names there may be two, images and labels"
         )
-    validation, test = (_npz_part(path, arrays, keys) for keys in (_VAL_KEYS, _TEST_KEYS))
-    parts = {"train": train, "test": test, "val": validation}
-    source = with_parts(path, {part: found for part, found in parts.items() if found is not None})
-    key = next((key for key in _NAME_KEYS if key in arrays), None)
-    return (
-        source if key is None else replace(source, class_names=_as_class_names(arrays[key], f"{path}: {key}"))
-    )
+    return arrays, unread
+
+
+def _role(key: str) -> tuple[str, str] | None:
+    """What an array of this name is: (part, "images" or "labels"), ("classes", "names"), or None."""
+    folded = key.casefold()
+    if folded in _CLASSES:
+        return "classes", "names"
+    if folded in _UNNAMED:
+        return "train", _UNNAMED[folded]
+    words = re.split(r"[_\-. ]", folded)
+    kinds = ["images" if word in _IMAGES else "labels" for word in words if word in _IMAGES | _LABELS]
+    parts = [part for word in words if (part := part_of(word)) is not None]
+    if len(kinds) != 1 or len(kinds) + len(parts) < len(words) or len(parts) > 1:
+        return None
+    return (parts or ["train"])[0], kinds[0]
+
+
+def _npz_part(path: Path, arrays: Arrays, part: str) -> ArrayPart:
+    for kind, other in (("images", "labels"), ("labels", "images")):
+        if (part, kind) not in arrays:
+            key, _ = arrays[part, other]
+            raise UserError(f"{path}: holds {key} and no {kind} of the same part; known names: {_NAMES}")
+    (image_key, images), (label_key, labels) = arrays[part, "images"], arrays[part, "labels"]
+    where = f"{path}: {image_key}"
+    images = _as_uint8(as_nhwc(images, where), where)
+    labels = _as_label_vector(labels, f"{path}: {label_key}")
+    require_equal_counts(f"{path}: {label_key}", images, labels)
+    return ArrayPart(images, labels)
 
 
 def _as_class_names(names: np.ndarray, where: str) -> tuple[str, ...]:
     if names.ndim != 1:
         raise UserError(f"{where}: shape {names.shape}; allowed: one name per class")
-    return tuple(str(name) for name in names)
+    return tuple(_as_text(names, where).tolist())
 
 
-def _wanted_arrays(archive: np.lib.npyio.NpzFile) -> dict[str, np.ndarray]:
-    pairs = (*_TRAIN_KEYS, *_VAL_KEYS, *_TEST_KEYS)
-    wanted = {*(key for pair in pairs for key in pair), *_NAME_KEYS}
-    return {key: archive[key] for key in archive.files if key in wanted}
-
-
-def _npz_part(
-    path: Path, arrays: dict[str, np.ndarray], pairs: tuple[tuple[str, str], ...]
-) -> ArrayPart | None:
-    for image_key, label_key in pairs:
-        if image_key in arrays and label_key in arrays:
-            where = f"{path}: {image_key}"
-            images = _as_uint8(as_nhwc(arrays[image_key], where), where)
-            labels = _as_label_vector(arrays[label_key], f"{path}: {label_key}")
-            require_equal_counts(f"{path}: {label_key}", images, labels)
-            return ArrayPart(images, labels)
-    return None
+def _as_text(names: np.ndarray, where: str) -> np.ndarray:
+    """Names as NumPy text; bytes must be UTF-8."""
+    if names.dtype.kind != "S":
+        return names.astype(str)
+    try:
+        return np.char.decode(names, "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: {error.object!r} is not UTF-8") from error
 
 
 def _as_uint8(images: np.ndarray, where: str) -> np.ndarray:
@@ -112,28 +165,29 @@ def _as_label_vector(labels: np.ndarray, where: str) -> np.ndarray:
     """(N,) int64, or class names as they are."""
     if labels.ndim == 2 and 1 in labels.shape:
         labels = labels.reshape(-1)
-    names = labels.dtype.kind == "U"
+    names = labels.dtype.kind in "US"
     if labels.ndim != 1 or not (names or np.issubdtype(labels.dtype, np.integer)):
         raise UserError(
             f"{where}: {labels.dtype} {labels.shape}; allowed: one integer or class name per image"
         )
-    return labels if names else labels.astype(np.int64)
+    return _as_text(labels, where) if names else labels.astype(np.int64)
 
 
-def read_npz_folder(tree: FileTree) -> Source:
+def read_npz_folder(tree: FileTree, names: list[str]) -> Source:
     """A folder of train.npz, test.npz and val.npz, or of one npz."""
     if not isinstance(tree, FolderTree):
-        raise UserError(f"{tree.path}: holds {tree.names[0]}; an npz in an archive is not read, unpack it")
-    if len(tree.names) == 1:
-        return read_npz(tree.path / tree.names[0])
+        raise UserError(f"{tree.path}: holds {names[0]}; an npz in an archive is not read, unpack it")
+    tree.opened.update(names)
+    if len(names) == 1:
+        return read_npz(tree.place(names[0]))
     files: dict[str, Path] = {}
-    for name in tree.names:
+    for name in names:
         part = part_of(PurePosixPath(name).stem)
         if part is None or part in files:
             raise UserError(
                 f"{tree.path}: {name} is not one of train.npz, test.npz and val.npz; move it away, or give one file"
             )
-        files[part] = tree.path / name
+        files[part] = tree.place(name)
     if "train" not in files:
         raise UserError(f"{tree.path}: several npz files but no train.npz; pass one of them as --source")
     found = {part: read_npz(path) for part, path in files.items()}
@@ -145,4 +199,5 @@ def read_npz_folder(tree: FileTree) -> Source:
         if source.class_names != found["train"].class_names:
             raise UserError(f"{files[part]}: its classes are not stated like those of {files['train'].name}")
     joined = with_parts(tree.path, {part: source.train for part, source in found.items()})
-    return replace(joined, class_names=found["train"].class_names)
+    notes = [*joined.notes, *(note for source in found.values() for note in source.notes)]
+    return replace(joined, class_names=found["train"].class_names, notes=tuple(notes))

@@ -8,8 +8,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from data.convert import decode, square_array
-from data.trees import FileTree
+from data.trees.tree import FileTree
 from utils.errors import UserError
+from utils.text import listed
 
 LAYOUTS = (
     "allowed: idx files of MNIST, python pickles of CIFAR, npz (x/y, images/labels or train_images/train_labels), "
@@ -117,6 +118,10 @@ def find_one(tree: FileTree, names: list[str], pattern: str) -> str:
     found = [name for name in names if re.search(pattern, PurePosixPath(name).name)]
     if not found:
         raise UserError(f"{tree.path}: lacks a file named like '{pattern.strip('^$')}'")
+    if len({PurePosixPath(name).name for name in found}) < len(found):
+        raise UserError(
+            f"{tree.path}: holds {listed(found)}; only one of them can be read, move the others away"
+        )
     return found[0]
 
 
