@@ -25,11 +25,19 @@ def decode(content: bytes, where: str) -> Image.Image:
 
     try:
         picture = Image.open(io.BytesIO(content))
+        # An MPO holds the photo first, then views of it.
+        frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
         picture.load()
     except (*_BROKEN, Image.DecompressionBombError) as error:
         unrecognised = isinstance(error, UnidentifiedImageError)  # its text shows the buffer's address
         reason = "" if unrecognised else f" ({error})"
+        if content.startswith(b"version https://git-lfs"):
+            raise UserError(
+                f"{where}: a pointer of Git LFS, not the image itself; run: git lfs pull"
+            ) from error
         raise UserError(f"{where}: not an image, or corrupt{reason}") from error
+    if frames > 1:
+        raise UserError(f"{where}: holds {frames:,} images; allowed: one in each file, so split it")
     picture = _upright(picture)
     if picture.mode == "F" or picture.mode.startswith("I"):
         raise UserError(

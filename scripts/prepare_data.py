@@ -12,6 +12,7 @@ from data.registry import known_names, known_set
 from utils.errors import UserError
 from utils.places import data_root
 from utils.stopping import exit_code, sigterm_interrupts
+from utils.text import require_utf8
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -40,6 +41,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="R",
         help="pixels; own and public sets only (default of an own set: 32)",
     )
+    parser.add_argument(
+        "--class_names",
+        type=lambda text: tuple(name.strip() for name in text.split(",")),
+        metavar="A,B",
+        help="names of the labels 0, 1, ... of a source that has numbers only, such as an npz",
+    )
     parser.add_argument("--channels", type=int, metavar="C", help="1 grey, 3 RGB; own and public sets only")
     parser.add_argument(
         "--public", action="store_true", help="a public set of your own: no test part is put aside"
@@ -49,8 +56,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = vars(parse_arguments(argv))
     try:
+        require_utf8(sys.argv[1:] if argv is None else argv, "the command line")
+        arguments = vars(parse_arguments(argv))
         with sigterm_interrupts():
             folder, meta, notes = prepare(**arguments)
     except UserError as error:

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from utils.text import require_utf8
+
 
 def data_root(given: str | None = None) -> Path:
     """Prepared datasets: --data_root, else $DPIB_DATA_ROOT, else ./dataset."""
@@ -16,4 +18,6 @@ def weights_root(given: str | None = None) -> Path:
 
 def _place(given: str | None, variable: str, usual: str) -> Path:
     """An empty flag or variable counts as absent; "~" is the home folder."""
-    return Path(given or os.environ.get(variable) or usual).expanduser()
+    path = given or os.environ.get(variable) or usual
+    require_utf8([path], f"${variable}")
+    return Path(path).expanduser()

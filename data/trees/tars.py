@@ -80,15 +80,16 @@ class TarTree(FileTree):
 
 
 def is_tar(path: Path) -> bool:
-    """Does the file begin like a tar, compressed or not?"""
-    try:
-        with path.open("rb") as file:
-            start = _decompressed(file).read(tarfile.BLOCKSIZE)
-        tarfile.TarInfo.frombuf(start, tarfile.ENCODING, "surrogateescape")
-    except tarfile.HeaderError:
-        return len(start) == tarfile.BLOCKSIZE and not any(start)  # a tar of no file
-    except _DAMAGED:
-        return False
+    """Does the file begin like a tar? One that is compressed and damaged counts as one, for reading it says more."""
+    with path.open("rb") as file:
+        stream = _decompressed(file)
+        try:
+            start = stream.read(tarfile.BLOCKSIZE)
+            tarfile.TarInfo.frombuf(start, tarfile.ENCODING, "surrogateescape")
+        except tarfile.HeaderError:
+            return len(start) == tarfile.BLOCKSIZE and not any(start)  # a tar of no file
+        except _DAMAGED:
+            return stream is not file
     return True
 
 
