@@ -151,6 +151,22 @@ def test_a_damaged_header_in_the_middle_of_a_tar_is_an_error(tmp_path, form, mod
     assert "damaged header" in refused(tmp_path / "a.tar")
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize(
+    "change", [(b" path=", b"9path="), (b"cat/\xc3\xa9_0.png\n", b"cat/\xc3\xa9_0.png?")]
+)
+def test_a_damaged_record_of_a_pax_header_is_an_error(tmp_path, mode, change):
+    """The record holds a name that does not fit into the header: without it another name is taken."""
+    content = tar_bytes({f"{name}/\xe9_{i}.png": PICTURE for name in ("cat", "dog") for i in range(2)},
+                        form=tarfile.PAX_FORMAT)  # fmt: skip
+    assert content.count(change[0])
+    (tmp_path / "a.tar").write_bytes(content)
+    assert len(open_source(tmp_path / "a.tar").train) == 4
+    content = content.replace(*change, 1)
+    (tmp_path / "a.tar").write_bytes(content if mode == "w" else gzip.compress(content))
+    assert "pax record" in refused(tmp_path / "a.tar")
+
+
 def test_a_wrong_checksum_of_gzip_is_an_error(tmp_path):
     content = bytearray(WHOLE["tar.gz"])
     content[-6] ^= 1  # in the CRC, behind all data
@@ -193,6 +209,16 @@ def test_a_corrupt_member_of_a_zip_is_named(tmp_path, compression):
     content[start + 8 : start + 40] = b"?" * 32
     (tmp_path / "a.zip").write_bytes(content)
     assert "dog/3.png" in refused(tmp_path / "a.zip")
+
+
+@pytest.mark.parametrize("name", ["cat/1.png", "cat/.0.pn", "cat/0.pn/"])
+def test_a_damaged_name_in_the_table_of_a_zip_hides_no_image(tmp_path, name):
+    """It reads like another member, a hidden file or a folder then."""
+    content = bytearray(WHOLE["zip"])
+    place = content.index(b"cat/0.png", content.index(b"PK\1\2"))
+    content[place : place + 9] = name.encode()
+    (tmp_path / "a.zip").write_bytes(content)
+    refused(tmp_path / "a.zip")
 
 
 def test_an_unknown_compression_of_a_zip_is_named(tmp_path):

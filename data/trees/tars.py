@@ -3,6 +3,7 @@
 import bz2
 import io
 import lzma
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Collection, Iterator
@@ -20,6 +21,7 @@ COMPRESSIONS = {
     b"\xfd7zXZ\0": lzma.LZMADecompressor,
 }
 _CHUNK = 1 << 16
+_LARGEST_PAX_HEADER = 1 << 24  # bytes; they hold names and times
 _MOST_ZERO_BLOCKS = (
     2048  # 1 MiB at the end; programs write up to some kB, and more is a hole of a broken download
 )
@@ -151,12 +153,43 @@ def _checked_info() -> type[tarfile.TarInfo]:
 
         @classmethod
         def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+            _check_pax_records(archive.fileobj)
             info = super().fromtarfile(archive)
             if info.size < 0:  # tarfile would go back and read the same header for ever
                 raise tarfile.ReadError("damaged header: a negative size")
             return info
 
     return CheckedInfo
+
+
+def _check_pax_records(stream: BinaryIO) -> None:
+    """ReadError if a pax header comes next whose records are damaged: `tarfile` would drop them, long names included.
+    A record is "<its length> <key>=<value>\\n"."""
+    header = _look_ahead(stream, tarfile.BLOCKSIZE)
+    if header[156:157] not in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE):
+        return
+    try:
+        size = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape").size
+    except tarfile.HeaderError as error:  # tarfile would take it for the end of the archive
+        raise tarfile.ReadError(f"damaged header: {error}") from error
+    if not 0 <= size <= _LARGEST_PAX_HEADER:
+        raise tarfile.ReadError(f"damaged header: {size:,} bytes of pax records")
+    content = _look_ahead(stream, tarfile.BLOCKSIZE + size)[tarfile.BLOCKSIZE :]
+    while content:
+        match = re.match(rb"([0-9]+) [^=]+=", content)
+        length = int(match[1]) if match else 0
+        if length < 1 or content[length - 1 : length] != b"\n":
+            raise tarfile.ReadError("damaged header: a pax record")
+        content = content[length:]
+
+
+def _look_ahead(stream: BinaryIO, size: int) -> bytes:
+    if isinstance(stream, _Decompressed):
+        return stream.peek(size)
+    place = stream.tell()
+    content = stream.read(size)
+    stream.seek(place)
+    return content
 
 
 def _decompressed(file: BinaryIO) -> BinaryIO:
@@ -187,6 +220,11 @@ class _Decompressed:
         del self._buffer[:size]
         self._position += len(content)
         return content
+
+    def peek(self, size: int) -> bytes:
+        while len(self._buffer) < size and self._fill():
+            pass
+        return bytes(self._buffer[:size])
 
     def tell(self) -> int:
         return self._position

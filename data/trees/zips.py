@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from data.trees.links import link_target
-from data.trees.tree import Entries, FileTree
+from data.trees.tree import Entries, FileTree, litter_in
 from utils.errors import UserError
 from utils.text import printable
 
@@ -94,6 +94,13 @@ def _fault(path: Path, archive: zipfile.ZipFile, members: list[zipfile.ZipInfo])
 def _add(entries: Entries, archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
     raw = _text_of(member)
     name = entries.name(raw, path)
+    unread = [member] if raw.endswith(("/", "\\")) or litter_in(name) else []
+    if name in entries.files:
+        unread += [entries.files[name], member]
+    for other in (
+        unread
+    ):  # a damaged name must not hide an image: opening compares it with the name at the file itself
+        archive.open(other).close()
     if stat.S_ISLNK(member.external_attr >> 16):
         entries.add_link(name, link_target(name, archive.read(member).decode("utf-8", "surrogateescape")))
     elif raw.endswith(("/", "\\")):
