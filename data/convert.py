@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,11 +25,19 @@ def decode(content: bytes, where: str) -> Image.Image:
 
     try:
         picture = Image.open(io.BytesIO(content))
+        # An MPO holds the photo first, then views of it.
+        frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
         picture.load()
     except (*_BROKEN, Image.DecompressionBombError) as error:
         unrecognised = isinstance(error, UnidentifiedImageError)  # its text shows the buffer's address
         reason = "" if unrecognised else f" ({error})"
+        if content.startswith(b"version https://git-lfs"):
+            raise UserError(
+                f"{where}: a pointer of Git LFS, not the image itself; run: git lfs pull"
+            ) from error
         raise UserError(f"{where}: not an image, or corrupt{reason}") from error
+    if frames > 1:
+        raise UserError(f"{where}: holds {frames:,} images; allowed: one in each file, so split it")
     picture = _upright(picture)
     if picture.mode == "F" or picture.mode.startswith("I"):
         raise UserError(
@@ -93,3 +102,31 @@ def resized(images: np.ndarray, resolution: int) -> np.ndarray:
         plane = Image.fromarray(images[index])
         output[index] = np.asarray(plane.resize((resolution, resolution), Image.Resampling.BILINEAR))
     return output
+
+
+COLOURS = {1: "grey", 3: "colour"}
+_WEIGHTS = {1: " (0.299 red + 0.587 green + 0.114 blue)", 3: ""}
+
+
+def conversion_notes(forms: Counter, resolution: int, channels: int) -> list[str]:
+    """Lines that say how images of these forms were brought to one size and to one number of channels."""
+    sizes: Counter = Counter()
+    for (width, height, _), count in forms.items():
+        sizes[width, height] += count
+    notes = [_sizes_note(sizes, resolution)]
+    converted = sum(count for (_, _, own), count in forms.items() if own != channels)
+    if converted:
+        before, after = COLOURS[4 - channels], COLOURS[channels] + _WEIGHTS[channels]
+        notes.append(f"{before} images are converted to {after}: {converted:,} of {forms.total():,}")
+    return [note for note in notes if note is not None]
+
+
+def _sizes_note(sizes: Counter, resolution: int) -> str | None:
+    """One line that says how images of other or of several sizes were brought to one, or None."""
+    if set(sizes) <= {(resolution, resolution)}:
+        return None
+    most = sizes.most_common(4)
+    listed = ", ".join(f"{width}x{height}: {count:,}" for (width, height), count in most)
+    more = f" and {len(sizes) - len(most)} more sizes" if len(sizes) > len(most) else ""
+    kinds = f"mixed image sizes ({listed}{more})" if len(sizes) > 1 else f"images of {listed.split(':')[0]}"
+    return f"{kinds}: cropped to the central square and resized to {resolution}x{resolution}"

@@ -1,5 +1,7 @@
 """Labels as a source states them - class names, or integers - become integers 0..K-1 in the wanted class order."""
 
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,8 +49,10 @@ def _indices_of(labels: np.ndarray, names: list[str], where: str) -> np.ndarray:
     index = {name: number for number, name in enumerate(names)}
     unknown_class = next((name for name in np.unique(labels).tolist() if name not in index), None)
     if unknown_class is not None:
+        similar = next((name for name in names if _looks(name) == _looks(unknown_class)), None)
+        hint = "" if similar is None else f"; it looks like '{similar}' there"
         raise UserError(
-            f"{where}: the test part has the class '{unknown_class}', which the training part lacks"
+            f"{where}: the test part has the class '{unknown_class}', which the training part lacks{hint}"
         )
     unique, inverse = np.unique(labels, return_inverse=True)
     return np.array([index[name] for name in unique.tolist()])[inverse]
@@ -102,7 +106,32 @@ def places_of(wanted: tuple[str, ...], found: list[str]) -> dict[str, int]:
 
 def _simplified(name: str) -> str:
     """Letters and digits alone, in lower case: "T-shirt/top" is "T-shirt_top" where it names a folder."""
-    return "".join(filter(str.isalnum, name)).casefold()
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFC", name))).casefold()
+
+
+def composed(names: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """(N,) names in Unicode's composed form (NFC), and those of them that were there in several forms. File systems
+    and archives store one and the same name in different forms."""
+    found, inverse = np.unique(names, return_inverse=True)
+    forms = [unicodedata.normalize("NFC", name) for name in found.tolist()]
+    merged = sorted({form for form in forms if forms.count(form) > 1}) if len(set(forms)) < len(forms) else []
+    return np.array(forms, str)[inverse.reshape(-1)], merged
+
+
+def alike(names: Iterable[str]) -> list[str]:
+    """Groups of names that a reader can hardly tell apart, each as one text."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names):
+        groups.setdefault(_looks(name), []).append(name)
+    return [" and ".join(f"'{name}'" for name in group) for group in groups.values() if len(group) > 1]
+
+
+def _looks(name: str) -> str:
+    """The name without case, spaces, invisible characters and variants of one character."""
+    visible = (
+        char for char in unicodedata.normalize("NFKC", name) if unicodedata.category(char) not in ("Cf", "Cc")
+    )
+    return "".join("".join(visible).casefold().split())
 
 
 def _check_classes(train_labels: np.ndarray, class_names: tuple[str, ...], where: str) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from data.cache import CACHE_NAME
-from data.convert import to_channels
+from data.convert import COLOURS, conversion_notes, to_channels
 from data.download import download
-from data.labels import resolve
+from data.labels import composed, resolve
 from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta, read_prepared
+from data.readers.layouts import open_source
+from data.readers.source import ArrayPart, Part, Source
 from data.registry import (
     EMBEDDED_PUBLIC,
     EMBEDDED_SENSITIVE,
@@ -24,12 +26,12 @@ from data.registry import (
     known_names,
     known_set,
 )
-from data.sources import COLOURS, ArrayPart, Part, Source, conversion_notes, open_source
 from data.splits import random_test_rows, stratified_test_rows
 from utils.environment import require_no_run
 from utils.errors import UserError, unknown
 from utils.private_files import readable_by_others
 from utils.progress import progress
+from utils.text import listed, require_utf8
 
 __all__ = ["Target", "convert_source", "prepare", "read_prepared"]
 
@@ -58,6 +60,7 @@ def prepare(
     test_source: Path | None = None,
     resolution: int | None = None,
     channels: int | None = None,
+    class_names: tuple[str, ...] | None = None,
     public: bool = False,
     force: bool = False,
 ) -> tuple[Path, PreparedMeta, list[str]]:
@@ -65,10 +68,14 @@ def prepare(
 
     Without `source` the published files are downloaded. `resolution` (pixels) and `channels` (1 or 3) are for custom
     and public sets; a known public set at another resolution than its usual one goes to `<data_name>_<resolution>`.
+    `class_names` name the labels 0, 1, ... of a source that has numbers only.
     `public` keeps every image of a custom set for training. A prepared set of the same name is replaced with `force`
     only; without it and without `source` it is kept. Any bad input raises UserError and leaves nothing behind.
     """
     data_name = canonical_name(data_name)
+    _require_utf8_paths(source, test_source, data_root)
+    if class_names is not None and source is None:
+        raise UserError("--class_names: they name the labels of --source, which is not given")
     if source is None and not force and is_prepared(data_root / data_name):
         return data_root / data_name, *_kept(data_root / data_name, source, channels)
     known = _known_set(data_name, source)
@@ -84,6 +91,7 @@ def prepare(
         found = _with_test_part(
             found, open_source(test_source, known.quirks if known else NO_QUIRKS), test_source
         )
+    found = _with_class_names(found, class_names, known)
     target = _target(data_name, known, found, resolution, channels, public)
     notes = list(found.notes)
     if not target.public and found.test is None:
@@ -117,6 +125,10 @@ def convert_source(
             _refuse_mixed(forms, target.name)
         meta = writer.finish(target.name, labelling.class_names, description)
     notes = [] if labelling.note is None else [labelling.note]
+    if source.test is not None and target.public:
+        notes.append(
+            f"left out (a public set needs no test part): the {len(source.test):,} images of the test part"
+        )
     return meta, notes + conversion_notes(forms, target.resolution, target.channels)
 
 
@@ -174,7 +186,43 @@ def _with_test_part(source: Source, other: Source, path: Path) -> Source:
         raise UserError(
             f"{path}: its classes are not stated like those of --source; both must be of the same layout"
         )
-    return replace(source, test=other.train if other.test is None else other.test)
+    if source.test is not None:
+        raise UserError(
+            f"{path}: --source has a test part already; leave out --test_source, or give a training part only"
+        )
+    notes = [*source.notes, *other.notes]
+    if other.test is not None:
+        notes.append(
+            f"left out ({path.name} is the test part): the {len(other.train):,} images of its training part"
+        )
+    return replace(source, test=other.train if other.test is None else other.test, notes=tuple(notes))
+
+
+def _with_class_names(source: Source, class_names: tuple[str, ...] | None, known: KnownSet | None) -> Source:
+    """The source with the names of --class_names for its labels 0, 1, ...; UserError if they have names already."""
+    if class_names is None:
+        return source
+    names = tuple(composed(np.array(class_names, str))[0].tolist())
+    own = known.class_names if known is not None else source.class_names
+    if own is None and source.train.labels.dtype.kind == "U":
+        own = tuple(np.unique(source.train.labels).tolist())
+    if own is not None:
+        raise UserError(f"--class_names: the classes have names already: {listed(own, 5)}; leave it out")
+    if not all(names) or len(set(names)) < len(names):
+        raise UserError(
+            f"--class_names: {','.join(names)} is not allowed; it must be one name for each class"
+        )
+    highest = int(source.train.labels.max())
+    if highest + 1 != len(names):
+        raise UserError(
+            f"--class_names: {len(names)} names for the labels 0 to {highest}; give {highest + 1}"
+        )
+    return replace(source, class_names=names)
+
+
+def _require_utf8_paths(*paths: Path | None) -> None:
+    """meta.json holds them; a name that it cannot hold would end the preparation after the work."""
+    require_utf8([str(path.absolute()) for path in paths if path is not None], "path")
 
 
 def _split_off_test(source: Source, data_name: str, known: KnownSet | None) -> tuple[Source, str]:

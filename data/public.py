@@ -9,9 +9,10 @@ from data.cache import CACHE_NAME, public_cache
 from data.convert import resized, to_channels
 from data.prepare import Target, convert_source
 from data.prepared import Prepared, is_prepared, new_prepared, read_meta, read_prepared, sha256_of
+from data.readers.layouts import open_source
 from data.registry import EMBEDDED_PUBLIC, prepare_command
-from data.sources import open_source
 from data.spec import DataSpec, PublicData, Samples
+from data.trees.folder import FolderTree
 from utils.errors import UserError
 from utils.memory import require_memory
 from utils.progress import progress
@@ -185,8 +186,9 @@ def _prepared_from_path(section: PublicDataConfig, spec: DataSpec, data_root: Pa
     folder = public_cache(data_root / CACHE_NAME, f"{section.name}-{spec.resolution}-{key}")
     if not is_prepared(folder):
         target = Target(section.name, spec.resolution, spec.channels, None, public=True)
-        _, notes = convert_source(open_source(path), target, folder, str(path))
-        for note in notes:
+        source = open_source(path)
+        _, notes = convert_source(source, target, folder, str(path))
+        for note in (*source.notes, *notes):
             log.info(f"public_data: {section.name}: {note}")
     return read_prepared(folder)
 
@@ -195,9 +197,8 @@ def _path_hash(path: Path) -> str:
     """Changes with the content: the bytes of a file; the names, sizes and times of the files of a folder."""
     if path.is_file():
         return sha256_of(path)
-    files = sorted(
-        (file.relative_to(path).as_posix(), file.stat()) for file in path.rglob("*") if file.is_file()
-    )
+    tree = FolderTree(path)
+    files = ((name, tree.place(name).stat()) for name in tree.names)
     return _key(*((name, stat.st_size, stat.st_mtime_ns) for name, stat in files))
 
 

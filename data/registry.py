@@ -17,7 +17,7 @@ EMBEDDED_PUBLIC = Registry("embedded public dataset", {"glyphs": "data.glyphs:re
 
 @dataclass(frozen=True)
 class SourceQuirks:
-    """How the files of a known set deviate from the plain layouts of data/sources.py."""
+    """How the files of a known set deviate from the plain layouts of data/readers."""
 
     only_members: str = ""  # use only files whose name contains this
     nested_classes: bool = False  # a class is the whole folder path below the first level, not its first part

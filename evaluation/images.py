@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from data.convert import conversion_notes
 from data.labels import places_of
+from data.readers.layouts import open_source
+from data.readers.source import Part
 from data.registry import SourceQuirks
-from data.sources import Part, conversion_notes, open_source
 from data.spec import DataSpec, Samples
 from utils.errors import UserError
 from utils.progress import progress

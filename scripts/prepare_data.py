@@ -45,6 +45,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="R",
         help="pixels; own and public sets only (default of an own set: 32)",
     )
+    parser.add_argument(
+        "--class_names",
+        type=lambda text: tuple(name.strip() for name in text.split(",")),
+        metavar="A,B",
+        help="names of the labels 0, 1, ... of a source that has numbers only, such as an npz",
+    )
     parser.add_argument("--channels", type=int, metavar="C", help="1 grey, 3 RGB; own and public sets only")
     parser.add_argument(
         "--public", action="store_true", help="a public set of your own: no test part is put aside"
@@ -58,7 +64,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     if arguments.forget is not None:
-        for flag in ("source", "test_source", "resolution", "channels", "public", "force"):
+        for flag in ("source", "test_source", "class_names", "resolution", "channels", "public", "force"):
             if getattr(arguments, flag) not in (None, False):
                 parser.error(f"--{flag}: is not used with --forget; leave it out")
     elif arguments.exp_root is not None:

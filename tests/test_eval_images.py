@@ -189,13 +189,13 @@ def test_other_unusable_files_are_refused_by_name(tmp_path, digits):
     whole = bad_npz(tmp_path / "whole.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     write_folder(tmp_path / "text", digits.take(np.arange(3)), lambda row, label: f"{label}/{row}.png")
-    (tmp_path / "text" / "0" / "notes.txt").write_text("hello")
+    (tmp_path / "text" / "0" / "notes.dat").write_text("hello")
     write_folder(tmp_path / "named", digits.take(np.arange(3)), lambda row, _: f"bird_{row}.png")
     (tmp_path / "empty").mkdir()
     for name, words in (
-        ("keys.npz", "holds pixels; one of these pairs is needed: .*x/y"),
+        ("keys.npz", "holds pixels and no training images; known names: x and y"),
         ("cut.npz", "truncated"),
-        ("text", "notes.txt: not an image"),
+        ("text", "notes.dat: not an image"),
         ("named", "'bird' is no class of digits_8; allowed are 0, 1"),
         ("empty", "no images"),
         ("absent.npz", "no such file"),

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.text import require_utf8
 
 
 def data_root(given: str | None = None) -> Path:
@@ -36,6 +37,7 @@ def path_of(text: str, key: str) -> Path:
 def _place(given: str | None, variable: str) -> Path | None:
     """An empty flag or variable counts as absent."""
     found = os.environ.get(variable)
+    require_utf8([given or found or ""], f"${variable}")
     if given:
         return path_of(given, "folder")
     return path_of(found, f"${variable}") if found else None
