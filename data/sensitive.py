@@ -56,6 +56,14 @@ def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[D
     return spec, _count_notes(section, available, num_private)
 
 
+def num_test_images(section: SensitiveDataConfig, data_root: Path) -> int:
+    """The number of test images, without opening one; of data that are not prepared yet about a sixth of N."""
+    if _is_embedded(section):
+        return len(EMBEDDED_SENSITIVE.resolve(section.name)()[1])
+    folder = _folder(section, data_root)
+    return read_meta(folder).num_test if is_prepared(folder) else (section.num_train or 0) // 6
+
+
 def require_prepared(section: SensitiveDataConfig, data_root: Path) -> None:
     """Raise UserError, with the command to run, if the images are not there. Opens no image."""
     folder = _folder(section, data_root)

@@ -8,7 +8,7 @@ from tiny_runs import arguments, call
 import run as run_program
 from data.public import num_public_images
 from models import METHODS
-from models.timing import seconds_of
+from utils.timing import seconds_of
 from utils.config import load_config
 from utils.dry_run import cost_lines
 

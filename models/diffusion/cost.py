@@ -5,8 +5,7 @@ from torch import nn
 
 from models.diffusion.config import PretrainConfig, TrainConfig
 from models.diffusion.samplers import SamplerConfig, network_calls
-from models.synthesizer import Cost
-from models.timing import batch_rows, seconds_of
+from utils.timing import Cost, batch_rows, seconds_of
 from opacus_ext.accounting import Release
 from utils.sections import GenConfig
 
