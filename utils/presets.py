@@ -10,8 +10,9 @@ on top of them and scale a cell down to minutes on a CPU. Within a table later r
         set: {train.n_epochs: "= min(30, 60000 / N)"}
         note: one line that a run under this rule prints          # optional
 
-`data: own` are the user's own images. Only there, `if` is a condition on their public facts (FACTS below), and a value
-that starts with "=" is a formula of them (utils/formula.py). `include: _diffusion` puts the rules of
+`data: own` are the user's own images. Only there, `if` is a condition on their public facts (FACTS below, and `pace`:
+how many of them cost as much as one image of 32 px), and a value that starts with "=" is a formula of these
+(utils/formula.py). `include: _diffusion` puts the rules of
 presets/_diffusion.yaml before those of the table.
 """
 
@@ -31,6 +32,7 @@ TIERS = (1, 10)  # the budgets that the published settings were tuned for
 OWN = "own"  # `data` of a rule for the user's own images
 FACTS = ("N", "resolution", "channels", "classes")  # N: private training images
 Facts = Mapping[str, int]
+MOST_PACE = 4  # below 16 px an image costs a step's fixed work rather than its pixels
 
 
 def nearest_tier(epsilon: float) -> int:
@@ -52,19 +54,25 @@ class Rule:
         if self.epsilon not in (None, tier):
             return False
         if self.data == OWN:
-            return facts is not None and (self.condition is None or bool(evaluate(self.condition, facts)))
+            return facts is not None and (self.condition is None or bool(evaluate(self.condition, _names(facts))))
         return self.data is None or data_name in self.data
 
     def evaluated(self, facts: Facts | None) -> "Rule":
         """The rule with numbers in the place of its formulas."""
         if self.data != OWN:
             return self
-        return replace(self, values={key: resolved(value, facts) for key, value in self.values.items()})
+        names = _names(facts)
+        return replace(self, values={key: resolved(value, names) for key, value in self.values.items()})
 
     def without(self, sections: Iterable[str]) -> "Rule":
         """The rule less its values in these sections."""
         kept = {key: value for key, value in self.values.items() if key.split(".")[0] not in sections}
         return replace(self, values=kept)
+
+
+def _names(facts: Facts) -> dict[str, float]:
+    """What formulas may use."""
+    return {**facts, "pace": min(MOST_PACE, (32 / facts["resolution"]) ** 2)}
 
 
 @dataclass(frozen=True)
