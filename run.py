@@ -209,7 +209,7 @@ def require_same_settings(config: Config) -> None:
 
 def compose(config: Config, plan: list | None = None) -> Parts:
     """Spec, ledger and method, with the method's plan adopted, or the calibrated `plan`; reads no image."""
-    from data.public import num_public_classes
+    from data.public import misfit, num_public_classes
     from data.sensitive import require_apart, spec_of
     from evaluation.evaluator import Evaluator
     from opacus_ext.ledger import Budget, Ledger, default_delta, weak_delta
@@ -239,6 +239,9 @@ def compose(config: Config, plan: list | None = None) -> Parts:
         public = dataclasses.replace(method_config.public_data, n_classes=known)
         method_config = dataclasses.replace(method_config, public_data=public)
     synthesizer = METHODS.resolve(config.method)(method_config, spec, runtime)
+    badly = misfit(config.public_data, spec, config.data_root) if synthesizer.uses_public_images else None
+    if badly is not None:
+        log.info(badly)
     idle = synthesizer.idle_settings()
     if config.eval.mode != "val":
         why = f"no private image is held out with eval.mode={config.eval.mode}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta, read_prepared
+from data.prepared import PreparedMeta, is_prepared, new_prepared, read_groups, read_meta, read_prepared
 from data.public import has_public_images, stored_folders
 from data.registry import EMBEDDED_SENSITIVE, known_set, prepare_command
 from data.spec import DataSpec, Samples
@@ -42,7 +42,8 @@ def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[D
         raise _not_prepared(section, folder, data_root)
     class_names = _class_names(section, meta)
     available = meta.num_train if meta is not None else section.num_train
-    num_private = available - _num_held_out(section, mode, available)
+    groups = None if meta is None else read_groups(folder, meta)
+    num_private = available - _num_held_out(section, mode, available, groups)
     spec = DataSpec(
         section.name or "none",
         section.resolution,
@@ -52,6 +53,8 @@ def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[D
         class_names,
         "" if meta is None else meta.identity,
         section.path is None and (_is_embedded(section) or known_set(section.name or "") is not None),
+        None if meta is None else meta.images_per_person,
+        "" if meta is None else meta.images_per_person_is,
     )
     return spec, _count_notes(section, available, num_private)
 
@@ -109,10 +112,10 @@ def load_sensitive(section: SensitiveDataConfig, mode: str, data_root: Path) -> 
         raise UserError("sensitive_data.name: null has no images to load; name a dataset")
     spec_of(section, mode, data_root)  # the checks
     train, test = _load_parts(section, data_root)
-    num_held_out = _num_held_out(section, mode, len(train))
+    num_held_out = _num_held_out(section, mode, len(train), _groups(section, data_root))
     if num_held_out == 0:
         return SensitiveData(train, None, test)
-    train_rows, validation_rows = validation_split(len(train), num_held_out)
+    train_rows, validation_rows = validation_split(len(train), section.num_val, _groups(section, data_root))
     kept = _take(train, train_rows, data_root, f"{section.name}-train-{num_held_out}")
     return SensitiveData(kept, train.take(validation_rows), test)
 
@@ -170,7 +173,17 @@ def _check_agreement(section: SensitiveDataConfig, meta: PreparedMeta, folder: P
         )
 
 
-def _num_held_out(section: SensitiveDataConfig, mode: str, available: int) -> int:
+def _groups(section: SensitiveDataConfig, data_root: Path) -> np.ndarray | None:
+    folder = _folder(section, data_root)
+    return (
+        None if _is_embedded(section) or not is_prepared(folder) else read_groups(folder, read_meta(folder))
+    )
+
+
+def _num_held_out(
+    section: SensitiveDataConfig, mode: str, available: int, groups: np.ndarray | None = None
+) -> int:
+    """Of groups those are held out as a whole that have about num_val images."""
     if mode != "val":
         return 0
     if not 0 < section.num_val < available:
@@ -179,7 +192,15 @@ def _num_held_out(section: SensitiveDataConfig, mode: str, available: int) -> in
             f"sensitive_data.num_val: {section.num_val} is not allowed with eval.mode=val; it must be {allowed}, "
             f"for instance sensitive_data.num_val={max(1, available // 10)}; or use eval.mode=syn, which holds out none"
         )
-    return section.num_val
+    if groups is None:
+        return section.num_val
+    held_out = len(validation_split(available, section.num_val, groups)[1])
+    if held_out == 0:
+        raise UserError(
+            f"sensitive_data.num_val: {section.num_val} is smaller than half of every group, so none can be held out; "
+            f"give more, or use eval.mode=syn, which holds out none"
+        )
+    return held_out
 
 
 def _count_notes(section: SensitiveDataConfig, available: int, num_private: int) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ class DataSpec:
 
     `num_train` is the number of private training records; it is treated as public, and the ledger records that.
     `identity` is a random name of the prepared folder; empty: images that come with the toolkit. `is_benchmark`: a set
-    on which settings are compared, those of the presets among them.
+    on which settings are compared, those of the presets among them. `images_per_person`: at most so many training
+    images belong to one person (or other group), as was declared or observed when the images were prepared.
     """
 
     name: str
@@ -22,6 +23,8 @@ class DataSpec:
     class_names: tuple[str, ...]
     identity: str = ""
     is_benchmark: bool = False
+    images_per_person: int | None = None
+    images_per_person_is: str = ""
 
     def __post_init__(self) -> None:
         assert self.channels in (1, 3), self.channels

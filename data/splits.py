@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from data.groups import grouped_rows
 from utils.seeding import numpy_rng
 
 
@@ -26,7 +27,13 @@ def random_test_rows(num_records: int, num_test: int, stream: str) -> np.ndarray
     return np.sort(numpy_rng(0, stream).permutation(num_records)[:num_test])
 
 
-def validation_split(num_records: int, num_val: int) -> tuple[np.ndarray, np.ndarray]:
-    """(train rows, validation rows), both sorted. Depends on nothing but the two counts."""
-    held_out = random_test_rows(num_records, num_val, "validation split")
+def validation_split(
+    num_records: int, num_val: int, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(train rows, validation rows), both sorted. Depends on nothing but the two counts, and with `groups` (N,) on
+    these: whole groups are held out, of about num_val records."""
+    if groups is None:
+        held_out = random_test_rows(num_records, num_val, "validation split")
+    else:
+        held_out = grouped_rows(groups, num_val, "validation split")
     return np.setdiff1d(np.arange(num_records), held_out, assume_unique=True), held_out

@@ -50,9 +50,7 @@ def _classifier_cost(
     recipe = recipe_for(config.recipe, spec, len(chosen))
     network = CLASSIFIERS.resolve(name)(spec).to(device, memory_format=torch.channels_last)
     rows = max(2, batch_rows(spec.resolution))
-    images = torch.zeros(rows, *spec.image_shape, device=device).contiguous(
-        memory_format=torch.channels_last
-    )
+    images = torch.zeros(rows, *spec.image_shape, device=device).contiguous(memory_format=torch.channels_last)
     learning = seconds_of(lambda: network(images).sum().backward()) / rows
     with torch.no_grad():
         testing = seconds_of(lambda: network.eval()(images)) / rows
@@ -86,7 +84,9 @@ def _neighbour_cost(num_train: int, others: int, device: str) -> Cost:
 
     from evaluation.neighbours import squared_distances
 
-    points = torch.as_tensor(np.random.default_rng(0).random((MEASURED_POINTS, 256), np.float32), device=device)
+    points = torch.as_tensor(
+        np.random.default_rng(0).random((MEASURED_POINTS, 256), np.float32), device=device
+    )
     seconds = seconds_of(lambda: squared_distances(points, points).topk(5, dim=1, largest=False))
     pairs = num_train * (num_train / 2 + others)
     text = f"distances between {num_train:,} real images, and to {others:,} others"

@@ -23,7 +23,6 @@ from models.pretraining_images import PretrainingImages
 from models.public_batches import public_batches, randomly_flipped
 from models.semantic_query import QueryConfig
 from models.synthesizer import Synthesizer, balanced_labels, preview_labels
-from utils.timing import Cost, sampling_cost, seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps
 from opacus_ext.private_data import PrivateData
@@ -33,6 +32,7 @@ from utils.images import to_float, to_uint8
 from utils.progress import progress
 from utils.runtime import Runtime
 from utils.sections import GenConfig, PublicDataConfig, check_field
+from utils.timing import Cost, sampling_cost, seconds_of
 from utils.typed import Number
 
 DP_SGD = "dp-sgd"

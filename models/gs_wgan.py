@@ -19,7 +19,6 @@ from models.pretraining_images import PretrainingImages
 from models.public_batches import randomly_flipped
 from models.semantic_query import QueryConfig
 from models.synthesizer import Synthesizer, balanced_labels, preview_labels
-from utils.timing import Cost, sampling_cost, seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from opacus_ext.sanitize import SanitisedGradients, sanitised_release
@@ -29,6 +28,7 @@ from utils.progress import progress
 from utils.runtime import Runtime
 from utils.sections import GenConfig, PublicDataConfig, check_field
 from utils.seeding import numpy_rng
+from utils.timing import Cost, sampling_cost, seconds_of
 
 SANITISED = "sanitised gradients"
 

@@ -21,7 +21,6 @@ from models.nn.generator import Generator, GeneratorConfig
 from models.optimizers import restore_moments
 from models.pretraining_images import PretrainingImages
 from models.synthesizer import Synthesizer, balanced_labels, preview_labels
-from utils.timing import Cost, batch_rows, sampling_cost, seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.outer_products import OuterProducts
 from opacus_ext.private_data import PrivateData
@@ -29,6 +28,7 @@ from utils.images import to_float, to_uint8
 from utils.progress import progress
 from utils.runtime import Runtime, log
 from utils.sections import check_field
+from utils.timing import Cost, batch_rows, sampling_cost, seconds_of
 from utils.typed import Number
 
 MEAN_EMBEDDING = "mean embedding"

@@ -17,7 +17,6 @@ from torch import nn
 
 from data.spec import DataSpec, PublicData
 from models.nn.resnet import CLASSIFIERS
-from utils.timing import Cost, batch_rows, seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Ledger
 from opacus_ext.private_data import PrivateData
@@ -29,6 +28,7 @@ from utils.run_dir import QUERY_ANSWER, atomic, write_json
 from utils.runtime import Runtime, log
 from utils.sections import PublicDataConfig, check
 from utils.seeding import numpy_rng
+from utils.timing import Cost, batch_rows, seconds_of
 
 QUERY = "semantic query"
 

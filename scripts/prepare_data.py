@@ -44,6 +44,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--public", action="store_true", help="a public set of your own: no test part is put aside"
     )
+    parser.add_argument(
+        "--groups",
+        metavar="HOW",
+        help="keep images that belong together, such as a patient's, on one side of every split: 'folder' for "
+        "<class>/<patient>/<file>, <file>.csv:<column>, or a regular expression on the path with the group in "
+        "parentheses",
+    )
+    parser.add_argument(
+        "--images_per_person",
+        type=int,
+        metavar="K",
+        help="with --groups: no group has more images; the privacy card says what this means for a person",
+    )
     parser.add_argument("--force", action="store_true", help="replace a prepared set of this name")
     return parser.parse_args(argv)
 

@@ -295,7 +295,13 @@ def _check_own_data(files: ConfigFiles, name: str, root: Path, command: dict[str
     described = any(command.get(f"sensitive_data.{key}") is not None for key in ("n_classes", "path"))
     if not described and not (root / name).is_dir():
         hint = f"to use your own images: python scripts/prepare_data.py --data_name {name} --source <folder>"
-        raise UserError(f"{unknown('dataset', name, set(files.names('data')) - {OWN_IMAGES})}; {hint}")
+        known = {*files.names("data"), *_prepared_sets(root)} - {OWN_IMAGES}
+        raise UserError(f"{unknown('dataset', name, known)}; {hint}")
+
+
+def _prepared_sets(root: Path) -> set[str]:
+    """The sets that scripts/prepare_data.py has written below `root`."""
+    return {meta.parent.name for meta in root.glob("[!.]*/meta.json")}
 
 
 def _choose_public_data(

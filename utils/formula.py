@@ -1,4 +1,4 @@
-"""Arithmetic in preset rules: "min(30, 60000 / N)" for the public facts of a data set. Evaluates numbers, nothing else."""
+"""Arithmetic in preset rules, such as "min(30, 60000 / N)", on the public facts of a data set. No code is run."""
 
 import ast
 import math

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from utils.config_files import read_yaml
+from utils.config_files import CONFIG_FOLDER, read_yaml
 from utils.errors import UserError, unknown
 from utils.formula import evaluate, resolved
 
@@ -54,7 +54,9 @@ class Rule:
         if self.epsilon not in (None, tier):
             return False
         if self.data == OWN:
-            return facts is not None and (self.condition is None or bool(evaluate(self.condition, _names(facts))))
+            return facts is not None and (
+                self.condition is None or bool(evaluate(self.condition, _names(facts)))
+            )
         return self.data is None or data_name in self.data
 
     def evaluated(self, facts: Facts | None) -> "Rule":
@@ -93,7 +95,7 @@ def load_presets(path: Path | None) -> PresetTable:
     for key in content:
         if key not in TABLE_KEYS:
             raise unknown(f"key in {path.name} of presets", key, TABLE_KEYS)
-    shared = load_presets(path.with_name(f"{content['include']}.yaml") if "include" in content else None)
+    shared = load_presets(_included(path, content["include"]) if "include" in content else None)
     rules = {
         preset: shared.rules[preset]
         + [
@@ -103,6 +105,17 @@ def load_presets(path: Path | None) -> PresetTable:
         for preset in PRESETS
     }
     return PresetTable(rules, content.get("quick_by_default") or [])
+
+
+def _included(path: Path, name: str) -> Path:
+    """The table that `path` includes: beside it, or else the toolkit's."""
+    places = [folder / f"{name}.yaml" for folder in (path.parent, CONFIG_FOLDER / "presets")]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"{path}: include: '{name}' is not there; there is neither {places[0]} nor {places[1]}"
+        )
+    return found
 
 
 def _read_rule(rule: object, layer: str) -> Rule:
@@ -117,7 +130,9 @@ def _read_rule(rule: object, layer: str) -> Rule:
             raise unknown(f"condition of {layer}", key, CONDITIONS)
     data, epsilon, condition = (when.get(key) for key in CONDITIONS)
     if data not in (None, OWN) and not isinstance(data, list):
-        raise UserError(f"{layer}: data: {data!r} is not allowed; it must be a list of dataset names, or {OWN}")
+        raise UserError(
+            f"{layer}: data: {data!r} is not allowed; it must be a list of dataset names, or {OWN}"
+        )
     if condition is not None and data != OWN:
         raise UserError(f"{layer}: if: '{condition}' is not allowed without data: {OWN}")
     if epsilon is not None and epsilon not in TIERS:

@@ -5,10 +5,9 @@ from torch import nn
 
 from models.diffusion.config import PretrainConfig, TrainConfig
 from models.diffusion.samplers import SamplerConfig, network_calls
-from utils.timing import Cost, batch_rows, seconds_of
 from opacus_ext.accounting import Release
 from utils.sections import GenConfig
-
+from utils.timing import Cost, batch_rows, seconds_of
 
 CLIPPING = 1.2  # times the ordinary step, for per-example gradients: 1.05 to 1.4 in docs/bench_dpsgd.md
 

@@ -16,13 +16,13 @@ from models.nn.autoencoder import Autoencoder, Pixels
 from models.nn.perceptual import SMALLEST
 from models.nn.unet import level_sizes
 from models.public_batches import public_batches, randomly_flipped
-from utils.timing import Cost, batch_rows, seconds_of
 from utils import distributed
 from utils.errors import UserError
 from utils.images import to_float
 from utils.runtime import Runtime
 from utils.sections import check
 from utils.seeding import numpy_rng
+from utils.timing import Cost, batch_rows, seconds_of
 
 PIXELS_AT_ONCE = 2**20  # bounds the memory that encoding and decoding take
 PIXELS = "pixels"  # the source that is no autoencoder

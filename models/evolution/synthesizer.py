@@ -22,7 +22,6 @@ from models.embeddings import Embedding, build_embedding
 from models.evolution.population import class_labels, class_sizes, consecutive, survivors
 from models.evolution.voting import NearestCandidates, ballots, choose_backend
 from models.synthesizer import Synthesizer, balanced_labels
-from utils.timing import Cost, batch_rows, seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils import distributed
@@ -32,6 +31,7 @@ from utils.progress import progress
 from utils.runtime import Runtime
 from utils.sections import check
 from utils.seeding import numpy_rng
+from utils.timing import Cost, batch_rows, seconds_of
 
 VOTES = "votes"
 
