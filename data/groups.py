@@ -59,8 +59,8 @@ def nested_note(part) -> str | None:
     if nested is None:
         return None
     return (
-        f"the class of {nested} is its class folder; the folders below it are ignored, so that their images may fall on "
-        f"both sides of a split; if each holds the images of one person, add --groups folder"
+        f"the class of {nested} is its class folder; the folders below it are ignored, so that their images may be on "
+        "both sides of a split; if each holds the images of one person, add --groups folder"
     )
 
 
