@@ -126,10 +126,11 @@ def dry_run(config: Config) -> Iterator[str]:
     if parts.synthesizer.uses_public_images:
         num_public = num_public_images(config.public_data, config.data_root)
     costs = [] if num_public is None else parts.synthesizer.public_costs(num_public)
+    judging = [] if parts.ledger is None else judging_costs(parts)
     costs += [] if parts.ledger is None else parts.synthesizer.costs()
-    yield from cost_lines(costs, config)
+    yield from cost_lines([*costs, *judging], config)
     if config.resume is not None:
-        yield what_is_left(parts, costs)
+        yield what_is_left(parts, costs, judging)
     unknown_time = "; until then the time of pretraining is unknown"
     needed = [(require_prepared, config.sensitive_data, "")]
     if parts.synthesizer.uses_public_images:
@@ -147,9 +148,21 @@ def dry_run(config: Config) -> Iterator[str]:
             yield f"missing: {line}"
 
 
-def what_is_left(parts: Parts, costs: list) -> str:
+def judging_costs(parts: Parts) -> list:
+    """The time of the evaluation."""
+    from data.sensitive import num_test_images
+    from evaluation.cost import evaluation_costs
+
+    config = parts.config
+    num_test = num_test_images(config.sensitive_data, config.data_root)
+    return evaluation_costs(
+        config.eval, parts.spec, config.gen.data_num, num_test, config.weights_root, parts.runtime.device
+    )
+
+
+def what_is_left(parts: Parts, costs: list, judging: list) -> str:
     """Which stages of the run of --resume_exp are done, how many steps of its private queries, and the time of the
-    rest. `costs` are of the whole run."""
+    rest. `costs` are of the whole run up to the samples, `judging` of their evaluation."""
     from utils.checkpoints import Checkpoints
 
     folder = find_folder(parts)
@@ -173,8 +186,9 @@ def what_is_left(parts: Parts, costs: list) -> str:
         left["train"] *= (planned - executed) / planned if planned > 1 else 1.0
     # What is neither training nor sampling is part of pretraining.
     seconds = sum(cost.seconds * left.get(cost.stage, left["pretrain"]) for cost in costs)
+    seconds += sum(cost.seconds for cost in judging)
     return (
-        f"{folder.name}, which goes on from {restored or 'the start'}: {', '.join(done)}; left without evaluation: "
+        f"{folder.name}, which goes on from {restored or 'the start'}: {', '.join(done)}; left: "
         f"about {duration(seconds)} here"
     )
 
@@ -192,7 +206,7 @@ def require_same_settings(config: Config) -> None:
 def compose(config: Config, plan: list | None = None) -> Parts:
     """Spec, ledger and method, with the method's plan adopted, or the calibrated `plan`; reads no image."""
     from data.cache import CACHE_NAME
-    from data.public import num_public_classes
+    from data.public import misfit, num_public_classes
     from data.sensitive import require_apart, spec_of
     from evaluation.evaluator import Evaluator
     from opacus_ext.ledger import Budget, Ledger, default_delta, weak_delta
@@ -224,6 +238,9 @@ def compose(config: Config, plan: list | None = None) -> Parts:
         public = dataclasses.replace(method_config.public_data, n_classes=known)
         method_config = dataclasses.replace(method_config, public_data=public)
     synthesizer = METHODS.resolve(config.method)(method_config, spec, runtime)
+    badly = misfit(config.public_data, spec, config.data_root) if synthesizer.uses_public_images else None
+    if badly is not None:
+        log.info(badly)
     idle = synthesizer.idle_settings()
     if config.eval.mode != "val":
         why = f"no private image is held out with eval.mode={config.eval.mode}"

@@ -13,6 +13,7 @@ import numpy as np
 from data.cache import CACHE_NAME
 from data.convert import COLOURS, conversion_notes, to_channels
 from data.download import download
+from data.groups import grouped_rows, groups_of, largest, nested_note, numbered, require_apart, summary
 from data.labels import composed, resolve
 from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta, read_prepared
 from data.readers.layouts import open_source
@@ -52,6 +53,25 @@ class Target:
     mixed: bool = True  # may grey images and colour images be mixed?
 
 
+@dataclass(frozen=True)
+class Grouping:
+    """Which training images belong together: groups (N,) str; `limit`: the declared number of images of one."""
+
+    groups: np.ndarray
+    limit: int | None
+
+    def of_rows(self, rows: np.ndarray) -> "Grouping":
+        return replace(self, groups=self.groups[rows])
+
+    @property
+    def bound(self) -> int:
+        return largest(self.groups) if self.limit is None else self.limit
+
+    @property
+    def origin(self) -> str:
+        return "observed" if self.limit is None else "declared"
+
+
 def prepare(
     data_name: str,
     data_root: Path,
@@ -63,14 +83,18 @@ def prepare(
     class_names: tuple[str, ...] | None = None,
     public: bool = False,
     force: bool = False,
+    groups: str | None = None,
+    images_per_person: int | None = None,
 ) -> tuple[Path, PreparedMeta, list[str]]:
     """Write `<data_root>/<data_name>` and return that folder, its meta, and lines to tell the user.
 
     Without `source` the published files are downloaded. `resolution` (pixels) and `channels` (1 or 3) are for custom
     and public sets; a known public set at another resolution than its usual one goes to `<data_name>_<resolution>`.
     `class_names` name the labels 0, 1, ... of a source that has numbers only.
-    `public` keeps every image of a custom set for training. A prepared set of the same name is replaced with `force`
-    only; without it and without `source` it is kept. Any bad input raises UserError and leaves nothing behind.
+    `groups` says which images belong together (data/groups.py): a group is on one side of every split, and at most
+    `images_per_person` images are declared for one. `public` keeps every image of a custom set for training. A
+    prepared set of the same name is replaced with `force` only; without it and without `source` it is kept. Any bad
+    input raises UserError and leaves nothing behind.
     """
     data_name = canonical_name(data_name)
     _require_utf8_paths(source, test_source, data_root)
@@ -94,18 +118,23 @@ def prepare(
     found = _with_class_names(found, class_names, known)
     target = _target(data_name, known, found, resolution, channels, public)
     notes = list(found.notes)
+    grouping = _grouping(found, groups, images_per_person, target)
+    if grouping is None and not target.public and (nested := nested_note(found.train)):
+        notes.append(nested)
     if not target.public and found.test is None:
-        found, note = _split_off_test(found, data_name, known)
+        found, note, kept = _split_off_test(found, data_name, known, grouping)
+        grouping = grouping and grouping.of_rows(kept)
         notes.append(note)
     folder = data_root / _folder_name(data_name, known, target.resolution)
-    meta, more = convert_source(found, target, folder, str(source.resolve()))  # data/sensitive.py compares it
+    # data/sensitive.py compares the path.
+    meta, more = convert_source(found, target, folder, str(source.resolve()), grouping)
     if not target.public and readable_by_others(folder):
         more.append(f"warning: others can read the images: the file system of {folder} keeps no rights")
     return folder, meta, [f"{data_name}: {note}" for note in notes + more]
 
 
 def convert_source(
-    source: Source, target: Target, folder: Path, description: str
+    source: Source, target: Target, folder: Path, description: str, grouping: Grouping | None = None
 ) -> tuple[PreparedMeta, list[str]]:
     """Resolve the labels, convert the images and write the prepared folder; its meta, and lines to tell the user."""
     parts = {"train": source.train}
@@ -123,12 +152,15 @@ def convert_source(
             images.flush()
         if not target.mixed:
             _refuse_mixed(forms, target.name)
+        if grouping is not None:
+            writer.write_groups(numbered(grouping.groups), grouping.bound, grouping.origin)
         meta = writer.finish(target.name, labelling.class_names, description)
     notes = [] if labelling.note is None else [labelling.note]
     if source.test is not None and target.public:
         notes.append(
             f"left out (a public set needs no test part): the {len(source.test):,} images of the test part"
         )
+    notes += [] if grouping is None else [summary(grouping.groups, grouping.limit)]
     return meta, notes + conversion_notes(forms, target.resolution, target.channels)
 
 
@@ -225,10 +257,37 @@ def _require_utf8_paths(*paths: Path | None) -> None:
     require_utf8([str(path.absolute()) for path in paths if path is not None], "path")
 
 
-def _split_off_test(source: Source, data_name: str, known: KnownSet | None) -> tuple[Source, str]:
-    """The source with a fixed test part drawn from its training part, and the line that says so."""
+def _grouping(source: Source, how: str | None, limit: int | None, target: Target) -> Grouping | None:
+    """The groups of the training part, checked against those of the test part and against the declared limit."""
+    if how is None:
+        if limit is not None:
+            raise UserError(f"--images_per_person: {limit} cannot be checked without --groups; add it")
+        return None
+    if target.public:
+        raise UserError("--groups: a public set has no groups to keep together; leave it out")
+    found = groups_of(source.train, how, "the source")
+    if source.test is not None:
+        require_apart(found, groups_of(source.test, how, "the test part"), "the source")
+    most = largest(found)
+    if limit is not None and most > limit:
+        raise UserError(
+            f"--images_per_person: {limit}, but the largest group has {most} images; declare at least {most}, or leave "
+            f"images out"
+        )
+    return Grouping(found, limit)
+
+
+def _split_off_test(
+    source: Source, data_name: str, known: KnownSet | None, grouping: Grouping | None
+) -> tuple[Source, str, np.ndarray]:
+    """The source with a fixed test part drawn from its training part, the line that says so, and the rows that stay."""
     count = len(source.train)
-    if known is None:
+    if grouping is not None:
+        _, labels = np.unique(source.train.labels, return_inverse=True)
+        num_test = max(1, round(count * CUSTOM_TEST_SHARE))
+        rows = grouped_rows(grouping.groups, num_test, "custom test split", labels)
+        how = "about a seventh, in whole groups"
+    elif known is None:
         _, labels = np.unique(source.train.labels, return_inverse=True)
         num_test = max(1, round(count * CUSTOM_TEST_SHARE))
         rows = stratified_test_rows(labels, num_test, "custom test split")
@@ -246,7 +305,7 @@ def _split_off_test(source: Source, data_name: str, known: KnownSet | None) -> t
     rest = np.setdiff1d(np.arange(count), rows)
     note = f"the source has no test part: {len(rows):,} of {count:,} images ({how}, fixed seed) are put aside as test. "
     note += "Accuracies are measured on them without noise: test images have no privacy protection"
-    return replace(source, train=source.train.take(rest), test=source.train.take(rows)), note
+    return replace(source, train=source.train.take(rest), test=source.train.take(rows)), note, rest
 
 
 # ------------------------------------------------------------------------------------------------------ target

@@ -29,6 +29,7 @@ MEMORY_MAP_ABOVE = (
     2 * 1024**3
 )  # bytes of one file; such files are mapped, not read, and their digest is not re-checked
 META_NAME = "meta.json"
+GROUPS_NAME = "train_groups.npy"
 ZEROS = 1 << 22  # bytes written at a time
 
 
@@ -46,6 +47,10 @@ class PreparedMeta:
     source: str
     sha256: dict[str, str]
     identity: str = ""
+    images_per_person: int | None = (
+        None  # at most, of one group; None: nobody said which images belong together
+    )
+    images_per_person_is: str = ""  # declared (--images_per_person), or observed in the training part
 
     @property
     def content_hash(self) -> str:
@@ -83,6 +88,7 @@ class PreparedWriter:
         self.image_shape = image_shape
         self._private = private
         self._counts = {"train": 0, "test": 0}
+        self._limit, self._limit_is = None, ""
 
     def new_part(self, part: str, labels: np.ndarray) -> np.ndarray:
         """Write the labels of `part` and return its (N, C, H, W) uint8 images, mapped and ready to be filled."""
@@ -94,6 +100,11 @@ class PreparedWriter:
         np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
         reserve(path)
         return np.lib.format.open_memmap(path, mode="r+")
+
+    def write_groups(self, numbers: np.ndarray, limit: int, origin: str) -> None:
+        """Keep the group of every training image, and at most how many images one has ("declared" or "observed")."""
+        save_array(self._new_file(GROUPS_NAME), numbers.astype(np.int64))
+        self._limit, self._limit_is = limit, origin
 
     def finish(self, name: str, class_names: tuple[str, ...], source: str) -> PreparedMeta:
         channels, resolution, _ = self.image_shape
@@ -108,6 +119,8 @@ class PreparedWriter:
             source,
             digests,
             secrets.token_hex(8),
+            self._limit,
+            self._limit_is,
         )
         text = json.dumps(asdict(meta), indent=2, ensure_ascii=False)
         self._new_file(META_NAME).write_text(text + "\n", encoding="utf-8")
@@ -218,6 +231,13 @@ def read_prepared(folder: Path) -> Prepared:
     train = _read_part(folder, meta, "train", meta.num_train)
     test = _read_part(folder, meta, "test", meta.num_test) if meta.num_test else None
     return Prepared(meta, train, test)
+
+
+def read_groups(folder: Path, meta: PreparedMeta) -> np.ndarray | None:
+    """(num_train,) int64: the group of every training image; None where none were given."""
+    if meta.images_per_person is None:
+        return None
+    return _read_array(folder / GROUPS_NAME, np.int64, (meta.num_train,), meta)
 
 
 def _read_part(folder: Path, meta: PreparedMeta, part: str, count: int) -> Samples:

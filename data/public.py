@@ -1,6 +1,7 @@
 """Public data at the shape of the private data. Converted copies are kept in the public cache."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,11 @@ from utils.sections import PublicDataConfig
 
 GLYPH_SEED = 0  # the public set is the same in every run
 ROWS_AT_ONCE = 4096  # converted at a time
+# A class name that stands for a letter or digit.
+_CHARACTER = re.compile(
+    r"(digit|letter|character|number)?[\s_-]*\w{1,2}|zero|one|two|three|four|five|six|seven|eight|nine",
+    re.IGNORECASE,
+)
 CONVERSION_VERSION = 2  # part of every cache key: raise it when converted pixels change
 
 
@@ -41,6 +47,30 @@ def load_public(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> P
     num_public_classes(section, data_root)  # the check, before anything long
     load = _load_glyphs if section.name in EMBEDDED_PUBLIC else _load_stored
     return load(section, spec, data_root)
+
+
+def misfit(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> str | None:
+    """One line where the public set is of another kind than the private images, as far as names and numbers tell."""
+    if not has_public_images(section):
+        return None
+    reasons = []
+    if section.name in EMBEDDED_PUBLIC:
+        channels = 1
+        strange = [name for name in spec.class_names if not _CHARACTER.fullmatch(name)]
+        if strange:
+            reasons.append(f"it has letters and digits; the private class '{strange[0]}' is no character")
+    else:
+        stored = stored_folders(section, data_root)
+        channels = read_meta(stored[0]).channels if stored else spec.channels
+    if channels != spec.channels:
+        kinds = {1: "grey", 3: "in colour"}
+        reasons.append(f"it is {kinds[channels]}, the private images are {kinds[spec.channels]}")
+    if not reasons:
+        return None
+    return (
+        f"public_data.name={section.name} may fit badly: {'; '.join(reasons)}. Pretraining helps on images of the same "
+        f"kind: give public_data.name=<such a set>, or a method that needs none, such as --method DP-MERF"
+    )
 
 
 def require_public(section: PublicDataConfig, data_root: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data.cache import PrivateCache, private_places
-from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta, read_prepared
+from data.prepared import PreparedMeta, is_prepared, new_prepared, read_groups, read_meta, read_prepared
 from data.public import has_public_images, stored_folders
 from data.registry import EMBEDDED_NUM_TRAIN, EMBEDDED_SENSITIVE, known_set, prepare_command
 from data.spec import DataSpec, Samples
@@ -43,7 +43,8 @@ def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[D
     class_names = _class_names(section, meta)
     available = _num_available(section, meta)
     used = _num_used(section, available)
-    num_private = used - _num_held_out(section, mode, used)
+    groups = _groups_used(section, data_root, available)
+    num_private = used - _num_held_out(section, mode, used, groups)
     spec = DataSpec(
         section.name or "none",
         section.resolution,
@@ -55,8 +56,18 @@ def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[D
         section.path is None and (_is_embedded(section) or known_set(section.name or "") is not None),
         section.protocol,
         num_unused=available - used,
+        images_per_person=None if meta is None else meta.images_per_person,
+        images_per_person_is="" if meta is None else meta.images_per_person_is,
     )
     return spec, _count_notes(section, available, num_private)
+
+
+def num_test_images(section: SensitiveDataConfig, data_root: Path) -> int:
+    """The number of test images, without opening one; of data that are not prepared yet about a sixth of N."""
+    if _is_embedded(section):
+        return len(EMBEDDED_SENSITIVE.resolve(section.name)()[1])
+    folder = _folder(section, data_root)
+    return read_meta(folder).num_test if is_prepared(folder) else (section.num_train or 0) // 6
 
 
 def require_prepared(section: SensitiveDataConfig, data_root: Path) -> None:
@@ -105,11 +116,14 @@ def load_sensitive(section: SensitiveDataConfig, mode: str, data_root: Path) -> 
     spec, _ = spec_of(section, mode, data_root)  # with its checks
     train, test = _load_parts(section, data_root)
     used = _num_used(section, len(train))
-    num_held_out = _num_held_out(section, mode, used)
+    groups = _groups_used(section, data_root, len(train))
+    num_held_out = _num_held_out(section, mode, used, groups)
     if num_held_out == 0 and used == len(train):
         return SensitiveData(train, None, test)
     rows = training_subset(len(train), used)
-    train_rows, validation_rows = validation_split(used, num_held_out)
+    train_rows, validation_rows = np.arange(used), np.arange(0)
+    if num_held_out:
+        train_rows, validation_rows = validation_split(used, section.num_val, groups)
     cache = private_cache(section, data_root)
     kept = _take(train, rows[train_rows], cache, f"train-{used}-without-{num_held_out}-{spec.identity}")
     return SensitiveData(kept, train.take(rows[validation_rows]) if num_held_out else None, test)
@@ -184,7 +198,19 @@ def _check_agreement(section: SensitiveDataConfig, meta: PreparedMeta, folder: P
         )
 
 
-def _num_held_out(section: SensitiveDataConfig, mode: str, available: int) -> int:
+def _groups_used(section: SensitiveDataConfig, data_root: Path, available: int) -> np.ndarray | None:
+    """The group of every training image that is used; None for a set that was prepared without groups."""
+    folder = _folder(section, data_root)
+    if _is_embedded(section) or not is_prepared(folder):
+        return None
+    groups = read_groups(folder, read_meta(folder))
+    return None if groups is None else groups[training_subset(available, _num_used(section, available))]
+
+
+def _num_held_out(
+    section: SensitiveDataConfig, mode: str, available: int, groups: np.ndarray | None = None
+) -> int:
+    """Of groups those are held out as a whole that have about num_val images."""
     if mode != "val":
         return 0
     if not 0 < section.num_val < available:
@@ -193,7 +219,15 @@ def _num_held_out(section: SensitiveDataConfig, mode: str, available: int) -> in
             f"sensitive_data.num_val: {section.num_val} is not allowed with eval.mode=val; it must be {allowed}, "
             f"for instance sensitive_data.num_val={max(1, available // 10)}; or use eval.mode=syn, which holds out none"
         )
-    return section.num_val
+    if groups is None:
+        return section.num_val
+    held_out = len(validation_split(available, section.num_val, groups)[1])
+    if held_out == 0:
+        raise UserError(
+            f"sensitive_data.num_val: {section.num_val} is smaller than half of every group, so none can be held out; "
+            f"give more, or use eval.mode=syn, which holds out none"
+        )
+    return held_out
 
 
 def _count_notes(section: SensitiveDataConfig, available: int, num_private: int) -> tuple[str, ...]:

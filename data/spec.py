@@ -13,6 +13,8 @@ class DataSpec:
     `identity` is a random name of the prepared folder; empty: images that come with the toolkit. `is_benchmark`: a set
     on which settings are compared, those of the presets among them. `protocol`: which of the two published evaluation
     protocols its test classifiers follow, "standard" or "cifar". `num_unused`: training images that are left out.
+    `images_per_person`: at most so many training images belong to one person (or other group), as was declared or
+    observed when the images were prepared.
     """
 
     name: str
@@ -25,6 +27,8 @@ class DataSpec:
     is_benchmark: bool = False
     protocol: str = "standard"
     num_unused: int = 0
+    images_per_person: int | None = None
+    images_per_person_is: str = ""
 
     def __post_init__(self) -> None:
         assert self.channels in (1, 3), self.channels

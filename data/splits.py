@@ -4,6 +4,7 @@ Seeds are constants, so every run agrees."""
 
 import numpy as np
 
+from data.groups import grouped_rows
 from utils.seeding import numpy_rng
 
 
@@ -36,7 +37,13 @@ def training_subset(num_records: int, num_used: int) -> np.ndarray:
     return random_test_rows(num_records, num_used, "training subset")
 
 
-def validation_split(num_records: int, num_val: int) -> tuple[np.ndarray, np.ndarray]:
-    """(train rows, validation rows), both sorted. Depends on nothing but the two counts."""
-    held_out = random_test_rows(num_records, num_val, "validation split")
+def validation_split(
+    num_records: int, num_val: int, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(train rows, validation rows), both sorted. Depends on nothing but the two counts, and with `groups` (N,) on
+    these: whole groups are held out, of about num_val records."""
+    if groups is None:
+        held_out = random_test_rows(num_records, num_val, "validation split")
+    else:
+        held_out = grouped_rows(groups, num_val, "validation split")
     return np.setdiff1d(np.arange(num_records), held_out, assume_unique=True), held_out

@@ -12,7 +12,7 @@ from models.diffusion.synthesizer import DiffusionSynthesizer
 from models.features.random_fourier import FourierConfig, FourierEmbedding
 from models.mean_embedding import MEAN_EMBEDDING, EmbeddingGenerator, FitConfig
 from models.nn.generator import GeneratorConfig
-from models.synthesizer import Cost, balanced_labels
+from models.synthesizer import balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.draws import Draws
@@ -20,6 +20,7 @@ from utils.images import to_float, to_uint8
 from utils.memory import require_memory
 from utils.runtime import Runtime
 from utils.sections import check_field
+from utils.timing import Cost
 
 FREQUENCY = "frequency"
 

@@ -22,8 +22,7 @@ from models.optimizers import restore_moments
 from models.pretraining_images import PretrainingImages
 from models.public_batches import public_batches, randomly_flipped
 from models.semantic_query import QueryConfig
-from models.synthesizer import Cost, Synthesizer, balanced_labels, preview_labels
-from models.timing import seconds_of
+from models.synthesizer import Synthesizer, balanced_labels, preview_labels
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps
 from opacus_ext.private_data import PrivateData
@@ -33,6 +32,8 @@ from utils.images import to_float, to_uint8
 from utils.progress import progress
 from utils.runtime import Runtime
 from utils.sections import GenConfig, PublicDataConfig, check_field
+from utils.timing import Cost, sampling_cost, seconds_of
+from utils.typed import Number
 
 DP_SGD = "dp-sgd"
 
@@ -108,6 +109,7 @@ class PretrainConfig(GANStage):
 
 @dataclass(frozen=True)
 class TrainConfig(GANStage):
+    n_epochs: Number  # passes over the private images; a fraction ends within a pass
     batch_size: int | None  # nominal: q = 1 / ceil(N / batch_size); None: all N in every step
     dp: DPSGDConfig
 
@@ -299,9 +301,11 @@ class DPGAN(Synthesizer):
         release, central = self.privacy_plan()[-1], self.images.central
         images = round(self.spec.num_train * release.sample_rate)
         answers = self.config.public_data.central.sample_num * self.spec.num_classes
+        labels = balanced_labels(16, self.spec.num_classes)
         return [
             *([] if central is None else [self._pretraining_cost(answers)]),
             self._cost("train", self.config.train, release.num_steps, images),
+            sampling_cost(self.config.gen.data_num, 16, lambda: self._sample(labels, "cost")),
         ]
 
     def _cost(self, stage: str, config: GANStage, steps: int, images: int) -> Cost:

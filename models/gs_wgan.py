@@ -18,8 +18,7 @@ from models.optimizers import restore_moments
 from models.pretraining_images import PretrainingImages
 from models.public_batches import randomly_flipped
 from models.semantic_query import QueryConfig
-from models.synthesizer import Cost, Synthesizer, balanced_labels, preview_labels
-from models.timing import seconds_of
+from models.synthesizer import Synthesizer, balanced_labels, preview_labels
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from opacus_ext.sanitize import SanitisedGradients, sanitised_release
@@ -29,6 +28,7 @@ from utils.progress import progress
 from utils.runtime import Runtime
 from utils.sections import GenConfig, PublicDataConfig, check_field
 from utils.seeding import numpy_rng
+from utils.timing import Cost, sampling_cost, seconds_of
 
 SANITISED = "sanitised gradients"
 
@@ -322,6 +322,7 @@ class GSWGAN(Synthesizer):
         critic, generator = self._seconds_per_step(config)
         alone = critic * warm_up.batch_size / config.batch_size
         learnt = config.iterations * config.critic_iters + refreshes
+        labels = balanced_labels(16, self.spec.num_classes)
         return [
             *(self._pretraining_cost() if self.images.central is not None else []),
             Cost(
@@ -334,6 +335,7 @@ class GSWGAN(Synthesizer):
                 f"{config.iterations} answers, {learnt} critic steps x {config.batch_size} images",
                 learnt * critic + config.iterations * generator,
             ),
+            sampling_cost(self.config.gen.data_num, 16, lambda: self._sample(labels, "cost")),
         ]
 
     def _seconds_per_step(self, config: Stage) -> tuple[float, float]:

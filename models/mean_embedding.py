@@ -20,8 +20,7 @@ from models.batches import in_batches
 from models.nn.generator import Generator, GeneratorConfig
 from models.optimizers import restore_moments
 from models.pretraining_images import PretrainingImages
-from models.synthesizer import Cost, Synthesizer, balanced_labels, preview_labels
-from models.timing import batch_rows, seconds_of
+from models.synthesizer import Synthesizer, balanced_labels, preview_labels
 from opacus_ext.accounting import Release
 from opacus_ext.outer_products import OuterProducts
 from opacus_ext.private_data import PrivateData
@@ -29,6 +28,8 @@ from utils.images import to_float, to_uint8
 from utils.progress import progress
 from utils.runtime import Runtime, log
 from utils.sections import check_field
+from utils.timing import Cost, batch_rows, sampling_cost, seconds_of
+from utils.typed import Number
 
 MEAN_EMBEDDING = "mean embedding"
 FEW_STEPS = 200  # below which a generator has hardly begun to learn
@@ -86,7 +87,7 @@ class Schedule:
 @dataclass(frozen=True)
 class FitConfig:
     batch_size: int  # generated images per step
-    epochs: int  # of (number of images) // batch_size steps
+    epochs: Number  # of (number of images) // batch_size steps; a fraction ends within one
     lr: float
     lr_decay: float  # factor per epoch
 
@@ -97,7 +98,7 @@ class FitConfig:
 
     def schedule(self, num_images: int) -> Schedule:
         period = max(1, num_images // self.batch_size)
-        return Schedule(self.epochs * period, self.batch_size, self.lr, self.lr_decay, period)
+        return Schedule(math.ceil(self.epochs * period), self.batch_size, self.lr, self.lr_decay, period)
 
 
 class EmbeddingGenerator:
@@ -216,6 +217,7 @@ class EmbeddingGenerator:
 
     def seconds_per_image(self) -> float:
         """Of a training step on this machine."""
+        self.generator.train()
         rows, device = 16, self.runtime.device
         labels = torch.zeros(rows, dtype=torch.int64, device=device)
         noise = torch.zeros(rows, self.generator.z_dim, device=device)
@@ -370,4 +372,8 @@ class EmbeddingSynthesizer(Synthesizer):
         return [*query, self.fitted.cost("pretrain", schedule, left)] if schedule.num_steps else query
 
     def costs(self) -> list[Cost]:
-        return [self.fitted.cost("train", self._training(), self.spec.num_train)]
+        labels = balanced_labels(16, self.spec.num_classes)
+        return [
+            self.fitted.cost("train", self._training(), self.spec.num_train),
+            sampling_cost(self.config.gen.data_num, 16, lambda: self.fitted.draw(labels, 16, "cost")),
+        ]

@@ -7,12 +7,12 @@ from data.public import has_public_images
 from data.spec import DataSpec, PublicData
 from models.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
 from models.semantic_query import QueryConfig, SemanticQuery, words_per_class
-from models.synthesizer import Cost
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.draws import Draws
 from utils.runtime import Runtime
 from utils.sections import PublicDataConfig
+from utils.timing import Cost
 
 # Why settings do nothing.
 NO_IMAGES = "this run has no images to pretrain on"

@@ -18,8 +18,6 @@ from torch import nn
 from data.cache import public_cache
 from data.spec import DataSpec, PublicData
 from models.nn.resnet import CLASSIFIERS
-from models.synthesizer import Cost
-from models.timing import batch_rows, seconds_of
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Ledger
 from opacus_ext.private_data import PrivateData
@@ -32,6 +30,7 @@ from utils.run_dir import QUERY_ANSWER, atomic, write_json
 from utils.runtime import Runtime, log
 from utils.sections import PublicDataConfig, check
 from utils.seeding import numpy_rng
+from utils.timing import Cost, batch_rows, seconds_of
 
 QUERY = "semantic query"
 
@@ -102,17 +101,21 @@ class SemanticQuery:
         )
 
     def cost(self, num_images: int, num_classes: int) -> Cost:
-        """Of training the classifier on the public set; there is nothing to train if it is in the cache."""
+        """Of training the classifier on the public set, unless it is in the cache, and of the private images' votes."""
         config, rows = self.config, batch_rows(self.config.image_size)
         device = self.runtime.device
         classifier = CLASSIFIERS[config.network](self.spec.channels, num_classes).to(device)
         images = torch.zeros(rows, self.spec.channels, config.image_size, config.image_size, device=device)
         seconds = seconds_of(lambda: classifier(images).sum().backward()) / rows
+        with torch.no_grad():
+            vote = seconds_of(lambda: classifier(images)) / rows
         steps = config.n_epochs * -(-num_images // config.batch_size)
         description = (
-            f"{steps} steps x {min(config.batch_size, num_images)} images, unless it is in the cache"
+            f"{steps} steps x {min(config.batch_size, num_images)} images, unless it is in the cache, and "
+            f"{self.spec.num_train:,} votes"
         )
-        return Cost("query classifier", description, config.n_epochs * num_images * seconds)
+        total = config.n_epochs * num_images * seconds + self.spec.num_train * vote
+        return Cost("semantic query", description, total)
 
     def select(self, public: PublicData, private: PrivateData | None) -> PublicData:
         """The selected public images, labelled with the private class that selected them."""

@@ -1,7 +1,6 @@
 """The contract of every method."""
 
 import abc
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -11,15 +10,7 @@ from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.runtime import Runtime
 from utils.sections import check
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Estimated work of one stage, for --dry_run."""
-
-    stage: str
-    description: str  # "2100 steps x 3929 images x 32 noise draws"
-    seconds: float  # on this machine, extrapolated from a short measurement
+from utils.timing import Cost
 
 
 class Synthesizer(abc.ABC):

@@ -22,6 +22,7 @@ def privacy_card(report: dict) -> str:
         f"- **delta**: {at_most(report['budget']['delta'])}, by which a probability may exceed what epsilon "
         f"allows (1 / (N ln N) for N images, unless privacy.delta was given).",
         f"- **Accountant**: {_accountants(report)}.",
+        *_person_lines(report),
         "",
         "| stage that asks the private images | mechanism | noise multiplier | sampling rate | steps | epsilon alone |",
         "|---|---|---|---|---|---|",
@@ -133,6 +134,20 @@ def _headline(report: dict) -> str:
         f"from them, {_RELATION[report['relation']]} changes the odds of any outcome by a factor of at most e^epsilon, "
         f"up to delta."
     )
+
+
+def _person_lines(report: dict) -> list[str]:
+    """What group privacy makes of the guarantee for a person with several images (Dwork & Roth 2014, theorem 2.2)."""
+    count = report.get("images_per_person")
+    if count is None or not (report["private"] and report["releases"]):
+        return []
+    epsilon = report["spent"]
+    log_delta = math.log(count) + (count - 1) * epsilon + math.log(report["budget"]["delta"])
+    if log_delta >= 0:
+        claim = "nothing is guaranteed: delta would be 1 or more; choose a smaller epsilon and delta"
+    else:
+        claim = f"({at_most(count * epsilon)}, {at_most(math.exp(log_delta))})-differentially private"
+    return [f"- **For a person** with at most {count} of the images (see the assumptions): {claim}."]
 
 
 def _accountants(report: dict) -> str:

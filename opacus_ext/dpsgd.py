@@ -61,9 +61,9 @@ class Step:
 
 
 def dpsgd_release(
-    name: str, num_train: int, batch_size: int | None, n_epochs: int, max_batch_size: int | None = None
+    name: str, num_train: int, batch_size: int | None, n_epochs: float, max_batch_size: int | None = None
 ) -> Release:
-    """The plan of E epochs of nominal batch B over N records: q = 1/L and T = E L with L = ceil(N / B).
+    """The plan of E epochs of nominal batch B over N records: q = 1/L and T = E L, rounded up, with L = ceil(N / B).
 
     So the expected batch is N / L, not B; the published sigma tables rest on this rule. batch_size None: all records
     in every step. `max_batch_size`: of larger samples a random subset of this size is taken.
@@ -77,7 +77,7 @@ def dpsgd_release(
         name,
         None,
         sample_rate=1.0 / steps_per_epoch,
-        num_steps=n_epochs * steps_per_epoch,
+        num_steps=math.ceil(n_epochs * steps_per_epoch),
         max_batch_size=max_batch_size,
         num_records=num_train if max_batch_size else None,
     )

@@ -240,7 +240,9 @@ class PrivateData:
                 f"the image size and the {self.spec.num_classes} classes are public",
                 "the hyperparameters: choosing them by looking at these records is not accounted for",
                 *([_TUNED] if self.spec.is_benchmark else []),
+                *_per_person(self.spec),
             ],
+            "images_per_person": self.spec.images_per_person,
             "noise_seeded": self.ledger.noise_seeded,
         }
 
@@ -308,6 +310,18 @@ class PrivateData:
 
     def _gradient_noise(self, name: str, size: int, std: float, step: int) -> GridNoise:
         return self._noise.gaussian(size, std, name, step)
+
+
+def _per_person(spec: DataSpec) -> list[str]:
+    """What is assumed of groups of records."""
+    if spec.images_per_person is None:
+        return []
+    known = {
+        "declared": "as whoever prepared them declared",
+        "observed": "the largest group of these very images, which is not protected by noise; declare a bound with "
+        "--images_per_person to avoid that",
+    }
+    return [f"no person has more than {spec.images_per_person} images ({known[spec.images_per_person_is]})"]
 
 
 def _equal_parts(count: int, most: int) -> int:

@@ -16,6 +16,11 @@ from data.registry import known_names, known_set
 from utils.places import data_root
 from utils.program import program, run_process
 
+# Arguments that describe a preparation, and mean nothing to --forget.
+FORGET_EXCLUDES = (
+    "source", "test_source", "class_names", "resolution", "channels", "public", "force", "groups", "images_per_person",
+)  # fmt: skip
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -55,6 +60,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--public", action="store_true", help="a public set of your own: no test part is put aside"
     )
+    parser.add_argument(
+        "--groups",
+        metavar="HOW",
+        help="keep images that belong together, such as a patient's, on one side of every split: 'folder' for "
+        "<class>/<patient>/<file>, <file>.csv:<column>, or a regular expression on the path with the group in "
+        "parentheses",
+    )
+    parser.add_argument(
+        "--images_per_person",
+        type=int,
+        metavar="K",
+        help="with --groups: no group has more images; the privacy card says what this means for a person",
+    )
     parser.add_argument("--force", action="store_true", help="replace a prepared set of this name")
     parser.add_argument(
         "--exp_root",
@@ -64,7 +82,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     if arguments.forget is not None:
-        for flag in ("source", "test_source", "class_names", "resolution", "channels", "public", "force"):
+        for flag in FORGET_EXCLUDES:
             if getattr(arguments, flag) not in (None, False):
                 parser.error(f"--{flag}: is not used with --forget; leave it out")
     elif arguments.exp_root is not None:

@@ -70,7 +70,7 @@ def test_a_method_imports_no_other_method():
         "models.pretraining_images",
         "models.batches",
         "models.optimizers",
-        "models.timing",
+        "utils.timing",
         "models.public_batches",
         "models.apis",
         "models.embeddings",

@@ -213,20 +213,34 @@ def values_before_presets(method: str, data: str, preset: str) -> dict[str, obje
     return flatten(OmegaConf.to_container(composed, resolve=True))
 
 
+OWN_SIZES = [
+    {"N": number, "resolution": resolution, "channels": 3, "classes": classes}
+    for number, resolution, classes in (
+        (1000, 8, 2),
+        (5000, 28, 5000),
+        (300_000, 32, 10),
+        (60_000, 64, 2),
+        (9, 256, 3),
+    )
+]
+
+
 @pytest.mark.parametrize("table", shipped_tables())
 @pytest.mark.parametrize("preset", ["paper", "quick"])
 def test_every_preset_rule_matches_a_cell_and_changes_a_value(table, preset):
     method = "Noise" if table == EVERY_METHOD else table
     presets = load_presets(SHIPPED.require("presets", table))
     rules, unused = presets.chosen(preset), {rule.layer for rule in presets.rules[preset]}
-    for data in DATASETS:
-        if not any(rule.layer in unused and rule.matches(data, tier) for rule in rules for tier in TIERS):
+    cells = [*((data, None) for data in DATASETS), *(("custom", facts) for facts in OWN_SIZES)]
+    for data, facts in cells:
+        matching = {rule.layer for rule in rules for tier in TIERS if rule.matches(data, tier, facts)}
+        if not matching & unused:
             continue  # it takes long to compose, and would show nothing new
         base = values_before_presets(method, data, preset)
         for tier in TIERS:
             values = dict(base)
-            for rule in rules:
-                if rule.matches(data, tier):
+            for rule in (rule.evaluated(facts) for rule in rules):
+                if rule.matches(data, tier, facts):
                     changes = {key for key, value in rule.values.items() if values.get(key) != value}
                     unused -= {rule.layer} if changes else set()
                     values.update(rule.values)
@@ -236,9 +250,8 @@ def test_every_preset_rule_matches_a_cell_and_changes_a_value(table, preset):
 @pytest.mark.parametrize("table", shipped_tables())
 def test_preset_rules_name_known_datasets(table):
     content = load_presets(SHIPPED.require("presets", table))
-    named = {data for rule in content.chosen("quick") for data in rule.data or []} | set(
-        content.quick_by_default
-    )
+    listed = [rule.data for rule in content.chosen("quick") if isinstance(rule.data, list)]
+    named = {data for names in listed for data in names} | set(content.quick_by_default)
     assert named <= set(DATASETS)
 
 

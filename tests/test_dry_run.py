@@ -8,21 +8,21 @@ from tiny_runs import arguments, call
 import run as run_program
 from data.public import num_public_images
 from models import METHODS
-from models.timing import seconds_of
 from utils.config import load_config
 from utils.dry_run import cost_lines
+from utils.timing import seconds_of
 
 # Of 48 public images in 6 classes: the query keeps one public class for each of the 3 private ones.
 PUBLIC_COSTS = {
     "PDP-Diffusion": {"pretrain": "3 steps x 16 images"},
     "PrivImage": {
-        "query classifier": "3 steps x 16 images, unless it is in the cache",
+        "semantic query": "3 steps x 16 images, unless it is in the cache, and 60 votes",
         "pretrain": "1 steps x 16 images",
     },
     "DP-LDM": {"autoencoder": "3 steps x 16 images", "pretrain": "3 steps x 16 images"},
     "DP-MERF": {"pretrain": "embedding of 48 images, 4 steps x 10 images"},
     "DPGAN": {
-        "query classifier": "3 steps x 16 images, unless it is in the cache",
+        "semantic query": "3 steps x 16 images, unless it is in the cache, and 60 votes",
         "pretrain": "2 steps x 16 images, 1 x 8 fakes",
     },
     "GS-WGAN": {"pretrain": "2 x 2 critic steps x 8 images"},
@@ -77,7 +77,8 @@ def test_the_plan_is_told_in_full(tmp_path):
     assert "epsilon 10, delta 9.572e-05, for N = 1,437 private images" in out
     assert "on samples; costs no epsilon (eval.mode=syn)" in out
     stages = [line.partition(":")[0] for line in out.splitlines() if line.endswith(" here")]
-    assert stages == ["query classifier", "pretrain", "train", "generate", "together, without evaluation"]
+    judging = ["classifier small_cnn", "features random_conv", "neighbours"]
+    assert stages == ["semantic query", "pretrain", "train", "generate", *judging, "together"]
     assert "preset=quick" not in out
     assert "missing" not in out and "resume" not in out
 
@@ -156,7 +157,7 @@ def test_pe_sd_tells_what_its_network_takes(make_method):
 def test_a_run_without_private_data_is_timed_without_a_private_stage(tmp_path):
     out = dry_run(tmp_path, "PDP-Diffusion", "sensitive_data.name=null")
     stages = [line.partition(":")[0] for line in out.splitlines() if line.endswith(" here")]
-    assert stages == ["pretrain", "together, without evaluation"]
+    assert stages == ["pretrain", "together"]
 
 
 def test_a_resumed_run_is_timed_as_a_whole_and_a_long_one_has_a_shorter_way(tmp_path):
@@ -165,7 +166,7 @@ def test_a_resumed_run_is_timed_as_a_whole_and_a_long_one_has_a_shorter_way(tmp_
 
     config = load_config(["--method", "Noise", "--data_name", "digits_8"], METHODS)
     lines = cost_lines([Long()], dataclasses.replace(config, preset="paper", resume="some-run"))
-    assert "together, without evaluation, from the start of the run: about 11.6 days here" in lines
+    assert "together, from the start of the run: about 11.6 days here" in lines
     assert lines[-1].startswith("preset=quick")
     assert not any("preset=quick" in line for line in cost_lines([Long()], config))
 
@@ -186,7 +187,7 @@ def test_what_is_left_of_an_interrupted_run(tmp_path, monkeypatch):
     resume = [*settings, "--resume_exp", folder.name]
     files = sorted(folder.rglob("*"))
     line = dry_run(tmp_path, "PDP-Diffusion", *resume).splitlines()[-1]
-    told, _, left = line.partition("; left without evaluation: about ")
+    told, _, left = line.partition("; left: about ")
     assert told == (
         f"{folder.name}, which goes on from train (snapshot): pretrain done, train not done, samples not done, "
         f"evaluation not done, 'dp-sgd' took 1 of 3 steps"

@@ -134,6 +134,7 @@ class _Cell:
             )
         if self.preset == "quick":
             lines.append("preset quick: sizes are scaled down; for the published setting give preset=paper")
+        lines += [rule.note for rule in self.rules if rule.note is not None]
         return tuple(lines)
 
 
@@ -252,12 +253,13 @@ def _choose_cell(
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     tier = nearest_tier(epsilon)
+    facts = _facts_of_own_images(data_file, data_name, data_root(flags.data_root), command)
     # A file chosen on the command line (eval=none) belongs to that layer: no rule changes its section.
     rules = [
-        rule.without(choices)
+        rule.without(choices).evaluated(facts)
         for table in tables
         for rule in table.chosen(preset)
-        if rule.matches(data_name, tier)
+        if rule.matches(data_name, tier, facts)
     ]
     method_file = files.require("method", schema.method)
     public_name, public_file = _choose_public_data(files, method_file, rules, command)
@@ -296,7 +298,13 @@ def _check_own_data(files: ConfigFiles, name: str, root: Path, command: dict[str
     described = any(command.get(f"sensitive_data.{key}") is not None for key in ("n_classes", "path"))
     if not described and not (root / name).is_dir():
         hint = f"to use your own images: python scripts/prepare_data.py --data_name {name} --source <folder>"
-        raise UserError(f"{unknown('dataset', name, set(files.names('data')) - {OWN_IMAGES})}; {hint}")
+        known = {*files.names("data"), *_prepared_sets(root)} - {OWN_IMAGES}
+        raise UserError(f"{unknown('dataset', name, known)}; {hint}")
+
+
+def _prepared_sets(root: Path) -> set[str]:
+    """The sets that scripts/prepare_data.py has written below `root`."""
+    return {meta.parent.name for meta in root.glob("[!.]*/meta.json")}
 
 
 def _choose_public_data(
@@ -331,25 +339,61 @@ def _value_layers(
     result.append(("privacy.epsilon", cell.epsilon, _flag_layer("epsilon", given)))
     if cell.files["data"].stem == OWN_IMAGES:
         result.append(("sensitive_data.name", cell.data_name, COMMAND_LINE))
-        folder = command.get("sensitive_data.path") or root / cell.data_name
-        result += _size_of_own_images(Path(folder) / "meta.json")
+        meta = _meta_of_own_images(cell.data_name, root, command)
+        result += [] if meta is None else _size_of_own_images(meta)
     if "public_data.name" in command:  # as its file spells it
         command = {**command, "public_data.name": cell.public_name}
     return result + [(key, value, COMMAND_LINE) for key, value in command.items()]
 
 
+def _meta_of_own_images(data_name: str, root: Path, command: dict[str, object]) -> Path | None:
+    """The meta.json that scripts/prepare_data.py wrote; None where nothing is prepared."""
+    meta = Path(command.get("sensitive_data.path") or root / data_name) / "meta.json"
+    return meta if meta.is_file() else None
+
+
 def _size_of_own_images(meta: Path) -> list[tuple[str, object, str]]:
     """Resolution and channels as scripts/prepare_data.py wrote them, so that nobody has to repeat them."""
-    if not meta.is_file():
-        return []
+    facts = _written_facts(meta)
+    sizes = {"resolution": facts["resolution"], "num_channels": facts["channels"]}
+    return [(f"sensitive_data.{key}", value, f"prepared data {meta}") for key, value in sizes.items()]
+
+
+def _written_facts(meta: Path) -> dict[str, int]:
+    """Fact (utils/presets.py) -> its value in meta.json."""
     try:
         written = json.loads(meta.read_text(encoding="utf-8"))
-        sizes = {"resolution": written["resolution"], "num_channels": written["channels"]}
+        return {
+            "N": int(written["num_train"]),
+            "resolution": int(written["resolution"]),
+            "channels": int(written["channels"]),
+            "classes": len(written["class_names"]),
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{meta}: not the description of prepared data ({error!r}); prepare it again"
         ) from error
-    return [(f"sensitive_data.{key}", value, f"prepared data {meta}") for key, value in sizes.items()]
+
+
+def _facts_of_own_images(
+    data_file: Path, data_name: str, root: Path, command: dict[str, object]
+) -> dict[str, int] | None:
+    """What rules for the user's own images may depend on; None for the toolkit's data sets, and for images that are
+    neither prepared nor described in full, which no run accepts."""
+    if data_file.stem != OWN_IMAGES:
+        return None
+    meta = _meta_of_own_images(data_name, root, command)
+    facts = {} if meta is None else _written_facts(meta)
+    described = {
+        "N": "num_train", "resolution": "resolution", "channels": "num_channels", "classes": "n_classes"
+    }  # fmt: skip
+    written = {key: value for key, value, _ in file_values(data_file, "")}
+    for fact, key in described.items():
+        value = command.get(f"sensitive_data.{key}", facts.get(fact, written.get(key)))
+        if not isinstance(value, int) or value < 1:
+            return None
+        facts[fact] = value
+    return facts
 
 
 def _typed_values(composed, schema: _Schema, layers: list[tuple[str, object, str]]) -> dict[str, object]:

@@ -26,6 +26,9 @@ GROUPS = {
 }
 
 
+REPLACEABLE = "presets"  # of which an added folder may hold a file of the same name
+
+
 def config_folders(flags: argparse.Namespace) -> list[Path]:
     """Where YAML files are looked for: the main folder, then what --config_dir and the plugins add.
 
@@ -72,9 +75,21 @@ class ConfigFiles:
         return sorted(name for name in found if not name.startswith("_"))
 
     def find(self, group: str, name: str) -> Path | None:
-        """The file <group>/<name>.yaml, without regard to case; two of them are an error that shows both."""
-        paths = [path for folder in self.folders for path in sorted((folder / group).glob("*.yaml"))]
-        found = [path for path in paths if path.stem.casefold() == name.casefold()]
+        """The file <group>/<name>.yaml, without regard to case; two of them are an error that shows both.
+
+        Presets are no group of Hydra's: there a folder of --config_dir or of a plugin replaces the toolkit's table.
+        """
+        by_folder = [
+            [
+                path
+                for path in sorted((folder / group).glob("*.yaml"))
+                if path.stem.casefold() == name.casefold()
+            ]
+            for folder in self.folders
+        ]
+        if group == REPLACEABLE:
+            by_folder = [own for own in by_folder[1:] if own] or by_folder[:1]
+        found = [path for paths in by_folder for path in paths]
         if len(found) > 1:
             raise UserError(f"{group} '{name}' has two files: {found[0]} and {found[1]}; rename one")
         return found[0] if found else None

@@ -3,8 +3,14 @@
 from utils.bounds import at_most
 from utils.progress import duration
 from utils.table import aligned
+from utils.timing import Cost
 
 LONG = 86400  # seconds after which a shorter way is pointed out
+QUICK = 20 * 60  # seconds that preset=quick is meant for, on two CPU cores
+TOO_LONG = (
+    "this is more than the 20 minutes that preset=quick is meant for; what shortens it: fewer or smaller images "
+    "(scripts/prepare_data.py --resolution), --method DP-MERF, eval=none"
+)
 
 
 def describe(config, spec, ledger, parameter_counts: dict[str, int], evaluation: str) -> list[str]:
@@ -45,15 +51,17 @@ def _release_row(release: dict) -> tuple[str, ...]:
     )
 
 
-def cost_lines(costs: list, config) -> list[str]:
-    """The time of each stage, from a few steps that were measured just now (`costs` of models.synthesizer.Cost)."""
+def cost_lines(costs: list[Cost], config) -> list[str]:
+    """The time of each stage, from a few steps that were measured just now, and of the whole run."""
     if not costs:
         return []
     lines = [f"{cost.stage}: {cost.description}, about {duration(cost.seconds)} here" for cost in costs]
     total = sum(cost.seconds for cost in costs)
     whole = "" if config.resume is None else ", from the start of the run"
-    lines.append(f"together, without evaluation{whole}: about {duration(total)} here")
+    lines.append(f"together{whole}: about {duration(total)} here")
     lines.append("(measured on a few steps; other work on this machine makes it longer)")
     if total > LONG and config.preset != "quick":
         lines.append("preset=quick scales the method down to minutes on a CPU")
+    if total > QUICK and config.preset == "quick":
+        lines.append(TOO_LONG)
     return lines

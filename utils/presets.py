@@ -6,21 +6,33 @@ on top of them and scale a cell down to minutes on a CPU. Within a table later r
     paper:
       - when: {data: [mnist_28, fmnist_28], epsilon: 1}     # both optional; epsilon is a tier, 1 or 10
         set: {model.network.ch_mult: [2, 2]}
+      - when: {data: own, if: resolution <= 32 and N > 5000}
+        set: {train.n_epochs: "= min(30, 60000 / N)"}
+        note: one line that a run under this rule prints          # optional
 
-`include: _diffusion` puts the rules of presets/_diffusion.yaml before those of the table.
+`data: own` are the user's own images. Only there, `if` is a condition on their public facts (FACTS below, and `pace`:
+how many of them cost as much as one image of 32 px), and a value that starts with "=" is a formula of these
+(utils/formula.py). `include: _diffusion` puts the rules of
+presets/_diffusion.yaml before those of the table.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from utils.config_files import read_yaml
+from utils.config_files import CONFIG_FOLDER, read_yaml
 from utils.errors import UserError, unknown
+from utils.formula import evaluate, resolved
 
 PRESETS = ("paper", "quick")
 TABLE_KEYS = (*PRESETS, "quick_by_default", "include")
+CONDITIONS = ("data", "epsilon", "if")
 TIERS = (1, 10)  # the budgets that the published settings were tuned for
+OWN = "own"  # `data` of a rule for the user's own images
+FACTS = ("N", "resolution", "channels", "classes")  # N: private training images
+Facts = Mapping[str, int]
+MOST_PACE = 4  # below 16 px an image costs a step's fixed work rather than its pixels
 
 
 def nearest_tier(epsilon: float) -> int:
@@ -31,17 +43,38 @@ def nearest_tier(epsilon: float) -> int:
 @dataclass(frozen=True)
 class Rule:
     layer: str  # how provenance names it
-    data: list[str] | None  # None: every dataset
+    data: list[str] | str | None  # None: every dataset; OWN: the user's own images
     epsilon: int | None  # None: both tiers
     values: dict[str, object]  # dotted key -> value
+    condition: str | None = None  # a formula of FACTS
+    note: str | None = None  # what a run under this rule prints
 
-    def matches(self, data_name: str, tier: int) -> bool:
-        return (self.data is None or data_name in self.data) and self.epsilon in (None, tier)
+    def matches(self, data_name: str, tier: int, facts: Facts | None = None) -> bool:
+        """`facts` are those of the user's own images, and None for the toolkit's data sets."""
+        if self.epsilon not in (None, tier):
+            return False
+        if self.data == OWN:
+            return facts is not None and (
+                self.condition is None or bool(evaluate(self.condition, _names(facts)))
+            )
+        return self.data is None or data_name in self.data
+
+    def evaluated(self, facts: Facts | None) -> "Rule":
+        """The rule with numbers in the place of its formulas."""
+        if self.data != OWN:
+            return self
+        names = _names(facts)
+        return replace(self, values={key: resolved(value, names) for key, value in self.values.items()})
 
     def without(self, sections: Iterable[str]) -> "Rule":
         """The rule less its values in these sections."""
         kept = {key: value for key, value in self.values.items() if key.split(".")[0] not in sections}
         return replace(self, values=kept)
+
+
+def _names(facts: Facts) -> dict[str, float]:
+    """What formulas may use."""
+    return {**facts, "pace": min(MOST_PACE, (32 / facts["resolution"]) ** 2)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +95,7 @@ def load_presets(path: Path | None) -> PresetTable:
     for key in content:
         if key not in TABLE_KEYS:
             raise unknown(f"key in {path.name} of presets", key, TABLE_KEYS)
-    shared = load_presets(path.with_name(f"{content['include']}.yaml") if "include" in content else None)
+    shared = load_presets(_included(path, content["include"]) if "include" in content else None)
     rules = {
         preset: shared.rules[preset]
         + [
@@ -74,18 +107,34 @@ def load_presets(path: Path | None) -> PresetTable:
     return PresetTable(rules, content.get("quick_by_default") or [])
 
 
+def _included(path: Path, name: str) -> Path:
+    """The table that `path` includes: beside it, or else the toolkit's."""
+    places = [folder / f"{name}.yaml" for folder in (path.parent, CONFIG_FOLDER / "presets")]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"{path}: include: '{name}' is not there; there is neither {places[0]} nor {places[1]}"
+        )
+    return found
+
+
 def _read_rule(rule: object, layer: str) -> Rule:
-    if not isinstance(rule, dict) or not isinstance(rule.get("set"), dict) or set(rule) - {"when", "set"}:
+    known = isinstance(rule, dict) and not set(rule) - {"when", "set", "note"}
+    if not known or not isinstance(rule.get("set"), dict):
         raise UserError(
             f"{layer}: {rule!r} is not a rule; expected 'when: {{...}}' and 'set: {{key: value}}'"
         )
     when = rule.get("when") or {}
     for key in when:
-        if key not in ("data", "epsilon"):
-            raise unknown(f"condition of {layer}", key, ("data", "epsilon"))
-    data, epsilon = when.get("data"), when.get("epsilon")
-    if data is not None and not isinstance(data, list):
-        raise UserError(f"{layer}: data: {data!r} is not allowed; it must be a list of dataset names")
+        if key not in CONDITIONS:
+            raise unknown(f"condition of {layer}", key, CONDITIONS)
+    data, epsilon, condition = (when.get(key) for key in CONDITIONS)
+    if data not in (None, OWN) and not isinstance(data, list):
+        raise UserError(
+            f"{layer}: data: {data!r} is not allowed; it must be a list of dataset names, or {OWN}"
+        )
+    if condition is not None and data != OWN:
+        raise UserError(f"{layer}: if: '{condition}' is not allowed without data: {OWN}")
     if epsilon is not None and epsilon not in TIERS:
         raise UserError(f"{layer}: epsilon: {epsilon!r} is not allowed; it must be one of the tiers 1 and 10")
-    return Rule(layer, data, epsilon, rule["set"])
+    return Rule(layer, data, epsilon, rule["set"], condition, rule.get("note"))

@@ -1,6 +1,7 @@
 """From plain containers, as YAML gives them, to frozen dataclasses; every mistake is one line that names the key.
 
-Annotations that are understood: int, float, bool, str, list[...] of these, `X | None`, and nested dataclasses.
+Annotations that are understood: int, float, Number, bool, str, list[...] of these, `X | None`, and nested
+dataclasses.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from utils.errors import FieldError, UserError
 
 LARGEST_INT = 2**63  # the libraries count in 64 bits
 MISSING = "???"  # how YAML files written for OmegaConf mark a value that somebody else must give
+Number = int | float  # a whole number stays an int, so that 30 epochs are not written as 30.0
 
 
 def without_none(annotation: object) -> tuple[object, bool]:
@@ -22,6 +24,8 @@ def without_none(annotation: object) -> tuple[object, bool]:
         return annotation, False
     parts = typing.get_args(annotation)
     rest = [part for part in parts if part is not type(None)]
+    if set(rest) == set(typing.get_args(Number)):
+        return Number, len(rest) < len(parts)
     if len(rest) != 1:
         raise TypeError(f"{annotation}: a setting has one type, or one type and None")
     return rest[0], len(rest) < len(parts)
@@ -139,13 +143,15 @@ def _build_scalar(inner: object, annotation: object, value: object, key: str) ->
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if inner is float and number and not math.isnan(value):
         return float(value)
-    if inner is int and number and math.isfinite(value) and value == int(value):
+    if inner in (int, Number) and number and math.isfinite(value) and value == int(value):
         if abs(value) >= LARGEST_INT:
             raise UserError(f"{key}: {value} is not allowed; it must be less than 2^63")
         return int(value)
+    if inner == Number and number and math.isfinite(value):
+        return float(value)
     if inner in (bool, str) and isinstance(value, inner):
         return value
-    if inner not in (int, float, bool, str):
+    if inner not in (int, float, Number, bool, str):
         raise TypeError(f"{key}: settings cannot have the type {inner}")
     raise _wrong_type(annotation, value, key)
 
@@ -163,5 +169,5 @@ def _describe(annotation: object) -> str:
     if typing.get_origin(inner) is list:
         text = f"a list of {_describe(typing.get_args(inner)[0])}, written [a,b]"
     else:
-        text = getattr(inner, "__name__", str(inner))
+        text = "int or float" if inner == Number else getattr(inner, "__name__", str(inner))
     return f"{text} or null" if optional else text

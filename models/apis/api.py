@@ -10,10 +10,10 @@ from typing import ClassVar
 import numpy as np
 
 from data.spec import DataSpec, PublicData
-from models.synthesizer import Cost
 from opacus_ext.accounting import Release
 from utils.errors import UserError
 from utils.runtime import Runtime
+from utils.timing import Cost
 
 
 @dataclass(frozen=True)

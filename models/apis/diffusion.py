@@ -20,14 +20,13 @@ from models.diffusion.denoiser import guided
 from models.diffusion.public_pretraining import PublicPretraining, PublicStageConfig
 from models.diffusion.samplers import SamplerConfig, network_calls, noise_levels, resample, sample
 from models.diffusion.timesteps import cosine_schedule, respaced
-from models.synthesizer import Cost
-from models.timing import batch_rows, seconds_of
 from opacus_ext.accounting import Release
 from utils.errors import UserError
 from utils.images import to_float, to_uint8
 from utils.runtime import Runtime
 from utils.sections import GenConfig, check_field
 from utils.seeding import numpy_rng
+from utils.timing import Cost, batch_rows, seconds_of
 
 VARIATION_TIMESTEPS = 1000  # of the cosine schedule that degrees refer to
 MODEL_LABEL = "model label"

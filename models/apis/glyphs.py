@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from data.glyphs import FONT_NAMES, character_mask, load_fonts
 from data.spec import DataSpec
 from models.apis.api import Candidates, ImageAPI
-from models.timing import seconds_of
 from utils.errors import UserError
 from utils.runtime import Runtime
 from utils.sections import check_field
 from utils.seeding import numpy_rng
+from utils.timing import seconds_of
 
 # Ranges that attributes are drawn from and stay in. Lengths are shares of the image side, or of the character's height.
 RANGES = {

@@ -16,9 +16,11 @@ from utils.progress import progress
 from utils.runtime import Runtime
 from utils.sections import check_field
 from utils.seeding import numpy_rng
+from utils.timing import Cost, batch_rows, seconds_of
 
 ROW = "public row"
 ROWS_AT_ONCE = 256  # whose distances to all public images are in memory together
+ASSUMED_IMAGES = 20000  # of a public set of any size, for an estimate of time
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,25 @@ class NearestAPI(ImageAPI):
             raise UserError(
                 f"{degree:g} is not allowed for api nearest; it must be a number of neighbours, 1 or more"
             )
+
+    def public_costs(self, num_images: int, num_classes: int) -> list[Cost]:
+        count = min(num_images, self.config.max_images or num_images)
+        seconds = seconds_of(lambda: self._features_of(self._blank())) / len(self._blank())
+        return [Cost("public features", f"{count:,} public images", count * seconds)]
+
+    def seconds_per_image(self) -> float:
+        """Of a variation: the search for neighbours among max_images images."""
+        width, count = self._features_of(self._blank()).shape[1], self.config.max_images or ASSUMED_IMAGES
+        features = torch.rand(count, width, device=self.runtime.device)
+        rows = torch.arange(ROWS_AT_ONCE)
+        return seconds_of(lambda: _nearest_rows(features, rows, 100)) / ROWS_AT_ONCE
+
+    def _blank(self) -> torch.Tensor:
+        return torch.zeros(batch_rows(self.image_shape[-1]), *self.image_shape, dtype=torch.uint8)
+
+    def _features_of(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return self.embedding(images.to(self.runtime.device))
 
     def prepare(self, public: PublicData | None) -> None:
         if self.images is not None:
@@ -103,8 +124,7 @@ class NearestAPI(ImageAPI):
             parts = []
             for start in progress(starts, "features of the public set", unit="batch"):
                 part = torch.from_numpy(self.images[start : start + self.config.batch_size])
-                with torch.no_grad():
-                    parts.append(self.embedding(part.to(self.runtime.device)))
+                parts.append(self._features_of(part))
             self._features = torch.cat(parts)
         return self._features
 

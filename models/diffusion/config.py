@@ -11,6 +11,7 @@ from models.semantic_query import QueryConfig
 from opacus_ext.dpsgd import DPSGDConfig
 from utils.runtime import log
 from utils.sections import check_field
+from utils.typed import Number
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class PretrainConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     batch_size: int | None  # nominal: q = 1 / ceil(N / batch_size); None: all N in every step
-    n_epochs: int
+    n_epochs: Number  # passes over the private images; a fraction ends within a pass
     snapshot_freq: int
     optim: OptimConfig
     loss: LossConfig

@@ -19,11 +19,11 @@ from models.diffusion.latent_space import LatentSpace
 from models.diffusion.synthesizer import DiffusionSynthesizer
 from models.nn.latent_unet import LatentUNet
 from models.nn.unet import level_sizes
-from models.synthesizer import Cost
 from opacus_ext.private_data import PrivateData
 from utils.errors import UserError
 from utils.runtime import Runtime
 from utils.sections import GenConfig, PublicDataConfig, check, check_field
+from utils.timing import Cost
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,9 @@ class LatentDiffusion(DiffusionSynthesizer):
 
     def public_costs(self, num_images: int) -> list[Cost]:
         return [*self.latents.costs(num_images, self.spec.image_shape), *super().public_costs(num_images)]
+
+    def costs(self) -> list[Cost]:
+        return [*self.latents.private_costs(self.spec.num_train, self.config.gen.data_num), *super().costs()]
 
     def parameter_counts(self) -> dict[str, int]:
         weights = sum(parameter.numel() for parameter in self.latents.autoencoder.parameters())

@@ -16,14 +16,13 @@ from models.nn.autoencoder import Autoencoder, Pixels
 from models.nn.perceptual import SMALLEST
 from models.nn.unet import level_sizes
 from models.public_batches import public_batches, randomly_flipped
-from models.synthesizer import Cost
-from models.timing import batch_rows, seconds_of
 from utils import distributed
 from utils.errors import UserError
 from utils.images import to_float
 from utils.runtime import Runtime
 from utils.sections import check
 from utils.seeding import numpy_rng
+from utils.timing import Cost, batch_rows, seconds_of
 
 PIXELS_AT_ONCE = 2**20  # bounds the memory that encoding and decoding take
 PIXELS = "pixels"  # the source that is no autoencoder
@@ -139,6 +138,16 @@ class LatentSpace:
         self.autoencoder.zero_grad(set_to_none=True)
         self.autoencoder.requires_grad_(False)
         return [warm_up_cost("autoencoder", self.config, num_images, seconds)]
+
+    def private_costs(self, num_images: int, num_samples: int) -> list[Cost]:
+        """Of encoding all private images once, and of decoding the samples."""
+        rows = batch_rows(self.image_shape[-1])
+        images = torch.zeros(rows, *self.image_shape, device=self.runtime.device)
+        latents = torch.zeros(rows, *self.shape, device=self.runtime.device)
+        encoding = seconds_of(lambda: self.encode(images)) / rows
+        decoding = seconds_of(lambda: self.decode(latents)) / rows
+        text = f"{num_images:,} private images to latents, {num_samples:,} samples back"
+        return [Cost("latents", text, num_images * encoding + num_samples * decoding)]
 
     def _start(self) -> None:
         if self.training is None:

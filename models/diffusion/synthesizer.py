@@ -25,8 +25,7 @@ from models.diffusion.samplers import SamplerConfig, sample
 from models.diffusion.staged import StagedNetwork
 from models.pretraining_images import NO_FLIP, NO_IMAGES, NO_SELECTION, SELECTIVE, PretrainingImages
 from models.public_batches import public_batches, randomly_flipped
-from models.synthesizer import Cost, balanced_labels, preview_labels
-from models.timing import batch_rows, seconds_of
+from models.synthesizer import balanced_labels, preview_labels
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import dpsgd_release, dpsgd_steps
 from opacus_ext.private_data import PrivateData
@@ -37,6 +36,7 @@ from utils.images import to_float, to_uint8
 from utils.progress import progress
 from utils.runtime import Runtime
 from utils.sections import GenConfig, PublicDataConfig
+from utils.timing import Cost, batch_rows, seconds_of
 
 DP_SGD = "dp-sgd"
 WARM_UP = "warm-up"

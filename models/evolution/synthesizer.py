@@ -21,8 +21,7 @@ from models.central_images import MEAN, MODE
 from models.embeddings import Embedding, build_embedding
 from models.evolution.population import class_labels, class_sizes, consecutive, survivors
 from models.evolution.voting import NearestCandidates, ballots, choose_backend
-from models.synthesizer import Cost, Synthesizer, balanced_labels
-from models.timing import batch_rows, seconds_of
+from models.synthesizer import Synthesizer, balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils import distributed
@@ -33,6 +32,7 @@ from utils.progress import progress
 from utils.runtime import Runtime
 from utils.sections import check
 from utils.seeding import numpy_rng
+from utils.timing import Cost, batch_rows, seconds_of
 
 VOTES = "votes"
 
@@ -183,10 +183,22 @@ class PrivateEvolution(Synthesizer, abc.ABC):
             return []
         seconds = (ahead * sum(sizes[:-1]) + sum(sizes)) * drawing
         seconds += (max(1, ahead) * sum(sizes[:-1]) + self.spec.num_train) * embedding
+        seconds += self.spec.num_train * sum(sizes[:-1]) / self.num_blocks * self._seconds_per_comparison()
         described = (
-            f"{settings.num_iterations} votes for {max(sizes[:-1])} images, {ahead} variations of each"
+            f"{settings.num_iterations} votes of {self.spec.num_train:,} private images for {max(sizes[:-1])} images, "
+            f"{ahead} variations of each"
         )
         return [Cost("train", described, seconds)]
+
+    def _seconds_per_comparison(self) -> float:
+        """Of one private record with one candidate."""
+        settings, count = self.config.train, 1024
+        blank = torch.zeros(1, *self.spec.image_shape, dtype=torch.uint8)
+        features = torch.rand(count, self._embed_bytes(blank).shape[1], device=self.runtime.device)
+        search = NearestCandidates(
+            features.clone(), settings.nn_mode, settings.num_nearest_neighbor, self.backend
+        )
+        return seconds_of(lambda: search(features)) / count**2
 
     # -------------------------------------------------------------------------------------------- populations
 

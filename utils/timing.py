@@ -2,10 +2,25 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 PIXELS = 2**13  # per measured batch: few images of 32 px, many of 8 px, as in a real batch
 REPEATS = 5
 PATIENCE = 0.5  # seconds of measuring after which no step is begun
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Estimated work of one stage, for --dry_run."""
+
+    stage: str
+    description: str  # "2100 steps x 3929 images x 32 noise draws"
+    seconds: float  # on this machine, extrapolated from a short measurement
+
+
+def sampling_cost(num_images: int, rows: int, draw: Callable[[], object]) -> Cost:
+    """Of the delivered images, by a generator whose `draw` makes `rows` of them."""
+    return Cost("generate", f"{num_images} images", num_images / rows * seconds_of(draw))
 
 
 def batch_rows(resolution: int) -> int:

@@ -1,0 +1,160 @@
+"""Groups of images that belong together, such as those of one patient: a group is on one side of every split.
+
+Where the class is a folder and the group another one, `<class>/<group>/<file>`, the class is the folder that labels are
+taken from, and the group is what lies between it and the file. A group may have images of several classes.
+"""
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.seeding import numpy_rng
+
+FOLDER = "folder"
+FORMS = "allowed: 'folder' (<class>/<group>/<file>), <file>.csv:<column>, or a regular expression on the path"
+FILE_COLUMNS = ("file", "filename", "path", "image")  # of a csv file; else its first column names the files
+
+
+def groups_of(part, how: str, where: str) -> np.ndarray:
+    """The group of every image of `part` (a part of a source, with `names` and `labels`), (N,) str.
+
+    how: one of FORMS. UserError, with the first image that has no group, where one has none; and for images without
+    names, as those of an npz.
+    """
+    names = getattr(part, "names", None)
+    if names is None:
+        raise UserError(f"--groups: {where} holds arrays, whose images have no paths; give image files")
+    if how.casefold() == FOLDER:
+        found = [_folder_group(name, str(label)) for name, label in zip(names, part.labels, strict=True)]
+        need = "is in no folder below its class folder; give <class>/<group>/<file>, or another form"
+    elif ".csv:" in how:
+        path, _, column = how.rpartition(":")
+        table = _table(Path(path), column)
+        found = [table.get(name, table.get(PurePosixPath(name).name)) for name in names]
+        need = f"is in no line of {path}"
+    else:
+        pattern = _pattern(how)
+        found = [_matched(pattern, name) for name in names]
+        need = f"does not match '{how}'; {FORMS}"
+    missing = [name for name, group in zip(names, found, strict=True) if not group]
+    if missing:
+        raise UserError(
+            f"--groups: {len(missing):,} of {len(names):,} images have no group: {missing[0]} {need}"
+        )
+    return np.array(found)
+
+
+def nested_note(part) -> str | None:
+    """One line where class folders have folders in them, and nobody said whether these are groups."""
+    names = getattr(part, "names", [])
+    nested = next(
+        (name for name, label in zip(names, part.labels, strict=False) if _folder_group(name, str(label))),
+        None,
+    )
+    if nested is None:
+        return None
+    return (
+        f"the class of {nested} is its class folder; the folders below it are ignored, so that their images may be on "
+        "both sides of a split; if each holds the images of one person, add --groups folder"
+    )
+
+
+def _folder_group(name: str, label: str) -> str:
+    parts = PurePosixPath(name).parts[:-1]
+    below = parts[parts.index(label) + 1 :] if label in parts else ()
+    return "/".join(below)
+
+
+def _pattern(text: str) -> re.Pattern:
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise UserError(f"--groups: '{text}' is not allowed ({error}); {FORMS}") from error
+    if pattern.groups > 1:
+        raise UserError(
+            f"--groups: '{text}' has {pattern.groups} groups; the one in parentheses is the group"
+        )
+    return pattern
+
+
+def _matched(pattern: re.Pattern, name: str) -> str | None:
+    found = pattern.search(name)
+    return found and found[pattern.groups]
+
+
+def _table(path: Path, column: str) -> dict[str, str]:
+    """File name, as the csv file gives it -> group."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            columns, rows = list(reader.fieldnames or []), list(reader)
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise UserError(f"--groups: {path} cannot be read as a csv file ({error})") from error
+    if column not in columns:
+        raise UserError(f"--groups: {path} has no column '{column}'; it has {', '.join(columns) or 'none'}")
+    key = next((name for name in columns if name.casefold() in FILE_COLUMNS), columns[0])
+    table: dict[str, str] = {}
+    for row in rows:
+        file, group = row[key], row[column]
+        if file and table.setdefault(file, group) != group:
+            raise UserError(f"--groups: {path} has two groups for {file}: {table[file]} and {group}")
+    return table
+
+
+def require_apart(train: np.ndarray, test: np.ndarray, where: str) -> None:
+    """Raise UserError where a group has images in both parts."""
+    shared = sorted(set(train) & set(test))
+    if shared:
+        raise UserError(
+            f"--groups: {len(shared):,} groups of {where} have images in the training and in the test part, such as "
+            f"'{shared[0]}'; give all images as one part, and a test part is put aside by groups"
+        )
+
+
+def grouped_rows(groups: np.ndarray, count: int, stream: str, labels: np.ndarray | None = None) -> np.ndarray:
+    """Sorted indices of about `count` records in whole groups, never of all groups; the same for every run.
+
+    Groups are taken in a random order as long as they bring the number nearer to `count`. With `labels` (N,) those that
+    leave a class without a record outside are passed over.
+    """
+    names, members = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(members)
+    outside = None if labels is None else Counter(labels.tolist())
+    taken, total = [], 0
+    for group in numpy_rng(0, stream).permutation(len(names)):
+        if len(taken) == len(names) - 1 or abs(total + sizes[group] - count) > abs(total - count):
+            continue
+        own = Counter() if outside is None else Counter(labels[members == group].tolist())
+        if any(outside[label] <= number for label, number in own.items()):
+            continue
+        if outside is not None:
+            outside -= own
+        taken.append(group)
+        total += sizes[group]
+    return np.flatnonzero(np.isin(members, taken))
+
+
+def numbered(groups: Sequence[str]) -> np.ndarray:
+    """(N,) int64: equal numbers for equal groups. Names of groups may name people; these numbers do not."""
+    _, numbers = np.unique(np.asarray(groups), return_inverse=True)
+    return numpy_rng(0, "group numbers").permutation(numbers.max() + 1)[numbers].astype(np.int64)
+
+
+def largest(groups: np.ndarray) -> int:
+    """Images of the largest group."""
+    return max(Counter(groups.tolist()).values())
+
+
+def summary(groups: np.ndarray, limit: int | None) -> str:
+    """One line about the groups of the training part."""
+    sizes = np.array(list(Counter(groups.tolist()).values()))
+    bound = "" if limit is None else f" (at most {limit} are declared)"
+    return (
+        f"{len(groups):,} training images are of {len(sizes):,} groups, each on one side of every split; the largest "
+        f"has {sizes.max()}, the median {int(np.median(sizes))} images{bound}"
+    )

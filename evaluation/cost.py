@@ -1,0 +1,93 @@
+"""What judging the samples will take, for --dry_run: extrapolated from a few batches that are measured."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data.spec import DataSpec
+from evaluation.registry import CLASSIFIERS, METRICS, check_extractor, check_metrics
+from utils.errors import Unavailable
+from utils.sections import EvalConfig
+from utils.timing import Cost, batch_rows, seconds_of
+
+MEASURED_POINTS = 1024  # of a block of distances
+
+
+def evaluation_costs(
+    config: EvalConfig, spec: DataSpec, num_samples: int, num_test: int, weights_root: Path, device: str
+) -> list[Cost]:
+    """Of training the classifiers, of the features of all images, and of the distances between them. What cannot be
+    computed on this machine costs nothing."""
+    metrics = [METRICS.resolve(name) for name in check_metrics(config.metrics)]
+    needs = {need for metric in metrics for need in metric.needs}
+    costs = []
+    if "classifiers" in needs:
+        costs += [
+            _classifier_cost(name, config, spec, num_samples, num_test, device) for name in config.classifiers
+        ]
+    real = spec.num_train * bool(needs & {"train_features", "train_neighbours"})
+    real += num_test * bool(needs & {"train_features", "test_features", "test_logits"})
+    extractors = {
+        metric.extractor or check_extractor(config.extractor) for metric in metrics if metric.uses_extractor
+    }
+    for name in sorted(extractors):
+        costs += _feature_cost(name, spec, real, num_samples, weights_root, device)
+    if "train_neighbours" in needs:
+        costs.append(_neighbour_cost(spec.num_train, num_samples + num_test, device))
+    return costs
+
+
+def _classifier_cost(
+    name: str, config: EvalConfig, spec: DataSpec, num_samples: int, num_test: int, device: str
+) -> Cost:
+    import torch
+
+    from evaluation.classifiers.recipe import recipe_for
+    from evaluation.classifiers.training import candidate_epochs
+    from evaluation.selection import split_samples
+
+    chosen, held_out = split_samples(num_samples, config.num_val)
+    recipe = recipe_for(config.recipe, spec, len(chosen))
+    network = CLASSIFIERS.resolve(name)(spec).to(device, memory_format=torch.channels_last)
+    rows = max(2, batch_rows(spec.resolution))
+    images = torch.zeros(rows, *spec.image_shape, device=device).contiguous(memory_format=torch.channels_last)
+    learning = seconds_of(lambda: network(images).sum().backward()) / rows
+    with torch.no_grad():
+        testing = seconds_of(lambda: network.eval()(images)) / rows
+    seconds = recipe.num_epochs * len(chosen) * learning
+    seconds += (len(held_out) * len(candidate_epochs(recipe.num_epochs)) + 2 * num_test) * testing
+    text = f"{recipe.num_epochs} epochs x {len(chosen):,} samples, {num_test:,} test images"
+    return Cost(f"classifier {CLASSIFIERS.canonical(name)}", text, seconds)
+
+
+def _feature_cost(
+    name: str, spec: DataSpec, num_real: int, num_samples: int, weights_root: Path, device: str
+) -> list[Cost]:
+    import torch
+
+    from extractors import EXTRACTORS
+
+    try:
+        extractor = EXTRACTORS.resolve(name)(spec, weights_root, device)
+    except Unavailable:  # the dry run lists it as missing
+        return []
+    rows = batch_rows(spec.resolution)
+    images = torch.zeros(rows, *spec.image_shape, dtype=torch.uint8, device=device)
+    with torch.no_grad():
+        seconds = seconds_of(lambda: extractor(images)) / rows
+    text = f"{num_real:,} real images, unless they are in the cache, and {num_samples:,} samples"
+    return [Cost(f"features {name}", text, (num_real + num_samples) * seconds)]
+
+
+def _neighbour_cost(num_train: int, others: int, device: str) -> Cost:
+    import torch
+
+    from evaluation.neighbours import squared_distances
+
+    points = torch.as_tensor(
+        np.random.default_rng(0).random((MEASURED_POINTS, 256), np.float32), device=device
+    )
+    seconds = seconds_of(lambda: squared_distances(points, points).topk(5, dim=1, largest=False))
+    pairs = num_train * (num_train / 2 + others)
+    text = f"distances between {num_train:,} real images, and to {others:,} others"
+    return Cost("neighbours", text, pairs / MEASURED_POINTS**2 * seconds)

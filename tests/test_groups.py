@@ -1,0 +1,216 @@
+"""Groups of images, such as those of one patient, and the splits that keep them together."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.groups import grouped_rows, numbered
+from data.prepare import prepare
+from data.prepared import read_groups
+from data.sensitive import load_sensitive, spec_of
+from data.splits import validation_split
+from models import METHODS
+from opacus_ext.card import privacy_card
+from scripts import prepare_data
+from utils.config import load_config
+from utils.errors import UserError
+
+PATIENTS, PER_PATIENT = 14, 3
+
+
+@pytest.fixture
+def patients(tmp_path) -> Path:
+    """<class>/<patient>/<file>.png; every third patient has images of both classes. An image's grey level is its
+    patient's number times 10."""
+    folder = tmp_path / "source"
+    for patient in range(PATIENTS):
+        for number in range(PER_PATIENT):
+            label = "ill" if (patient + number * (patient % 3 == 0)) % 2 else "well"
+            place = folder / label / f"patient-{patient}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), 10 * patient).save(place / f"{number}.png")
+    return folder
+
+
+def prepared(source: Path, **more):
+    folder, meta, notes = prepare(
+        "scans", source.parent / "data", source=source, resolution=8, force=True, **more
+    )
+    return folder, meta, " ".join(notes)
+
+
+def patients_of(samples) -> set[int]:
+    return {int(image.flat[0]) // 10 for image in samples.images}
+
+
+def of_csv(source: Path) -> str:
+    lines = [f"{path.relative_to(source)},{path.parent.name}" for path in source.rglob("*.png")]
+    table = source.parent / "patients.csv"
+    table.write_text("\n".join(["path,who", *lines]))
+    return f"{table}:who"
+
+
+FORMS = {"folder": lambda _: "folder", "pattern": lambda _: r"patient-(\d+)/", "csv": of_csv}
+
+
+def section_of(source: Path, *more: str):
+    argv = ["--method", "Noise", "--data_name", "scans", "--data_root", str(source.parent / "data"), *more]
+    return load_config(argv, METHODS).sensitive_data
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_group_is_on_one_side_of_every_split(form, patients):
+    _, meta, notes = prepared(patients, groups=FORMS[form](patients))
+    root, section = patients.parent / "data", section_of(patients, "sensitive_data.num_val=9")
+    data = load_sensitive(section, "val", root)
+    sides = [patients_of(part) for part in (data.train, data.validation, data.test)]
+    assert all(sides) and sum(map(len, sides)) == len(set.union(*sides)) == PATIENTS
+    assert spec_of(section, "val", root)[0].num_train == len(data.train)
+    assert (meta.images_per_person, meta.images_per_person_is) == (PER_PATIENT, "observed")
+    assert f"the largest has {PER_PATIENT}" in notes
+
+
+def test_without_groups_patients_are_split_and_a_line_says_how_to_avoid_it(patients):
+    folder, meta, notes = prepared(patients)
+    assert "--groups folder" in notes and meta.images_per_person is None
+    assert read_groups(folder, meta) is None
+    data = load_sensitive(section_of(patients), "syn", patients.parent / "data")
+    assert patients_of(data.train) & patients_of(data.test)
+
+
+def test_names_of_groups_are_not_kept(patients):
+    folder, meta, _ = prepared(patients, groups="folder")
+    groups = read_groups(folder, meta)
+    assert groups.shape == (meta.num_train,) and len(set(groups)) == meta.num_train // PER_PATIENT
+    assert "patient" not in (folder / "meta.json").read_text()
+
+
+def test_a_declared_bound_is_checked_and_kept(patients):
+    with pytest.raises(UserError, match=r"images_per_person: 2.* 3 images"):
+        prepared(patients, groups="folder", images_per_person=2)
+    _, meta, _ = prepared(patients, groups="folder", images_per_person=5)
+    assert (meta.images_per_person, meta.images_per_person_is) == (5, "declared")
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"groups": r"nurse-(\d+)"}, r"42 of 42 .*nurse"),
+        ({"groups": "("}, "regular expression"),
+        ({"groups": r"(\d)(\d)"}, "2 groups"),
+        ({"groups": "absent.csv:who"}, "absent.csv"),
+        ({"images_per_person": 3}, "--groups"),
+        ({"groups": "folder", "public": True}, "public"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing_behind(more, told, patients):
+    with pytest.raises(UserError, match=told):
+        prepared(patients, **more)
+    assert not (patients.parent / "data").exists()
+
+
+def test_a_csv_file_that_lacks_an_image_or_the_column_is_told(patients):
+    how = of_csv(patients)
+    with pytest.raises(UserError, match=r"'doctor'.*path, who"):
+        prepared(patients, groups=how.replace(":who", ":doctor"))
+    table = Path(how.rpartition(":")[0])
+    table.write_text("\n".join(table.read_text().splitlines()[:-1]))
+    with pytest.raises(UserError, match="1 of 42 images"):
+        prepared(patients, groups=how)
+
+
+def test_images_outside_a_group_folder_and_arrays_are_told(patients, tmp_path):
+    Image.new("L", (8, 8)).save(patients / "ill" / "stray.png")
+    with pytest.raises(UserError, match=r"ill/stray.png"):
+        prepared(patients, groups="folder")
+    np.savez(tmp_path / "a.npz", x=np.zeros((20, 8, 8), np.uint8), y=np.arange(20) % 2)
+    with pytest.raises(UserError, match=r"--groups.*paths"):
+        prepared(tmp_path / "a.npz", groups="folder")
+
+
+def test_a_given_test_part_must_not_share_a_group(patients, tmp_path):
+    for part, chosen in (("train", range(10)), ("test", range(9, PATIENTS))):
+        for path in patients.rglob("*.png"):
+            patient = path.parent.name
+            if int(patient.rpartition("-")[2]) in chosen:
+                place = tmp_path / "parts" / part / path.parent.parent.name / patient
+                place.mkdir(parents=True, exist_ok=True)
+                (place / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="patient-9"):
+        prepared(tmp_path / "parts", groups="folder")
+
+
+def test_the_program_takes_the_flags(patients, capsys):
+    root = str(patients.parent / "data")
+    argv = ["--data_name", "scans", "--source", str(patients), "--data_root", root, "--groups", "folder"]
+    assert prepare_data.main([*argv, "--images_per_person", "2"]) == 2
+    assert "images_per_person" in capsys.readouterr().err
+    assert prepare_data.main([*argv, "--images_per_person", "4"]) == 0
+    assert "groups" in capsys.readouterr().out
+
+
+# --- the splits themselves -------------------------------------------------------------------------------------------
+
+
+def test_whole_groups_of_about_the_wanted_size_are_chosen():
+    groups = np.repeat(np.arange(100), np.arange(100) % 5 + 1)
+    rows = grouped_rows(groups, 60, "a test")
+    assert abs(len(rows) - 60) <= 2 and not set(groups[rows]) & set(np.delete(groups, rows))
+    assert np.array_equal(rows, grouped_rows(groups, 60, "a test"))
+
+
+def test_no_class_loses_its_last_record():
+    groups = np.repeat(np.arange(8), 4)
+    labels = np.where(groups == 0, 1, 0)  # class 1 has one group
+    for count in range(1, 28):
+        assert 1 in np.delete(labels, grouped_rows(groups, count, f"try {count}", labels))
+
+
+def test_a_single_group_cannot_be_split():
+    assert len(grouped_rows(np.zeros(10, int), 5, "one")) == 0
+    train, validation = validation_split(10, 5, np.zeros(10, int))
+    assert len(train) == 10 and len(validation) == 0
+
+
+def test_too_few_validation_images_for_any_group_are_told(patients):
+    prepared(patients, groups="folder")
+    section = section_of(patients, "sensitive_data.num_val=1")
+    with pytest.raises(UserError, match=r"sensitive_data.num_val: 1 "):
+        spec_of(section, "val", patients.parent / "data")
+
+
+def test_groups_are_numbered_consistently():
+    numbers = numbered(["b", "a", "b", "c"])
+    assert numbers[0] == numbers[2] and sorted(set(numbers)) == [0, 1, 2]
+
+
+# --- the card ---------------------------------------------------------------------------------------------------------
+
+
+def card_of(make_private, count: int | None, origin: str, epsilon: float) -> str:
+    from opacus_ext.accounting import Release
+
+    private = make_private([Release("sum", None)], epsilon)
+    private.spec = dataclasses.replace(private.spec, images_per_person=count, images_per_person_is=origin)
+    private.ledger.book("sum")
+    return privacy_card({**private.report(), "selection": []})
+
+
+def test_the_card_says_what_the_guarantee_is_for_a_person(make_private):
+    card = card_of(make_private, 3, "declared", 0.5)
+    (line,) = [line for line in card.splitlines() if "For a person" in line]
+    assert "3" in line and "(1.5" in line  # k times epsilon
+    assert "no person has more than 3 images" in card and "declared" in card
+    assert "nothing is guaranteed" not in card
+
+
+def test_the_card_says_when_nothing_is_guaranteed_for_a_person(make_private):
+    assert "nothing is guaranteed" in card_of(make_private, 5, "observed", 10)
+
+
+def test_without_groups_the_card_assumes_nothing_about_persons(make_private):
+    card = card_of(make_private, None, "", 1)
+    assert "For a person" not in card and "no person has" not in card
