@@ -30,9 +30,20 @@ from utils.config_files import flatten
 from utils.environment import ENVIRONMENT, values_of, words_of
 from utils.errors import UserError
 from utils.log import also_to, to_terminal
-from utils.run_dir import CONFIG, PRIVACY, RESULTS, SAMPLES, new_folder, read_json, working_in
+from utils.places import path_of
+from utils.program import MISTAKE, program, run_process
+from utils.run_dir import (
+    CONFIG,
+    PRIVACY,
+    RESULTS,
+    SAMPLES,
+    discarded_on_failure,
+    new_folder,
+    read_json,
+    require_writable,
+    working_in,
+)
 from utils.runtime import Runtime, log
-from utils.stopping import UNREAD, exit_code, quiet_pipe, sigterm_interrupts
 
 RUN_FLAGS = {
     "method": "method",
@@ -51,22 +62,13 @@ USED = (
 )  # sections and keys that judging looks at
 
 
+@program
 def main(argv: list[str]) -> int:
     to_terminal()
     if not argv:
         print(short_help("eval"), file=sys.stderr)
-        return 2
-    try:
-        with sigterm_interrupts():
-            return start(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print("stopped", file=sys.stderr)
-        return exit_code(stop)
-    except BrokenPipeError:
-        return UNREAD
+        return MISTAKE
+    return start(argv)
 
 
 def start(argv: list[str]) -> int:
@@ -95,7 +97,7 @@ def with_run(argv: list[str]) -> list[str]:
             raise UserError(f"{key}={settings[key]}: judging samples does not use it; leave it out")
     if flags.exp_path is None:
         return argv
-    folder = Path(flags.exp_path).expanduser()
+    folder = path_of(flags.exp_path, "--exp_path")
     run = values_of(folder)
     words = [] if "plugin" in given else plugins_of(folder)
     missing = [
@@ -189,24 +191,35 @@ def evaluate_images(config: Config) -> int:
         log.info(plan_of(config, len(samples), config.images))
         return 0
     sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
-    name = "-".join(filter(None, (spec.name, config.description)))
-    folder = config.out or new_folder(config.exp_root, config.method, name)
+    folder, is_new = folder_of_results(config)
+    with discarded_on_failure(folder, is_new):
+        require_writable(folder)
+        also_to(folder / "stdout.txt")
+        start = time.perf_counter()
+        report = evaluator.evaluate(samples, train=sensitive.train, test=sensitive.test, select=None)
+        written = write_down(
+            folder, config, spec, report, samples, sensitive.train, title=f"{config.images.name} on {spec.name}",
+            account=no_account(private=None, spent=None), card=None,
+            timing={"evaluate": time.perf_counter() - start}, facts=facts,
+        )  # fmt: skip
+    log.info(f"\n{written.table()}\n\nreport: {folder / REPORT}\nnumbers: {folder / RESULTS}")
+    return INCOMPLETE if report.missing else 0
+
+
+def folder_of_results(config: Config) -> tuple[Path, bool]:
+    """The folder for the results of --images, which exists then; was it made now?"""
+    folder = config.out
+    if folder is None:
+        name = "-".join(filter(None, (config.sensitive_data.name, config.description)))
+        return new_folder(config.exp_root, config.method, name), True
+    is_new = not folder.exists()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # of one that exists the rights stay
     except OSError as error:
         raise UserError(
             f"--out: cannot make {folder} ({error.strerror}); give a folder that can be written"
         ) from error
-    also_to(folder / "stdout.txt")
-    start = time.perf_counter()
-    report = evaluator.evaluate(samples, train=sensitive.train, test=sensitive.test, select=None)
-    written = write_down(
-        folder, config, spec, report, samples, sensitive.train, title=f"{config.images.name} on {spec.name}",
-        account=no_account(private=None, spent=None), card=None,
-        timing={"evaluate": time.perf_counter() - start}, facts=facts,
-    )  # fmt: skip
-    log.info(f"\n{written.table()}\n\nreport: {folder / REPORT}\nnumbers: {folder / RESULTS}")
-    return INCOMPLETE if report.missing else 0
+    return folder, is_new
 
 
 def as_images(config: Config) -> Config:
@@ -262,6 +275,7 @@ def evaluate(config: Config) -> int:
         log.info(plan_of(config, len(samples), folder))
         return 0
     runtime = Runtime(prepare_device(config.setup), config.seed, config.setup.precision, folder)
+    require_writable(folder)
     also_to(folder / "stdout.txt")
     real = real_images(config, spec, split, runtime.device)
     with working_in(folder):
@@ -350,5 +364,4 @@ def require_same_split(folder: Path, config: Config, spec) -> None:
 
 
 if __name__ == "__main__":
-    with quiet_pipe():
-        sys.exit(main(sys.argv[1:]))
+    run_process(main)

@@ -23,11 +23,12 @@ from utils.config_files import config_folders, flatten
 from utils.divergence import explaining_divergence, require_not_diverged
 from utils.environment import training_overrides
 from utils.errors import UserError
+from utils.program import MISTAKE, program, run_process
 from utils.progress import duration
 from utils.resuming import as_started, how_to_continue, with_own_words
-from utils.run_dir import DISK_FULL, GRID, RESULTS, SAMPLES, discard_unstarted, read_json, working_in
+from utils.run_dir import GRID, RESULTS, SAMPLES, discard_unstarted, read_json, working_in
 from utils.runtime import Runtime, log
-from utils.stopping import UNREAD, exit_code, quiet_pipe, sigterm_interrupts
+from utils.stopping import exit_code, shortage
 
 if TYPE_CHECKING:  # importing them takes seconds, which --help does without
     from data.sensitive import SensitiveData
@@ -63,30 +64,22 @@ class Images:
     noise: NoiseSource
 
 
+@program
 def main(argv: list[str]) -> int:
-    """The program: returns its exit code. A user's mistake is one line on stderr and code 2."""
+    """The program: returns its exit code."""
     from utils.log import to_terminal
 
     to_terminal()
+    if names_nothing(argv):
+        print(f"{short_help('run')}\n\nmethods: {', '.join(METHODS)}", file=sys.stderr)
+        return MISTAKE
     try:
-        if names_nothing(argv):
-            print(f"{short_help('run')}\n\nmethods: {', '.join(METHODS)}", file=sys.stderr)
-            return 2
-        with sigterm_interrupts(), distributed.main_process_first():
+        with distributed.main_process_first():
             return start(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except distributed.LostProcess as error:
         if distributed.place().local_rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return FAILED if distributed.is_main() else distributed.LOST
-    except KeyboardInterrupt as stop:
-        if distributed.is_main():
-            print("stopped", file=sys.stderr)
-        return exit_code(stop)
-    except BrokenPipeError:
-        return UNREAD
 
 
 def names_nothing(argv: list[str]) -> bool:
@@ -204,6 +197,7 @@ def compose(config: Config, plan: list | None = None) -> Parts:
     from evaluation.evaluator import Evaluator
     from opacus_ext.ledger import Budget, Ledger, default_delta, weak_delta
     from utils.device import prepare_device
+    from utils.memory import require_memory
 
     for line in config.notes:
         log.info(line)
@@ -215,6 +209,7 @@ def compose(config: Config, plan: list | None = None) -> Parts:
         raise UserError(
             f"gen.data_num: {config.gen.data_num}; it must be at least {spec.num_classes}, one per class"
         )
+    require_memory("gen.data_num", config.gen.data_num, spec.image_shape)
     runtime = Runtime(
         prepare_device(config.setup),
         config.seed,
@@ -323,12 +318,13 @@ def lead(parts: Parts, folder: Path, images: Images) -> int:
         if config.resume is None:
             discard_unstarted(folder)
         raise
-    except OSError as error:
-        if error.errno not in DISK_FULL:
+    except (OSError, MemoryError, RuntimeError) as error:
+        reason = shortage(error)
+        if reason is None:
             raise
         kept = config.resume is not None or not discard_unstarted(folder)
-        advice = f"then {how_to_continue(folder)}" if kept else "then repeat the command"
-        raise UserError(f"disk full at {folder} ({error.strerror}); free space, {advice}") from error
+        advice = f"then, {how_to_continue(folder)}" if kept else "then repeat the command"
+        raise UserError(f"{reason}; {advice}") from error
 
 
 def work(parts: Parts, folder: Path, images: Images) -> int:
@@ -497,5 +493,4 @@ def generate(parts: Parts, folder: Path, images: Images, times: StageTimes) -> S
 
 
 if __name__ == "__main__":
-    with quiet_pipe():
-        sys.exit(main(sys.argv[1:]))
+    run_process(main)

@@ -27,7 +27,10 @@ def forget(data_name: str, data_root: Path, exp_root: Path) -> Iterator[str]:
         raise UserError(f"--forget: {folder} is not prepared data; nothing was removed")
     found = _folders_of(data_name, data_root)
     if not found:
-        raise unknown("set to --forget", data_name, _names_in(data_root))
+        known = _names_in(data_root)
+        if not known:
+            raise UserError(f"--forget: no set is prepared in {data_root}; give its --data_root")
+        raise unknown("set to --forget", data_name, known)
     source = _source_of(folder)
     for path in found:
         _remove(path)

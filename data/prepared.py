@@ -7,6 +7,7 @@ whose digests tell whether a guess of all images is right, can be read by their 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -22,11 +23,13 @@ import numpy as np
 from data.spec import Samples
 from utils.errors import UserError
 from utils.private_files import create_private_file
+from utils.run_dir import save_array
 
 MEMORY_MAP_ABOVE = (
     2 * 1024**3
 )  # bytes of one file; such files are mapped, not read, and their digest is not re-checked
 META_NAME = "meta.json"
+ZEROS = 1 << 22  # bytes written at a time
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,12 @@ class PreparedWriter:
         """Write the labels of `part` and return its (N, C, H, W) uint8 images, mapped and ready to be filled."""
         shape = (len(labels), *self.image_shape)
         require_free_space(self.folder, int(np.prod(shape)))
-        np.save(self._new_file(f"{part}_labels.npy"), labels.astype(np.int64))
+        save_array(self._new_file(f"{part}_labels.npy"), labels.astype(np.int64))
         self._counts[part] = len(labels)
         path = self._new_file(f"{part}_images.npy")
-        return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        reserve(path)
+        return np.lib.format.open_memmap(path, mode="r+")
 
     def finish(self, name: str, class_names: tuple[str, ...], source: str) -> PreparedMeta:
         channels, resolution, _ = self.image_shape
@@ -132,7 +137,12 @@ def new_prepared(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / "new"
         fresh.mkdir(mode=0o700 if private else 0o777)
-        yield PreparedWriter(fresh, image_shape, private)
+        try:
+            yield PreparedWriter(fresh, image_shape, private)
+        except OSError as error:
+            if error.filename is None or str(error.filename).startswith(scratch):
+                error.filename = str(folder)
+            raise
         if folder.exists():
             os.rename(folder, Path(scratch) / "old")
         os.rename(fresh, folder)
@@ -145,6 +155,26 @@ def _make_writable(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --data_root") from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder}: cannot be written to; choose another --data_root")
+
+
+def reserve(path: Path) -> None:
+    """Take the whole size of a file of zeros from the disk, or raise OSError: once the file is mapped, a disk that is
+    full when a page is written kills the process (SIGBUS)."""
+    with path.open("r+b") as file:
+        size = path.stat().st_size
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except AttributeError:  # macOS
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+                raise
+        start = len(file.read(1 << 10))  # the header, which stays
+        for position in range(start, size, ZEROS):
+            file.write(bytes(min(ZEROS, size - position)))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def require_free_space(folder: Path, num_bytes: int) -> None:

@@ -13,6 +13,7 @@ from data.registry import EMBEDDED_PUBLIC, prepare_command
 from data.sources import open_source
 from data.spec import DataSpec, PublicData, Samples
 from utils.errors import UserError
+from utils.memory import require_memory
 from utils.progress import progress
 from utils.runtime import log
 from utils.sections import PublicDataConfig
@@ -100,7 +101,7 @@ def _count_classes(section: PublicDataConfig, data_root: Path) -> int | None:
         return len(CHARACTERS)
     if section.train_path is not None and not is_prepared(Path(section.train_path)):
         if not Path(section.train_path).exists():
-            raise UserError(f"public_data.train_path: {section.train_path} does not exist")
+            return None
         source = open_source(Path(section.train_path))
         return len(source.class_names or np.unique(source.train.labels))
     stored = stored_folders(section, data_root)
@@ -122,6 +123,7 @@ def _load_glyphs(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> 
     from data.glyphs import CHARACTERS, DEFAULT_PER_CLASS, rendering_key
 
     per_class = DEFAULT_PER_CLASS if section.per_class is None else section.per_class
+    require_memory("public_data.per_class", per_class * len(CHARACTERS), (1, *spec.image_shape[1:]))
     key = rendering_key(spec.resolution, per_class, GLYPH_SEED)
     folder = public_cache(data_root / CACHE_NAME, f"glyphs-{spec.resolution}-{key}")
     if not is_prepared(folder):

@@ -10,6 +10,7 @@ from utils.registry import Registry
 
 # name -> function that returns (train, test) without any file
 EMBEDDED_SENSITIVE = Registry("embedded dataset", {"digits_8": "data.digits:load_digits_8"})
+EMBEDDED_NUM_TRAIN = {"digits_8": 1437}
 # name -> function of (resolution, per_class, seed) that returns PublicData without any file
 EMBEDDED_PUBLIC = Registry("embedded public dataset", {"glyphs": "data.glyphs:render"})
 

@@ -8,9 +8,9 @@ import numpy as np
 from data.cache import PrivateCache, private_places
 from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta, read_prepared
 from data.public import has_public_images, stored_folders
-from data.registry import EMBEDDED_SENSITIVE, known_set, prepare_command
+from data.registry import EMBEDDED_NUM_TRAIN, EMBEDDED_SENSITIVE, known_set, prepare_command
 from data.spec import DataSpec, Samples
-from data.splits import validation_split
+from data.splits import training_subset, validation_split
 from utils.environment import require_no_run
 from utils.errors import UserError
 from utils.sections import PublicDataConfig, SensitiveDataConfig
@@ -30,8 +30,8 @@ class SensitiveData:
 def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[DataSpec, tuple[str, ...]]:
     """The public facts of the data, and lines to tell the user. Reads YAML numbers and meta.json, no image.
 
-    mode "val" leaves num_train - num_val private training records, other modes all. What lies on disk wins over the
-    published count, and a line says so. UserError if the disk contradicts the configuration in resolution, channels or
+    Of the images on disk at most `section.num_train` are used; mode "val" holds num_val of these out of training. A
+    line says if the two counts differ. UserError if the disk contradicts the configuration in resolution, channels or
     classes, if num_val leaves nothing, or if a custom set has not been prepared.
     """
     folder = _folder(section, data_root)
@@ -41,8 +41,9 @@ def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[D
     elif section.n_classes is None or section.num_train is None:
         raise _not_prepared(section, folder, data_root)
     class_names = _class_names(section, meta)
-    available = meta.num_train if meta is not None else section.num_train
-    num_private = available - _num_held_out(section, mode, available)
+    available = _num_available(section, meta)
+    used = _num_used(section, available)
+    num_private = used - _num_held_out(section, mode, used)
     spec = DataSpec(
         section.name or "none",
         section.resolution,
@@ -53,6 +54,7 @@ def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[D
         "" if meta is None else meta.identity,
         section.path is None and (_is_embedded(section) or known_set(section.name or "") is not None),
         section.protocol,
+        num_unused=available - used,
     )
     return spec, _count_notes(section, available, num_private)
 
@@ -102,13 +104,26 @@ def load_sensitive(section: SensitiveDataConfig, mode: str, data_root: Path) -> 
         raise UserError("sensitive_data.name: null has no images to load; name a dataset")
     spec, _ = spec_of(section, mode, data_root)  # with its checks
     train, test = _load_parts(section, data_root)
-    num_held_out = _num_held_out(section, mode, len(train))
-    if num_held_out == 0:
+    used = _num_used(section, len(train))
+    num_held_out = _num_held_out(section, mode, used)
+    if num_held_out == 0 and used == len(train):
         return SensitiveData(train, None, test)
-    train_rows, validation_rows = validation_split(len(train), num_held_out)
+    rows = training_subset(len(train), used)
+    train_rows, validation_rows = validation_split(used, num_held_out)
     cache = private_cache(section, data_root)
-    kept = _take(train, train_rows, cache, f"train-without-{num_held_out}-{spec.identity}")
-    return SensitiveData(kept, train.take(validation_rows), test)
+    kept = _take(train, rows[train_rows], cache, f"train-{used}-without-{num_held_out}-{spec.identity}")
+    return SensitiveData(kept, train.take(rows[validation_rows]) if num_held_out else None, test)
+
+
+def _num_available(section: SensitiveDataConfig, meta: PreparedMeta | None) -> int:
+    """Training images that are there; before they are prepared as many as the configuration says."""
+    if meta is not None:
+        return meta.num_train
+    return EMBEDDED_NUM_TRAIN[section.name] if _is_embedded(section) else section.num_train
+
+
+def _num_used(section: SensitiveDataConfig, available: int) -> int:
+    return available if section.num_train is None else min(available, section.num_train)
 
 
 def private_cache(section: SensitiveDataConfig, data_root: Path) -> PrivateCache:
@@ -184,9 +199,14 @@ def _num_held_out(section: SensitiveDataConfig, mode: str, available: int) -> in
 def _count_notes(section: SensitiveDataConfig, available: int, num_private: int) -> tuple[str, ...]:
     if section.num_train is None or section.num_train == available:
         return ()
+    if section.num_train < available:
+        return (
+            f"{section.name}: {section.num_train:,} of {available:,} training images are used, chosen by position "
+            f"(sensitive_data.num_train; null: all); N = {num_private:,}",
+        )
     return (
-        f"{section.name}: {available:,} training images on disk, the published set has {section.num_train:,}; "
-        f"N = {num_private:,} is used",
+        f"{section.name}: {available:,} training images are there, fewer than sensitive_data.num_train "
+        f"{section.num_train:,}; N = {num_private:,} is used",
     )
 
 

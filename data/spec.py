@@ -12,7 +12,7 @@ class DataSpec:
     `num_train` is the number of private training records; it is treated as public, and the ledger records that.
     `identity` is a random name of the prepared folder; empty: images that come with the toolkit. `is_benchmark`: a set
     on which settings are compared, those of the presets among them. `protocol`: which of the two published evaluation
-    protocols its test classifiers follow, "standard" or "cifar".
+    protocols its test classifiers follow, "standard" or "cifar". `num_unused`: training images that are left out.
     """
 
     name: str
@@ -24,6 +24,7 @@ class DataSpec:
     identity: str = ""
     is_benchmark: bool = False
     protocol: str = "standard"
+    num_unused: int = 0
 
     def __post_init__(self) -> None:
         assert self.channels in (1, 3), self.channels

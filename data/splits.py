@@ -1,4 +1,6 @@
-"""Fixed splits: which records are test, which are validation. Seeds are constants, so every run agrees."""
+"""Fixed splits: which records are test, which are validation, which a trial on a part of a set uses.
+
+Seeds are constants, so every run agrees."""
 
 import numpy as np
 
@@ -24,6 +26,14 @@ def stratified_test_rows(labels: np.ndarray, num_test: int, stream: str) -> np.n
 def random_test_rows(num_records: int, num_test: int, stream: str) -> np.ndarray:
     """Sorted indices of `num_test` of `num_records` records, drawn without regard to the labels."""
     return np.sort(numpy_rng(0, stream).permutation(num_records)[:num_test])
+
+
+def training_subset(num_records: int, num_used: int) -> np.ndarray:
+    """Sorted indices of the `num_used` records that a trial on a part of a set uses: the first of a fixed permutation.
+
+    Depends on nothing but the two counts, so it tells nothing about the records.
+    """
+    return random_test_rows(num_records, num_used, "training subset")
 
 
 def validation_split(num_records: int, num_val: int) -> tuple[np.ndarray, np.ndarray]:

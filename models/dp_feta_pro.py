@@ -17,6 +17,7 @@ from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.draws import Draws
 from utils.images import to_float, to_uint8
+from utils.memory import require_memory
 from utils.runtime import Runtime
 from utils.sections import check_field
 
@@ -58,6 +59,7 @@ class DPFETAPro(DiffusionSynthesizer):
         self.learns_class_shares = self.has_frequency_stage
         super().__init__(config, spec, runtime)
         freq = config.freq
+        require_memory("freq.data_num", freq.data_num, spec.image_shape)
         self.embedding = FourierEmbedding(
             freq, [freq.rff_sigma], image_size=freq.image_size, channels=spec.channels, runtime=runtime
         )

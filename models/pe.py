@@ -72,5 +72,5 @@ def _from_options(kind: type, options: list[str]) -> object:
         key = f"model.api_options.{name}"
         if not is_given or key not in known:
             raise unknown_key(key, known)
-        values[name] = parse_value(text, known[key])
+        values[name] = parse_value(text, known[key], key)
     return build(kind, values, "model.api_options")

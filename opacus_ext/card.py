@@ -60,6 +60,8 @@ def privacy_summary(report: dict) -> str:
         lines = ["privacy: this run is NOT private (epsilon = inf); the samples may reveal training images"]
     elif not report["releases"]:
         lines = ["privacy: the samples do not depend on the private images at all; nothing was spent"]
+    elif report.get("not_computed"):
+        lines = ["privacy: the epsilon of this run could not be computed"]
     else:
         lines = [
             f"privacy: the samples are ({at_most(report['spent'])}, {at_most(budget['delta'])})-differentially private "
@@ -102,6 +104,10 @@ def _warnings(report: dict) -> list[str]:
         lines.append(
             "**the noise was seeded (privacy.noise_seed): anyone can remove it; the guarantee is void**"
         )
+    if report.get("not_computed"):  # which older reports lack
+        lines.append(
+            f"**no epsilon can be claimed, for it could not be computed ({report['not_computed']})**"
+        )
     if report.get("selection") and any(release.get("inherited") for release in report["releases"]):
         lines.append(
             "**the validation images may be among those that the earlier runs asked whose answers are used here: for "
@@ -118,6 +124,8 @@ def _headline(report: dict) -> str:
         return "**This run is NOT private** (epsilon = inf): the samples may reveal training images."
     if not report["releases"]:
         return "The samples do not depend on the private images at all."
+    if report.get("not_computed"):
+        return "**The epsilon of this run could not be computed**, so nothing is claimed about the samples."
     budget = report["budget"]
     return (
         f"The samples are **({at_most(report['spent'])}, {at_most(budget['delta'])})-differentially private** with "

@@ -11,5 +11,5 @@ class UnplannedRelease(RuntimeError):
     """A query of the private data that no plan contains, or a planned one that was never made."""
 
 
-class AccountingError(RuntimeError):
+class AccountingError(UserError):
     """Two accountants contradict each other: no epsilon may be printed."""

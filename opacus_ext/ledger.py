@@ -4,11 +4,20 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from opacus_ext.accounting import ADD_OR_REMOVE_ONE, Release, available_epsilons, calibrate, epsilon_of
+from opacus_ext.accounting import (
+    ADD_OR_REMOVE_ONE,
+    Release,
+    available_epsilons,
+    calibrate,
+    epsilon_of,
+    require_agreement,
+)
 from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from utils.errors import UserError
 from utils.sections import check
 
+# How an accountant fails: a contradiction, a plan that it cannot bound, numbers or memory that run out.
+NOT_COMPUTED = (ValueError, ArithmeticError, RuntimeError, MemoryError)
 LEAST_SHARE = 1e-3  # of epsilon, that fixed releases must leave for the open one: with less it is noise alone
 
 
@@ -62,7 +71,7 @@ class Ledger:
         """Take over a plan, solving the one open noise multiplier so that all of it together meets the budget.
 
         Raises BudgetExceeded, with the numbers, if the fixed releases alone cost more than the budget, or leave nothing
-        of it for the open one.
+        of it for the open one; AccountingError if the accountants contradict each other about the plan.
         """
         if self._adopted:
             raise RuntimeError("a ledger adopts one plan")
@@ -74,9 +83,12 @@ class Ledger:
         ]
         if len(open_releases) > 1:
             raise ValueError(f"more than one release leaves its noise open: {open_releases}")
-        self._planned = {
-            r.name: r for r in (self._solve(plan) if self.budget.private else _without_noise(plan))
-        }
+        solved = self._solve(plan) if self.budget.private else _without_noise(plan)
+        if (
+            self.budget.private
+        ):  # what the report computes after training must not fail there for the first time
+            require_agreement(solved, self.budget.delta, self.relation)
+        self._planned = {release.name: release for release in solved}
         self._executed = dict.fromkeys(names, 0)
         self.noise_seeded |= any(release.noise_seeded for release in plan)
         self._adopted = True
@@ -185,21 +197,36 @@ class Ledger:
                 "planned": r.num_steps,
                 "executed": self._executed[r.name],
                 "inherited": r.inherited,
-                "epsilon_alone": self._cost([r]),
+                "epsilon_alone": self._cost_alone(r),
             }
             for r in self._planned.values()
         ]
 
+    def _cost_alone(self, release: Release) -> float:
+        try:
+            return self._cost([release])
+        except NOT_COMPUTED:
+            return math.inf
+
     def report(self) -> dict:
-        """What privacy.json says of this account; plain containers."""
+        """What privacy.json says of this account; plain containers.
+
+        Never raises for an epsilon that cannot be computed, as that must not cost the samples of a finished training:
+        `spent` is then inf, which claims nothing, and `not_computed` says why.
+        """
+        try:
+            spent, by_accountant, not_computed = self.spent(), self.spent_by_accountant(), None
+        except NOT_COMPUTED as error:
+            spent, by_accountant, not_computed = math.inf, {}, f"{type(error).__name__}: {error}"
         return {
             "budget": {"epsilon": self.budget.epsilon, "delta": self.budget.delta},
             "relation": self.relation,
             "accountant": self.accountant,
             "private": self.budget.private,
             "releases": self.rows(),
-            "spent": self.spent(),
-            "spent_by_accountant": self.spent_by_accountant(),
+            "spent": spent,
+            "spent_by_accountant": by_accountant,
+            "not_computed": not_computed,
             "revealed": list(self.revealed),
         }
 

@@ -236,12 +236,22 @@ class PrivateData:
             "data_identity": self.spec.identity,
             "assumptions": [
                 f"the number of records, {self.spec.num_train}, is public",
+                *self._choice_of_records(),
                 f"the image size and the {self.spec.num_classes} classes are public",
                 "the hyperparameters: choosing them by looking at these records is not accounted for",
                 *([_TUNED] if self.spec.is_benchmark else []),
             ],
             "noise_seeded": self.ledger.noise_seeded,
         }
+
+    def _choice_of_records(self) -> list[str]:
+        unused = self.spec.num_unused
+        if not unused:
+            return []
+        return [
+            f"which records are used: {unused} training images more are left out by their positions alone "
+            f"(sensitive_data.num_train)"
+        ]
 
     def _batches(
         self, positions: slice, chosen: torch.Tensor | None = None

@@ -25,6 +25,7 @@ from scripts.dpsgd_bench.competitors import COMPETITORS
 from scripts.dpsgd_bench.measure import measure, peak, peak_in_fresh_process
 from scripts.dpsgd_bench.report import merge, time_table, write_page
 from utils.errors import UserError
+from utils.program import program, run_process
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": None, "bf16": torch.bfloat16}
@@ -62,19 +63,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: list[str] | None = None) -> int:
+@program
+def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
-    try:
-        check(arguments)
-        if arguments.list:
-            print("\n".join(description(name, case) for name, case in CASES.items()))
-        elif arguments.peak:
-            print(json.dumps(peak_of(arguments)))
-        else:
-            run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check(arguments)
+    if arguments.list:
+        print("\n".join(description(name, case) for name, case in CASES.items()))
+    elif arguments.peak:
+        print(json.dumps(peak_of(arguments)))
+    else:
+        run(arguments)
     return 0
 
 
@@ -168,4 +166,4 @@ def description(name: str, case: Case) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.program import program, run_process
+
 MIB = 2**20
 MOST_IMAGES = 2000  # of the pass through an extractor
 STEPS, STEP_IMAGES = 5, 64  # of the training of a classifier
@@ -34,7 +36,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+@program
+def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     size = (arguments.num_images, arguments.dim, arguments.seed, arguments.threads)
     rows = [measured(name, case, *size) for name, case in CASES.items()]
@@ -253,4 +256,4 @@ def as_markdown(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from models.nn.generator import Generator, GeneratorConfig
+from utils.program import program, run_process
 
 
 def plain_forward(generator: Generator, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -72,7 +73,8 @@ def medians(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, floa
     return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
-def main(argv: list[str] | None = None) -> int:
+@program
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -99,4 +101,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

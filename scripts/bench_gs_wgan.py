@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.program import program, run_process
+
 GOAL = 20  # times faster than one by one
 
 
@@ -55,7 +57,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+@program
+def main(argv: list[str]) -> int:
     import torch
 
     arguments = parse_arguments(argv)
@@ -220,4 +223,4 @@ def verdict(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

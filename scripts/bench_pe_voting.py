@@ -19,6 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.program import program, run_process
+
 MIB = 2**20
 
 
@@ -36,7 +38,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+@program
+def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     backends = [name for name in arguments.backends if name == "torch" or importlib.util.find_spec(name)]
     for name in set(arguments.backends) - set(backends):
@@ -130,4 +133,4 @@ def as_markdown(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.errors import UserError
+from utils.program import program, run_process
 from utils.run_dir import CONFIG, RESULTS, read_json, write_text
 
 FACTS = (
@@ -33,15 +34,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+@program
+def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     output = arguments.output or arguments.exp_root / "table.csv"
-    try:
-        rows, damaged = collect(arguments.exp_root)
-        kept = [row for row in read_table(output) if row[RUN] not in {found[RUN] for found in rows}]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    rows, damaged = collect(arguments.exp_root)
+    kept = [row for row in read_table(output) if row[RUN] not in {found[RUN] for found in rows}]
     for folder in unfinished(arguments.exp_root):
         print(f"unfinished: {folder}", file=sys.stderr)
     for path, reason in damaged:
@@ -113,4 +111,4 @@ def as_csv(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

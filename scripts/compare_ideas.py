@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.environment import ENVIRONMENT
+from utils.program import program, run_process
 from utils.run_dir import RESULTS, read_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +96,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+@program
+def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     failed = [] if arguments.table_only else run_all(arguments)
     rows = with_kept(arguments.json, collect(arguments))
@@ -255,4 +257,4 @@ def spread(values: list[float], digits: int, sign: str = "") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import environment
 from utils.errors import UserError
+from utils.program import program, run_process
 from utils.run_dir import RESULTS, read_json
 
 # Exit codes of `done`; a failure of Python itself, 1 or 2, is none of them: it must not start a run.
@@ -24,6 +25,7 @@ MISSING = "missing: "
 STARTED = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-*"  # how a folder's name ends
 
 
+@program
 def main(argv: list[str]) -> int:
     action, *rest = argv or [""]
     if action not in ("done", "dry_run"):
@@ -118,7 +120,4 @@ def dry_run(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_process(main)

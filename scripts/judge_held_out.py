@@ -20,6 +20,7 @@ from utils.config import Config, load_config
 from utils.environment import values_of
 from utils.errors import UserError
 from utils.log import to_terminal
+from utils.program import program, run_process
 from utils.run_dir import PRIVACY, RESULTS, SAMPLES, read_json, working_in
 
 REASON = "scripts/judge_held_out.py: accuracies on the private validation images without noise"
@@ -36,25 +37,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+@program
+def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     to_terminal()
     place = [] if arguments.data_root is None else ["--data_root", str(arguments.data_root)]
-    try:
-        configs = [
-            load_config(with_run(["--exp_path", str(run), *place]), METHODS, "eval") for run in arguments.runs
-        ]
-        for config in configs:  # all of them before any is judged
-            require_held_out(config)
-        for config in configs:
-            with working_in(config.exp_path):
-                report = judge(config)
-            print(
-                f"\n{config.exp_path}, on images that it held out: NOT private\n{report.table()}", flush=True
-            )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    configs = [
+        load_config(with_run(["--exp_path", str(run), *place]), METHODS, "eval") for run in arguments.runs
+    ]
+    for config in configs:  # all of them before any is judged
+        require_held_out(config)
+    for config in configs:
+        with working_in(config.exp_path):
+            report = judge(config)
+        print(f"\n{config.exp_path}, on images that it held out: NOT private\n{report.table()}", flush=True)
     return 0
 
 
@@ -96,4 +92,4 @@ def judge(config: Config):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.compare_ideas import ROOT
 from utils.environment import ENVIRONMENT
+from utils.program import program, run_process
 from utils.run_dir import RESULTS, read_json, write_text
 
 CLASSIFIERS = ("small_cnn", "logistic_regression")
@@ -57,7 +58,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+@program
+def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     exp_root = arguments.exp_root.resolve()
     earlier = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
@@ -146,4 +148,4 @@ def as_markdown(rows: dict[tuple[str, str, float], dict]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

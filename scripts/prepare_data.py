@@ -13,9 +13,8 @@ from data.forget import forget
 from data.prepare import prepare
 from data.prepared import PreparedMeta
 from data.registry import known_names, known_set
-from utils.errors import UserError
 from utils.places import data_root
-from utils.stopping import exit_code, sigterm_interrupts
+from utils.program import program, run_process
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -67,25 +66,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: list[str] | None = None) -> int:
+@program
+def main(argv: list[str]) -> int:
     arguments = vars(parse_arguments(argv))
     forgotten, exp_root = arguments.pop("forget"), arguments.pop("exp_root")
     try:
-        with sigterm_interrupts():
-            if forgotten is not None:
-                for line in forget(forgotten, arguments["data_root"], exp_root or Path("exp")):
-                    print(line)
-                return 0
-            folder, meta, notes = prepare(**arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
+        if forgotten is not None:
+            for line in forget(forgotten, arguments["data_root"], exp_root or Path("exp")):
+                print(line)
+            return 0
+        folder, meta, notes = prepare(**arguments)
+    except KeyboardInterrupt:
         advice = (
             "no prepared set was written" if forgotten is None else "repeat the command to remove the rest"
         )
-        print(f"\nstopped; {advice}", file=sys.stderr)
-        return exit_code(stop)
+        print(f"\n{advice}", file=sys.stderr)
+        raise
     for note in notes:
         print(note)
     print(
@@ -107,4 +103,4 @@ def usage_line(folder: Path, meta: PreparedMeta, public: bool, usual_root: Path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -16,6 +16,7 @@ from extractors.vision_transformer import WEIGHTS_FILES, ClipExtractor, Dinov2Ex
 from extractors.weights import expected_hash
 from utils import places
 from utils.errors import UserError
+from utils.program import program, run_process
 
 DIGESTS = "SHA256SUMS"  # beside files of the hub: what they were when they came
 
@@ -65,15 +66,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+@program
+def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
-    try:
-        wanted, root = WEIGHTS[arguments.name], arguments.weights_root
-        get = prepare if isinstance(wanted, RemoteFile) else prepare_hub
-        path = get(wanted, root, arguments.source)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    wanted, root = WEIGHTS[arguments.name], arguments.weights_root
+    get = prepare if isinstance(wanted, RemoteFile) else prepare_hub
+    path = get(wanted, root, arguments.source)
     print(f"{path}: ready")
     return 0
 
@@ -170,4 +168,4 @@ def _copy(source: Path, target: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -17,25 +17,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from judging import INCOMPLETE, no_account
 from models import METHODS
 from utils.config import Config, format_config, load_config
-from utils.errors import UserError
 from utils.log import also_to, to_terminal
-from utils.run_dir import RESULTS, write_json
+from utils.program import program, run_process
+from utils.run_dir import RESULTS, discarded_on_failure, new_folder, require_writable, write_json
 from utils.runtime import log
 
 GROUP = "real"  # folder below exp_root, and the method's name in results.json
 
 
+@program
 def main(argv: list[str]) -> int:
     to_terminal()
-    try:
-        config = non_private(load_config(argv, METHODS, "test_classifier"))
-        if config.print_config:
-            print(format_config(config))
-            return 0
-        return measure(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = non_private(load_config(argv, METHODS, "test_classifier"))
+    if config.print_config:
+        print(format_config(config))
+        return 0
+    return measure(config)
 
 
 def non_private(config: Config) -> Config:
@@ -53,7 +50,6 @@ def measure(config: Config) -> int:
     from evaluation.settings import evaluation_settings
     from utils.device import prepare_device
     from utils.results import results_of
-    from utils.run_dir import new_folder
 
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
     evaluator = Evaluator(config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed)
@@ -67,17 +63,19 @@ def measure(config: Config) -> int:
         return 0
     sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
     folder = new_folder(config.exp_root, GROUP, "-".join(filter(None, (spec.name, config.description))))
-    also_to(folder / "stdout.txt")
-    start = time.perf_counter()
-    report = evaluator.evaluate(sensitive.train, train=sensitive.train, test=sensitive.test, select=None)
-    account = no_account(private=False, spent=math.inf)
-    timing = {"evaluate": time.perf_counter() - start}
-    settings = evaluation_settings(config)
-    write_json(folder / RESULTS, results_of(folder, config, account, report, settings, timing, {}))
+    with discarded_on_failure(folder, is_new=True):
+        require_writable(folder)
+        also_to(folder / "stdout.txt")
+        start = time.perf_counter()
+        report = evaluator.evaluate(sensitive.train, train=sensitive.train, test=sensitive.test, select=None)
+        account = no_account(private=False, spent=math.inf)
+        timing = {"evaluate": time.perf_counter() - start}
+        settings = evaluation_settings(config)
+        write_json(folder / RESULTS, results_of(folder, config, account, report, settings, timing, {}))
     log.info(f"\n{report.table()}\n\nNOT private: the classifiers were trained on the private images")
     log.info(f"run folder: {folder}")
     return INCOMPLETE if report.missing else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_process(main)

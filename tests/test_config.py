@@ -528,6 +528,50 @@ def test_values_are_read_by_type(load, word, value):
     assert found == value and type(found) is type(value)
 
 
+@pytest.mark.parametrize(
+    "text", ["010", "08", "+010", "-07", "0_1", "00", "1:30", "1:30.5", "[1,010]", "!!int 010"]
+)
+def test_numbers_that_yaml_misreads_are_refused(load, text):
+    key = "model.network.ch_mult" if text.startswith("[") else "train.n_epochs"
+    with pytest.raises(UserError, match=key) as error:
+        load(shlex.quote(f"{key}={text}"))
+    assert "010" in str(error.value) or text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0", 0), ("-3", -3), ("1_000", 1000), ("0x10", 16), ("01.5e1", 15)]
+)
+def test_numbers_that_mean_what_they_look_like(load, text, value):
+    assert load(f"train.n_epochs={text}").method_config.train.n_epochs == value
+
+
+def test_texts_in_lists_are_taken_as_they_stand(load):
+    assert load("'train.tags=[010, no, 1e3, \"a, b\"]'").method_config.train.tags == [
+        "010",
+        "no",
+        "1e3",
+        "a, b",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("method/Toy.yaml", "n_epochs: 10", "n_epochs: 010"),
+        ("method/Toy.yaml", "n_epochs: 10", "n_epochs: 1:30"),
+        ("presets/Toy.yaml", "train.n_epochs: 20", "train.n_epochs: 020"),
+    ],
+)
+def test_files_with_numbers_that_yaml_misreads_are_refused(load, toy_folder, name, old, new):
+    path = toy_folder / name
+    content = path.read_text()
+    line = content[: content.index(old)].count("\n") + 1
+    path.write_text(content.replace(old, new))
+    with pytest.raises(UserError) as error:
+        load("")
+    assert all(word in str(error.value) for word in (str(path), f"line {line}", new.split(": ")[1]))
+
+
 def test_order_does_not_matter(load):
     words = [
         "-m Toy",
@@ -598,7 +642,12 @@ ERRORS = {
     "train.n_epochs=null": "train.n_epochs: None is not allowed; it must be int",
     "train.lr=fast": "train.lr: 'fast' is not allowed; it must be float",
     "train.tags=x": "train.tags: 'x' is not allowed; it must be a list of str, written [a,b]",
-    "train.tags=[1]": "train.tags[0]: 1 is not allowed; it must be str",
+    "train.tags=[?]": "train.tags: '[?]' is not allowed; it must be a list of str",
+    "train.n_epochs=?": "train.n_epochs: '?' is not allowed; it must be int",
+    "train.n_epochs='3 # or 4'": "train.n_epochs: '3 # or 4' is not allowed; it must be int",
+    "train.n_epochs=": "train.n_epochs: '' is not allowed; it must be int",
+    "setup.omp_n_threads=": "setup.omp_n_threads: '' is not allowed; it must be int or null",
+    "train.lr=.nan": "train.lr: nan is not allowed; it must be float",
     "model.network.ch_mult=[1,b]": "model.network.ch_mult[1]: 'b' is not allowed; it must be int",
     "model.network.ch_mult=[1,2": "model.network.ch_mult: '[1,2' is not allowed; it must be a list of int",
     "model.attention=1": "model.attention: 1 is not allowed; it must be bool",

@@ -15,6 +15,7 @@ from data.convert import resized, to_channels
 from data.prepare import prepare, read_prepared
 from data.prepared import new_prepared
 from data.public import load_public, num_public_classes
+from data.registry import EMBEDDED_NUM_TRAIN, EMBEDDED_SENSITIVE
 from data.sensitive import load_sensitive, spec_of
 from data.spec import DataSpec
 from data.splits import stratified_test_rows, validation_split
@@ -107,11 +108,53 @@ def test_spec_reads_counts_and_classes_of_a_custom_set_from_disk(tmp_path):
     assert (found.num_train, found.num_classes, found.class_names[3], notes) == (32, 4, "class 3", ())
 
 
-def test_spec_prefers_the_count_on_disk_and_says_so(tmp_path):
+def test_fewer_images_than_asked_for_are_all_used_and_the_user_hears_it(tmp_path):
     write_set(tmp_path / "mine", num_train=40)
-    found, notes = spec_of(own_section(num_train=50), "val", tmp_path)
-    assert found.num_train == 32
-    assert notes == ("mine: 40 training images on disk, the published set has 50; N = 32 is used",)
+    found, (note,) = spec_of(own_section(num_train=50), "val", tmp_path)
+    assert (found.num_train, found.num_unused) == (32, 0)
+    assert all(number in note for number in ("40", "50", "N = 32"))
+
+
+@pytest.mark.parametrize(("mode", "num_private"), [("syn", 24), ("val", 16)])
+def test_a_trial_uses_a_part_of_the_images_by_position(tmp_path, mode, num_private, monkeypatch):
+    write_set(tmp_path / "mine", num_train=40)
+    section = own_section(num_train=24)
+    found, (note,) = spec_of(section, mode, tmp_path)
+    assert (found.num_train, found.num_unused) == (num_private, 16)
+    assert "24 of 40" in note and f"N = {num_private}" in note
+    parts = [load_sensitive(section, mode, tmp_path) for _ in range(2)]
+    rows = [part.train.images[:, 0, 0, 0].tolist() for part in parts]  # write_set numbers them
+    assert rows[0] == rows[1] == sorted(set(rows[0])) and len(rows[0]) == num_private
+    if mode == "val":
+        held_out = parts[0].validation.images[:, 0, 0, 0].tolist()
+        assert len(held_out) == 8 and not set(held_out) & set(rows[0])
+    monkeypatch.setattr("data.prepared.MEMORY_MAP_ABOVE", 0)
+    mapped = load_sensitive(section, mode, tmp_path).train
+    assert mapped.images[:, 0, 0, 0].tolist() == rows[0]
+    assert np.array_equal(mapped.labels, parts[0].train.labels)
+
+
+def test_which_images_a_trial_uses_does_not_depend_on_them(tmp_path):
+    write_set(tmp_path / "mine", num_train=40)
+    write_set(tmp_path / "other", num_train=40, classes=4)
+    rows = [
+        load_sensitive(own_section(name=name, num_train=9), "syn", tmp_path).train.images[:, 0, 0, 0].tolist()
+        for name in ("mine", "other")
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_the_counts_of_embedded_sets_are_those_of_their_images():
+    for name, count in EMBEDDED_NUM_TRAIN.items():
+        assert len(EMBEDDED_SENSITIVE.resolve(name)()[0]) == count
+    assert set(EMBEDDED_NUM_TRAIN) == set(EMBEDDED_SENSITIVE)
+
+
+@pytest.mark.parametrize(("num_train", "used"), [(100, 100), (2000, 1437)])
+def test_a_part_of_an_embedded_set(tmp_path, num_train, used):
+    section = sensitive_section("digits_8", num_train=num_train)
+    assert spec_of(section, "syn", tmp_path)[0].num_train == used
+    assert len(load_sensitive(section, "syn", tmp_path).train) == used
 
 
 @pytest.mark.parametrize(
@@ -444,9 +487,7 @@ def test_real_cifar10_part_lowers_num_train_and_says_so(tmp_path):
     prepare("cifar10_32", tmp_path, source=SHARED / "cifar10")
     found, notes = spec_of(sensitive_section("cifar10_32"), "val", tmp_path)
     assert found.num_train == 20_000
-    assert notes == (
-        "cifar10_32: 25,000 training images on disk, the published set has 50,000; N = 20,000 is used",
-    )
+    assert len(notes) == 1 and all(number in notes[0] for number in ("25,000", "50,000", "N = 20,000"))
     data = load_sensitive(sensitive_section("cifar10_32"), "syn", tmp_path)
     with np.load(SHARED / "cifar10" / "train.npz") as raw:
         assert np.array_equal(data.train.images[123], raw["x"][123].transpose(2, 0, 1))

@@ -430,8 +430,9 @@ SETTINGS = ["eval=none", "setup.device=cpu", "privacy.noise_seed=3", "train.snap
 
 
 def account(folder: Path) -> dict:
-    """What privacy.json says, but for the name of the run."""
+    """What privacy.json says, but for the name of the run and what rounding of the samples may move."""
     content = strict_json(folder / "privacy.json")
+    content.pop("sample_warnings")
     assert content.pop("run").endswith(folder.name)
     return content
 
@@ -641,6 +642,15 @@ def test_an_exception_of_the_main_process_ends_the_others(tmp_path):
     outcome = failing(tmp_path, "raise ValueError('a broken process')", 0)
     assert outcome.code == 1
     assert outcome.err.count("Traceback") == 1
+
+
+@pytest.mark.slow
+def test_weights_that_diverge_are_one_line_and_end_all(tmp_path):
+    poison = "next(self.network.parameters()).data.fill_(float('nan')); self.runtime.snapshot('train')"
+    outcome = failing(tmp_path, poison, 0, 1, 2)
+    assert outcome.code == 2 and "Traceback" not in outcome.err
+    (line,) = error_lines(outcome)
+    assert "private training diverged" in line and "train.optim.params.lr" in line
 
 
 @pytest.mark.slow

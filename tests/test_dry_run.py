@@ -99,6 +99,20 @@ def test_missing_data_are_told_with_the_command_that_prepares_them(tmp_path):
     assert missing[1].endswith("the time of pretraining is unknown")
 
 
+def test_a_missing_folder_of_public_images_is_told_after_the_plan(tmp_path):
+    folder = tmp_path / "places365"
+    words = ["public_data.name=places365", f"public_data.train_path={folder}", "public_data.n_classes=365"]
+    out = dry_run(tmp_path, "DP-MERF", *words, "eval=none")
+    assert "mean embedding" in out and "together" in out
+    (missing,) = (line for line in out.splitlines() if line.startswith("missing: "))
+    assert "public_data.train_path" in missing and str(folder) in missing
+
+
+def test_a_part_of_the_images_is_told(tmp_path):
+    out = dry_run(tmp_path, "DP-MERF", "sensitive_data.num_train=1000", "eval=none")
+    assert "1,000 of 1,437" in out and "N = 1,000 private images" in out
+
+
 def test_missing_weights_of_metrics_are_told(tmp_path):
     empty = [
         "--weights_root",

@@ -359,6 +359,11 @@ def test_what_is_no_prepared_set_is_not_removed(tmp_path, home, name, words):
     assert rights_below(tmp_path) == before
 
 
+def test_forgetting_where_nothing_is_prepared_names_the_place(tmp_path, home):
+    refusal = forget("mine", "--data_root", str(tmp_path / "root")).refusal
+    assert "--data_root" in refusal and str(tmp_path / "root") in refusal
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -1,4 +1,4 @@
-"""Ends before the end: SIGTERM is told like Ctrl-C, and a closed pipe is no error."""
+"""Programs that end early: signals, output that cannot be written, disks that are full or protected, no memory."""
 
 import os
 import signal
@@ -12,27 +12,30 @@ from tiny_runs import ROOT, arguments, call
 
 import eval as eval_program
 import run as run_program
-from utils.stopping import Terminated, exit_code, sigterm_interrupts
+from utils.stopping import STOP_SIGNALS, StoppedBySignal, exit_code, signals_interrupt
 
 
 def terminate(*_) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_sigterm_interrupts_once():
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Terminated), sigterm_interrupts():
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_interrupts_once(number):
+    before = signal.getsignal(number)
+    with pytest.raises(StoppedBySignal) as stop, signals_interrupt():
         try:
-            terminate()
+            os.kill(os.getpid(), number)
         finally:
-            terminate()  # what `timeout` does
-    assert signal.getsignal(signal.SIGTERM) is before
+            os.kill(os.getpid(), number)  # what `timeout` does
+            terminate()  # what SLURM does after the signal that was asked for
+    assert exit_code(stop.value) == 128 + number
+    assert signal.getsignal(number) is before
 
 
 def test_an_ignored_sigterm_stays_ignored():
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with sigterm_interrupts():
+        with signals_interrupt():
             terminate()
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
@@ -40,7 +43,7 @@ def test_an_ignored_sigterm_stays_ignored():
 
 
 def test_exit_codes():
-    assert (exit_code(KeyboardInterrupt()), exit_code(Terminated())) == (130, 143)
+    assert (exit_code(KeyboardInterrupt()), exit_code(StoppedBySignal(signal.SIGTERM))) == (130, 143)
 
 
 def test_sigterm_in_a_run_says_how_to_go_on(tmp_path, monkeypatch):
@@ -59,7 +62,8 @@ def test_sigterm_in_eval(monkeypatch):
     assert (outcome.code, outcome.err) == (143, "stopped\n")
 
 
-def test_sigterm_to_the_process(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_to_the_process(number, tmp_path):
     argv = arguments("DPDM", tmp_path, "eval=none", "train.n_epochs=5000")
     process = subprocess.Popen(
         [sys.executable, "run.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -67,11 +71,11 @@ def test_sigterm_to_the_process(tmp_path):
     while not list(tmp_path.glob("*/*/config.yaml")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    process.terminate()
+    process.send_signal(number)
     process.terminate()
     out, err = process.communicate(timeout=60)
     (folder,) = tmp_path.glob("*/*")
-    assert process.returncode == 143, err
+    assert process.returncode == 128 + number, err
     assert f"--resume_exp {folder}" in out and "Traceback" not in err
 
 

@@ -10,6 +10,7 @@ import re
 from utils.errors import UserError, unknown
 from utils.sections import check
 from utils.typed import without_none
+from utils.yaml_numbers import ADVICE, misread_numbers
 
 # Names from other places -> the name here; a target that starts with "--" is a flag, and the error says so.
 ALIASES = {
@@ -275,11 +276,12 @@ def parse_epsilon(text: str) -> float:
     return epsilon
 
 
-def parse_value(text: str, annotation: object) -> object:
+def parse_value(text: str, annotation: object, key: str) -> object:
     """The value of key=`text` for a setting of this type, read as YAML (1e-3, [1, 2], null, True).
 
-    Text settings are taken as they stand, whatever characters a path may hold; one pair of quotes around them is
-    removed, and null means None where None is allowed. The type itself is checked later (utils/typed.py).
+    Text settings, and the entries of lists of them, are taken as they stand, whatever characters a path may hold; one
+    pair of quotes around them is removed, and null means None where None is allowed. The type itself is checked later
+    (utils/typed.py). Raises UserError for a number that YAML reads as another one, such as 010.
     """
     inner, optional = without_none(annotation)
     if inner is str:
@@ -289,15 +291,29 @@ def parse_value(text: str, annotation: object) -> object:
         return text[1:-1] if quoted else text
     if re.fullmatch(r"[+-]?inf", text):
         return float(text)
-    return _read_yaml(text)
+    return _read_yaml(text, key, is_texts=inner == list[str])
 
 
-def _read_yaml(text: str) -> object:
+def _read_yaml(text: str, key: str, is_texts: bool) -> object:
+    """`text` as YAML; as it stands where it is anything else than a scalar or a list of them."""
     import yaml
     from omegaconf import OmegaConf
-    from omegaconf.errors import GrammarParseError
+    from omegaconf.errors import OmegaConfBaseException
 
-    try:  # OmegaConf's reader and no other: plain YAML reads 1e-3 as text
+    allowed = (
+        yaml.StreamStartToken, yaml.StreamEndToken, yaml.ScalarToken,
+        yaml.FlowSequenceStartToken, yaml.FlowSequenceEndToken, yaml.FlowEntryToken,
+    )  # fmt: skip
+    try:
+        tokens = list(yaml.scan(text, Loader=yaml.SafeLoader))
+        # A comment is no token, and what comes after it would be left out in silence.
+        if not text.strip() or " #" in text or not all(isinstance(token, allowed) for token in tokens):
+            return text
+        if is_texts and text.startswith("["):
+            return yaml.load(text, Loader=yaml.BaseLoader)
+        for _, number in misread_numbers(text):
+            raise UserError(f"{key}: {text} is not allowed: YAML reads {number} as another number; {ADVICE}")
+        # OmegaConf's reader and no other: plain YAML reads 1e-3 as text
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    except (yaml.YAMLError, GrammarParseError):
-        return text  # it is nothing else than text, and no setting of this type accepts that
+    except (yaml.YAMLError, OmegaConfBaseException):
+        return text  # no setting of this type accepts a text

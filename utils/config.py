@@ -20,7 +20,7 @@ from pathlib import Path
 from utils.command_line import parse_epsilon, parse_value, parser, read_command_line
 from utils.config_files import ConfigFiles, config_folders, file_values, flatten, readable_errors
 from utils.errors import UserError, unknown
-from utils.places import data_root, weights_root
+from utils.places import data_root, path_of, weights_root
 from utils.presets import PRESETS, Rule, load_presets, nearest_tier
 from utils.registry import Registry
 from utils.sections import (
@@ -150,6 +150,9 @@ def load_config(argv: list[str], methods: Registry, program: str = "run") -> Con
     command = _parse_settings(settings, schema.types)
     cell = _choose_cell(files, schema, flags, choices, command)
     layers = _value_layers(files, cell, schema, given, command, data_root(flags.data_root))
+    written = files.written_values(
+        cell.files
+    )  # before Hydra composes them: the reader refuses what it would misread
     typed = _typed_values(files.compose(cell.files), schema, layers)
     check(typed["seed"] >= 0, "seed", typed["seed"], "0 or more")
     plain = {name: _plain(value) for name, value in typed.items()}
@@ -164,7 +167,7 @@ def load_config(argv: list[str], methods: Registry, program: str = "run") -> Con
         **{name: typed[name] for name in (*RUN_KEYS, *SHARED_SECTIONS)},
         method_config=schema.method_type(**{name: typed[name] for name in schema.own}),
         provenance={
-            **_provenance(snapshot, files.written_values(cell.files), layers),
+            **_provenance(snapshot, written, layers),
             **{flag: _flag_layer(flag, given) for flag in ("method", "data_name")},
         },
         snapshot=snapshot,
@@ -202,7 +205,7 @@ def _run_options(flags: argparse.Namespace) -> dict[str, object]:
             f"--exp_description: '{description}' is not allowed; it must be usable in a folder's name"
         )
     places = {  # flags of eval.py
-        name: Path(given).expanduser() if (given := getattr(flags, name, None)) else None
+        name: path_of(given, f"--{name}") if (given := getattr(flags, name, None)) else None
         for name in ("exp_path", "images", "out")
     }
     return {
@@ -213,7 +216,7 @@ def _run_options(flags: argparse.Namespace) -> dict[str, object]:
         "dry_run": flags.dry_run,
         "print_config": flags.print_config,
         "data_root": data_root(flags.data_root),
-        "exp_root": Path(flags.exp_root).expanduser(),
+        "exp_root": path_of(flags.exp_root, "--exp_root"),
         "weights_root": weights_root(flags.weights_root),
     }
 
@@ -225,7 +228,7 @@ def _parse_settings(settings: dict[str, str], types: dict[str, object]) -> dict[
             if any(known.startswith(key + ".") for known in types):
                 raise UserError(f"{key}={settings[key]}: this is a section, set one of its keys")
             raise unknown_key(key, types)
-    values = {key: parse_value(text, types[key]) for key, text in settings.items()}
+    values = {key: parse_value(text, types[key], key) for key, text in settings.items()}
     for key, value in values.items():
         interpolated = isinstance(value, str) and re.search(r"\$\{.*\}", value)
         if not interpolated:  # its type is known only after composing

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError, unknown
+from utils.places import path_of
+from utils.yaml_numbers import ADVICE, misread_numbers
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
@@ -31,7 +33,7 @@ def config_folders(flags: argparse.Namespace) -> list[Path]:
     """
     main, added = CONFIG_FOLDER, []
     if flags.config_dir is not None:
-        folder = Path(flags.config_dir).expanduser().resolve()
+        folder = path_of(flags.config_dir, "--config_dir").resolve()
         if not folder.is_dir():
             raise UserError(f"--config_dir: '{flags.config_dir}' is not a folder")
         if (folder / "config.yaml").is_file():
@@ -168,6 +170,12 @@ def _read_yaml(path: Path, changed: int) -> dict:
     from omegaconf import OmegaConf
 
     with readable_errors():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: is not UTF-8 text ({error})") from error
+        for line, number in misread_numbers(text):
+            raise UserError(f"{path}, line {line}: YAML reads {number} as another number; {ADVICE}")
         return OmegaConf.to_container(OmegaConf.load(path)) or {}
 
 

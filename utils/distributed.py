@@ -22,6 +22,8 @@ from typing import TypeVar
 
 from utils.errors import UserError
 from utils.sections import SetupConfig
+from utils.stopping import STOP_SIGNALS
+from utils.streams import protect_standard_streams
 
 T = TypeVar("T")
 
@@ -230,8 +232,9 @@ def _follow(program, argv: list[str], environment: dict[str, str]) -> None:
     """What a started process does."""
     global _place
     # They may reach all processes; the one that started this one answers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, *STOP_SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
+    protect_standard_streams()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(environment)
     _place = _place_in_environment()

@@ -12,8 +12,6 @@ from utils.runtime import log
 def to_terminal() -> None:
     """Send log lines to standard output as they are."""
     logging.raiseExceptions = False  # a full disk under stdout.txt is reported once, by what fails next
-    # dp-accounting leaves RDP orders out where its series does not converge, which only raises that bound.
-    logging.getLogger("absl").setLevel(logging.ERROR)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(lambda record: distributed.is_main())

@@ -52,6 +52,7 @@ def results_of(
         "epsilon": config.epsilon,
         "delta": privacy["budget"]["delta"],
         "private": privacy["private"],
+        "num_records": privacy.get("num_records"),  # None: images of no run
         "spent_epsilon": privacy["spent"],
         **_of_selection(privacy),
         "seed": config.seed,

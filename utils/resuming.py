@@ -7,6 +7,7 @@ from utils.command_line import read_command_line
 from utils.config import Config, load_config
 from utils.config_files import flatten
 from utils.environment import values_of, words_of
+from utils.places import path_of
 from utils.registry import Registry
 from utils.run_dir import find, find_any
 from utils.runtime import log
@@ -21,7 +22,7 @@ def with_own_words(argv: list[str]) -> list[str]:
     flags, settings, given = read_command_line(argv, "run")
     if "resume_exp" not in given or given - {"resume_exp", *OF_THIS_CALL}:
         return argv
-    folder = find_any(Path(flags.exp_root).expanduser(), flags.resume_exp)
+    folder = find_any(path_of(flags.exp_root, "--exp_root"), flags.resume_exp)
     words = [word for word in words_of(folder) if word.partition("=")[0] not in settings]
     words += [f"{key}={value}" for key, value in settings.items()]
     log.info(f"as it was started: run.py {shlex.join(words)}")

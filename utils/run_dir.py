@@ -1,13 +1,15 @@
 """The folder of one run, and writing files so that a killed program leaves whole ones or none."""
 
 import errno
+import io
 import json
 import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -23,7 +25,7 @@ DIVERGED = "diverged.json"  # private training failed: why, and what it has spen
 SAMPLES, GRID = "gen/gen.npz", "gen/sample.png"
 CARD = "privacy_card.md"  # what PRIVACY says, in words
 RESULTS = "results.json"  # written last: its presence means "done"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, file larger than allowed
+PROBE = 1 << 20  # bytes that must fit on the disk before samples are judged
 
 
 @contextmanager
@@ -45,8 +47,13 @@ def atomic(path: Path, *, private: bool = False) -> Iterator[Path]:
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # writing does not name the file
+            error.filename = str(path)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what is wrong with the disk is in the error that is raised already
+            temporary.unlink()
 
 
 def _flush(path: Path) -> None:
@@ -60,6 +67,39 @@ def _flush(path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM):
             raise
+
+
+def require_writable(folder: Path) -> None:
+    """Raise OSError if nothing can be written to `folder`, before work whose results would go there."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as file:
+            file.write(bytes(PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(folder)
+        raise
+
+
+@contextmanager
+def discarded_on_failure(folder: Path, is_new: bool) -> Iterator[None]:
+    """Remove `folder`, if it is new, where the block ends with an error or is interrupted."""
+    completed = False
+    try:
+        yield
+        completed = True
+    finally:
+        if is_new and not completed:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_array(path: Path, array) -> None:
+    """np.save by way of memory: NumPy's own writing to a file that fails loses the reason."""
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    path.write_bytes(buffer.getbuffer())
 
 
 def write_text(path: Path, text: str, *, private: bool = False) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from utils.errors import FieldError, UserError, nearest
 
+MOST_PROCESSES = 4096  # and threads: more are a mistake, and starting them would bring the machine down
+
 
 def check(condition: bool, key: str, value: object, allowed: str) -> None:
     """Raise UserError("key: value is not allowed; allowed") unless the condition holds."""
@@ -35,9 +37,7 @@ class SensitiveDataConfig:
     resolution: int  # pixels, square
     num_channels: int  # 1 or 3
     n_classes: int | None  # None: read from the prepared data (custom sets)
-    num_train: (
-        int | None
-    )  # training images of the published set, validation included; None: from the prepared data
+    num_train: int | None  # most training images that are used, validation included; None: all
     num_val: int  # images held out of the training part when eval.mode=val
     class_names: list[str] | None  # in label order; None: from the prepared data
     path: str | None  # folder of prepared data; None: <data_root>/<name>
@@ -174,8 +174,11 @@ class SetupConfig:
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
         check_choice("precision", self.precision, ("float32", "tf32", "bf16"))
         for field in ("n_gpus_per_node", "n_nodes"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
+            value = getattr(self, field)
+            check_field(0 < value <= MOST_PROCESSES, field, value, f"from 1 to {MOST_PROCESSES}")
+        check_field(0 <= self.master_port < 2**16, "master_port", self.master_port, f"from 0 to {2**16 - 1}")
         last = self.n_nodes - 1
         check_field(0 <= self.node_rank <= last, "node_rank", self.node_rank, f"from 0 to {last}")
         threads = self.omp_n_threads
-        check_field(threads is None or threads > 0, "omp_n_threads", threads, "null or at least 1")
+        some = threads is None or 0 < threads <= MOST_PROCESSES
+        check_field(some, "omp_n_threads", threads, f"null or from 1 to {MOST_PROCESSES}")

@@ -1,51 +1,70 @@
-"""How a program ends before its time: Ctrl-C, SIGTERM, or a reader of its output that has gone."""
+"""What ends a program early through no fault of its code: a signal, a full or protected disk, too little memory."""
 
 import contextlib
-import os
+import errno
 import signal
-import sys
 from collections.abc import Iterator
 
-INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
-TERMINATED = 143  # exit code after SIGTERM
-UNREAD = 141  # exit code where standard error is no longer read: 128 + SIGPIPE
+# From SLURM and other schedulers, `timeout`, `docker stop`, a machine that shuts down, a terminal that closes.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, file larger than allowed
+PROTECTED = (errno.EACCES, errno.EPERM, errno.EROFS)
+FAILING = (errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE)
+NO_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed", "ALLOC_FAILED")
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came: from SLURM, `timeout`, `docker stop`, or a machine that shuts down."""
+class StoppedBySignal(KeyboardInterrupt):
+    """One of STOP_SIGNALS came; `args` holds its number."""
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:
-    return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+    """128 plus the number of the signal, as a shell reports it: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + (stop.args[0] if isinstance(stop, StoppedBySignal) else signal.SIGINT)
 
 
 @contextlib.contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Within: SIGTERM raises Terminated, once; `timeout` sends it twice. Where it is ignored it stays ignored."""
-    before = signal.getsignal(signal.SIGTERM)
-    if before is signal.SIG_IGN:
-        yield
-        return
+def signals_interrupt() -> Iterator[None]:
+    """Within: the first of STOP_SIGNALS raises StoppedBySignal, later ones do nothing (`timeout` sends two, SLURM a
+    SIGTERM after the signal that was asked for). One that is ignored, as SIGHUP under nohup, stays ignored."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handled = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
 
-    def terminate(*_) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
+    def stop(number: int, _) -> None:
+        for (
+            other
+        ) in handled:  # not SIG_IGN: Python complains about a signal that has come and is ignored since
+            signal.signal(other, lambda *_: None)
+        raise StoppedBySignal(number)
 
-    signal.signal(signal.SIGTERM, terminate)
+    for number in handled:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in handled:
+            signal.signal(number, before[number])
 
 
-@contextlib.contextmanager
-def quiet_pipe() -> Iterator[None]:
-    """Around a whole program: what is left for a reader that has gone (`| head`) is dropped without a complaint."""
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def failure_of_storage(error: OSError) -> str | None:
+    """What is wrong with a disk or a folder, with advice; None for an error that is about something else."""
+    place = error.filename or "a file"
+    if error.errno in DISK_FULL:
+        return f"disk full at {place} ({error.strerror}); free space"
+    if error.errno in PROTECTED:
+        return f"{place}: {error.strerror}; give yourself access to it, or another folder"
+    return f"{place}: {error.strerror}" if error.errno in FAILING else None
+
+
+def shortage(error: Exception) -> str | None:
+    """One line about what the machine lacks or denies, with advice; None for an error that is about something else."""
+    if isinstance(error, OSError):
+        return failure_of_storage(error)
+    # PyTorch has a class of its own for GPUs, and none for the CPU.
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        reason = (str(error).strip().splitlines() or ["MemoryError"])[0]
+        return (
+            f"out of memory ({reason[:200]}); use smaller batches (train.dp.max_physical_batch_size, gen.batch_size, "
+            f"eval.batch_size), a smaller network, or fewer images"
+        )
+    return None

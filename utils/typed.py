@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from utils.errors import FieldError, UserError
 
+LARGEST_INT = 2**63  # the libraries count in 64 bits
 MISSING = "???"  # how YAML files written for OmegaConf mark a value that somebody else must give
 
 
@@ -136,9 +137,11 @@ def _field_types(kind: type) -> dict[str, object]:
 
 def _build_scalar(inner: object, annotation: object, value: object, key: str) -> object:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if inner is float and number:
+    if inner is float and number and not math.isnan(value):
         return float(value)
     if inner is int and number and math.isfinite(value) and value == int(value):
+        if abs(value) >= LARGEST_INT:
+            raise UserError(f"{key}: {value} is not allowed; it must be less than 2^63")
         return int(value)
     if inner in (bool, str) and isinstance(value, inner):
         return value

@@ -21,6 +21,7 @@ from models.diffusion.timesteps import SCHEDULES, respaced
 from models.nn.guided_unet import GuidedUNet, GuidedUNetConfig
 from utils.errors import MissingWeights, UserError
 from utils.images import to_float, to_uint8
+from utils.places import path_of
 from utils.runtime import Runtime
 from utils.sections import check_field
 from utils.seeding import numpy_rng
@@ -153,10 +154,11 @@ class ImprovedDiffusionAPI(ImageAPI):
         return self._network
 
     def _weights_file(self) -> Path:
-        path = Path(self.config.model_path or self.runtime.weights_root / self.WEIGHTS).expanduser()
+        key, given = f"model.api_params.{self.name}.model_path", self.config.model_path
+        path = path_of(given, key) if given else self.runtime.weights_root / self.WEIGHTS
         if not path.is_file():
             raise MissingWeights(
-                f"model.api_params.{self.name}.model_path: no weights file {path}; fetch it: "
+                f"{key}: no weights file {path}; fetch it: "
                 f"curl --create-dirs -o {shlex.quote(str(path))} {self.SOURCE}"
             )
         return path

@@ -24,7 +24,7 @@ from models.apis.prompts import check_prompt, class_prompts
 from utils import distributed
 from utils.errors import Unavailable, UserError
 from utils.progress import progress
-from utils.run_dir import atomic
+from utils.run_dir import atomic, save_array
 from utils.runtime import Runtime
 from utils.sections import check_field
 
@@ -239,6 +239,6 @@ class Answers:
         if self._folder is None:
             self._images[key] = images
             return
-        with atomic(self._folder / f"{key}.npy") as temporary, open(temporary, "wb") as file:
-            np.save(file, images)
+        with atomic(self._folder / f"{key}.npy") as temporary:
+            save_array(temporary, images)
         self._images[key] = None

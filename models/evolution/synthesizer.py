@@ -28,6 +28,7 @@ from opacus_ext.private_data import PrivateData
 from utils import distributed
 from utils.errors import Unavailable, UserError
 from utils.images import to_uint8
+from utils.memory import require_memory
 from utils.progress import progress
 from utils.runtime import Runtime
 from utils.sections import check
@@ -52,6 +53,9 @@ class PrivateEvolution(Synthesizer, abc.ABC):
             "a public set or null: nothing here is trained on central images",
         )
         settings.check_sizes(spec.num_classes)
+        for iteration, size in enumerate(settings.num_samples_schedule):
+            candidates = size * settings.growth(iteration)
+            require_memory(f"train.num_samples_schedule[{iteration}]", candidates, spec.image_shape)
         self.api = self.make_api()
         self._check_degrees()
         if self.api.needs_public_images and not has_public_images(config.public_data):

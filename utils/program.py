@@ -1,0 +1,63 @@
+"""How every program of the toolkit starts and ends: its words, its standard streams, its exit code."""
+
+import functools
+import sys
+import unicodedata
+from collections.abc import Callable
+from typing import NoReturn
+
+from utils import distributed
+from utils.errors import UserError
+from utils.stopping import exit_code, shortage, signals_interrupt
+from utils.streams import protect_standard_streams
+
+MISTAKE = 2  # exit code: the user can repair it
+
+
+def program(main: Callable[[list[str]], int]) -> Callable[[list[str] | None], int]:
+    """Decorator of a program's `main`, which takes the command line (None: that of the process) and returns the exit
+    code. What the user or the machine is to blame for ends it with one line on stderr: a UserError, a full or protected
+    disk and too little memory with code 2, a signal with 128 plus its number."""
+
+    @functools.wraps(main)
+    def guarded(argv: list[str] | None = None) -> int:
+        words = sys.argv[1:] if argv is None else argv
+        try:
+            require_readable(words)
+            with signals_interrupt():
+                return main(words)
+        except UserError as error:
+            reason = str(error)
+        except KeyboardInterrupt as stop:
+            if distributed.is_main():
+                print("stopped", file=sys.stderr)
+            return exit_code(stop)
+        except (OSError, MemoryError, RuntimeError) as error:
+            reason = shortage(error)
+            if reason is None:
+                raise
+        print(f"error: {reason}", file=sys.stderr)
+        return MISTAKE
+
+    return guarded
+
+
+def require_readable(words: list[str]) -> None:
+    """Raise UserError for a word with a control character, such as the carriage return that a script with the line ends
+    of Windows leaves after the last word of a line, or with bytes that are no text."""
+    for word in words:
+        for character in word:
+            category = unicodedata.category(character)
+            if category == "Cc":
+                raise UserError(
+                    f"{word!r}: holds a control character ({character!r}); a script with line ends of Windows leaves "
+                    f"such: remove them, for instance with dos2unix"
+                )
+            if category == "Cs":
+                raise UserError(f"{word!r}: is not UTF-8; rename the file, or set another locale")
+
+
+def run_process(main: Callable[[], int]) -> NoReturn:
+    """Run a whole process: `main`, decorated by `program`, with its exit code as the process's."""
+    protect_standard_streams()
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Standard output and standard error that never end a program: a closed one, a log on a full disk, a terminal or a
+reader that has gone (`| head`) lose what is printed, and nothing else. A run also has its lines in stdout.txt."""
+
+import contextlib
+import io
+import os
+import select
+import sys
+
+
+class _PatientOutput(io.RawIOBase):
+    """Writes to a file descriptor, and drops what it does not take."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data) -> int:
+        while True:
+            try:
+                return os.write(self._descriptor, data)
+            except BlockingIOError:  # somebody else has made it non-blocking, and its reader is slow
+                select.select([], [self._descriptor], [])
+            except OSError:
+                return len(data)
+
+
+def protect_standard_streams() -> None:
+    """Replace sys.stdout and sys.stderr. Call it before any file is opened: a closed descriptor would become that of
+    the next file, and a library that prints would write into it."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.set_inheritable(
+                    os.open(os.devnull, os.O_RDWR), True
+                )  # takes the lowest number that is free
+    sys.stdout, sys.stderr = _patient(sys.stdout), _patient(sys.stderr)
+
+
+def _patient(stream):
+    if stream is None:  # it was closed when Python started
+        return open(os.devnull, "w", encoding="utf-8")  # lives as long as the process
+    try:
+        raw = _PatientOutput(stream.fileno())
+    except (AttributeError, OSError):  # no file: somebody has replaced it
+        return stream
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors="backslashreplace",  # an ASCII console shows \xe9 for a letter that it lacks
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
