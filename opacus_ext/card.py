@@ -248,7 +248,8 @@ def _private_files(report: dict) -> list[str]:
     return [
         "in the folder of the run: results.json, details.json, report.html, stdout.txt and private/",
         "in the folder of the prepared images: the images, meta.json and .cache, which keeps features of the images, "
-        "and with eval.mode=val may keep copies of them (in ~/.cache/dp-image-bench/private if it is read-only)",
+        "answers of classifiers that were trained on them, and with eval.mode=val maybe copies of them "
+        "(in ~/.cache/dp-image-bench/private if it is read-only)",
         "these folders are made so that only their owner can read them; do not widen their rights",
         f"`python scripts/prepare_data.py --forget {name}` removes the prepared images with all features and copies, "
         f"and names the runs on them",

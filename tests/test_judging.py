@@ -6,7 +6,7 @@ import pytest
 from data.spec import DataSpec, Samples
 from evaluation.evaluator import Evaluator
 from evaluation.listing import evaluation_line
-from judging import ORACLE, SHOWN, RealData, open_door, revealed, validation_data
+from judging import CEILING, ORACLE, SHOWN, RealData, open_door, revealed, validation_data
 from models import METHODS
 from opacus_ext.noise import NoiseSource
 from utils.config import load_config
@@ -56,12 +56,23 @@ def test_private_choices_are_planned_and_announced_for_every_metric_with_classif
     ],
 )
 def test_training_images_are_revealed_if_something_needs_them(settings, users):
-    train, oracle, reasons = revealed(config_with(*settings), RealData(open_door(IMAGES), IMAGES, None))
+    real = RealData(open_door(IMAGES), IMAGES, None)
+    train, oracle, reasons = revealed(config_with(*settings, "eval.ceiling=none"), real)
     assert oracle is None
     if users is None:
         assert train is None and reasons == []
     else:
         assert train is IMAGES and len(reasons) == 1 and reasons[0].endswith(f" {users}")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "classifiers", "measured"),
+    [("accuracy", "small_cnn", True), ("fid", "small_cnn", False), ("accuracy", "wrn", False)],
+)
+def test_training_images_are_revealed_to_measure_a_ceiling(metrics, classifiers, measured):
+    config = config_with(f"eval.metrics=[{metrics}]", f"eval.classifiers=[{classifiers}]")
+    train, _, reasons = revealed(config, RealData(open_door(IMAGES), IMAGES, None))
+    assert (CEILING in reasons) == measured and (train is IMAGES) == (measured or metrics == "fid")
 
 
 def test_every_reason_is_listed():
@@ -78,7 +89,7 @@ def test_a_metric_of_classifiers_needs_one(metric):
 
 
 def test_an_evaluation_without_training_images_works():
-    config = config_with("eval.metrics=[calibration_error]")
+    config = config_with("eval.metrics=[calibration_error]", "eval.ceiling=none")
     evaluator = Evaluator(config.eval, SPEC, "absent", "cpu", 0)
     images = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
     samples = Samples(images, np.arange(40, dtype=np.int64) % 10)

@@ -103,7 +103,7 @@ def test_samples_that_are_public_images_are_said_to_be(tmp_path):
     more = [
         "model.api=nearest", "model.api_params.nearest.embedding=pixels", "public_data.per_class=20",
         "train.variation_degree_schedule=[1,2,2]", "eval.metrics=[calibration_error]", "public_data.name=glyphs",
-        "setup.precision=bf16",
+        "setup.precision=bf16", "eval.ceiling=none",
     ]  # fmt: skip
     outcome = call(run_program.main, arguments("PE", tmp_path, *more))
     assert outcome.code == 0, outcome.err
@@ -116,14 +116,16 @@ def test_samples_that_are_public_images_are_said_to_be(tmp_path):
     assert copies in outcome.out and copies in card and copies in page
     assert any(copies in line for line in results["warnings"])
     assert f"**glyphs**, {expected['images']:,} images" in card and "1,240 images" in page
-    assert "public_data.per_class=20" in card and "setup.precision" not in card and "eval." not in card
+    assert "public_data.per_class=20" in card and "setup.precision" not in card and "eval.metrics" not in card
     assert privacy["samples_per_class"] == [10] * 10 and "balanced by construction" in card
     # calibration_error trains classifiers on samples: no training image was needed
     assert privacy["revealed"] == [] and "without noise**, to the program" not in card
 
 
 def test_useless_samples_are_warned_of_and_what_was_revealed_is_what_was_asked_for(tmp_path):
-    outcome = call(run_program.main, arguments("Noise", tmp_path, "eval.metrics=[FID,accuracy]"))
+    outcome = call(
+        run_program.main, arguments("Noise", tmp_path, "eval.metrics=[FID,accuracy]", "eval.ceiling=none")
+    )
     results, privacy = (strict_json(outcome.folder / name) for name in ("results.json", "privacy.json"))
     (reason,) = privacy["revealed"]
     assert reason.endswith(" fid")
