@@ -31,7 +31,7 @@ test-slow: $(VENV)/.installed-dev
 	$(RUN) -m pytest -m slow
 
 bench: setup
-	$(RUN) scripts/bench_dpsgd.py
+	$(RUN) scripts/benchmarks/bench_dpsgd.py
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

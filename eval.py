@@ -12,7 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from judging import (
+from models import METHODS
+from pipeline.environment import values_of, words_of
+from pipeline.folder import discarded_on_failure, new_folder, working_in
+from pipeline.judging import (
     INCOMPLETE,
     RealData,
     judge,
@@ -22,27 +25,16 @@ from judging import (
     validation_data,
     write_down,
 )
-from models import METHODS
+from utils.artefacts import CONFIG, ENVIRONMENT, PRIVACY, RESULTS, SAMPLES
 from utils.bounds import at_most
 from utils.command_line import read_command_line, short_help
 from utils.config import COMMAND_LINE, Config, format_config, load_config
 from utils.config_files import flatten
-from utils.environment import ENVIRONMENT, values_of, words_of
 from utils.errors import UserError
+from utils.files import read_json, require_writable
 from utils.log import also_to, to_terminal
 from utils.places import path_of
 from utils.program import MISTAKE, program, run_process
-from utils.run_dir import (
-    CONFIG,
-    PRIVACY,
-    RESULTS,
-    SAMPLES,
-    discarded_on_failure,
-    new_folder,
-    read_json,
-    require_writable,
-    working_in,
-)
 from utils.runtime import Runtime, log
 
 RUN_FLAGS = {

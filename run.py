@@ -14,19 +14,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from judging import INCOMPLETE, RealData, judge, oracle_data, validation_data, write_account
 from models import METHODS
+from pipeline.divergence import explaining_divergence, require_not_diverged
+from pipeline.environment import training_overrides
+from pipeline.folder import discard_unstarted, working_in
+from pipeline.judging import INCOMPLETE, RealData, judge, oracle_data, validation_data, write_account
+from pipeline.resuming import as_started, how_to_continue, with_own_words
 from utils import distributed
+from utils.artefacts import GRID, RESULTS, SAMPLES
 from utils.command_line import read_command_line, short_help
 from utils.config import COMMAND_LINE, Config, format_config, load_config
 from utils.config_files import config_folders, flatten
-from utils.divergence import explaining_divergence, require_not_diverged
-from utils.environment import training_overrides
 from utils.errors import UserError
+from utils.files import read_json
 from utils.program import MISTAKE, program, run_process
 from utils.progress import duration
-from utils.resuming import as_started, how_to_continue, with_own_words
-from utils.run_dir import GRID, RESULTS, SAMPLES, discard_unstarted, read_json, working_in
 from utils.runtime import Runtime, log
 from utils.stopping import exit_code, shortage
 
@@ -37,7 +39,7 @@ if TYPE_CHECKING:  # importing them takes seconds, which --help does without
     from opacus_ext.ledger import Ledger
     from opacus_ext.noise import NoiseSource
     from opacus_ext.private_data import PrivateData
-    from utils.stage_times import StageTimes
+    from pipeline.stage_times import StageTimes
 
 FAILED = 1  # exit code: another process of the run has died
 
@@ -117,7 +119,7 @@ def dry_run(config: Config) -> Iterator[str]:
     from data.public import num_public_images, require_public
     from data.sensitive import require_prepared
     from evaluation.listing import evaluation_line, lacking
-    from utils.dry_run import cost_lines, describe
+    from pipeline.planning import cost_lines, describe
 
     parts = compose(config)
     counts = parts.synthesizer.parameter_counts()
@@ -163,7 +165,7 @@ def judging_costs(parts: Parts) -> list:
 def what_is_left(parts: Parts, costs: list, judging: list) -> str:
     """Which stages of the run of --resume_exp are done, how many steps of its private queries, and the time of the
     rest. `costs` are of the whole run up to the samples, `judging` of their evaluation."""
-    from utils.checkpoints import Checkpoints
+    from pipeline.checkpoints import Checkpoints
 
     folder = find_folder(parts)
     if is_finished(folder):
@@ -346,8 +348,8 @@ def lead(parts: Parts, folder: Path, images: Images) -> int:
 
 def work(parts: Parts, folder: Path, images: Images) -> int:
     """What is done inside the run's folder; all processes train and draw samples. Returns the exit code."""
-    from utils.dry_run import plan_lines
-    from utils.stage_times import StageTimes
+    from pipeline.planning import plan_lines
+    from pipeline.stage_times import StageTimes
 
     if images.private is not None:
         log.info("\n".join(plan_lines(parts.ledger, parts.spec.num_train)))
@@ -411,14 +413,15 @@ def account_of(parts: Parts, folder: Path, images: Images) -> dict:
 
 def find_folder(parts: Parts) -> Path:
     """The run's folder: a new one, or that of --resume_exp, which must have been started with the same settings."""
-    from utils import environment, run_dir
+    from pipeline import environment
+    from pipeline import folder as folders
 
     config = parts.config
     if config.resume is None:
-        return run_dir.create(
+        return folders.create(
             config.exp_root, config.method, config.data_name, config.epsilon, config.description
         )
-    folder = run_dir.find(config.exp_root, config.method, config.resume)
+    folder = folders.find(config.exp_root, config.method, config.resume)
     environment.require_same_config(folder, config)
     environment.require_same_data(folder, parts.spec.identity)
     require_not_diverged(folder)
@@ -427,7 +430,7 @@ def find_folder(parts: Parts) -> Path:
 
 def describe_run(parts: Parts, folder: Path) -> None:
     """Keep what is printed from here on in the folder and, in a new one, what it takes to repeat the run."""
-    from utils import environment
+    from pipeline import environment
     from utils import log as logs
 
     parts.runtime.folder = folder
@@ -451,7 +454,7 @@ def report_finished(folder: Path) -> int:
 
 def train(parts: Parts, folder: Path, images: Images, times: StageTimes) -> None:
     """Pretrain and train, or what is left of it."""
-    from utils.checkpoints import Checkpoints
+    from pipeline.checkpoints import Checkpoints
 
     synthesizer = parts.synthesizer
     checkpoints = Checkpoints(folder, parts.config.method, synthesizer, parts.ledger)
@@ -494,7 +497,7 @@ def is_past(checkpoints, restored: str | None, stage: str) -> bool:
 def generate(parts: Parts, folder: Path, images: Images, times: StageTimes) -> Samples:
     """The samples of the run: those of gen/gen.npz if an earlier start left them, else drawn now."""
     from data.samples_file import read_samples
-    from utils.checkpoints import Checkpoints
+    from pipeline.checkpoints import Checkpoints
 
     kept = distributed.from_main(
         lambda: read_samples(folder / SAMPLES) if (folder / SAMPLES).exists() else None

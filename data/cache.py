@@ -7,9 +7,9 @@ import secrets
 from functools import cached_property
 from pathlib import Path
 
+from utils.files import atomic
 from utils.places import user_cache
 from utils.private_files import make_private_folder
-from utils.run_dir import atomic
 from utils.runtime import log
 
 CACHE_NAME = ".cache"  # in a data root: of public data; in the folder of a prepared private set: of that set

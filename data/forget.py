@@ -8,9 +8,10 @@ from pathlib import Path
 from data.cache import CACHE_NAME, private_places, public_places
 from data.prepare import canonical_name, downloads_folder, require_allowed_name
 from data.prepared import META_NAME, is_prepared, read_meta
+from utils.artefacts import CONFIG, RESULTS
 from utils.config_files import flatten, read_yaml
 from utils.errors import UserError, unknown
-from utils.run_dir import CONFIG, RESULTS, read_json
+from utils.files import read_json
 
 
 def forget(data_name: str, data_root: Path, exp_root: Path) -> Iterator[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.apart import require_no_run
 from data.cache import CACHE_NAME
 from data.convert import COLOURS, conversion_notes, to_channels
 from data.download import download
@@ -28,7 +29,6 @@ from data.registry import (
     known_set,
 )
 from data.splits import random_test_rows, stratified_test_rows
-from utils.environment import require_no_run
 from utils.errors import UserError, unknown
 from utils.private_files import readable_by_others
 from utils.progress import progress

@@ -22,8 +22,8 @@ import numpy as np
 
 from data.spec import Samples
 from utils.errors import UserError
+from utils.files import save_array
 from utils.private_files import create_private_file
-from utils.run_dir import save_array
 
 MEMORY_MAP_ABOVE = (
     2 * 1024**3

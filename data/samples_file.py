@@ -7,7 +7,7 @@ import numpy as np
 
 from data.spec import Samples
 from utils.errors import UserError
-from utils.run_dir import atomic
+from utils.files import atomic
 
 
 def write_samples(path: Path, samples: Samples) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
+from data.apart import require_no_run
 from data.cache import PrivateCache, private_places
 from data.prepared import PreparedMeta, is_prepared, new_prepared, read_groups, read_meta, read_prepared
 from data.public import has_public_images, stored_folders
 from data.registry import EMBEDDED_NUM_TRAIN, EMBEDDED_SENSITIVE, known_set, prepare_command
 from data.spec import DataSpec, Samples
 from data.splits import training_subset, validation_split
-from utils.environment import require_no_run
 from utils.errors import UserError
 from utils.sections import PublicDataConfig, SensitiveDataConfig
 

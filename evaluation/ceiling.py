@@ -13,7 +13,7 @@ from evaluation.classifiers.recipe import RECIPE_VERSIONS, recipe_for
 from evaluation.features import UNREADABLE
 from evaluation.registry import SMALL_CLASSIFIERS, check_classifiers, needs_of
 from evaluation.selection import Choice
-from utils.run_dir import atomic
+from utils.files import atomic
 from utils.runtime import log
 from utils.sections import EvalConfig
 

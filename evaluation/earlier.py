@@ -8,8 +8,9 @@ import numpy as np
 from data.spec import DataSpec, Samples
 from evaluation.page import DETAILS
 from evaluation.report import Report
+from utils.artefacts import RESULTS
 from utils.errors import UserError
-from utils.run_dir import RESULTS, read_json
+from utils.files import read_json
 
 
 def facts_of(samples: Samples, spec: DataSpec) -> dict:

@@ -9,8 +9,8 @@ import numpy as np
 
 from data.cache import PrivateCache
 from extractors.extractor import Extractor
+from utils.files import atomic
 from utils.progress import progress
-from utils.run_dir import atomic
 from utils.runtime import log
 
 # What NumPy raises for a damaged npz file, by where the damage is.

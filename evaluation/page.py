@@ -15,7 +15,7 @@ import numpy as np
 from data.spec import DataSpec, Samples
 from evaluation.registry import needs_of
 from evaluation.report import BESIDE_ACCURACY, Report, remarks_on_settings, spread
-from utils.run_dir import write_json, write_text
+from utils.files import write_json, write_text
 
 REPORT, DETAILS, GALLERY = "report.html", "details.json", "private/nearest.html"
 PER_CLASS = 12  # samples shown of a class

@@ -1,7 +1,7 @@
 """DP-FETA: warm up on noisy central images of the private set, then DP-SGD (Gong et al., IEEE S&P 2025)."""
 
-from models.central_images import MEAN
 from models.diffusion.synthesizer import DiffusionSynthesizer
+from models.public.central_images import MEAN
 
 
 class DPFETA(DiffusionSynthesizer):

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from data.spec import DataSpec, PublicData, Samples
-from models.central_images import MEAN
 from models.diffusion.synthesizer import DiffusionSynthesizer
-from models.features.random_fourier import FourierConfig, FourierEmbedding
-from models.mean_embedding import MEAN_EMBEDDING, EmbeddingGenerator, FitConfig
+from models.embedding.mean_embedding import MEAN_EMBEDDING, EmbeddingGenerator, FitConfig
+from models.embedding.random_fourier import FourierConfig, FourierEmbedding
 from models.nn.generator import GeneratorConfig
+from models.public.central_images import MEAN
 from models.synthesizer import balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData

@@ -13,10 +13,10 @@ to it is post-processing, with labels from a public distribution.
 
 from dataclasses import dataclass
 
-from models.features.random_fourier import FeatureConfig, FourierEmbedding
-from models.mean_embedding import EmbeddingSynthesizer, Schedule
+from models.embedding.mean_embedding import EmbeddingSynthesizer, Schedule
+from models.embedding.random_fourier import FeatureConfig, FourierEmbedding
 from models.nn.generator import GeneratorConfig
-from models.semantic_query import QueryConfig
+from models.public.semantic_query import QueryConfig
 from utils.sections import GenConfig, PublicDataConfig, check_field
 
 

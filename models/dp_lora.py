@@ -19,7 +19,7 @@ from models.nn.lora import (
 )
 from opacus_ext.private_data import PrivateData
 from utils import distributed
-from utils.checkpoints import read, write
+from utils.checkpoint_files import read, write
 from utils.errors import UserError
 from utils.runtime import Runtime, log
 from utils.sections import check_field

@@ -9,10 +9,10 @@ Where the published benchmark's code differs:
 
 from dataclasses import dataclass
 
-from models.features.random_fourier import FourierConfig, FourierEmbedding
-from models.mean_embedding import EmbeddingSynthesizer, FitConfig, Schedule
+from models.embedding.mean_embedding import EmbeddingSynthesizer, FitConfig, Schedule
+from models.embedding.random_fourier import FourierConfig, FourierEmbedding
 from models.nn.generator import GeneratorConfig
-from models.semantic_query import QueryConfig
+from models.public.semantic_query import QueryConfig
 from utils.sections import GenConfig, PublicDataConfig
 
 

@@ -14,10 +14,10 @@ One release over all private images. Where the published benchmark's code differ
 
 from dataclasses import dataclass
 
-from models.features.ntk import NTKConfig, NTKEmbedding
-from models.mean_embedding import EmbeddingSynthesizer, Schedule
+from models.embedding.mean_embedding import EmbeddingSynthesizer, Schedule
+from models.embedding.ntk import NTKConfig, NTKEmbedding
 from models.nn.generator import GeneratorConfig
-from models.semantic_query import QueryConfig
+from models.public.semantic_query import QueryConfig
 from utils.sections import GenConfig, PublicDataConfig, check_field
 
 

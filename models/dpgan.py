@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.spec import DataSpec, PublicData, Samples
-from models.batches import in_batches
+from models.fitting.batches import in_batches
+from models.fitting.optimizers import restore_moments
 from models.nn.discriminator import Discriminator
 from models.nn.ema import EMA
 from models.nn.generator import Generator, GeneratorConfig
-from models.optimizers import restore_moments
-from models.pretraining_images import PretrainingImages
-from models.public_batches import public_batches, randomly_flipped
-from models.semantic_query import QueryConfig
+from models.public.batches import public_batches, randomly_flipped
+from models.public.pretraining import PretrainingImages
+from models.public.semantic_query import QueryConfig
 from models.synthesizer import Synthesizer, balanced_labels, preview_labels
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 
 from data.spec import DataSpec, PublicData, Samples
-from models.batches import in_batches
+from models.fitting.batches import in_batches
+from models.fitting.optimizers import restore_moments
 from models.nn.ema import EMA
 from models.nn.shard_critics import BETAS, CriticLoss, CriticSchedule, ShardCritics, WarmUpConfig
 from models.nn.sn_gan import ConvCritic, ResNetGenerator
 from models.nn.stack import Stack
-from models.optimizers import restore_moments
-from models.pretraining_images import PretrainingImages
-from models.public_batches import randomly_flipped
-from models.semantic_query import QueryConfig
+from models.public.batches import randomly_flipped
+from models.public.pretraining import PretrainingImages
+from models.public.semantic_query import QueryConfig
 from models.synthesizer import Synthesizer, balanced_labels, preview_labels
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData

@@ -4,8 +4,8 @@ import dataclasses
 import importlib
 from dataclasses import dataclass
 
-from models.apis import APIS
-from models.apis.api import ImageAPI
+from models.evolution.apis import APIS
+from models.evolution.apis.api import ImageAPI
 from models.evolution.config import EvolutionConfig
 from models.evolution.synthesizer import PrivateEvolution
 from utils.command_line import parse_value
@@ -21,7 +21,7 @@ ApiParams = dataclasses.make_dataclass(
 
 @dataclass(frozen=True)
 class ModelConfig:
-    api: str  # a name of models/apis/__init__.py, or "module:Class"
+    api: str  # a name of models/evolution/apis/__init__.py, or "module:Class"
     api_params: ApiParams  # a section per generator; that of `api` is used
     api_options: list[str]  # settings of a generator given as "module:Class": [key=value, ...]
     feature_extractor: str  # where distances are measured: a name of models/embeddings
@@ -59,7 +59,7 @@ def _imported(target: str) -> type[ImageAPI]:
     except (ImportError, AttributeError) as error:
         raise UserError(f"model.api: cannot load '{target}' ({error})") from error
     if not (isinstance(kind, type) and issubclass(kind, ImageAPI)):
-        raise UserError(f"model.api: '{target}' is not a subclass of models.apis.api.ImageAPI")
+        raise UserError(f"model.api: '{target}' is not a subclass of models.evolution.apis.api.ImageAPI")
     return kind
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from models.apis.api import ImageAPI
-from models.apis.diffusion import DiffusionAPI, DiffusionAPIConfig
+from models.evolution.apis.api import ImageAPI
+from models.evolution.apis.diffusion import DiffusionAPI, DiffusionAPIConfig
 from models.evolution.config import EvolutionConfig
 from models.evolution.synthesizer import PrivateEvolution
 from utils.sections import GenConfig, PublicDataConfig

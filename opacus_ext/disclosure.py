@@ -1,4 +1,4 @@
-"""The door through which private records leave as they are, for evaluation. judging.py and eval.py hold it; a
+"""The door through which private records leave as they are, for evaluation. pipeline/judging.py and eval.py hold it; a
 method is given `PrivateData`, which has none."""
 
 from data.spec import Samples

@@ -12,8 +12,8 @@ from torch import nn
 
 from opacus_ext.accounting import Release
 from opacus_ext.errors import UnplannedRelease
-from opacus_ext.gradient_rules import refuse_mixing
-from opacus_ext.per_example import PerExampleLoss, clipped_sum
+from opacus_ext.gradients.per_example import PerExampleLoss, clipped_sum
+from opacus_ext.gradients.rules import refuse_mixing
 from opacus_ext.private_data import PrivateData
 from opacus_ext.sampling import PhysicalBatches
 from opacus_ext.validate import validate_independence

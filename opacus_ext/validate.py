@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from opacus_ext.per_example import PerExampleLoss, per_example_gradients, rows_of_layers
+from opacus_ext.gradients.per_example import PerExampleLoss, per_example_gradients, rows_of_layers
 from opacus_ext.row_by_row import moved
 from utils.draws import Draws
 from utils.errors import UserError

@@ -12,9 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.artefacts import CONFIG, RESULTS
 from utils.errors import UserError
+from utils.files import read_json, write_text
 from utils.program import program, run_process
-from utils.run_dir import CONFIG, RESULTS, read_json, write_text
 
 FACTS = (
     "method", "data", "epsilon", "delta", "private", "spent_epsilon", "selection_epsilon", "noise_seeded", "seed",

@@ -11,10 +11,10 @@ export PYTHON
 
 "$PYTHON" -m pytest tests/test_cuda.py
 DATA=digits_8 EPSILONS=10 NAME=gpu JOBS=${JOBS:-4} SETTINGS="setup.device=cuda" bash scripts/rq1.sh && grid=0 || grid=$? # told in the end
-"$PYTHON" scripts/bench_dpsgd.py --device cuda --dtype bf16 --memory "$@"
-"$PYTHON" scripts/bench_dpsgd.py --device cuda --dtype float32 "$@"
+"$PYTHON" scripts/benchmarks/bench_dpsgd.py --device cuda --dtype bf16 --memory "$@"
+"$PYTHON" scripts/benchmarks/bench_dpsgd.py --device cuda --dtype float32 "$@"
 results=docs/results/bench_gs_wgan
-"$PYTHON" scripts/bench_gs_wgan.py --device cuda --stack 64 --case quick --json ${results}_cuda_quick.json
-"$PYTHON" scripts/bench_gs_wgan.py --device cuda --stack 64 --case published --json ${results}_cuda_published.json \
+"$PYTHON" scripts/benchmarks/bench_gs_wgan.py --device cuda --stack 64 --case quick --json ${results}_cuda_quick.json
+"$PYTHON" scripts/benchmarks/bench_gs_wgan.py --device cuda --stack 64 --case published --json ${results}_cuda_published.json \
     --beside ${results}_cpu.json ${results}_cuda_quick.json --markdown docs/bench_gs_wgan.md
 exit $grid

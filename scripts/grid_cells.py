@@ -14,10 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import environment
+from pipeline import environment
+from utils.artefacts import RESULTS
 from utils.errors import UserError
+from utils.files import read_json
 from utils.program import program, run_process
-from utils.run_dir import RESULTS, read_json
 
 # Exit codes of `done`; a failure of Python itself, 1 or 2, is none of them: it must not start a run.
 DONE, DIFFERENT, BEGUN, NOT_DONE = 0, 3, 4, 5

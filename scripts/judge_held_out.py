@@ -14,14 +14,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import require_same_split, with_run
-from judging import RealData, open_door, revealed, write_account
 from models import METHODS
+from pipeline.environment import values_of
+from pipeline.folder import working_in
+from pipeline.judging import RealData, open_door, revealed, write_account
+from utils.artefacts import PRIVACY, RESULTS, SAMPLES
 from utils.config import Config, load_config
-from utils.environment import values_of
 from utils.errors import UserError
+from utils.files import read_json
 from utils.log import to_terminal
 from utils.program import program, run_process
-from utils.run_dir import PRIVACY, RESULTS, SAMPLES, read_json, working_in
 
 REASON = "scripts/judge_held_out.py: accuracies on the private validation images without noise"
 

@@ -14,12 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from judging import INCOMPLETE, no_account
 from models import METHODS
+from pipeline.folder import discarded_on_failure, new_folder
+from pipeline.judging import INCOMPLETE, no_account
+from utils.artefacts import RESULTS
 from utils.config import Config, format_config, load_config
+from utils.files import require_writable, write_json
 from utils.log import also_to, to_terminal
 from utils.program import program, run_process
-from utils.run_dir import RESULTS, discarded_on_failure, new_folder, require_writable, write_json
 from utils.runtime import log
 
 GROUP = "real"  # folder below exp_root, and the method's name in results.json
@@ -48,8 +50,8 @@ def measure(config: Config) -> int:
     from data.sensitive import load_sensitive, spec_of
     from evaluation.evaluator import Evaluator
     from evaluation.settings import evaluation_settings
+    from pipeline.results import results_of
     from utils.device import prepare_device
-    from utils.results import results_of
 
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
     evaluator = Evaluator(config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed)

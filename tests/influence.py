@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from opacus_ext.per_example import PerExampleLoss, clipped_sum
+from opacus_ext.gradients.per_example import PerExampleLoss, clipped_sum
 from utils.draws import Draws
 
 

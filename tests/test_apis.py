@@ -21,21 +21,25 @@ from tiny_runs import call
 
 import run
 from models import METHODS
-from models.apis.api import Candidates, ImageAPI, checked
-from models.apis.diffusion import MODEL_LABEL, DiffusionAPI, DiffusionAPIConfig
-from models.apis.guided_diffusion import GuidedDiffusionAPI, GuidedDiffusionAPIConfig, ImprovedDiffusionAPI
-from models.apis.openai import Answers, OpenAIAPI, OpenAIAPIConfig
-from models.apis.stable_diffusion import StableDiffusionAPI, StableDiffusionAPIConfig
-from models.batches import in_batches
 from models.diffusion.config import NetworkConfig, OptimConfig, OptimParams
 from models.diffusion.loss import LossConfig
 from models.diffusion.public_pretraining import PublicStageConfig
 from models.diffusion.samplers import SamplerConfig, noise_levels, resample, sample
 from models.diffusion.timesteps import cosine_schedule, linear_schedule, respaced
+from models.evolution.apis.api import Candidates, ImageAPI, checked
+from models.evolution.apis.diffusion import MODEL_LABEL, DiffusionAPI, DiffusionAPIConfig
+from models.evolution.apis.guided_diffusion import (
+    GuidedDiffusionAPI,
+    GuidedDiffusionAPIConfig,
+    ImprovedDiffusionAPI,
+)
+from models.evolution.apis.openai import Answers, OpenAIAPI, OpenAIAPIConfig
+from models.evolution.apis.stable_diffusion import StableDiffusionAPI, StableDiffusionAPIConfig
+from models.fitting.batches import in_batches
 from models.nn.guided_unet import GuidedUNet, GuidedUNetConfig
-from utils.checkpoints import Checkpoints
+from pipeline.checkpoints import Checkpoints
+from pipeline.environment import require_same_config
 from utils.config import load_config
-from utils.environment import require_same_config
 from utils.errors import FieldError, MissingWeights, UserError
 from utils.runtime import Runtime
 

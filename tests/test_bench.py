@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_runs import ROOT, call, execute, strict_json
 
-from scripts import bench_dpsgd
-from scripts.dpsgd_bench import competitors
-from scripts.dpsgd_bench.cases import CASES, GRADIENTS, load
-from scripts.dpsgd_bench.measure import relative_error
+from scripts.benchmarks import bench_dpsgd
+from scripts.benchmarks.dpsgd import competitors
+from scripts.benchmarks.dpsgd.cases import CASES, GRADIENTS, load
+from scripts.benchmarks.dpsgd.measure import relative_error
 
 SMALL = "digits8-32x4"
 
@@ -100,7 +100,7 @@ def test_peak_memory_comes_from_a_process_of_its_own(bench):
 
 
 def test_the_list_names_every_case():
-    outcome = execute("scripts/bench_dpsgd.py", ["--list"])
+    outcome = execute("scripts/benchmarks/bench_dpsgd.py", ["--list"])
     assert outcome.code == 0 and [line.split(":")[0] for line in outcome.out.splitlines()] == list(CASES)
 
 

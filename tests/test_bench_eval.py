@@ -7,7 +7,7 @@ from tiny_runs import call, strict_json
 
 from evaluation.metrics.fid import frechet_distance
 from evaluation.metrics.precision_recall import precision_recall
-from scripts import bench_eval
+from scripts.benchmarks import bench_eval
 
 
 def test_the_benchmark_writes_what_it_measures(tmp_path, monkeypatch):

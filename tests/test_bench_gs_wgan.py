@@ -3,7 +3,7 @@
 import pytest
 from tiny_runs import call, strict_json
 
-from scripts import bench_gs_wgan
+from scripts.benchmarks import bench_gs_wgan
 
 
 def test_the_benchmark_writes_what_it_measures(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 from tiny_runs import call, strict_json
 
-from scripts import bench_pe_voting
+from scripts.benchmarks import bench_pe_voting
 
 
 @pytest.mark.parametrize("num_classes", ["1", "3"])

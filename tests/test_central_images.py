@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.spec import DataSpec, Samples
-from models.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
+from models.public.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Budget, Ledger
 from opacus_ext.noise import NoiseSource
@@ -283,7 +283,8 @@ def test_augmentation_is_repeatable_by_position_and_leaves_the_global_generator_
 def test_magnitudes_run_from_one_to_the_largest(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "models.central_images._rand_augment", lambda num, size: seen.append((num, size)) or (lambda x: x)
+        "models.public.central_images._rand_augment",
+        lambda num, size: seen.append((num, size)) or (lambda x: x),
     )
     central = central_of(num_ops=3, max_magnitude=4)
     seen.clear()
@@ -294,7 +295,7 @@ def test_magnitudes_run_from_one_to_the_largest(monkeypatch):
 
 def test_without_operations_images_stay_and_torchvision_is_not_needed(monkeypatch):
     monkeypatch.setattr(
-        "models.central_images._rand_augment", lambda *_: pytest.fail("torchvision was asked")
+        "models.public.central_images._rand_augment", lambda *_: pytest.fail("torchvision was asked")
     )
     images = random_samples(3).images
     assert central_of(num_ops=0).augment(images, dealt(3)) is images

@@ -1,4 +1,4 @@
-"""scripts/compare_ideas.py: its commands compose, and its table compares what differs in one idea."""
+"""scripts/benchmarks/compare_ideas.py: its commands compose, and its table compares what differs in one idea."""
 
 import shutil
 
@@ -6,9 +6,9 @@ import pytest
 from tiny_runs import call
 
 from models import METHODS
-from scripts import compare_ideas
+from scripts.benchmarks import compare_ideas
 from utils.config import load_config
-from utils.run_dir import read_json, write_json
+from utils.files import read_json, write_json
 
 
 def parsed(tmp_path, *argv: str):

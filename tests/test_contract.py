@@ -15,14 +15,14 @@ from models import METHODS
 from models.diffusion.autoencoder_training import AutoencoderTraining
 from models.diffusion.ddpm import NoiseLoss
 from models.diffusion.loss import EDMLoss
-from models.semantic_query import QUERY, SemanticQuery
+from models.public.semantic_query import QUERY, SemanticQuery
 from opacus_ext import dpsgd
 from opacus_ext.accounting import Release
 from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from opacus_ext.ledger import Ledger
 from opacus_ext.noise import GridNoise
 from opacus_ext.private_data import PrivateData
-from utils.checkpoints import Checkpoints
+from pipeline.checkpoints import Checkpoints
 from utils.runtime import Runtime
 
 NAMES = sorted(METHODS)
@@ -420,7 +420,7 @@ def test_a_run_killed_in_autoencoder_training_continues_as_if_nothing_happened(
 
 
 def test_dpmerf_killed_after_its_release_asks_no_second_time(make_trial, tmp_path, monkeypatch):
-    from models.mean_embedding import EmbeddingGenerator
+    from models.embedding.mean_embedding import EmbeddingGenerator
 
     whole = make_trial("DP-MERF", epsilon=10, noise_seed=5)
     whole.run()

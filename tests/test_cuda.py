@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from data.spec import DataSpec, Samples
 from evaluation.classifiers import training
 from evaluation.classifiers.recipe import Recipe
-from opacus_ext.conv_gradients import Geometry, _by_columns, _by_triton
-from opacus_ext.gradient_rules import weighted_sum
-from opacus_ext.group_norm import Stock, group_norm_on_gpu
+from opacus_ext.gradients.convolutions import Geometry, _by_columns, _by_triton
+from opacus_ext.gradients.group_norm import Stock, group_norm_on_gpu
+from opacus_ext.gradients.rules import weighted_sum
 from opacus_ext.noise import NoiseSource
-from scripts.dpsgd_bench.cases import Case, Problem, dpgan, load, lora, unet, wrn_critic
-from scripts.dpsgd_bench.competitors import loop, ours
-from scripts.dpsgd_bench.measure import relative_error
+from scripts.benchmarks.dpsgd.cases import Case, Problem, dpgan, load, lora, unet, wrn_critic
+from scripts.benchmarks.dpsgd.competitors import loop, ours
+from scripts.benchmarks.dpsgd.measure import relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 

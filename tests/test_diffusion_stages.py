@@ -14,7 +14,7 @@ from data.samples_file import read_samples
 from models import METHODS
 from models.diffusion.samplers import SAMPLERS
 from models.nn.unet import PARAMETER_GROUPS
-from utils.checkpoints import Checkpoints
+from pipeline.checkpoints import Checkpoints
 from utils.config import load_config
 from utils.errors import UserError
 from utils.runtime import Runtime

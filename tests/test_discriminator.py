@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.nn.discriminator import Discriminator, ProjectionHead
-from opacus_ext.per_example import per_example_gradients
-from scripts.dpsgd_bench.wide_resnet import WideResNetCritic, WSConv2d
+from opacus_ext.gradients.per_example import per_example_gradients
+from scripts.benchmarks.dpsgd.wide_resnet import WideResNetCritic, WSConv2d
 
 
 def count(network: nn.Module) -> int:

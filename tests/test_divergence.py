@@ -11,12 +11,12 @@ from torch import nn
 
 import run as run_program
 from models import METHODS
-from models.semantic_query import QUERY
+from models.public.semantic_query import QUERY
 from opacus_ext.validate import validate_independence
-from utils.checkpoints import not_finite
+from utils.checkpoint_files import not_finite
 from utils.errors import Diverged, UserError
+from utils.files import read_json
 from utils.images import to_uint8
-from utils.run_dir import read_json
 
 WITHOUT_WEIGHTS = {"Noise", "PE"}
 

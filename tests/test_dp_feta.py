@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from models.central_images import CENTRAL_IMAGES
 from models.diffusion import synthesizer
 from models.diffusion.synthesizer import WARM_UP
 from models.dp_feta_pro import FREQUENCY
-from models.mean_embedding import MEAN_EMBEDDING, EmbeddingGenerator
+from models.embedding.mean_embedding import MEAN_EMBEDDING, EmbeddingGenerator
+from models.public.central_images import CENTRAL_IMAGES
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Ledger
 from opacus_ext.private_data import PrivateData
-from utils.checkpoints import Checkpoints
+from pipeline.checkpoints import Checkpoints
 from utils.errors import UserError
 from utils.runtime import Runtime
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models import METHODS
-from models.mean_embedding import EmbeddingGenerator
+from models.embedding.mean_embedding import EmbeddingGenerator
 from models.nn.generator import Generator
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from data.spec import Samples
-from models.features.random_fourier import RandomFourierFeatures
-from models.mean_embedding import EmbeddingGenerator, Schedule
+from models.embedding.mean_embedding import EmbeddingGenerator, Schedule
+from models.embedding.random_fourier import RandomFourierFeatures
 from models.nn.generator import GeneratorConfig
 from opacus_ext.accounting import Release
-from utils.checkpoints import Checkpoints
+from pipeline.checkpoints import Checkpoints
 from utils.errors import UserError
 from utils.runtime import Runtime
 

@@ -11,11 +11,11 @@ from torch import nn
 import run as run_program
 from models import METHODS
 from models.dp_ntk import DPNTK, FitConfig
-from models.features.ntk import NTKConfig, NTKEmbedding, NTKFeatures
-from models.mean_embedding import EmbeddingGenerator
+from models.embedding.mean_embedding import EmbeddingGenerator
+from models.embedding.ntk import NTKConfig, NTKEmbedding, NTKFeatures
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
-from utils.checkpoints import Checkpoints
+from pipeline.checkpoints import Checkpoints
 from utils.config import load_config
 from utils.errors import UserError
 from utils.images import to_float

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
-from opacus_ext import dpsgd, per_example
+from opacus_ext import dpsgd
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps
 from opacus_ext.errors import BudgetExceeded, UnplannedRelease
-from opacus_ext.gradient_rules import refuse_mixing
+from opacus_ext.gradients import per_example
+from opacus_ext.gradients.rules import refuse_mixing
 from opacus_ext.private_data import PrivateData
 from opacus_ext.sampling import PhysicalBatches
 from utils.errors import UserError

@@ -8,8 +8,8 @@ from tiny_runs import arguments, call
 import run as run_program
 from data.public import num_public_images
 from models import METHODS
+from pipeline.planning import cost_lines
 from utils.config import load_config
-from utils.dry_run import cost_lines
 from utils.timing import seconds_of
 
 # Of 48 public images in 6 classes: the query keeps one public class for each of the 3 private ones.

@@ -15,8 +15,8 @@ import run as run_program
 from data.digits import load_digits_8
 from data.samples_file import read_samples
 from models import METHODS
+from pipeline.folder import working_in
 from scripts import judge_held_out
-from utils.run_dir import working_in
 
 PUBLIC = ("PDP-Diffusion", "PrivImage")
 # What a file that anyone may see must not hold; "accountant" may.
@@ -426,7 +426,7 @@ def test_killed_between_training_and_generation(tmp_path):
 def test_stopped_from_the_keyboard(tmp_path, monkeypatch):
     argv = arguments("DP-MERF", tmp_path, "eval=none")
     with monkeypatch.context() as patched:
-        patched.setattr("models.mean_embedding.EmbeddingGenerator.steps", _stop)
+        patched.setattr("models.embedding.mean_embedding.EmbeddingGenerator.steps", _stop)
         stopped = call(run_program.main, argv)
     assert stopped.code == 130 and "Traceback" not in stopped.err
     advice = next(line for line in stopped.out.splitlines() if line.startswith("stopped; to continue from "))

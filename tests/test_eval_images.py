@@ -246,7 +246,7 @@ def test_judging_images_needs_no_training_code(layouts, tmp_path):
 import sys, eval
 assert eval.main({argv!r}) == 0
 loaded = {{name for name in sys.modules if name.startswith(("models.", "opacus"))}}
-assert not loaded & {{"opacus", "opacus_ext.dpsgd", "opacus_ext.per_example"}}, loaded
+assert not loaded & {{"opacus", "opacus_ext.dpsgd", "opacus_ext.gradients.per_example"}}, loaded
 assert {{name for name in loaded if name.startswith("models.")}} == {{"models.noop", "models.synthesizer"}}, loaded
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

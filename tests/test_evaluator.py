@@ -20,9 +20,9 @@ from evaluation.registry import check_metrics, needs_of
 from evaluation.report import Report, spread
 from evaluation.selection import split_samples
 from extractors import inception, random_conv
-from judging import validation_data
 from models import METHODS
 from opacus_ext.noise import NoiseSource
+from pipeline.judging import validation_data
 from utils.config import load_config
 from utils.errors import Unavailable, UserError
 from utils.images import to_float

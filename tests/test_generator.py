@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.nn.generator import Generator, GeneratorConfig
-from scripts import bench_generator
+from scripts.benchmarks import bench_generator
 
 
 def network(size: int, channels: int, training: bool) -> Generator:

@@ -6,9 +6,9 @@ import pytest
 from data.spec import DataSpec, Samples
 from evaluation.evaluator import Evaluator
 from evaluation.listing import evaluation_line
-from judging import CEILING, ORACLE, SHOWN, RealData, open_door, revealed, validation_data
 from models import METHODS
 from opacus_ext.noise import NoiseSource
+from pipeline.judging import CEILING, ORACLE, SHOWN, RealData, open_door, revealed, validation_data
 from utils.config import load_config
 from utils.errors import UserError
 

@@ -1,4 +1,4 @@
-"""scripts/kernel_methods.py: a cell is run once, with its command; the table sets it beside the published number."""
+"""scripts/benchmarks/kernel_methods.py: a cell is run once, with its command; the table sets it beside the published number."""
 
 import itertools
 import json
@@ -10,9 +10,9 @@ import pytest
 from tiny_runs import call
 
 from models import METHODS
-from scripts import kernel_methods
+from scripts.benchmarks import kernel_methods
 from utils.config import load_config
-from utils.run_dir import read_json, write_json
+from utils.files import read_json, write_json
 
 
 def arguments_of(tmp_path) -> list[str]:

@@ -13,7 +13,8 @@ from data.spec import Samples
 from models.diffusion.ddpm import DDIMConfig, NoiseLoss, NoiseLossConfig, ScheduleConfig, sample_ddim
 from models.nn.lora import adapters
 from opacus_ext.accounting import Release
-from utils.checkpoints import Checkpoints, read
+from pipeline.checkpoints import Checkpoints
+from utils.checkpoint_files import read
 from utils.draws import Draws
 from utils.errors import UserError
 from utils.images import to_float

@@ -6,8 +6,8 @@ from torch import nn
 
 from models.nn.autoencoder import Autoencoder, Posterior
 from models.nn.latent_unet import LatentUNet
-from opacus_ext.gradient_rules import refuse_mixing
-from opacus_ext.per_example import per_example_gradients
+from opacus_ext.gradients.per_example import per_example_gradients
+from opacus_ext.gradients.rules import refuse_mixing
 
 
 def number(*modules: nn.Module) -> int:

@@ -13,11 +13,11 @@ from data.glyphs import FONT_NAMES, character_mask, load_fonts
 from data.sensitive import spec_of
 from data.spec import Samples
 from models import METHODS
-from models.apis import APIS
-from models.apis.api import Candidates, ImageAPI, checked
-from models.apis.glyphs import GLYPH, POSE, RANGES, GlyphsAPI, outlines, render
-from models.apis.nearest import ROW, NearestAPI, NearestConfig
 from models.evolution import voting
+from models.evolution.apis import APIS
+from models.evolution.apis.api import Candidates, ImageAPI, checked
+from models.evolution.apis.glyphs import GLYPH, POSE, RANGES, GlyphsAPI, outlines, render
+from models.evolution.apis.nearest import ROW, NearestAPI, NearestConfig
 from models.evolution.population import class_labels, class_sizes, survivors
 from models.evolution.voting import NearestCandidates, ballots, choose_backend
 from models.pe import PE
@@ -25,7 +25,7 @@ from opacus_ext import private_data
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Budget, Ledger, default_delta
 from opacus_ext.noise import GridNoise
-from utils.checkpoints import Checkpoints
+from pipeline.checkpoints import Checkpoints
 from utils.config import load_config
 from utils.errors import UserError
 from utils.runtime import Runtime
@@ -655,9 +655,9 @@ def test_a_generator_of_ones_own_takes_its_options(make_method):
         (["model.api=glyph"], ["api 'glyph'", "did you mean 'glyphs'"]),
         (["model.api=nearest"], ["public_data.name: null", "give one, for example public_data.name=glyphs"]),
         (["public_data.name=central_mean"], ["public_data.name: central_mean", "a public set or null"]),
-        (["model.api=models.apis.api:Nothing"], ["model.api", "cannot load"]),
+        (["model.api=models.evolution.apis.api:Nothing"], ["model.api", "cannot load"]),
         (["model.api=no_such_module:API"], ["model.api", "cannot load", "no_such_module"]),
-        (["model.api=models.apis.api:Candidates"], ["Candidates", "not a subclass"]),
+        (["model.api=models.evolution.apis.api:Candidates"], ["Candidates", "not a subclass"]),
         ([*SHIFT, "model.api_options=[stop=3]"], ["api_options.stop", "did you mean 'model.api_options.step'"]),
         ([*SHIFT, "model.api_options=[step=far]"], ["api_options.step", "far", "int"]),
         (["train.variation_degree_schedule=[0,1,6]"], ["variation_degree_schedule: 6", "0 to 5"]),

@@ -16,9 +16,10 @@ from models.diffusion.denoiser import denoise
 from models.nn.discriminator import Discriminator
 from models.nn.lora import LoRALinear
 from models.nn.unet import Attention, UNet
-from opacus_ext import conv_gradients, per_example, planner
-from opacus_ext.conv_gradients import Geometry
-from opacus_ext.gradient_rules import (
+from opacus_ext.gradients import convolutions, per_example, planner
+from opacus_ext.gradients.convolutions import Geometry
+from opacus_ext.gradients.per_example import clip_coefficients, clipped_sum, per_example_gradients
+from opacus_ext.gradients.rules import (
     ConvFactors,
     EmbeddingFactors,
     LinearFactors,
@@ -26,9 +27,8 @@ from opacus_ext.gradient_rules import (
     register_row_forward,
     squared_norms,
 )
-from opacus_ext.per_example import clip_coefficients, clipped_sum, per_example_gradients
 from opacus_ext.validate import validate_independence
-from scripts.dpsgd_bench.wide_resnet import WideResNetCritic, WSConv2d
+from scripts.benchmarks.dpsgd.wide_resnet import WideResNetCritic, WSConv2d
 from utils.errors import UserError
 
 
@@ -184,7 +184,7 @@ def take(monkeypatch, *preferred: str) -> None:
         return choices[taken]()
 
     monkeypatch.setattr(per_example, "cheapest", chosen)
-    monkeypatch.setattr(conv_gradients, "cheapest", chosen)
+    monkeypatch.setattr(convolutions, "cheapest", chosen)
     if "factored" in preferred:  # offered only where it can pay
         for kind in (LinearFactors, ConvFactors, EmbeddingFactors):
             monkeypatch.setattr(kind, "factored_work", property(always_less, ignore), raising=False)

@@ -16,7 +16,7 @@ from opacus_ext.noise import NoiseSource
 from opacus_ext.private_data import PrivateData
 from utils.bounds import at_most
 from utils.config import load_config
-from utils.run_dir import read_json, write_json
+from utils.files import read_json, write_json
 
 NUM_RECORDS = 50
 

@@ -19,10 +19,11 @@ from data.sensitive import load_sensitive
 from data.spec import DataSpec
 from evaluation.features import extract
 from extractors.random_conv import RandomConvExtractor
+from pipeline.folder import create
 from scripts import prepare_data
 from utils import private_files
 from utils.config_files import read_yaml
-from utils.run_dir import atomic, create, write_text
+from utils.files import atomic, write_text
 from utils.runtime import log
 from utils.sections import CentralConfig, PublicDataConfig, SelectiveConfig, SensitiveDataConfig
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from models.public_batches import public_batches
+from models.public.batches import public_batches
 
 
 def shown(*arguments, **options) -> dict[int, list[int]]:

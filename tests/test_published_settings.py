@@ -14,7 +14,7 @@ import run as run_program
 from models import METHODS
 from opacus_ext.accounting import epsilon_of
 from opacus_ext.ledger import Ledger
-from utils.checkpoints import Checkpoints
+from pipeline.checkpoints import Checkpoints
 from utils.config import Config, load_config
 
 PRIVATE_LABELS = ["DPDM", "PrivImage"]  # the label table has the private classes

@@ -11,18 +11,21 @@ import numpy as np
 import pytest
 import torch
 
+from data.apart import require_no_run
 from data.samples_file import read_samples, write_samples
 from data.spec import Samples
 from evaluation.report import Report
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Budget, Ledger
-from utils import run_dir
-from utils.checkpoints import Checkpoints, read
-from utils.environment import require_no_run, require_same_config, settings_of, words_of
+from pipeline.checkpoints import Checkpoints
+from pipeline.environment import require_same_config, settings_of, words_of
+from pipeline.folder import create, discard_unstarted, find, find_any
+from pipeline.results import results_of, write_privacy
+from pipeline.stage_times import StageTimes
+from utils import files
+from utils.checkpoint_files import read
 from utils.errors import UserError
-from utils.results import results_of, write_privacy
-from utils.run_dir import atomic, create, discard_unstarted, find, find_any, read_json, write_json, write_text
-from utils.stage_times import StageTimes
+from utils.files import atomic, read_json, write_json, write_text
 
 # ------------------------------------------------------------------------------------------------- files
 
@@ -44,7 +47,7 @@ def test_a_full_disk_keeps_the_file_and_leaves_no_part(tmp_path, monkeypatch):
     def full(*_) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_dir.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         write_text(path, "after")
     assert path.read_text() == "before"

@@ -18,7 +18,7 @@ from models.nn.generator import Generator, GeneratorConfig
 from models.nn.sn_gan import ResNetGenerator
 from scripts import collect, grid_cells, test_classifier
 from utils.config import load_config
-from utils.run_dir import write_json
+from utils.files import write_json
 
 
 def write_run(folder: Path, metrics: dict, **facts) -> None:

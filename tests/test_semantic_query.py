@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from models import semantic_query
-from models.semantic_query import disjoint_top, words_per_class
+from models.public import semantic_query
+from models.public.semantic_query import disjoint_top, words_per_class
 from opacus_ext.accounting import Release
 from opacus_ext.errors import BudgetExceeded
 from utils.errors import UserError

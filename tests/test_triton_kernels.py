@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from tiny_runs import ROOT
 
-from opacus_ext.group_norm import Stock
+from opacus_ext.gradients.group_norm import Stock
 
 CHECKS = """
 import torch
 import torch.nn.functional as F
-from opacus_ext import conv_gradients, triton_kernels
-from opacus_ext.group_norm import ChannelsLast
+from opacus_ext.gradients import convolutions, triton_kernels
+from opacus_ext.gradients.group_norm import ChannelsLast
 
 triton_kernels.try_out(torch.device("cpu"), (torch.float32,))  # the interpreter's products of bfloat16 are wrong
 torch.manual_seed(0)
@@ -29,8 +29,8 @@ for rows, batch, c, h, w, d, kernel, stride, padding, dilation in SHAPES:
     convolution = torch.nn.Conv2d(c, d, kernel, stride, padding, dilation)
     x = torch.randn(rows, c, h, w)
     g = torch.randn_like(convolution(x))
-    geometry, _ = conv_gradients.geometry_of(convolution, x)
-    expected = conv_gradients._one_by_one(x, g, geometry, batch)
+    geometry, _ = convolutions.geometry_of(convolution, x)
+    expected = convolutions._one_by_one(x, g, geometry, batch)
     found = triton_kernels.conv_gradient(x, g, *geometry[:4], batch)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

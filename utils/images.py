@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import Diverged
-from utils.run_dir import atomic
+from utils.files import atomic
 
 
 def to_float(images, device="cpu"):

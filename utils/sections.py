@@ -72,7 +72,7 @@ class CentralConfig:
     sample_num: int  # noisy central images per class
     sigma: float  # noise multiplier of one central image query
     batch_size: int  # expected Poisson batch of one query
-    downscale: int | None  # the query sees every n-th pixel; None: see models/central_images.py
+    downscale: int | None  # the query sees every n-th pixel; None: see models/public/central_images.py
     max_norm: float | None  # L2 bound on the pixels of one record; None: that of a white image
     bins: int | None  # grey levels of a vote (modes); None: 2 for grey images, 16 for colour
     smooth: bool  # median filter, and sharpening of grey images

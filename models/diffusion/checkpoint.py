@@ -11,7 +11,7 @@ from utils.errors import UserError
 
 def read_checkpoint(path: str) -> tuple[dict, list[Release]]:
     """The method's state, and the private releases that were booked up to it."""
-    from utils.checkpoints import read, require_finite
+    from utils.checkpoint_files import read, require_finite
 
     content = read(path)
     state = content["state"]

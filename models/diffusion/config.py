@@ -7,7 +7,7 @@ import torch
 from models.diffusion.loss import LossConfig
 from models.diffusion.samplers import SamplerConfig
 from models.nn.unet import UNet, level_sizes
-from models.semantic_query import QueryConfig
+from models.public.semantic_query import QueryConfig
 from opacus_ext.dpsgd import DPSGDConfig
 from utils.runtime import log
 from utils.sections import check_field

@@ -15,7 +15,7 @@ from models.diffusion.cost import warm_up_cost
 from models.nn.autoencoder import Autoencoder, Pixels
 from models.nn.perceptual import SMALLEST
 from models.nn.unet import level_sizes
-from models.public_batches import public_batches, randomly_flipped
+from models.public.batches import public_batches, randomly_flipped
 from utils import distributed
 from utils.errors import UserError
 from utils.images import to_float

@@ -6,7 +6,7 @@ from data.spec import DataSpec
 from models.diffusion.config import ModelConfig, OptimConfig
 from models.diffusion.loss import LossConfig
 from models.diffusion.synthesizer import DiffusionSynthesizer
-from models.pretraining_images import PretrainingImages
+from models.public.pretraining import PretrainingImages
 from opacus_ext.accounting import Release
 from utils.runtime import Runtime
 from utils.sections import GenConfig, check_field

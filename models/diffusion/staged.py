@@ -9,8 +9,8 @@ import abc
 from torch import nn
 
 from models.diffusion.checkpoint import chosen_weights, load_weights, read_checkpoint, require_fit
+from models.fitting.optimizers import restore_moments
 from models.nn.ema import EMA
-from models.optimizers import restore_moments
 from models.synthesizer import Synthesizer
 from opacus_ext.private_data import PrivateData
 

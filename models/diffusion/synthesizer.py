@@ -16,15 +16,15 @@ from torch import nn
 
 from data.public import has_public_images
 from data.spec import DataSpec, PublicData, Samples
-from models.batches import in_batches
 from models.diffusion.config import ModelConfig, PretrainConfig, TrainConfig
 from models.diffusion.cost import generation_cost, seconds_per_image, training_cost, warm_up_cost
 from models.diffusion.denoiser import guided
 from models.diffusion.loss import EDMLoss, LossConfig
 from models.diffusion.samplers import SamplerConfig, sample
 from models.diffusion.staged import StagedNetwork
-from models.pretraining_images import NO_FLIP, NO_IMAGES, NO_SELECTION, SELECTIVE, PretrainingImages
-from models.public_batches import public_batches, randomly_flipped
+from models.fitting.batches import in_batches
+from models.public.batches import public_batches, randomly_flipped
+from models.public.pretraining import NO_FLIP, NO_IMAGES, NO_SELECTION, SELECTIVE, PretrainingImages
 from models.synthesizer import balanced_labels, preview_labels
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import dpsgd_release, dpsgd_steps

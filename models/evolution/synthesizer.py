@@ -16,11 +16,11 @@ import torch
 from data.convert import resized, to_channels
 from data.public import has_public_images
 from data.spec import DataSpec, PublicData, Samples
-from models.apis.api import Candidates, ImageAPI, checked
-from models.central_images import MEAN, MODE
 from models.embeddings import Embedding, build_embedding
+from models.evolution.apis.api import Candidates, ImageAPI, checked
 from models.evolution.population import class_labels, class_sizes, consecutive, survivors
 from models.evolution.voting import NearestCandidates, ballots, choose_backend
+from models.public.central_images import MEAN, MODE
 from models.synthesizer import Synthesizer, balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData

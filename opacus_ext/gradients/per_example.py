@@ -1,0 +1,327 @@
+"""The clipped sum of per-example gradients: the one function behind which the speed of DP-SGD lives.
+
+One forward and one backward pass. Trained layers run with their parameters detached, so that no summed weight
+gradient is computed only to be thrown away; a hook on each layer's output takes the output gradient, and
+`rules` forms from it and the layer's input what each example contributes. Normalisation layers run with one
+copy of their small parameters per example instead. Legend: B examples, K rows per example (its noise draws or
+augmentations, adjacent), R = B * K rows.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from opacus_ext.gradients.planner import cheapest
+from opacus_ext.gradients.rules import (
+    ROW_FORWARDS,
+    Factors,
+    refuse_mixing,
+    rule_for,
+    squared_norms,
+    weighted_sum,
+)
+from utils.errors import UserError
+
+SMALL = 2**14  # numbers per example of a gradient that is handled together with others
+
+# Times the multiply-adds of forming a gradient, above which its factors cannot be cheaper, memory traffic included.
+HOPELESS = 2.0
+
+# (network, images (B, C, H, W), labels (B,), rng) -> losses (B,); the K draws of an example are averaged inside
+PerExampleLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor, object], torch.Tensor]
+
+
+def clipped_sum(
+    network: nn.Module,
+    per_example_loss: PerExampleLoss,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    max_grad_norm: float,
+    rng: object,
+    layer_rows: dict[str, set[int]] | None = None,
+    num_padded: int = 0,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Sum over examples of the gradient of each one's own loss, clipped jointly over all trainable tensors.
+
+    Returns name -> summed gradient, to which one example contributes an L2 norm of at most `max_grad_norm`, and the
+    (B,) norms before clipping; these are private. An example whose gradient is not finite contributes zero. No
+    example: zeros. `rng` is handed to the loss as it is.
+    layer_rows: rows per example that each layer may be called with (`rows_of_layers`); None: any. num_padded: so many
+    of the last examples are there for the size of the batch alone, and add nothing.
+    """
+    trainable = _trainable(network)
+    if not len(labels):
+        zeros = {name: torch.zeros_like(p) for name, p in trainable.items()}
+        return zeros, torch.zeros(0, device=labels.device)
+    record = _Record(len(labels), whole=False, layer_rows=layer_rows)
+    _fill(record, network, trainable, per_example_loss, images, labels, rng)
+    small = record.take_small()
+    norms = record.squares(small).sqrt()
+    coefficients = clip_coefficients(norms, max_grad_norm)
+    coefficients[len(labels) - num_padded :] = 0
+    # Asked once, and not of a GPU: the host would wait for the answer.
+    may_drop = coefficients.is_cuda or not bool((coefficients > 0).all())
+    sums = {name: torch.zeros_like(p) for name, p in trainable.items()}  # the loss may not reach all of them
+    for name in list(record.gradients):
+        sums[name] = weighted_sum(record.gradients.pop(name), coefficients, may_drop)
+    if small:
+        flat = weighted_sum(small.rows, coefficients, may_drop).split(small.sizes)
+        sums.update(zip(small.names, flat, strict=True))
+    # In float32 at least, whatever the parameters are: rounding to less would move the sum by more than the bound.
+    return {name: sums[name].view_as(p) for name, p in trainable.items()}, norms[: len(labels) - num_padded]
+
+
+def per_example_gradients(
+    network: nn.Module,
+    per_example_loss: PerExampleLoss,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    rng: object,
+) -> dict[str, torch.Tensor]:
+    """Name -> (B, *shape): the gradient of each example's loss. A parameter the loss does not reach has zeros."""
+    trainable = _trainable(network)
+    record = _Record(len(labels), whole=True)
+    _fill(record, network, trainable, per_example_loss, images, labels, rng)
+    return {
+        name: record.gradients.get(name, p.new_zeros(len(labels), *p.shape)) for name, p in trainable.items()
+    }
+
+
+def rows_of_layers(
+    network: nn.Module,
+    per_example_loss: PerExampleLoss,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    rng: object,
+) -> dict[str, set[int]]:
+    """Path of every trained layer -> the rows per example that it is called with."""
+    record = _Record(len(labels), whole=True)
+    _fill(record, network, _trainable(network), per_example_loss, images, labels, rng)
+    return record.rows
+
+
+def clip_coefficients(norms: torch.Tensor, max_grad_norm: float) -> torch.Tensor:
+    """(B,) factors min(1, C / norm); 0 where a norm is zero, not finite, or so large that the factor would be."""
+    usable = (norms > 0) & (norms < 1e30 * max_grad_norm)
+    return torch.where(usable, (max_grad_norm / norms).clamp(max=1.0), 0.0)
+
+
+def _trainable(network: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+
+@dataclass(frozen=True)
+class _Small:
+    """The gradients of many small parameters side by side, so that they cost one operation instead of many."""
+
+    names: list[str]
+    sizes: list[int]
+    rows: torch.Tensor  # (B, sum of sizes)
+
+
+class _Record:
+    """What one backward pass leaves: name -> per-example gradients, formed or as factors, and their squared norms.
+
+    whole: form every gradient. Else a layer that is used once may keep the factors, where that is cheaper.
+    """
+
+    def __init__(self, batch: int, whole: bool, layer_rows: dict[str, set[int]] | None = None) -> None:
+        self.batch = batch
+        self.whole = whole
+        self.rows: dict[str, set[int]] = {}
+        self._allowed_rows = layer_rows
+        self.gradients: dict[str, torch.Tensor | Factors] = {}
+        self.uses: Counter[str] = Counter()
+        self._squares: dict[str, torch.Tensor] = {}
+
+    def rows_per_example(self, x: torch.Tensor, path: str) -> int:
+        """How many rows of a layer's input belong to one example. Rows that are picked by their content would come in
+        any number, and be taken for those of another example; in the message it would be a secret."""
+        rows, rest = divmod(len(x), self.batch)
+        if rest or (self._allowed_rows is not None and rows not in self._allowed_rows.get(path, ())):
+            raise UserError(
+                f"network: layer '{path}' is called with another number of rows than K for each example; "
+                f"it must be the same in every call"
+            )
+        self.rows.setdefault(path, set()).add(rows)
+        return rows
+
+    def add(self, name: str, gradient: torch.Tensor | Factors) -> None:
+        seen = self.gradients.get(name)
+        if self.whole or self.uses[name] > 1 or seen is not None:
+            self.gradients[name] = _form(gradient) if seen is None else _form(seen) + _form(gradient)
+            self._squares.pop(name, None)  # of one of the uses only
+        elif isinstance(gradient, Factors):
+            # The norm right away, while the gradient is in the processor's cache.
+            self.gradients[name], self._squares[name] = _kept(gradient)
+        else:
+            self.gradients[name] = gradient
+
+    def take_small(self) -> _Small | None:
+        """Remove the small formed gradients from this record, joined."""
+        names = [
+            name for name, g in self.gradients.items() if name not in self._squares and g[0].numel() <= SMALL
+        ]
+        if not names:
+            return None
+        rows = [self.gradients.pop(name).reshape(self.batch, -1) for name in names]
+        return _Small(names, [part.shape[1] for part in rows], torch.cat(rows, dim=1))
+
+    def squares(self, small: _Small | None) -> torch.Tensor:
+        """(B,) float64 joint squared norms of this record and of what was taken from it."""
+        late = [g for name, g in self.gradients.items() if name not in self._squares]
+        if small:
+            late.append(small.rows)
+        return torch.stack([*self._squares.values(), *map(squared_norms, late)]).sum(0)
+
+
+def _form(gradient: torch.Tensor | Factors) -> torch.Tensor:
+    return gradient.form() if isinstance(gradient, Factors) else gradient
+
+
+def _kept(gradient: Factors) -> tuple[torch.Tensor | Factors, torch.Tensor]:
+    """The gradient in the form that makes norm and weighted sum cheapest, and its squared norms."""
+
+    def formed(rehearse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        whole = gradient.form()
+        squares = squared_norms(whole)
+        if rehearse:
+            weighted_sum(whole, torch.ones_like(squares), may_drop=False)
+        return whole, squares
+
+    def factored(rehearse: bool = False) -> tuple[Factors, torch.Tensor]:
+        squares = gradient.squared_norms()
+        if rehearse:
+            gradient.weighted_sum(torch.ones_like(squares), may_drop=False)
+        return gradient, squares
+
+    choices = {"factored": factored, "formed": formed}
+    if gradient.factored_work > HOPELESS * gradient.work:
+        del choices["factored"]
+    return cheapest(("keep", *gradient.key), gradient.work, choices, gradient.device)
+
+
+def _fill(record: _Record, network, trainable, per_example_loss, images, labels, rng) -> None:
+    """One forward and one backward pass."""
+    with _watching(network, trainable, record) as copies, torch.enable_grad():
+        losses = per_example_loss(network, images, labels, rng)
+        if losses.shape != (len(images),):
+            # A mean over the batch would divide by the size of a secret sample.
+            raise UserError(f"loss: a tensor of {losses.dim()} dimensions; it must be one number per example")
+        losses.sum().backward()
+    for name, copy in copies.items():
+        if copy.grad is not None:
+            record.add(name, copy.grad)
+
+
+@contextmanager
+def _watching(network: nn.Module, trainable: dict[str, nn.Parameter], record: _Record) -> Iterator[dict]:
+    """Within: parameters are constants, and a backward pass fills `record`.
+
+    Yields name -> leaf tensor (B, *shape), the per-example copies whose `.grad` the caller collects.
+    """
+    refuse_mixing(network)
+    names = {id(p): name for name, p in trainable.items()}
+    copies: dict[str, torch.Tensor] = {}
+    undo: list[Callable[[], None]] = []
+    try:
+        for path, module in network.named_modules():
+            own = {local: names[id(p)] for local, p in module._parameters.items() if id(p) in names}
+            if not own:
+                continue
+            if type(module) in ROW_FORWARDS:
+                for local, name in own.items():
+                    leaf = getattr(module, local).detach().expand(record.batch, *getattr(module, local).shape)
+                    copies.setdefault(name, leaf.requires_grad_())
+                    record.uses[name] += 1
+                module.forward = partial(_forward_by_row, module, own, copies, path, record)
+                undo.append(partial(delattr, module, "forward"))
+            else:
+                undo.append(module.register_forward_pre_hook(_prepared).remove)
+                hook = partial(_attach, rule_for(module, path), own, path, record)
+                undo.append(module.register_forward_hook(hook, with_kwargs=True).remove)
+        for parameter in trainable.values():
+            parameter.requires_grad_(False)
+            undo.append(partial(parameter.requires_grad_, True))
+        yield copies
+    finally:
+        for step in undo:
+            step()
+
+
+def _forward_by_row(
+    module: nn.Module, own: dict[str, str], copies: dict, path: str, record: _Record, x: torch.Tensor
+) -> torch.Tensor:
+    """The module's forward, each row with its example's copy of the parameters; autograd does the rest."""
+    rows = record.rows_per_example(x, path)
+    parameters = {}
+    for local, p in module.named_parameters(recurse=False):
+        one_each = copies[own[local]] if local in own else p.detach().expand(record.batch, *p.shape)
+        parameters[local] = one_each.repeat_interleave(rows, dim=0) if rows > 1 else one_each
+    return ROW_FORWARDS[type(module)](module, x, parameters)
+
+
+def _prepared(module: nn.Module, args: tuple) -> tuple | None:
+    """Forward pre-hook: on a GPU, what autocast and the convolution would make of the input, made once for both them
+    and the gradient rule."""
+    if not args or type(module) not in (nn.Linear, nn.Conv2d) or not args[0].is_cuda:
+        return None
+    x, *rest = args
+    if torch.is_autocast_enabled("cuda") and x.dtype == torch.float32:
+        x = x.to(torch.get_autocast_dtype("cuda"))
+    if _is_channels_last(module.weight) and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return (x, *rest)
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def _attach(
+    rule, own: dict[str, str], path: str, record: _Record, module, args, kwargs, output
+) -> torch.Tensor:
+    """Forward hook: have `rule` applied when the gradient of this output arrives."""
+    if not torch.is_grad_enabled():
+        return output
+    if not output.requires_grad:  # the first trained layer: nothing before it needs a gradient
+        output = _Start.apply(output, torch.zeros((), requires_grad=True))
+    features = (args[0] if args else next(iter(kwargs.values()))).detach()
+    record.rows_per_example(features, path)
+    version, channels_last = features._version, output.is_cuda and _is_channels_last(output)
+    held = [features]  # given up when used, so that memory falls as the backward pass goes on
+    for name in own.values():
+        record.uses[name] += 1
+
+    def receive(output_gradient: torch.Tensor) -> torch.Tensor:
+        if held[0]._version != version:
+            raise RuntimeError(
+                f"the input of '{path}' was changed in place after it; use an out-of-place operation"
+            )
+        if channels_last:  # as the convolution's own backward pass would make it
+            output_gradient = output_gradient.contiguous(memory_format=torch.channels_last)
+        for local, gradient in rule(module, held.pop(), output_gradient, record.batch).items():
+            if local in own:  # else a frozen parameter of a partly trained layer
+                record.add(own[local], gradient)
+        return output_gradient
+
+    output.register_hook(receive)
+    return output
+
+
+class _Start(torch.autograd.Function):
+    """Makes a tensor part of the graph, at no cost, as `requires_grad_` would; but what follows may overwrite it."""
+
+    @staticmethod
+    def forward(ctx, output: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[None, None]:
+        return None, None

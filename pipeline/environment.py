@@ -1,0 +1,170 @@
+"""What it takes to repeat a run: configuration with provenance, versions, hardware, seeds."""
+
+import importlib.metadata
+import itertools
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.artefacts import CONFIG, ENVIRONMENT
+from utils.config_files import flatten, read_yaml
+from utils.errors import UserError
+from utils.files import read_json, write_json, write_text
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "dp-accounting",
+    "opacus",
+    "torch-fidelity",
+)
+
+# What may differ in a resumed run: how and on what it computes, how it is evaluated, how much it may pay for.
+FREE = (
+    "setup.", "eval.", "model.api_params.openai.max_", "train.dp.max_physical_batch_size", "train.dp.n_split",
+)  # fmt: skip
+
+
+def write(folder: Path, config, data_identity: str) -> None:
+    """Write config.yaml, provenance.txt and environment.json into a run's folder. `data_identity` is the random name of
+    the prepared private images (DataSpec.identity).
+
+    There is no hash of the private data in it: a hash answers, exactly, whether a guess of the whole set is right,
+    and so whether one record is in it.
+    """
+    from omegaconf import OmegaConf
+
+    from utils.config import format_config
+
+    write_text(folder / "provenance.txt", format_config(config) + "\n")
+    write_json(folder / ENVIRONMENT, {**describe(config), "data_identity": data_identity})
+    write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config.snapshot)))
+
+
+def require_same_data(folder: Path, data_identity: str) -> None:
+    """Raise UserError if the private images were prepared again since the run in `folder` began: images that it was
+    trained on might be held out now, and asked as others."""
+    before = read_json(folder / ENVIRONMENT)["data_identity"]
+    if before != data_identity:
+        raise UserError(
+            f"--resume_exp: the private images were prepared again since {folder.name} began; start a new run"
+        )
+
+
+def require_same_config(folder: Path, config) -> None:
+    """Raise UserError with the settings in which `config` differs from the run in `folder`.
+
+    What begins like one of FREE may differ; eval.mode may not: it splits the data.
+    """
+    before, now = values_of(folder), flatten(config.snapshot)
+    bound = {key for key in {*before, *now} if not key.startswith(FREE) or key == "eval.mode"}
+    different = sorted(key for key in bound if before.get(key) != now.get(key))
+    if different:
+        then, here = (", ".join(f"{key}={values.get(key)}" for key in different) for values in (before, now))
+        raise UserError(
+            f"--resume_exp: {folder.name} was started with {then}; this command has {here}; resume with the same "
+            f"configuration"
+        )
+
+
+def values_of(folder: Path) -> dict[str, object]:
+    """Dotted key -> value, as the run in `folder` was started; UserError if there is no run."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} is not the folder of a run (it has no {CONFIG})")
+    return flatten(read_yaml(path))
+
+
+def words_of(folder: Path) -> list[str]:
+    """The command line with which the run in `folder` was started, without the program's name; UserError if it is
+    damaged."""
+    path = folder / ENVIRONMENT
+    record = read_json(path)
+    command = record.get("command") if isinstance(record, dict) else None
+    if isinstance(command, list):  # read_json makes numbers of the words inf and nan
+        command = [str(word) if isinstance(word, float) else word for word in command]
+    if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
+        raise UserError(f"{path}: damaged (no command is in it); restore it or move it away")
+    return command[1:]
+
+
+def settings_of(folder: Path, config) -> dict:
+    """What tells a run from another of the same name: how the one in `folder` was started; of images that no run made,
+    how `config` judges them. `overrides` are the words key=value of the command line, in its order."""
+    values, words = flatten(config.snapshot) | {"eval.mode": config.eval.mode}, config.words
+    if (folder / ENVIRONMENT).exists():
+        values = values_of(folder)
+        try:
+            words = words_of(folder)
+        except UserError:  # damaged: no reason to lose what a long evaluation found
+            words = None
+    overrides = None if words is None else _overrides(words)
+    return {
+        "precision": values.get("setup.precision"),
+        "eval_mode": values.get("eval.mode"),
+        "overrides": overrides,
+    }
+
+
+def training_overrides(folder: Path, config) -> list[str] | None:
+    """The settings that were given for the training of the run in `folder`, as key=value, without those that name
+    places, secrets, the machine or the evaluation; None where the run's record of them is damaged."""
+    hidden = ("setup.", "eval.", "sensitive_data.path", "privacy.noise_seed")
+    words = settings_of(folder, config)["overrides"]
+    return None if words is None else [word for word in words if not word.startswith(hidden)]
+
+
+def _overrides(words: Sequence[str]) -> list[str]:
+    """The words that are neither a flag nor the value of one."""
+    pairs = itertools.pairwise(["", *words])
+    return [
+        word
+        for before, word in pairs
+        if "=" in word and not word.startswith("-") and not _takes_value(before)
+    ]
+
+
+def _takes_value(word: str) -> bool:
+    return word.startswith("-") and "=" not in word
+
+
+def describe(config) -> dict:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": ["run.py", *config.words],
+        "git": git_commit(),
+        "versions": versions(),
+        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": gpus},
+        "seed": config.seed,
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with "+" if files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        return None
+    return commit.stdout.strip() or None

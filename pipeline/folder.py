@@ -1,0 +1,115 @@
+"""The folder of one run, and writing files so that a killed program leaves whole ones or none."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from utils.artefacts import CONFIG, DIVERGED, QUERY_ANSWER
+from utils.errors import UserError
+
+
+@contextmanager
+def discarded_on_failure(folder: Path, is_new: bool) -> Iterator[None]:
+    """Remove `folder`, if it is new, where the block ends with an error or is interrupted."""
+    completed = False
+    try:
+        yield
+        completed = True
+    finally:
+        if is_new and not completed:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def create(exp_root: Path, method: str, data_name: str, epsilon: float, description: str) -> Path:
+    """Make exp/<method>/<data>_eps<epsilon><description>-<time>/ and return it; never an existing folder."""
+    return new_folder(exp_root, method.lower(), f"{data_name}_eps{float(epsilon)}{description}")
+
+
+def new_folder(exp_root: Path, group: str, name: str) -> Path:
+    """Make <exp_root>/<group>/<name>-<time>/ with the rights 0700 and return it; never an existing folder."""
+    if re.search(r"[/\\\0]", name):
+        raise UserError(f"--exp_description: '{name}' must not contain a path separator")
+    stem = f"{name}-{datetime.now():%Y-%m-%d-%H-%M-%S}"
+    for attempt in range(100):
+        folder = exp_root / group / (stem if attempt == 0 else f"{stem}-{attempt}")
+        try:
+            folder.mkdir(mode=0o700, parents=True)
+        except FileExistsError:
+            if folder.is_dir():
+                continue
+            raise UserError(f"--exp_root: {exp_root} is a file; give a folder that can be written") from None
+        except OSError as error:
+            raise UserError(
+                f"--exp_root: cannot make {folder} ({error.strerror}); give a folder that can be written"
+            ) from error
+        return folder
+    raise UserError(f"{exp_root}: no free name for {stem}")
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the run in `folder` while the block lasts: two that continue the same run would draw
+    different noise for what is booked once. UserError if there is one already.
+
+    The lock goes with the process, however it ends. Where the file system knows no locks, nothing is kept out.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process works in this run; wait until it ends") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def discard_unstarted(folder: Path) -> bool:
+    """Remove the folder of a run that failed before its first checkpoint, with nothing to continue from and no answer
+    about private images in it; was it one?"""
+    asked = (folder / QUERY_ANSWER).exists() or (folder / DIVERGED).exists()
+    unstarted = not any(folder.glob("*/checkpoints/*.pth")) and not asked
+    if unstarted:
+        shutil.rmtree(folder)
+    return unstarted
+
+
+def find_any(exp_root: Path, name: str) -> Path:
+    """The folder of an earlier run of whatever method, by name or by path."""
+    named = sorted(exp_root.glob(f"*/{name}")) if re.fullmatch(r"[^/\\*?\[]+", name) else []
+    found = [folder for folder in (*named, Path(name)) if (folder / CONFIG).is_file()]
+    if not found:
+        raise UserError(
+            f"--resume_exp: no run '{name}' in {exp_root}; give the name of a run's folder, or its path"
+        )
+    if len(found) > 1:
+        raise UserError(f"--resume_exp: '{name}' may be {' or '.join(map(str, found))}; give the path of one")
+    return found[0]
+
+
+def find(exp_root: Path, method: str, name: str) -> Path:
+    """The folder of an earlier run of `method`, by name or by path."""
+    candidates = (exp_root / method.lower() / name, Path(name))
+    for folder in candidates:
+        if (folder / CONFIG).is_file():
+            return folder
+    other = next(exp_root.glob(f"*/{name}/{CONFIG}"), None) if re.fullmatch(r"[^/\\*?\[]+", name) else None
+    if other is not None:
+        raise UserError(
+            f"--resume_exp: '{name}' is no run of {method} but of {other.parts[-3]}; give its --method, or "
+            f"--resume_exp alone"
+        )
+    runs = sorted(path.parent.name for path in (exp_root / method.lower()).glob(f"*/{CONFIG}"))
+    known = f"runs of {method}: {', '.join(runs)}" if runs else f"there is no run of {method} in {exp_root}"
+    raise UserError(f"--resume_exp: no run '{name}'; {known}")
