@@ -87,7 +87,9 @@ def _warnings(report: dict) -> list[str]:
             "**the noise was seeded (privacy.noise_seed): anyone can remove it; the guarantee is void**"
         )
     if report.get("not_computed"):  # which older reports lack
-        lines.append(f"**no epsilon can be claimed, for it could not be computed ({report['not_computed']})**")
+        lines.append(
+            f"**no epsilon can be claimed, for it could not be computed ({report['not_computed']})**"
+        )
     if report.get("selection") and any(release.get("inherited") for release in report["releases"]):
         lines.append(
             "**the validation images may be among those that the earlier runs asked whose answers are used here: for "

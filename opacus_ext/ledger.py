@@ -84,7 +84,9 @@ class Ledger:
         if len(open_releases) > 1:
             raise ValueError(f"more than one release leaves its noise open: {open_releases}")
         solved = self._solve(plan) if self.budget.private else _without_noise(plan)
-        if self.budget.private:  # what the report computes after training must not fail there for the first time
+        if (
+            self.budget.private
+        ):  # what the report computes after training must not fail there for the first time
             require_agreement(solved, self.budget.delta, self.relation)
         self._planned = {release.name: release for release in solved}
         self._executed = dict.fromkeys(names, 0)
