@@ -637,7 +637,7 @@ def test_a_report_that_cannot_be_computed_costs_no_samples(tmp_path, monkeypatch
     def fail(*_):
         raise AccountingError("accountants disagree")
 
-    monkeypatch.setattr("opacus_ext.ledger.available_epsilons", fail)
+    monkeypatch.setattr("opacus_ext.accounting.available_epsilons", fail)
     outcome = call(run_program.main, arguments("DP-MERF", tmp_path, "eval=none"))
     assert outcome.code == 0, outcome.err
     assert len(read_samples(outcome.folder / "gen" / "gen.npz").images)

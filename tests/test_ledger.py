@@ -293,7 +293,7 @@ def test_a_report_that_cannot_be_computed_claims_nothing_and_raises_nothing(monk
     def fail(*_):
         raise failure
 
-    monkeypatch.setattr("opacus_ext.ledger.available_epsilons", fail)
+    monkeypatch.setattr("opacus_ext.accounting.available_epsilons", fail)
     report = ledger.report()
     assert report["spent"] == math.inf and str(failure) in report["not_computed"]
     shown = report | {"noise_seeded": False, "assumptions": []}
@@ -309,7 +309,7 @@ def test_an_accountant_that_fails_for_one_release_costs_no_report(monkeypatch):
     def fail(*_):
         raise UserError("no bound")
 
-    monkeypatch.setattr("opacus_ext.ledger.epsilon_of", fail)
+    monkeypatch.setattr("opacus_ext.accounting.epsilon_of", fail)
     report = ledger.report()
     assert report["releases"][0]["epsilon_alone"] == report["spent"] == math.inf
     assert "no bound" in report["not_computed"]
