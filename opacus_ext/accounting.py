@@ -138,6 +138,35 @@ def _if_known(releases: Sequence[Release], delta: float, accountant: str, relati
         return None
 
 
+# How an accountant fails: a contradiction, a plan that it cannot bound, numbers or memory that run out.
+_NOT_COMPUTED = (ValueError, ArithmeticError, RuntimeError, MemoryError)
+
+
+def spending(releases: Sequence[Release], delta: float, accountant: str, relation: str) -> dict:
+    """What privacy.json says of the cost of these releases: `spent` by `accountant`, and `spent_by_accountant`.
+
+    Does not raise, as a report must not cost the samples of a finished training: if an epsilon cannot be computed,
+    `spent` is inf, which claims nothing, and `not_computed` says why (else None).
+    """
+    try:
+        return {
+            "spent": epsilon_of(releases, delta, accountant, relation),
+            "spent_by_accountant": available_epsilons(releases, delta, relation),
+            "not_computed": None,
+        }
+    except _NOT_COMPUTED as error:
+        reason = f"{type(error).__name__}: {error}"
+        return {"spent": math.inf, "spent_by_accountant": {}, "not_computed": reason}
+
+
+def epsilon_or_inf(releases: Sequence[Release], delta: float, accountant: str, relation: str) -> float:
+    """epsilon_of, or inf if it cannot be computed; for information, never for what is claimed."""
+    try:
+        return epsilon_of(releases, delta, accountant, relation)
+    except _NOT_COMPUTED:
+        return math.inf
+
+
 def _prv_points(epsilon: float, releases: Sequence[Release]) -> float:
     """About how many points Opacus's grid has: epsilon and some more to both sides, in steps of its eps_error of 0.01
     over the square root of the number of steps."""

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from opacus_ext.accounting import (
     ADD_OR_REMOVE_ONE,
     Release,
-    available_epsilons,
     calibrate,
     epsilon_of,
+    epsilon_or_inf,
     require_agreement,
+    spending,
 )
 from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from utils.errors import UserError
 from utils.sections import check
 
-# How an accountant fails: a contradiction, a plan that it cannot bound, numbers or memory that run out.
-NOT_COMPUTED = (ValueError, ArithmeticError, RuntimeError, MemoryError)
 LEAST_SHARE = 1e-3  # of epsilon, that fixed releases must leave for the open one: with less it is noise alone
 
 
@@ -178,10 +177,6 @@ class Ledger:
         """Epsilon of what has been booked, by the ledger's accountant; inf for non-private runs."""
         return self._cost(self._booked())
 
-    def spent_by_accountant(self) -> dict[str, float | None]:
-        """Epsilon of what has been booked, by every accountant that can bound it."""
-        return available_epsilons(self._booked(), self.budget.delta, self.relation)
-
     def _booked(self) -> list[Release]:
         return [dataclasses.replace(r, num_steps=self._executed[name]) for name, r in self._planned.items()]
 
@@ -197,16 +192,10 @@ class Ledger:
                 "planned": r.num_steps,
                 "executed": self._executed[r.name],
                 "inherited": r.inherited,
-                "epsilon_alone": self._cost_alone(r),
+                "epsilon_alone": epsilon_or_inf([r], self.budget.delta, self.accountant, self.relation),
             }
             for r in self._planned.values()
         ]
-
-    def _cost_alone(self, release: Release) -> float:
-        try:
-            return self._cost([release])
-        except NOT_COMPUTED:
-            return math.inf
 
     def report(self) -> dict:
         """What privacy.json says of this account; plain containers.
@@ -214,19 +203,13 @@ class Ledger:
         Never raises for an epsilon that cannot be computed, as that must not cost the samples of a finished training:
         `spent` is then inf, which claims nothing, and `not_computed` says why.
         """
-        try:
-            spent, by_accountant, not_computed = self.spent(), self.spent_by_accountant(), None
-        except NOT_COMPUTED as error:
-            spent, by_accountant, not_computed = math.inf, {}, f"{type(error).__name__}: {error}"
         return {
             "budget": {"epsilon": self.budget.epsilon, "delta": self.budget.delta},
             "relation": self.relation,
             "accountant": self.accountant,
             "private": self.budget.private,
             "releases": self.rows(),
-            "spent": spent,
-            "spent_by_accountant": by_accountant,
-            "not_computed": not_computed,
+            **spending(self._booked(), self.budget.delta, self.accountant, self.relation),
             "revealed": list(self.revealed),
         }
 

@@ -417,6 +417,16 @@ def test_a_tighter_bound_costs_more_and_a_loose_one_nothing():
     assert costs[-1] == pytest.approx(poisson, rel=1e-9)
 
 
+def test_bounds_above_small_batches_cost_what_the_docs_say():
+    plain = epsilon_of([Release("r", 0.8, 0.01, 1000)], 1e-6)
+    costs = {
+        bound: epsilon_of([truncated(bound, 0.8, 0.01, 1000)], 1e-6) / plain - 1 for bound in (25, 29, 32)
+    }
+    assert costs[25] == pytest.approx(0.41, abs=0.01)
+    assert costs[29] == pytest.approx(0.005, abs=0.002)
+    assert abs(costs[32]) < 1e-3
+
+
 def test_truncation_at_full_rate_is_no_full_batch():
     """100 of 1000 records without replacement: amplified by sampling, and not folded with sums over all."""
     query, few, everyone = Release("query", 20.0), truncated(100, rate=1.0), Release("r", 6.0, 1.0, 20)
@@ -473,11 +483,13 @@ def test_a_pld_above_rdp_is_an_error(monkeypatch):
         available_epsilons([Release("r", 2.0, 0.1, 50)], DELTA, "add_or_remove_one")
 
 
-def test_plans_of_losses_below_rounding_raise_no_alarm():
-    """RDP's sums cancel to 0 or less there, which the library takes for an epsilon of 0."""
-    plan = [Release("r", 1000.0, 1e-5, 1_000_000)]
-    rdp, pld = (epsilon_of(plan, 1e-7, accountant) for accountant in ("rdp", "pld"))
-    assert rdp > 0 and pld <= rdp
+def test_rdp_counts_its_own_rounding(monkeypatch):
+    """Its sums cancel to less than 0 here, which the library takes for an epsilon of 0."""
+    plan = [Release("r", 1e5, 1e-5, 1_000_000)]
+    assert 0 < epsilon_of(plan, 1e-8, "rdp") < 0.01
+    monkeypatch.setattr(accounting, "RDP_ROUNDING", 1e-40)
+    with pytest.raises(UserError, match=r"privacy\.accountant=rdp"):
+        accounting._rdp_epsilon.__wrapped__(plan, 1e-8, ADD_OR_REMOVE_ONE)
 
 
 def test_orders_that_rdp_leaves_out_are_told_in_our_words_once(caplog, monkeypatch):

@@ -15,6 +15,7 @@ import run as run_program
 from data.digits import load_digits_8
 from data.samples_file import read_samples
 from models import METHODS
+from opacus_ext.errors import AccountingError
 from pipeline.folder import working_in
 from scripts import judge_held_out
 
@@ -623,6 +624,27 @@ def test_a_dry_run_prints_the_plan_and_leaves_no_folder(tmp_path):
     for word in ("semantic query", "dp-sgd", "noise_multiplier", "epsilon alone", "parameters", "steps"):
         assert word in outcome.out, word
     assert not (tmp_path / "exp").exists()
+
+
+def test_a_contradiction_of_the_accountants_shows_in_the_dry_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("opacus_ext.accounting._rdp_epsilon", lambda *_: 1e-3)
+    outcome = call(run_program.main, arguments("PrivImage", tmp_path / "exp", "--dry_run"))
+    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1
+    assert "RDP epsilon 0.001" in outcome.err and "'dp-sgd'" in outcome.err
+
+
+def test_a_report_that_cannot_be_computed_costs_no_samples(tmp_path, monkeypatch):
+    def fail(*_):
+        raise AccountingError("accountants disagree")
+
+    monkeypatch.setattr("opacus_ext.accounting.available_epsilons", fail)
+    outcome = call(run_program.main, arguments("DP-MERF", tmp_path, "eval=none"))
+    assert outcome.code == 0, outcome.err
+    assert len(read_samples(outcome.folder / "gen" / "gen.npz").images)
+    assert strict_json(outcome.folder / "results.json")["spent_epsilon"] == "inf"
+    assert "accountants disagree" in strict_json(outcome.folder / "privacy.json")["not_computed"]
+    for text in (outcome.out, (outcome.folder / "privacy_card.md").read_text()):
+        assert "accountants disagree" in text and "differentially private" not in text
 
 
 def test_print_config_names_the_layer_of_every_value(tmp_path):

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from opacus_ext import accounting
 from opacus_ext.accounting import Release, epsilon_of, noisy_max_release
-from opacus_ext.card import privacy_card
-from opacus_ext.errors import BudgetExceeded, UnplannedRelease
+from opacus_ext.card import privacy_card, privacy_summary
+from opacus_ext.errors import AccountingError, BudgetExceeded, UnplannedRelease
 from opacus_ext.ledger import Budget, Ledger, default_delta
 from utils.errors import UserError
 
@@ -272,3 +273,43 @@ def test_the_card_of_a_seeded_and_of_a_non_private_run(make_private):
     seeded.noisy_sum("query", lambda images, labels: images, 1.0)
     assert "the guarantee is void" in privacy_card(seeded.report())
     assert "NOT private" in privacy_card(make_private([QUERY], epsilon=math.inf).report())
+
+
+# ------------------------------------------------------------------------------------------ accountants that fail
+
+
+def test_a_contradiction_of_the_accountants_shows_when_the_plan_is_adopted(monkeypatch):
+    """As one line for the user, before anything is asked of the records."""
+    monkeypatch.setattr(accounting, "_rdp_epsilon", lambda *_: 0.5)
+    with pytest.raises(AccountingError, match=r"RDP epsilon 0\.5"):
+        ledger_with(Release("query", 30.0), Release("dp-sgd", None, 0.1, 20), epsilon=1.0)
+    assert issubclass(AccountingError, UserError)
+
+
+@pytest.mark.parametrize("failure", [AccountingError("accountants disagree"), MemoryError("too much")])
+def test_a_report_that_cannot_be_computed_claims_nothing_and_raises_nothing(monkeypatch, failure):
+    ledger = spend_all(ledger_with(QUERY, OPEN))
+
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setattr("opacus_ext.accounting.available_epsilons", fail)
+    report = ledger.report()
+    assert report["spent"] == math.inf and str(failure) in report["not_computed"]
+    shown = report | {"noise_seeded": False, "assumptions": []}
+    for text in (privacy_card(shown), privacy_summary(shown)):
+        assert "could not be computed" in text and str(failure) in text
+        assert "differentially private" not in text
+
+
+def test_an_accountant_that_fails_for_one_release_costs_no_report(monkeypatch):
+    """As after resuming a run whose calibrated noise differs in the last digits."""
+    ledger = spend_all(ledger_with(QUERY))
+
+    def fail(*_):
+        raise UserError("no bound")
+
+    monkeypatch.setattr("opacus_ext.accounting.epsilon_of", fail)
+    report = ledger.report()
+    assert report["releases"][0]["epsilon_alone"] == report["spent"] == math.inf
+    assert "no bound" in report["not_computed"]
