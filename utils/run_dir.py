@@ -65,7 +65,7 @@ def require_writable(folder: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as file:
             file.write(bytes(PROBE))
             file.flush()
-            os.fsync(file.fileno())
+            _flush(Path(file.name))
     except OSError as error:
         error.filename = str(folder)
         raise
