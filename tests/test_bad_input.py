@@ -1,5 +1,6 @@
 """What a user can get wrong: exit code 2, one line that names the thing, its value and what is allowed, no folder."""
 
+import errno
 import json
 import os
 import resource
@@ -490,6 +491,37 @@ def test_evaluating_what_is_no_run(tmp_path):
     assert "--exp_path" in call(eval_program.main, ["--method", "Noise"]).refusal
     argv = ["--method", "Noise", "--exp_path", str(tmp_path)]
     assert str(tmp_path) in call(eval_program.main, argv).refusal
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_run_that_cannot_be_written_is_not_judged(tmp_path, monkeypatch, code):
+    folder = call(run_program.main, arguments("Noise", tmp_path / "exp", "eval=none")).folder
+    before = files_of(folder)
+
+    def fail(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", fail)
+    refusal = call(eval_program.main, ["--exp_path", str(folder), "--metrics", "kid"]).refusal
+    assert str(folder) in refusal and os.strerror(code) in refusal
+    assert files_of(folder) == before
+
+
+def test_a_disk_that_fills_while_images_are_judged_leaves_no_folder(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("judging.write_json", fail)
+    np.savez(tmp_path / "mine.npz", x=np.zeros((40, 8, 8), np.uint8), y=np.arange(40) % 10)
+    out = tmp_path / "judged"
+    words = ["--images", str(tmp_path / "mine.npz"), "--out", str(out), "--metrics", "nn_ratio"]
+    outcome = call(eval_program.main, [*words, "--data_name", "digits_8", "eval.extractor=random_conv"])
+    assert outcome.code == 2 and outcome.err.splitlines()[-1].startswith("error: disk full"), outcome.err
+    assert not out.exists()
 
 
 def test_evaluating_damaged_samples(tmp_path):

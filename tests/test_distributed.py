@@ -394,8 +394,8 @@ def test_in_one_process_nothing_is_exchanged():
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("setup.n_gpus_per_node=0", ["setup.n_gpus_per_node", "0", "at least 1"]),
-        ("setup.n_nodes=0", ["setup.n_nodes", "0", "at least 1"]),
+        ("setup.n_gpus_per_node=0", ["setup.n_gpus_per_node", "0", "from 1"]),
+        ("setup.n_nodes=0", ["setup.n_nodes", "0", "from 1"]),
         ("setup.node_rank=1", ["setup.node_rank", "1", "from 0 to 0"]),
     ],
 )

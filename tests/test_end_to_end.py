@@ -92,6 +92,16 @@ def test_what_was_planned_was_executed_within_the_budget(finished, method):
     assert privacy["noise_seeded"] is False
 
 
+def test_a_trial_on_a_part_of_the_images_says_so(tmp_path):
+    words = ["eval=none", "sensitive_data.num_train=1000"]
+    folder = call(run_program.main, arguments("DP-MERF", tmp_path, *words)).folder
+    privacy, results = (strict_json(folder / name) for name in ("privacy.json", "results.json"))
+    assert privacy["num_records"] == results["num_records"] == 1000
+    assert privacy["budget"]["delta"] == pytest.approx(1 / (1000 * np.log(1000)))
+    card = (folder / "privacy_card.md").read_text(encoding="utf-8")
+    assert "1,000" in card and "437" in card and "sensitive_data.num_train" in card
+
+
 @pytest.mark.parametrize("method", list(METHODS))
 def test_nothing_private_is_in_the_folder(finished, method):
     train = load_digits_8()[0].images

@@ -56,7 +56,7 @@ def test_every_program_ends_in_one_place(path):
         (OSError(errno.EROFS, "Read-only file system", "/a/file"), ["/a/file", "Read-only"]),
         (OSError(errno.EIO, "Input/output error", "/a/file"), ["/a/file", "Input/output error"]),
         (MemoryError(), ["out of memory", "gen.batch_size"]),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB\nmore"), ["3 GiB", "gen.batch_size"]),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"), ["out of memory"]),
     ],
 )  # fmt: skip
 def test_what_the_machine_lacks_is_one_line(error, words):
@@ -67,7 +67,9 @@ def test_what_the_machine_lacks_is_one_line(error, words):
 def test_too_much_memory_of_a_cpu_is_one_line():
     with pytest.raises(RuntimeError) as error:
         torch.empty(10**15)
-    assert "out of memory" in ending(error.value).refusal
+    refusal = ending(error.value).refusal
+    assert "out of memory" in refusal
+    assert not re.search(r"\d{5}", refusal), "how much was asked for may depend on private images"
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,9 @@ def shortage(error: Exception) -> str | None:
         return failure_of_storage(error)
     # PyTorch has a class of its own for GPUs, and none for the CPU.
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
-        reason = (str(error).strip().splitlines() or ["MemoryError"])[0]
+        # Not the size that was asked for: it may tell how large a secret sample of private images is.
         return (
-            f"out of memory ({reason[:200]}); use smaller batches (train.dp.max_physical_batch_size, gen.batch_size, "
-            f"eval.batch_size), a smaller network, or fewer images"
+            "out of memory; use smaller batches (train.dp.max_physical_batch_size, gen.batch_size, "
+            "eval.batch_size), a smaller network, or fewer images"
         )
     return None
