@@ -11,64 +11,6 @@ from pathlib import Path
 from utils.artefacts import CONFIG, DIVERGED, QUERY_ANSWER
 from utils.errors import UserError
 
-<<<<<<< HEAD:pipeline/folder.py
-=======
-CONFIG = "config.yaml"  # written first: a folder without it is no run
-PRIVACY = "privacy.json"  # the account of what was asked of private images
-QUERY_ANSWER = (
-    "pretrain/semantic_query.json"  # a noisy answer about private images, before the first checkpoint
-)
-SAMPLES, GRID = "gen/gen.npz", "gen/sample.png"
-CARD = "privacy_card.md"  # what PRIVACY says, in words
-RESULTS = "results.json"  # written last: its presence means "done"
-PROBE = 1 << 20  # bytes that must fit on the disk before samples are judged
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the place of `path` when the block ends without an error, on the
-    disk too: what was booked or answered must not be forgotten by a machine that loses power."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    except OSError as error:
-        if error.filename in (None, str(temporary)):  # writing does not name the file
-            error.filename = str(path)
-        raise
-    finally:
-        with suppress(OSError):  # what is wrong with the disk is in the error that is raised already
-            temporary.unlink()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk, where the file system can tell."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM):
-            raise
-
-
-def require_writable(folder: Path) -> None:
-    """Raise OSError if nothing can be written to `folder`, before work whose results would go there."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as file:
-            file.write(bytes(PROBE))
-            file.flush()
-            _flush(Path(file.name))
-    except OSError as error:
-        error.filename = str(folder)
-        raise
-
->>>>>>> issue18-e:utils/run_dir.py
 
 @contextmanager
 def discarded_on_failure(folder: Path, is_new: bool) -> Iterator[None]:
