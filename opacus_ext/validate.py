@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from opacus_ext.gradient_rules import refuse_parameters
 from opacus_ext.per_example import PerExampleLoss, per_example_gradients, rows_of_layers
 from opacus_ext.row_by_row import moved
 from utils.draws import Draws
@@ -29,6 +30,7 @@ def validate_independence(
     its own layer, a buffer that keeps what it has seen. Losses may treat examples of one class alike, so `labels` must
     have equal ones among the first and the last, and different ones.
     """
+    refuse_parameters(network)
     with _perturbed(network):
         return _validated(network, per_example_loss, images, labels)
 
@@ -156,9 +158,10 @@ def _require_complete(
     ordinary = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     scale = max(g.norm() for g in ordinary if g is not None)
     for (name, rows), g in zip(gradients.items(), ordinary, strict=True):
-        expected = torch.zeros_like(rows[0]) if g is None else g
+        expected = torch.zeros_like(rows[0]) if g is None else g.to_dense() if g.is_sparse else g
         if (rows.sum(0) - expected).norm() > tolerance * (expected.norm() + 1e-2 * scale):
             raise UserError(
                 f"network: the per-example gradients of '{name}' do not add up to its gradient; it is used outside "
-                f"its own layer's forward (call the layer, not a function on its weight)"
+                f"its own layer's forward (call the layer, not a function on its weight), the module that holds it "
+                f"mixes examples, or the gradient rule registered for its layer is wrong"
             )
