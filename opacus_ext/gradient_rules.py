@@ -244,13 +244,9 @@ def _linear(module: nn.Linear, x: torch.Tensor, g: torch.Tensor, batch: int) -> 
     return gradients if module.bias is None else {**gradients, "bias": g.sum(1)}
 
 
-def conv2d(module: nn.Conv2d, x: torch.Tensor, g: torch.Tensor, batch: int) -> dict:
-    """The rule of nn.Conv2d, for layers that compute their weight from other parameters too: see `pull_back`."""
-    return _convolution(module, x, g, batch)
-
-
-def _convolution(module: nn.Module, x: torch.Tensor, g: torch.Tensor, batch: int) -> dict:
-    """Of Conv1d, Conv2d and Conv3d, with every option they have."""
+def convolution(module: nn.Module, x: torch.Tensor, g: torch.Tensor, batch: int) -> dict:
+    """The rule of nn.Conv1d, nn.Conv2d and nn.Conv3d with all their options, for layers that compute their weight from
+    other parameters too: see `pull_back`."""
     _require_rows(module, x)
     bias = g.flatten(2).sum(2).view(batch, -1, g.shape[1]).sum(1)
     return _with_bias(module, _weight_factors(*conv_gradients.geometry_of(module, x), g, batch), bias)
@@ -341,9 +337,9 @@ def _prelu(module: nn.PReLU, x: torch.Tensor, parameters: dict[str, torch.Tensor
 # Layer type (exact: a subclass may compute something else) -> how to get each example's gradient.
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: _linear,
-    nn.Conv1d: _convolution,
-    nn.Conv2d: conv2d,
-    nn.Conv3d: _convolution,
+    nn.Conv1d: convolution,
+    nn.Conv2d: convolution,
+    nn.Conv3d: convolution,
     nn.ConvTranspose1d: _transposed_convolution,
     nn.ConvTranspose2d: _transposed_convolution,
     nn.ConvTranspose3d: _transposed_convolution,

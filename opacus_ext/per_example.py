@@ -222,6 +222,11 @@ def _fill(record: _Record, network, trainable, per_example_loss, images, labels,
         if losses.shape != (len(images),):
             # A mean over the batch would divide by the size of a secret sample.
             raise UserError(f"loss: a tensor of {losses.dim()} dimensions; it must be one number per example")
+        if not losses.requires_grad:
+            raise UserError(
+                "loss: it depends on no trained parameter; are all of them frozen, or does a layer of PyTorch in eval "
+                "mode take its path without gradients?"
+            )
         record.in_loss = False
         _backward(losses.sum())
     for name, copy in copies.items():
