@@ -1,9 +1,9 @@
 """Every layer of PyTorch with trained parameters, option by option: its per-example gradients equal those of a slow
 loop in float64, or the layer is refused by name. docs/layers.md lists them."""
 
-import inspect
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +55,10 @@ def attention(**options):
     return nn.MultiheadAttention(8, 2, batch_first=True, **options)
 
 
+def decoder():
+    return nn.TransformerDecoderLayer(8, 2, 16, 0.0, batch_first=True)
+
+
 def options(kind, *args, **common):
     """The layer with every padding mode."""
     return {
@@ -103,7 +107,7 @@ LAYERS = {
     "MultiheadAttention, add_bias_kv": ((5, 8), lambda: attention(add_bias_kv=True, add_zero_attn=True), attend),
     "MultiheadAttention, kdim": ((5, 8), lambda: attention(kdim=4, bias=False), attend_narrow),
     "TransformerEncoderLayer": ((5, 8), lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)),
-    "TransformerDecoderLayer": ((5, 8), lambda: nn.TransformerDecoderLayer(8, 2, 16, 0.0, batch_first=True), with_itself),
+    "TransformerDecoderLayer": ((5, 8), decoder, with_itself),
     "GRUCell": ((3,), lambda: nn.GRUCell(3, 4)),
     "RNNCell": ((3,), lambda: nn.RNNCell(3, 4)),
     "weight_norm": ((3, 5, 5), lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3))),
@@ -189,7 +193,7 @@ BY_FREQ = "scale_grad_by_freq"
 # The shape of one example, the layer, what the error names, and how the layer is called.
 REFUSED = {
     "EmbeddingBag, offsets": ((5,), lambda: nn.EmbeddingBag(4, 3), "EmbeddingBag", by_offsets),
-    "EmbeddingBag, scale_grad_by_freq": ((5,), lambda: nn.EmbeddingBag(4, 3, scale_grad_by_freq=True), BY_FREQ, look_up),
+    "EmbeddingBag, scale_grad_by_freq": ((5,), lambda: nn.EmbeddingBag(4, 3, None, 2.0, True), BY_FREQ, look_up),
     "Embedding, scale_grad_by_freq": ((5,), lambda: nn.Embedding(4, 3, scale_grad_by_freq=True), BY_FREQ, look_up),
     "Embedding, max_norm": ((5,), lambda: nn.Embedding(4, 3, max_norm=1.0), "max_norm", look_up),
     "MultiheadAttention, rows second": ((5, 8), lambda: nn.MultiheadAttention(8, 2), "'layer'", rows_second),
@@ -231,29 +235,58 @@ def test_other_layers_are_refused_in_one_line(name):
 
 
 def trained_layers() -> set[str]:
-    """The classes of torch.nn whose constructor makes parameters."""
-    found = set()
-    for name, kind in vars(nn).items():
-        if (
-            inspect.isclass(kind)
-            and issubclass(kind, nn.Module)
-            and not name.startswith(("Lazy", "Parameter"))
-        ):
-            bases = [base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules")]
-            if any(
-                re.search(r"\bParameter\(", inspect.getsource(base))
-                for base in bases
-                if base is not nn.Module
-            ):
-                found.add(name)
-    return found
+    """The classes of torch.nn that make parameters, or whose bases do."""
+    makers = set()
+    for path in Path(nn.modules.__file__).parent.glob("*.py"):
+        _, *parts = re.split(r"^class (\w+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        names, bodies = parts[::2], parts[1::2]
+        makers |= {
+            name for name, body in zip(names, bodies, strict=True) if re.search(r"\bParameter\(", body)
+        }
+    kinds = {
+        name: kind
+        for name, kind in vars(nn).items()
+        if isinstance(kind, type) and issubclass(kind, nn.Module)
+    }
+    return {name for name, kind in kinds.items() if makers & {base.__name__ for base in kind.__mro__[:-2]}}
+
+
+# Bases, containers, and a layer that picks its rows by the labels.
+NOT_TRIED = {
+    "RNNBase", "RNNCellBase", "ParameterList", "ParameterDict", "DataParallel", "AdaptiveLogSoftmaxWithLoss",
+}  # fmt: skip
 
 
 def test_no_layer_of_pytorch_is_forgotten():
     tried = {name.split(",")[0] for name in [*LAYERS, *REFUSED]}
-    assert {"Linear", "PReLU", "LSTMCell"} <= trained_layers()
-    missing = trained_layers() - tried - {"RNNBase", "RNNCellBase", "Container", "AdaptiveLogSoftmaxWithLoss"}
-    assert not missing
+    layers = {name for name in trained_layers() if not name.startswith("Lazy")}
+    assert {"Linear", "PReLU", "LSTMCell", "Conv3d", "InstanceNorm1d"} <= layers
+    assert layers - tried <= NOT_TRIED
+
+
+def row_of_the_table(way: str) -> set[str]:
+    text = (ROOT / "docs" / "layers.md").read_text(encoding="utf-8")
+    (row,) = [line.split("|") for line in text.splitlines() if line.startswith(f"| {way} |")]
+    return {layer.strip() for layer in row[2].split(",")}
+
+
+def test_the_documented_layers_are_those_of_the_engine():
+    of_pytorch = [
+        {kind.__name__ for kind in table if kind.__module__.startswith("torch.")}
+        for table in (RULES, ROW_FORWARDS)
+    ]
+    assert row_of_the_table("gradient rule") == of_pytorch[0]
+    assert row_of_the_table("one copy of the parameters per row") == of_pytorch[1]
+    refused = {name for name in REFUSED if hasattr(nn, name)}
+    assert row_of_the_table("refused") == refused
+    exact = {name.split(",")[0] for name in LAYERS}
+    assert of_pytorch[0] | of_pytorch[1] <= exact
+    assert "(docs/layers.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "layers.md").read_text(encoding="utf-8").partition("**Example by example.**")[2]
+    covered = set(
+        re.findall(r"\b[A-Z]\w+(?:Cell|Bag|Attention)\b|\bBilinear\b", text.partition("**Refused")[0])
+    )
+    assert covered == {"MultiheadAttention", "Bilinear", "EmbeddingBag", "GRUCell", "RNNCell"} <= exact
 
 
 # ------------------------------------------------------------------------------------------ bare parameters
