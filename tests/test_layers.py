@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from slow_loop import loop_clipped_sum, loop_gradients, norms_of, relative_error, squared_loss
+from tiny_runs import ROOT
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from opacus_ext.gradient_rules import ROW_FORWARDS, RULES
 from opacus_ext.per_example import clipped_sum, per_example_gradients
 from opacus_ext.validate import validate_independence
 from utils.errors import UserError
