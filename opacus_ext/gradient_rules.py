@@ -383,20 +383,24 @@ def row_forward_for(module: nn.Module) -> RowForward | None:
 HOLDERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict, parametrize.ParametrizationList)
 
 
-def parameter_users(network: nn.Module) -> dict[str, dict[str, str]]:
-    """Path of every module whose forward uses trained parameters of its own -> name below it -> name in the network."""
-    names = {id(p): name for name, p in network.named_parameters() if p.requires_grad}
+def parameter_users(
+    network: nn.Module, trainable: dict[str, nn.Parameter]
+) -> list[tuple[nn.Module, str, dict[str, str]]]:
+    """The modules whose forward uses trained parameters of their own, each with its path and: name below it -> name in
+    the network."""
+    names = {id(p): name for name, p in trainable.items()}
     modules = dict(network.named_modules())
     users: dict[str, dict[str, str]] = {}
     for path, module in modules.items():
         own = {local: names[id(p)] for local, p in module._parameters.items() if id(p) in names}
+        if not own:
+            continue
         user = path
-        while own and user and _is_held(modules[user], modules[user.rpartition(".")[0]]):
+        while user and _is_held(modules[user], modules[user.rpartition(".")[0]]):
             user = user.rpartition(".")[0]
         prefix = f"{path[len(user) :].lstrip('.')}." if user != path else ""
-        for local, name in own.items():
-            users.setdefault(user, {})[prefix + local] = name
-    return users
+        users.setdefault(user, {}).update({prefix + local: name for local, name in own.items()})
+    return [(modules[path], path, own) for path, own in users.items()]
 
 
 def _is_held(module: nn.Module, parent: nn.Module) -> bool:
@@ -439,7 +443,7 @@ def refuse_mixing(network: nn.Module) -> None:
                 f"network: {type(module).__name__} at '{name}' has a max_norm, so its weight tells which labels it was "
                 f"asked for; leave max_norm out"
             )
-        if getattr(module, "scale_grad_by_freq", False):
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
             raise UserError(
                 f"network: {type(module).__name__} at '{name}' has scale_grad_by_freq=True, which divides a gradient "
                 f"by what all examples of a batch look up; leave scale_grad_by_freq out"

@@ -257,13 +257,17 @@ def _watching(network: nn.Module, trainable: dict[str, nn.Parameter], record: _R
     refuse_parameters(network)
     copies: dict[str, torch.Tensor] = {}
     undo: list[Callable[[], None]] = []
-    users = [(network.get_submodule(path), path, own) for path, own in parameter_users(network).items()]
+    users = parameter_users(network, trainable)
+    row_forwards = [row_forward_for(module) for module, *_ in users]
+    rules = [
+        rule_for(module) if row_forward is None else None
+        for row_forward, (module, *_) in zip(row_forwards, users, strict=True)
+    ]
     # Without a module that runs by example, layers with a rule are watched by hooks alone.
-    mapped = any(row_forward_for(module) is None and rule_for(module) is None for module, *_ in users)
+    mapped = (None, None) in zip(row_forwards, rules, strict=True)
     try:
-        for module, path, own in users:
-            row_forward, rule = row_forward_for(module), rule_for(module)
-            if row_forward is None and rule is not None:
+        for (module, path, own), row_forward, rule in zip(users, row_forwards, rules, strict=True):
+            if rule is not None:
                 undo += _watch(module, partial(_attach, rule, own, path, record), record.examples, mapped)
                 continue
             for name in own.values():

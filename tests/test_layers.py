@@ -268,7 +268,7 @@ def test_no_layer_of_pytorch_is_forgotten():
 
 def row_of_the_table(way: str) -> set[str]:
     text = (ROOT / "docs" / "layers.md").read_text(encoding="utf-8")
-    (row,) = [line.split("|") for line in text.splitlines() if line.startswith(f"| {way} |")]
+    row = next(line.split("|") for line in text.splitlines() if line.startswith(f"| {way} |"))
     return {layer.strip() for layer in row[2].split(",")}
 
 
