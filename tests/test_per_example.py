@@ -884,6 +884,43 @@ def test_what_mixes_weakly_or_seldom_is_refused(loss):
         validate_independence(network, loss, torch.randn(3, 16), torch.zeros(3, dtype=torch.int64))
 
 
+def _direction(network, images, labels, rng):
+    """Depends on the first image but for its size."""
+    towards = F.normalize(images[:1]).detach() @ torch.linspace(-1, 1, 16)
+    return network(images).square().mean(1) * (2 + towards)
+
+
+def _count(network, images, labels, rng):
+    """Depends on nothing but the number of images, and on that a little."""
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = network(images).square().mean(1).float()
+    return losses * (2 + len(images))
+
+
+@pytest.mark.parametrize("loss", [_direction, _count], ids=["a changed image", "one image less"])
+def test_each_trial_of_the_check_is_needed(loss):
+    """What one of them shows alone: not an image of another size, nor another number of images."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+    with pytest.raises(UserError, match="clipping bounds nothing"):
+        validate_independence(network, loss, torch.randn(3, 16), torch.tensor([0, 1, 0]))
+
+
+def test_the_allowance_for_gradients_that_are_all_rounding_is_small():
+    """One weight's gradient is as good as random, 0.9 percent of the largest, and depends on the first image."""
+    torch.manual_seed(0)
+    network = nn.ModuleDict({"main": nn.Linear(16, 8), "aside": nn.Linear(1, 1, bias=False)})
+
+    def loss(network, images, labels, rng):
+        phase = 3000 * (images + images[:1]).sum(1, keepdim=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            main, aside = network["main"](images), network["aside"](phase.sin())
+        return main.float().square().mean(1) + 0.1 * aside.float().sum(1)
+
+    with pytest.raises(UserError, match=r"'aside.weight'.*clipping bounds nothing"):
+        validate_independence(network, loss, torch.randn(3, 16), torch.tensor([0, 1, 0]))
+
+
 def test_networks_that_keep_examples_apart_are_accepted():
     torch.manual_seed(0)
     validate_independence(Lonely(), squared_loss(), torch.randn(4, 8, 3), torch.zeros(4, dtype=torch.int64))
