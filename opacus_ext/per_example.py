@@ -238,13 +238,18 @@ def _backward(loss: torch.Tensor) -> None:
     try:
         loss.backward()
     except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        # The original message tells the number of rows, which is a secret.
-        raise UserError(
-            "network: a tensor is changed in place after an operation that needs it for the gradient; use an "
-            "out-of-place operation"
-        ) from error
+        # The original messages may tell the number of rows, which is a secret.
+        if "modified by an inplace operation" in str(error):
+            raise UserError(
+                "network: a tensor is changed in place after an operation that needs it for the gradient; use an "
+                "out-of-place operation"
+            ) from error
+        if "being vmapped" in str(error):
+            raise UserError(
+                "network: a module that runs example by example recomputes a part of itself in the backward pass; "
+                "checkpoint the whole module, or nothing inside of it"
+            ) from error
+        raise
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from slow_loop import loop_clipped_sum, loop_gradients, norms_of, relative_error
 from tiny_runs import ROOT
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
 
 from opacus_ext.gradient_rules import ROW_FORWARDS, RULES
 from opacus_ext.per_example import clipped_sum, per_example_gradients
@@ -507,6 +508,47 @@ def test_modules_that_cannot_run_by_example_are_refused(kind, named):
     with pytest.raises(UserError, match=named) as refusal:
         validate_independence(kind(), squared_loss(), torch.randn(3, 3), torch.tensor([0, 1, 0]))
     assert "\n" not in str(refusal.value)
+
+
+class Checkpointed(nn.Module):
+    """Recomputes a part that runs by example, or, `inside` a module that does, an ordinary one."""
+
+    def __init__(self, inside: bool, reentrant: bool):
+        super().__init__()
+        self.reentrant = reentrant
+        self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+        self.middle = nn.Sequential(nn.Linear(3, 3), LayerScale(3), nn.Tanh())
+        self.offset = nn.Parameter(torch.ones(3)) if inside else 0.0
+
+    def forward(self, x, labels):
+        return self.last(checkpoint(self.middle, self.first(x) + self.offset, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_around_a_module_that_runs_by_example(reentrant):
+    torch.manual_seed(0)
+    network, images, labels = Checkpointed(False, reentrant), torch.randn(3, 3), torch.tensor([0, 1, 0])
+    check(network, images, labels)
+    validate_independence(network, squared_loss(), images.double(), labels)
+    assert all(p.grad is None for p in network.parameters())
+    with pytest.raises(UserError, match=r"checkpoint|register_rule"):
+        per_example_gradients(Checkpointed(True, reentrant), squared_loss(), images, labels, None)
+
+
+def test_a_gradient_penalty_of_modules_that_run_by_example_is_exact():
+    """Autograd computes it all."""
+    torch.manual_seed(0)
+
+    def penalised(network, images, labels, rng):
+        images = images.requires_grad_()
+        losses = torch.tanh(network(images)).square().mean(1)
+        (slopes,) = torch.autograd.grad(losses.sum(), images, create_graph=True)
+        return losses + slopes.square().sum(1)
+
+    network, images, labels = LayerScale(3).double(), torch.randn(3, 3).double(), torch.tensor([0, 1, 0])
+    exact = loop_gradients(network, penalised, images, labels)
+    assert relative_error(per_example_gradients(network, penalised, images, labels, None), exact) < 1e-12
+    validate_independence(network, penalised, images, labels)
 
 
 def test_out_of_memory_passes_through_a_map():
