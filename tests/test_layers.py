@@ -416,6 +416,26 @@ def test_bare_parameters_equal_the_slow_loop(name):
     validate_independence(network, squared_loss(3), images[:3].double(), labels[:3])
 
 
+class Gated(nn.Module):
+    """A layer around another one, with a row forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.layer = nn.Parameter(torch.ones(3)), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layer(x) * self.gate
+
+
+def test_a_row_forward_calls_a_layer_inside_a_module_that_runs_by_example(monkeypatch):
+    monkeypatch.setitem(ROW_FORWARDS, Gated, lambda module, x, own: module.layer(x) * own["gate"])
+    torch.manual_seed(0)
+    network = Centred()
+    network.layer = Gated()
+    network.forward = lambda x, labels: network.layer(torch.tanh(x * network.scale))
+    check(network, torch.randn(3, 3), torch.tensor([0, 1, 0]))
+
+
 def test_a_replaced_forward_is_left_in_place():
     network = replaced_forward()
     kept = network.forward
@@ -480,7 +500,7 @@ class SharedArgument(nn.Module):
         self.inner, self.layer = Adds(), nn.Linear(3, 2)
 
     def forward(self, x, labels):
-        return torch.tanh(self.layer(self.inner(x, torch.ones(1, 3))))
+        return torch.tanh(self.layer(self.inner(x, torch.ones(6, 3))))
 
 
 class Adds(nn.Module):
@@ -489,7 +509,7 @@ class Adds(nn.Module):
         self.gamma = nn.Parameter(torch.ones(3))
 
     def forward(self, x, y):
-        return x * self.gamma + y
+        return x * self.gamma + y.sum(0)
 
 
 @pytest.mark.parametrize(
@@ -497,9 +517,9 @@ class Adds(nn.Module):
     [
         (Centred, "scale"),
         (ReadsNumbers, "ReadsNumbers at ''.*register_rule"),
-        (NoRows, "NoRows at ''"),
+        (NoRows, "NoRows at ''.*instead of rows"),
         (OutsideItsForward, "inner.gamma"),
-        (SharedArgument, "Adds at 'inner'"),
+        (SharedArgument, "Adds at 'inner'.*one row per image"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
