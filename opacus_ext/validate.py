@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from opacus_ext.gradients.per_example import PerExampleLoss, per_example_gradients, rows_of_layers
+from opacus_ext.gradients.rules import refuse_parameters
 from opacus_ext.row_by_row import moved
 from utils.draws import Draws
 from utils.errors import UserError
@@ -29,6 +30,7 @@ def validate_independence(
     its own layer, a buffer that keeps what it has seen. Losses may treat examples of one class alike, so `labels` must
     have equal ones among the first and the last, and different ones.
     """
+    refuse_parameters(network)
     with _perturbed(network):
         return _validated(network, per_example_loss, images, labels)
 
@@ -119,9 +121,8 @@ def _require_same_again(
 ) -> None:
     """After some other batches the loss must say of these examples what it said `before`: else it keeps what it has
     seen, in a list or a running mean outside of the network, and one example's gradient depends on earlier ones."""
-    with torch.no_grad():
-        for call in range(2, BATCHES_BETWEEN + 2):
-            per_example_loss(network, images * (EXTREME if call == 2 else 1 / call), labels, draws[:])
+    for call in range(2, BATCHES_BETWEEN + 2):
+        per_example_loss(network, images * (EXTREME if call == 2 else 1 / call), labels, draws[:])
     for name, rows in per_example_gradients(network, per_example_loss, images, labels, draws[:]).items():
         if moved(rows, before[name], tolerance, floors.get(name, 0.0)):
             raise UserError(
@@ -167,14 +168,25 @@ def _require_complete(
     network, per_example_loss, images, labels, draws, gradients: dict[str, torch.Tensor], tolerance: float
 ) -> None:
     """The per-example gradients must add up to the ordinary one, tensor by tensor."""
-    parameters = {name: network.get_parameter(name) for name in gradients}
-    loss = per_example_loss(network, images, labels, draws[:]).sum()
-    ordinary = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    scale = max(g.norm() for g in ordinary if g is not None)
-    for (name, rows), g in zip(gradients.items(), ordinary, strict=True):
-        expected = torch.zeros_like(rows[0]) if g is None else g
+    ordinary = _ordinary_gradients(network, per_example_loss(network, images, labels, draws[:]).sum())
+    scale = max((g.norm() for g in ordinary.values()), default=0.0)
+    for name, rows in gradients.items():
+        expected = ordinary.get(name, torch.zeros_like(rows[0]))
         if (rows.sum(0) - expected).norm() > tolerance * (expected.norm() + 1e-2 * scale):
             raise UserError(
                 f"network: the per-example gradients of '{name}' do not add up to its gradient; it is used outside "
-                f"its own layer's forward (call the layer, not a function on its weight)"
+                f"its own layer's forward (call the layer, not a function on its weight), the module that holds it "
+                f"mixes examples, or the gradient rule registered for its layer is wrong"
             )
+
+
+def _ordinary_gradients(network: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of the parameters that the loss reaches. By `backward`, which all kinds of checkpointing allow."""
+    kept = {name: parameter.grad for name, parameter in network.named_parameters()}
+    try:
+        network.zero_grad(set_to_none=True)
+        loss.backward()
+        return {name: p.grad.to_dense() for name, p in network.named_parameters() if p.grad is not None}
+    finally:
+        for name, parameter in network.named_parameters():
+            parameter.grad = kept[name]

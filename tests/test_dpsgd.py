@@ -148,11 +148,12 @@ def test_on_a_gpu_samples_of_many_sizes_are_computed_at_few():
     assert sizes(5) == [5] and sizes(0) == []
 
 
-def test_padding_adds_nothing(make_private, monkeypatch):
-    """Not even where the gradient of what is padded with is not a number."""
+@pytest.mark.parametrize("on_grey", [1.0, torch.nan])
+def test_padding_adds_nothing(on_grey, make_private, monkeypatch):
+    """Neither where the gradient of what is padded with is a number, nor where it is none."""
 
     def breaks_on_grey(model, images, labels, rng):
-        seen = torch.where(images.flatten(1).any(1), 1.0, torch.nan)
+        seen = torch.where(images.flatten(1).any(1), 1.0, on_grey)
         return loss(model, images, labels, rng) * rng.normal(2)[:, 1] * seen
 
     def moved():
@@ -184,6 +185,22 @@ def test_out_of_memory_halves_the_parts_and_changes_nothing(make_private, dp):
     torch.testing.assert_close(moved(hungry, dp), moved(roomy, config()), rtol=1e-3, atol=1e-6)
     first_fit = next(i for i, size in enumerate(sizes) if 3 < size <= 5)
     assert max(sizes[first_fit:]) <= 5  # the size stays small in later steps
+
+
+@pytest.mark.parametrize("fails_from", [1, 4, 8])
+def test_out_of_memory_in_a_later_part_counts_no_record_twice(fails_from):
+    """Memory runs out in a part behind `fails_from` positions, when others have been added already."""
+
+    def part(positions, size):
+        if positions.start >= fails_from and size > 2:
+            raise torch.OutOfMemoryError("full")
+        return torch.zeros(12).index_fill_(0, torch.arange(12)[positions], 1.0)
+
+    for parts in (
+        PhysicalBatches(4, None, torch.device("cpu")),
+        PhysicalBatches(None, 3, torch.device("cpu")),
+    ):
+        assert parts.add_up(12, part, torch.zeros(12)).tolist() == [1.0] * 12
 
 
 def test_running_out_of_memory_is_not_told(caplog, capfd):
@@ -451,6 +468,41 @@ def test_a_loss_that_is_balanced_by_the_classes_of_the_batch_is_refused(make_pri
     with pytest.raises(UserError, match="per-example clipping bounds nothing"):
         next(steps(private, network(), per_example_loss=balanced))
     assert private.ledger.executed(NAME) == 0
+
+
+def test_a_loss_that_compares_examples_of_different_classes_is_refused(make_private):
+    def contrasted(model, images, labels, rng):
+        others = (labels[:, None] != labels).sum(1)
+        return loss(model, images, labels, rng) / (1 + others)
+
+    private = make_private([Release(NAME, None)])
+    with pytest.raises(UserError, match="per-example clipping bounds nothing"):
+        next(steps(private, network(), per_example_loss=contrasted))
+    assert private.ledger.executed(NAME) == 0
+
+
+class SkipsBlanks(nn.Module):
+    """Leaves out the rows of constant images, which the random images of the check never are."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 3)
+
+    def forward(self, images):
+        rows = images.flatten(1).repeat_interleave(2, 0)
+        kept = rows.std(1) > 0
+        scores = torch.zeros(len(rows), 3)
+        scores[kept] = self.layer(rows[kept])
+        return scores.view(-1, 2, 3).mean(1)
+
+
+def test_training_is_held_to_the_rows_that_the_check_saw(make_private, samples):
+    """Half of the rows, which could pass for one row per example."""
+    records = samples.take([0, 1])
+    records.images[1] = 7
+    private = make_private([Release(NAME, None)], records=records)
+    with pytest.raises(UserError, match="layer 'layer' is called with another number of rows"):
+        next(steps(private, SkipsBlanks()))
 
 
 def test_networks_that_mix_nothing_pass():

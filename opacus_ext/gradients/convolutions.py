@@ -1,5 +1,8 @@
-"""The weight gradient of a 2-d convolution, example by example: exact ways, of which the planner takes the
-cheapest. Legend: B examples, K rows each, R = B * K; T = K * H' * W' positions of an example's output."""
+"""The weight gradient of a convolution, example by example: exact ways, of which the planner takes the cheapest.
+
+A 1-d convolution is a 2-d one over images of one row; the weight gradient of a transposed convolution is that of the
+convolution that it transposes, whose input is the output gradient. 3-d ones take the ways that fit any dimension.
+Legend: B examples, K rows each, R = B * K; T = K * H' * W' positions of an example's output."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,21 +22,46 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, "Geometry", int], torch.Tensor]
 class Geometry(NamedTuple):
     """What a convolution's gradient depends on besides its tensors."""
 
-    weight_shape: torch.Size  # (D, C / groups, kh, kw)
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    weight_shape: torch.Size  # (D, C / groups, kh, kw), in 3-d with a depth before
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
 
+    def with_one_row(self) -> "Geometry":
+        """Of a 1-d convolution: the same in 2-d."""
+        d, c, k = self.weight_shape
+        one_row = self._replace(weight_shape=torch.Size((d, c, 1, k)), padding=(0, *self.padding))
+        return one_row._replace(stride=(1, *self.stride), dilation=(1, *self.dilation))
 
-def geometry_of(module: nn.Conv2d, x: torch.Tensor) -> tuple[Geometry, torch.Tensor]:
+
+def geometry_of(
+    module: "nn.Conv1d | nn.Conv2d | nn.Conv3d", x: torch.Tensor
+) -> tuple[Geometry, torch.Tensor]:
     """The module's geometry, and its input; padding that is not plain zeros, equal on both sides, is applied to it."""
     padding = module.padding
     if isinstance(padding, str) or module.padding_mode != "zeros":
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        padding = (0, 0)
+        padding = (0,) * len(module.kernel_size)
     return Geometry(module.weight.shape, module.stride, padding, module.dilation, module.groups), x
+
+
+def transposed_geometry(
+    module: "nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d", x: torch.Tensor, g: torch.Tensor
+) -> tuple[Geometry, torch.Tensor]:
+    """Of the convolution that takes g, the output gradient (R, D, H', W'), to the size of x, the input (R, C, H, W):
+    its geometry, and g."""
+    geometry = Geometry(module.weight.shape, module.stride, module.padding, module.dilation, module.groups)
+    sides = []
+    for i, (kernel, stride, padding, dilation) in enumerate(
+        zip(module.kernel_size, module.stride, module.padding, module.dilation, strict=True)
+    ):
+        plain = (x.shape[2 + i] - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1
+        output_padding = g.shape[2 + i] - plain  # a call may ask for an output size
+        sides = [padding, padding - output_padding, *sides]
+    # Output padding of a stride or more would give the convolution another position.
+    return geometry._replace(padding=(0,) * len(module.padding)), F.pad(g, sides)
 
 
 def summed(x: torch.Tensor, g: torch.Tensor, geometry: Geometry) -> torch.Tensor:
@@ -49,7 +77,7 @@ def summed(x: torch.Tensor, g: torch.Tensor, geometry: Geometry) -> torch.Tensor
         geometry.padding,
         geometry.dilation,
         False,
-        (0, 0),
+        (0,) * len(geometry.stride),
         geometry.groups,
         (False, True, False),
     )[1]
@@ -77,7 +105,7 @@ def per_example(x: torch.Tensor, g: torch.Tensor, geometry: Geometry, batch: int
 def _kernels(x: torch.Tensor, g: torch.Tensor, geometry: Geometry, batch: int) -> dict[str, Kernel]:
     """The ways that can compute it, by name. Only those that can win: on a GPU a thousand products one by one, or
     as groups of one convolution, take so long that to time them would be most of a short run."""
-    if geometry.groups > 1:
+    if geometry.groups > 1 or len(geometry.stride) > 2:
         return {"folded": _folded, "one_by_one": _one_by_one}
     fits = x.dtype != torch.float64 and max(x.numel(), g.numel()) // batch <= LARGEST
     if x.is_cuda and fits and kernels_for(x.device) is not None:

@@ -3,8 +3,8 @@
 One forward and one backward pass. Trained layers run with their parameters detached, so that no summed weight
 gradient is computed only to be thrown away; a hook on each layer's output takes the output gradient, and
 `rules` forms from it and the layer's input what each example contributes. Normalisation layers run with one
-copy of their small parameters per example instead. Legend: B examples, K rows per example (its noise draws or
-augmentations, adjacent), R = B * K rows.
+copy of their small parameters per example instead, and so does every module without a rule (`by_example`). Legend: B
+examples, K rows per example (its noise draws or augmentations, adjacent), R = B * K rows.
 """
 
 from collections import Counter
@@ -16,11 +16,16 @@ from functools import partial
 import torch
 from torch import nn
 
+from opacus_ext.gradients.by_example import ExampleMap, forward_by_example, rows_of
 from opacus_ext.gradients.planner import cheapest
 from opacus_ext.gradients.rules import (
-    ROW_FORWARDS,
     Factors,
+    RowForward,
+    Rule,
+    parameter_users,
     refuse_mixing,
+    refuse_parameters,
+    row_forward_for,
     rule_for,
     squared_norms,
     weighted_sum,
@@ -85,6 +90,8 @@ def per_example_gradients(
 ) -> dict[str, torch.Tensor]:
     """Name -> (B, *shape): the gradient of each example's loss. A parameter the loss does not reach has zeros."""
     trainable = _trainable(network)
+    if not len(labels):
+        return {name: p.new_zeros(0, *p.shape) for name, p in trainable.items()}
     record = _Record(len(labels), whole=True)
     _fill(record, network, trainable, per_example_loss, images, labels, rng)
     return {
@@ -137,6 +144,8 @@ class _Record:
         self._allowed_rows = layer_rows
         self.gradients: dict[str, torch.Tensor | Factors] = {}
         self.uses: Counter[str] = Counter()
+        self.examples = ExampleMap(batch)
+        self.in_loss = True  # until the backward pass of the losses begins
         self._squares: dict[str, torch.Tensor] = {}
 
     def rows_per_example(self, x: torch.Tensor, path: str) -> int:
@@ -213,10 +222,34 @@ def _fill(record: _Record, network, trainable, per_example_loss, images, labels,
         if losses.shape != (len(images),):
             # A mean over the batch would divide by the size of a secret sample.
             raise UserError(f"loss: a tensor of {losses.dim()} dimensions; it must be one number per example")
-        losses.sum().backward()
+        if not losses.requires_grad:
+            raise UserError(
+                "loss: it depends on no trained parameter; are all of them frozen, or does a layer of PyTorch in eval "
+                "mode take its path without gradients?"
+            )
+        record.in_loss = False
+        _backward(losses.sum())
     for name, copy in copies.items():
         if copy.grad is not None:
             record.add(name, copy.grad)
+
+
+def _backward(loss: torch.Tensor) -> None:
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        # The original messages may tell the number of rows, which is a secret.
+        if "modified by an inplace operation" in str(error):
+            raise UserError(
+                "network: a tensor is changed in place after an operation that needs it for the gradient; use an "
+                "out-of-place operation"
+            ) from error
+        if "being vmapped" in str(error):
+            raise UserError(
+                "network: a module that runs example by example recomputes a part of itself in the backward pass; "
+                "checkpoint the whole module, or nothing inside of it"
+            ) from error
+        raise
 
 
 @contextmanager
@@ -226,25 +259,32 @@ def _watching(network: nn.Module, trainable: dict[str, nn.Parameter], record: _R
     Yields name -> leaf tensor (B, *shape), the per-example copies whose `.grad` the caller collects.
     """
     refuse_mixing(network)
-    names = {id(p): name for name, p in trainable.items()}
+    refuse_parameters(network)
     copies: dict[str, torch.Tensor] = {}
     undo: list[Callable[[], None]] = []
+    users = parameter_users(network, trainable)
+    row_forwards = [row_forward_for(module) for module, *_ in users]
+    rules = [
+        rule_for(module) if row_forward is None else None
+        for row_forward, (module, *_) in zip(row_forwards, users, strict=True)
+    ]
+    # Without a module that runs by example, layers with a rule are watched by hooks alone.
+    mapped = (None, None) in zip(row_forwards, rules, strict=True)
     try:
-        for path, module in network.named_modules():
-            own = {local: names[id(p)] for local, p in module._parameters.items() if id(p) in names}
-            if not own:
+        for (module, path, own), row_forward, rule in zip(users, row_forwards, rules, strict=True):
+            if rule is not None:
+                undo += _watch(module, partial(_attach, rule, own, path, record), record.examples, mapped)
                 continue
-            if type(module) in ROW_FORWARDS:
-                for local, name in own.items():
-                    leaf = getattr(module, local).detach().expand(record.batch, *getattr(module, local).shape)
-                    copies.setdefault(name, leaf.requires_grad_())
-                    record.uses[name] += 1
-                module.forward = partial(_forward_by_row, module, own, copies, path, record)
-                undo.append(partial(delattr, module, "forward"))
+            for name in own.values():
+                leaf = trainable[name].detach().expand(record.batch, *trainable[name].shape)
+                copies.setdefault(name, leaf.requires_grad_())
+                record.uses[name] += 1
+            if row_forward is None:
+                run = partial(_forward_by_example, module.forward)
             else:
-                undo.append(module.register_forward_pre_hook(_prepared).remove)
-                hook = partial(_attach, rule_for(module, path), own, path, record)
-                undo.append(module.register_forward_hook(hook, with_kwargs=True).remove)
+                run = partial(_forward_by_row, row_forward)
+            run = partial(run, module, own, copies, path, record)
+            undo.append(_replace_forward(module, partial(record.examples.leave, run)))
         for parameter in trainable.values():
             parameter.requires_grad_(False)
             undo.append(partial(parameter.requires_grad_, True))
@@ -254,16 +294,69 @@ def _watching(network: nn.Module, trainable: dict[str, nn.Parameter], record: _R
             step()
 
 
+def _watch(module: nn.Module, attach: Callable, examples: ExampleMap, mapped: bool) -> list[Callable]:
+    """Have `attach` see each call of the module; returns what undoes it. mapped: it may be called within a map."""
+    if not mapped:
+        return [
+            module.register_forward_pre_hook(_prepared).remove,
+            module.register_forward_hook(attach, with_kwargs=True).remove,
+        ]
+    forward = module.forward
+
+    def run(*args, **kwargs) -> torch.Tensor:
+        args = _prepared(module, args) or args
+        return attach(module, args, kwargs, forward(*args, **kwargs))
+
+    return [_replace_forward(module, partial(examples.leave, run))]
+
+
+def _replace_forward(module: nn.Module, forward: Callable) -> Callable[[], None]:
+    """Returns what undoes it."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    return (
+        partial(delattr, module, "forward") if before is None else partial(setattr, module, "forward", before)
+    )
+
+
+def _first(args: tuple, kwargs: dict) -> torch.Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def _forward_by_row(
-    module: nn.Module, own: dict[str, str], copies: dict, path: str, record: _Record, x: torch.Tensor
+    row_forward: RowForward,
+    module: nn.Module,
+    own: dict[str, str],
+    copies: dict,
+    path: str,
+    record: _Record,
+    *args,
+    **kwargs,
 ) -> torch.Tensor:
     """The module's forward, each row with its example's copy of the parameters; autograd does the rest."""
+    x = _first(args, kwargs)
     rows = record.rows_per_example(x, path)
     parameters = {}
     for local, p in module.named_parameters(recurse=False):
         one_each = copies[own[local]] if local in own else p.detach().expand(record.batch, *p.shape)
         parameters[local] = one_each.repeat_interleave(rows, dim=0) if rows > 1 else one_each
-    return ROW_FORWARDS[type(module)](module, x, parameters)
+    return row_forward(module, x, parameters)
+
+
+def _forward_by_example(
+    forward: Callable,
+    module: nn.Module,
+    own: dict[str, str],
+    copies: dict,
+    path: str,
+    record: _Record,
+    *args,
+    **kwargs,
+):
+    """The module's own forward, example by example, with that example's copy of the parameters."""
+    record.rows_per_example(rows_of(module, path, args, kwargs), path)
+    own_copies = {local: copies[name] for local, name in own.items()}
+    return forward_by_example(module, forward, path, own_copies, record.examples, args, kwargs)
 
 
 def _prepared(module: nn.Module, args: tuple) -> tuple | None:
@@ -284,14 +377,14 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
 
 
 def _attach(
-    rule, own: dict[str, str], path: str, record: _Record, module, args, kwargs, output
+    rule: Rule, own: dict[str, str], path: str, record: _Record, module, args, kwargs, output
 ) -> torch.Tensor:
     """Forward hook: have `rule` applied when the gradient of this output arrives."""
     if not torch.is_grad_enabled():
         return output
     if not output.requires_grad:  # the first trained layer: nothing before it needs a gradient
         output = _Start.apply(output, torch.zeros((), requires_grad=True))
-    features = (args[0] if args else next(iter(kwargs.values()))).detach()
+    features = _first(args, kwargs).detach()
     record.rows_per_example(features, path)
     version, channels_last = features._version, output.is_cuda and _is_channels_last(output)
     held = [features]  # given up when used, so that memory falls as the backward pass goes on
@@ -299,13 +392,27 @@ def _attach(
         record.uses[name] += 1
 
     def receive(output_gradient: torch.Tensor) -> torch.Tensor:
+        if record.in_loss:
+            if torch.is_grad_enabled():  # create_graph: the loss depends on a gradient
+                raise UserError(
+                    f"loss: it contains a gradient (create_graph=True) that passes layer '{path}', as a gradient "
+                    f"penalty does, and the engine has no per-example gradients of gradients; leave the penalty out"
+                )
+            return output_gradient  # a number to the loss, and no part of its gradient
         if held[0]._version != version:
-            raise RuntimeError(
-                f"the input of '{path}' was changed in place after it; use an out-of-place operation"
+            raise UserError(
+                f"network: the input of layer '{path}' is changed in place after the layer has read it; use an "
+                f"out-of-place operation"
             )
         if channels_last:  # as the convolution's own backward pass would make it
             output_gradient = output_gradient.contiguous(memory_format=torch.channels_last)
-        for local, gradient in rule(module, held.pop(), output_gradient, record.batch).items():
+        found = rule(module, held.pop(), output_gradient, record.batch)
+        if missing := own.keys() - found.keys():
+            raise UserError(
+                f"network: the gradient rule of {type(module).__name__} says nothing of the parameter "
+                f"'{path}.{min(missing)}'"
+            )
+        for local, gradient in found.items():
             if local in own:  # else a frozen parameter of a partly trained layer
                 record.add(own[local], gradient)
         return output_gradient

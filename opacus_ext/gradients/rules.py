@@ -14,6 +14,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from opacus_ext.gradients import convolutions
 from opacus_ext.gradients.convolutions import Geometry
@@ -175,12 +179,12 @@ class ConvFactors(Factors):
 
     def __init__(self, x: torch.Tensor, g: torch.Tensor, geometry: Geometry, batch: int) -> None:
         self.x, self.g, self.geometry, self.batch = x.to(g.dtype), g, geometry, batch
-        d, c, kh, kw = geometry.weight_shape
+        d, c, *kernel = geometry.weight_shape
         positions = g.numel() // (batch * d)
         self.key = ("conv", is_small(batch), len(x) // batch, tuple(x.shape[1:]), geometry, g.dtype)
         self.work = positions * geometry.weight_shape.numel()
-        grouped = geometry.groups > 1
-        self.factored_work = float("inf") if grouped else 2 * positions**2 * (c * kh * kw + d)
+        formed_only = geometry.groups > 1 or len(kernel) > 2
+        self.factored_work = float("inf") if formed_only else 2 * positions**2 * (c * math.prod(kernel) + d)
         self.device = g.device
 
     def form(self) -> torch.Tensor:
@@ -197,6 +201,16 @@ class ConvFactors(Factors):
         rows = coefficients.to(dtype).repeat_interleave(len(self.g) // self.batch)
         g = _without_dropped(self.g, rows, may_drop).to(dtype) * rows[:, None, None, None]
         return convolutions.summed(_without_dropped(self.x, rows, may_drop).to(dtype), g, self.geometry)
+
+
+class OneRowFactors(ConvFactors):
+    """`ConvFactors` of a 1-d convolution run in 2-d, over images of one row: (B, D, C / groups, k)."""
+
+    def form(self) -> torch.Tensor:
+        return super().form().squeeze(-2)
+
+    def weighted_sum(self, coefficients: torch.Tensor, may_drop: bool) -> torch.Tensor:
+        return super().weighted_sum(coefficients, may_drop).squeeze(-2)
 
 
 class EmbeddingFactors(Factors):
@@ -230,12 +244,39 @@ def _linear(module: nn.Linear, x: torch.Tensor, g: torch.Tensor, batch: int) -> 
     return gradients if module.bias is None else {**gradients, "bias": g.sum(1)}
 
 
-def conv2d(module: nn.Conv2d, x: torch.Tensor, g: torch.Tensor, batch: int) -> dict:
-    """The rule of nn.Conv2d, for layers that compute their weight from other parameters too: see `pull_back`."""
-    geometry, x = convolutions.geometry_of(module, x)
-    gradients = {"weight": ConvFactors(x, g, geometry, batch)}
+def convolution(module: nn.Module, x: torch.Tensor, g: torch.Tensor, batch: int) -> dict:
+    """The rule of nn.Conv1d, nn.Conv2d and nn.Conv3d with all their options, for layers that compute their weight from
+    other parameters too: see `pull_back`."""
+    _require_rows(module, x)
     bias = g.flatten(2).sum(2).view(batch, -1, g.shape[1]).sum(1)
-    return gradients if module.bias is None else {**gradients, "bias": bias}
+    return _with_bias(module, _weight_factors(*convolutions.geometry_of(module, x), g, batch), bias)
+
+
+def _transposed_convolution(module: nn.Module, x: torch.Tensor, g: torch.Tensor, batch: int) -> dict:
+    """Of ConvTranspose1d, ConvTranspose2d and ConvTranspose3d: input and output gradient change places."""
+    _require_rows(module, x)
+    bias = g.flatten(2).sum(2).view(batch, -1, g.shape[1]).sum(1)
+    geometry, padded = convolutions.transposed_geometry(module, x, g)
+    return _with_bias(module, _weight_factors(geometry, padded, x.to(g.dtype), batch), bias)
+
+
+def _weight_factors(geometry: Geometry, x: torch.Tensor, g: torch.Tensor, batch: int) -> ConvFactors:
+    if len(geometry.stride) > 1:
+        return ConvFactors(x, g, geometry, batch)
+    return OneRowFactors(x.unsqueeze(-2), g.unsqueeze(-2), geometry.with_one_row(), batch)
+
+
+def _with_bias(module: nn.Module, weight: Factors, bias: torch.Tensor) -> dict:
+    return {"weight": weight} if module.bias is None else {"weight": weight, "bias": bias}
+
+
+def _require_rows(module: nn.Module, x: torch.Tensor) -> None:
+    expected = module.weight.dim()
+    if x.dim() != expected:
+        raise UserError(
+            f"network: {type(module).__name__} is called with a tensor of {x.dim()} dimensions; it must have "
+            f"{expected}, the first of which counts images or draws"
+        )
 
 
 def pull_back(
@@ -276,9 +317,43 @@ def _layer_norm(module: nn.LayerNorm, x: torch.Tensor, parameters: dict[str, tor
     return y if module.bias is None else y + parameters["bias"].view(shape)
 
 
+def _rms_norm(module: nn.RMSNorm, x: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+    shape = (len(x), *[1] * (x.dim() - 1 - len(module.normalized_shape)), *module.normalized_shape)
+    return F.rms_norm(x, module.normalized_shape, eps=module.eps) * parameters["weight"].view(shape)
+
+
+def _instance_norm(module: nn.Module, x: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+    shape = (*x.shape[:2], *[1] * (x.dim() - 2))
+    normalised = F.instance_norm(x, eps=module.eps)
+    return normalised * parameters["weight"].view(shape) + parameters["bias"].view(shape)
+
+
+def _prelu(module: nn.PReLU, x: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+    slope = parameters["weight"]
+    slope = slope[:, 0] if x.dim() == 1 else slope.view(*slope.shape, *[1] * (x.dim() - 2))
+    return torch.where(x > 0, x, slope * x)
+
+
 # Layer type (exact: a subclass may compute something else) -> how to get each example's gradient.
-RULES: dict[type[nn.Module], Rule] = {nn.Linear: _linear, nn.Conv2d: conv2d, nn.Embedding: _embedding}
-ROW_FORWARDS: dict[type[nn.Module], RowForward] = {nn.GroupNorm: _group_norm, nn.LayerNorm: _layer_norm}
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: _linear,
+    nn.Conv1d: convolution,
+    nn.Conv2d: convolution,
+    nn.Conv3d: convolution,
+    nn.ConvTranspose1d: _transposed_convolution,
+    nn.ConvTranspose2d: _transposed_convolution,
+    nn.ConvTranspose3d: _transposed_convolution,
+    nn.Embedding: _embedding,
+}
+ROW_FORWARDS: dict[type[nn.Module], RowForward] = {
+    nn.GroupNorm: _group_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _rms_norm,
+    nn.InstanceNorm1d: _instance_norm,
+    nn.InstanceNorm2d: _instance_norm,
+    nn.InstanceNorm3d: _instance_norm,
+    nn.PReLU: _prelu,
+}
 
 
 def register_rule(kind: type[nn.Module], rule: Rule) -> None:
@@ -291,24 +366,57 @@ def register_row_forward(kind: type[nn.Module], forward: RowForward) -> None:
     ROW_FORWARDS[kind] = forward
 
 
-def rule_for(module: nn.Module, path: str) -> Rule:
-    """The rule of a trained module, else one registered with Opacus; UserError if there is none."""
-    known = RULES.get(type(module)) or _opacus_rule(type(module))
-    if known is None:
-        raise UserError(
-            f"network: no per-example gradient rule for {type(module).__name__} at '{path}'; known: "
-            f"{', '.join(kind.__name__ for kind in [*RULES, *ROW_FORWARDS])}; add one with "
-            f"opacus_ext.gradients.rules.register_rule or Opacus's register_grad_sampler"
-        )
-    return known
+def rule_for(module: nn.Module) -> Rule | None:
+    """The rule of a trained module, else one that the user registered with Opacus; None: it has none, or a row
+    forward, and runs with a copy of its parameters for each example."""
+    if "forward" in vars(module):  # replaced on this object: the type says nothing of it
+        return None
+    return RULES.get(type(module)) or _opacus_rule(type(module))
+
+
+def row_forward_for(module: nn.Module) -> RowForward | None:
+    """The row forward of a trained module, if it has one."""
+    return None if "forward" in vars(module) else ROW_FORWARDS.get(type(module))
+
+
+# Modules that hold parameters for the one around them, and compute nothing that it does not ask for.
+HOLDERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict, parametrize.ParametrizationList)
+
+
+def parameter_users(
+    network: nn.Module, trainable: dict[str, nn.Parameter]
+) -> list[tuple[nn.Module, str, dict[str, str]]]:
+    """The modules whose forward uses trained parameters of their own, each with its path and: name below it -> name in
+    the network."""
+    names = {id(p): name for name, p in trainable.items()}
+    modules = dict(network.named_modules())
+    users: dict[str, dict[str, str]] = {}
+    for path, module in modules.items():
+        own = {local: names[id(p)] for local, p in module._parameters.items() if id(p) in names}
+        if not own:
+            continue
+        user = path
+        while user and _is_held(modules[user], modules[user.rpartition(".")[0]]):
+            user = user.rpartition(".")[0]
+        prefix = f"{path[len(user) :].lstrip('.')}." if user != path else ""
+        users.setdefault(user, {}).update({prefix + local: name for local, name in own.items()})
+    return [(modules[path], path, own) for path, own in users.items()]
+
+
+def _is_held(module: nn.Module, parent: nn.Module) -> bool:
+    # Attention hands the weights of its last layer to a function.
+    return isinstance(module, HOLDERS) or (
+        isinstance(parent, nn.MultiheadAttention) and type(module) not in RULES
+    )
 
 
 def _opacus_rule(kind: type[nn.Module]) -> Rule | None:
-    """Rules of Opacus give one gradient per row; memory is K times that of the rules here."""
+    """Rules of Opacus give one gradient per row; memory is K times that of the rules here. Those that come with Opacus
+    are left out: they ignore options of the layers, such as `padding_mode`."""
     from opacus.grad_sample import GradSampleModule
 
     sampler = GradSampleModule.GRAD_SAMPLERS.get(kind)
-    if sampler is None:
+    if sampler is None or sampler.__module__.startswith("opacus."):
         return None
 
     def rule(module: nn.Module, x: torch.Tensor, g: torch.Tensor, batch: int) -> dict:
@@ -335,6 +443,11 @@ def refuse_mixing(network: nn.Module) -> None:
                 f"network: {type(module).__name__} at '{name}' has a max_norm, so its weight tells which labels it was "
                 f"asked for; leave max_norm out"
             )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
+            raise UserError(
+                f"network: {type(module).__name__} at '{name}' has scale_grad_by_freq=True, which divides a gradient "
+                f"by what all examples of a batch look up; leave scale_grad_by_freq out"
+            )
         mixes = isinstance(module, nn.modules.batchnorm._BatchNorm)
         tracks = isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
         if mixes or tracks:
@@ -342,3 +455,26 @@ def refuse_mixing(network: nn.Module) -> None:
                 f"network: {type(module).__name__} at '{name}' mixes the examples of a batch, so per-example "
                 f"clipping bounds nothing; use GroupNorm"
             )
+
+
+def refuse_parameters(network: nn.Module) -> None:
+    """Raise UserError naming the first module whose parameters the engine cannot follow."""
+    for name, module in network.named_modules():
+        where = f"network: {type(module).__name__} at '{name}'"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(f"{where} is compiled by torch.jit; train the module that it was made from")
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
+                raise UserError(
+                    f"{where} computes a parameter in a hook ({type(hook).__name__}), outside of its forward; use "
+                    f"torch.nn.utils.parametrizations or torch.nn.utils.parametrize"
+                )
+        for local, parameter in module._parameters.items():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise UserError(
+                    f"{where} has no weights yet; call the network on an image once, then train it"
+                )
+            if parameter is not None and parameter.requires_grad and parameter.is_complex():
+                raise UserError(
+                    f"{where}: the parameter '{local}' is complex; store real and imaginary parts"
+                )

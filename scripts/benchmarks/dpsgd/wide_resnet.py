@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.nn.discriminator import ProjectionHead
-from opacus_ext.gradients.rules import conv2d, pull_back, register_rule
+from opacus_ext.gradients.rules import convolution, pull_back, register_rule
 
 MIN_VARIANCE = 1e-4  # floor of fan-in * variance: a constant filter stays finite
 
@@ -42,7 +42,7 @@ def _standardise(weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
 
 def _ws_conv_gradients(module: WSConv2d, x: torch.Tensor, g: torch.Tensor, batch: int) -> dict:
     """Per-example gradients: those of the standardised weight, pulled back to `weight` and `gain`."""
-    gradients = conv2d(module, x, g, batch)
+    gradients = convolution(module, x, g, batch)
     weight, gain = pull_back(_standardise, (module.weight, module.gain), gradients["weight"])
     return {**gradients, "weight": weight, "gain": gain}
 
