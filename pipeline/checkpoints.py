@@ -67,9 +67,9 @@ class Checkpoints:
         must be the same everywhere."""
         import torch
 
-        serialised = distributed.from_main(lambda: serialised(self._content()))
+        content_bytes = distributed.from_main(lambda: serialised(self._content()))
         if not distributed.is_main():
-            content = torch.load(io.BytesIO(serialised), map_location="cpu", weights_only=True)
+            content = torch.load(io.BytesIO(content_bytes), map_location="cpu", weights_only=True)
             if self.ledger is not None and self.ledger.state_dict() != content["ledger"]:
                 raise RuntimeError(
                     f"the ledgers of two processes differ: {self.ledger.state_dict()}, {content['ledger']}"

@@ -81,13 +81,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="with --forget: where to look for runs, which are named and not removed (default: exp)",
     )
     arguments = parser.parse_args(argv)
+    check_combination(parser, arguments)
+    return arguments
+
+
+def check_combination(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse arguments of a preparation next to --forget, and those of --forget without it."""
     if arguments.forget is not None:
         for flag in FORGET_EXCLUDES:
             if getattr(arguments, flag) not in (None, False):
                 parser.error(f"--{flag}: is not used with --forget; leave it out")
     elif arguments.exp_root is not None:
         parser.error("--exp_root: is used with --forget only; leave it out")
-    return arguments
 
 
 @program

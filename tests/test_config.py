@@ -231,16 +231,20 @@ def test_every_preset_rule_matches_a_cell_and_changes_a_value(table, preset):
     method = "Noise" if table == EVERY_METHOD else table
     presets = load_presets(SHIPPED.require("presets", table))
     rules, unused = presets.chosen(preset), {rule.layer for rule in presets.rules[preset]}
+    bases: dict[str, dict] = {}
     cells = [*((data, None) for data in DATASETS), *(("custom", facts) for facts in OWN_SIZES)]
     for data, facts in cells:
         matching = {rule.layer for rule in rules for tier in TIERS if rule.matches(data, tier, facts)}
         if not matching & unused:
             continue  # it takes long to compose, and would show nothing new
-        base = values_before_presets(method, data, preset)
+        if data not in bases:
+            bases[data] = values_before_presets(method, data, preset)
+        base = bases[data]
         for tier in TIERS:
             values = dict(base)
-            for rule in (rule.evaluated(facts) for rule in rules):
+            for rule in rules:
                 if rule.matches(data, tier, facts):
+                    rule = rule.evaluated(facts)
                     changes = {key for key, value in rule.values.items() if values.get(key) != value}
                     unused -= {rule.layer} if changes else set()
                     values.update(rule.values)

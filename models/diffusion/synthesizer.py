@@ -321,12 +321,22 @@ class DiffusionSynthesizer(StagedNetwork):
 
         return seconds_of(step) / rows
 
+    def _seconds_of_augmenting(self, stage: str) -> float:
+        """Of one central image, which is changed a little whenever it is shown."""
+        if stage != WARM_UP:
+            return 0.0
+        blank, draws = np.zeros((4, *self.spec.image_shape), np.uint8), self.runtime.draws("cost", 4)
+        return seconds_of(lambda: self.images.augmented(blank, draws)) / len(blank)
+
     def costs(self) -> list[Cost]:
         config = self.config
         forward, backward = seconds_per_image(self.network, self.network_shape, self.runtime.device)
         stages = self._stages()
         return [
-            *(warm_up_cost(stage, stages[stage], count, backward) for stage, count in self._warm_ups()),
+            *(
+                warm_up_cost(stage, stages[stage], count, backward + self._seconds_of_augmenting(stage))
+                for stage, count in self._warm_ups()
+            ),
             training_cost(self._training_release(), self.spec.num_train, config.train, backward),
             generation_cost(config.gen, config.model.sampler_acc, forward),
         ]
