@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from utils import distributed
-from utils.checkpoint_files import listed_tensors, not_finite, read, write
+from utils.checkpoint_files import listed_tensors, not_finite, read, serialised, write
 from utils.errors import Diverged
 
 

@@ -35,7 +35,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--source", type=Path, metavar="PATH", help="folder, npz, zip or tar that you have")
     parser.add_argument(
-        "--test_source", type=Path, metavar="PATH", help="test part, where it is a file of its own"
+        "--test_source", type=Path, metavar="PATH", help="test part, if it is a separate file"
     )
     parser.add_argument(
         "--data_root",
