@@ -24,18 +24,14 @@ FORGET_EXCLUDES = (
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Bring a dataset into the form that run.py reads. Without --source the published files are "
-        "downloaded; with it, what you have is converted, whatever its layout (docs/datasets.md).",
+        description="Convert a dataset to the form that run.py reads. Without --source the published files are "
+        "downloaded; with it, the given images are converted, whatever their layout (docs/datasets.md).",
         epilog=f"Known names: {', '.join(known_names())}. Any other name is a set of your own and needs --source.",
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data_name", metavar="NAME", help="known name, or a name for your own set")
-    what.add_argument(
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--data_name", metavar="NAME", help="a known name, or a name for your own set")
+    action.add_argument(
         "--forget", metavar="NAME", help="remove this prepared set, its private cache, copies and downloads"
-    )
-    parser.add_argument("--source", type=Path, metavar="PATH", help="folder, npz, zip or tar that you have")
-    parser.add_argument(
-        "--test_source", type=Path, metavar="PATH", help="test part, if it is a separate file"
     )
     parser.add_argument(
         "--data_root",
@@ -44,22 +40,44 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="default: $DPIB_DATA_ROOT or dataset",
     )
+    add_source_arguments(parser)
+    add_group_arguments(parser)
+    parser.add_argument("--force", action="store_true", help="replace a prepared set of this name")
+    parser.add_argument(
+        "--exp_root",
+        type=Path,
+        metavar="DIR",
+        help="with --forget: where to look for runs, which are listed and not removed (default: exp)",
+    )
+    arguments = parser.parse_args(argv)
+    check_combination(parser, arguments)
+    return arguments
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the images are, and what they are converted to."""
+    parser.add_argument("--source", type=Path, metavar="PATH", help="folder, npz, zip or tar of your images")
+    parser.add_argument("--test_source", type=Path, metavar="PATH", help="test part, if it is separate")
     parser.add_argument(
         "--resolution",
         type=int,
         metavar="R",
         help="pixels; own and public sets only (default of an own set: 32)",
     )
+    parser.add_argument("--channels", type=int, metavar="C", help="1 grey, 3 RGB; own and public sets only")
     parser.add_argument(
         "--class_names",
         type=lambda text: tuple(name.strip() for name in text.split(",")),
         metavar="A,B",
         help="names of the labels 0, 1, ... of a source that has numbers only, such as an npz",
     )
-    parser.add_argument("--channels", type=int, metavar="C", help="1 grey, 3 RGB; own and public sets only")
     parser.add_argument(
-        "--public", action="store_true", help="a public set of your own: no test part is put aside"
+        "--public", action="store_true", help="a public set of your own: no test part is split off"
     )
+
+
+def add_group_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which images belong together, and how many at most."""
     parser.add_argument(
         "--groups",
         metavar="HOW",
@@ -71,18 +89,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--images_per_person",
         type=int,
         metavar="K",
-        help="with --groups: no group has more images; the privacy card says what this means for a person",
+        help="with --groups: no group has more images; the privacy card states what this means for a person",
     )
-    parser.add_argument("--force", action="store_true", help="replace a prepared set of this name")
-    parser.add_argument(
-        "--exp_root",
-        type=Path,
-        metavar="DIR",
-        help="with --forget: where to look for runs, which are named and not removed (default: exp)",
-    )
-    arguments = parser.parse_args(argv)
-    check_combination(parser, arguments)
-    return arguments
 
 
 def check_combination(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
