@@ -204,7 +204,7 @@ def test_the_card_says_what_the_guarantee_is_for_a_person(make_private):
     (line,) = [line for line in card.splitlines() if "For a person" in line]
     assert "3" in line and "(1.5" in line  # k times epsilon
     assert "no person has more than 3 images" in card and "declared" in card
-    assert "nothing is guaranteed" not in card
+    assert "nothing is guaranteed" not in line
 
 
 def test_the_card_says_when_nothing_is_guaranteed_for_a_person(make_private):

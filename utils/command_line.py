@@ -9,7 +9,6 @@ import re
 
 from utils.errors import UserError, unknown
 from utils.sections import check
-from utils.text import require_utf8
 from utils.typed import without_none
 from utils.yaml_numbers import ADVICE, misread_numbers
 
@@ -215,7 +214,6 @@ def short_help(program: str) -> str:
 
 def read_command_line(argv: list[str], program: str) -> tuple[argparse.Namespace, dict[str, str], set[str]]:
     """The flags, the settings (key -> text, aliases replaced), and the names of the flags that were given."""
-    require_utf8(argv, "the command line")
     given = _given_flags(argv, program)
     flags, rest = parser(program).parse_known_args(argv)
     settings = _split_settings(rest)

@@ -10,6 +10,7 @@ from utils import distributed
 from utils.errors import UserError
 from utils.stopping import exit_code, shortage, signals_interrupt
 from utils.streams import protect_standard_streams
+from utils.text import require_utf8
 
 MISTAKE = 2  # exit code: the user can repair it
 
@@ -44,17 +45,15 @@ def program(main: Callable[[list[str]], int]) -> Callable[[list[str] | None], in
 
 def require_readable(words: list[str]) -> None:
     """Raise UserError for a word with a control character, such as the carriage return that a script with the line ends
-    of Windows leaves after the last word of a line, or with bytes that are no text."""
+    of Windows leaves after the last word of a line, or with bytes that are not UTF-8."""
+    require_utf8(words, "the command line")
     for word in words:
-        for character in word:
-            category = unicodedata.category(character)
-            if category == "Cc":
-                raise UserError(
-                    f"{word!r}: holds a control character ({character!r}); a script with line ends of Windows leaves "
-                    f"such: remove them, for instance with dos2unix"
-                )
-            if category == "Cs":
-                raise UserError(f"{word!r}: is not UTF-8; rename the file, or set another locale")
+        found = [character for character in word if unicodedata.category(character) == "Cc"]
+        if found:
+            raise UserError(
+                f"{word!r}: contains a control character ({found[0]!r}); scripts with Windows line ends add them: "
+                f"convert the script, for instance with dos2unix"
+            )
 
 
 def run_process(main: Callable[[], int]) -> NoReturn:
