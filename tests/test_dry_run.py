@@ -8,6 +8,7 @@ from tiny_runs import arguments, call
 import run as run_program
 from data.public import num_public_images
 from models import METHODS
+from pipeline.compose import compose, ineffective_settings
 from pipeline.planning import cost_lines
 from utils.config import load_config
 from utils.timing import seconds_of
@@ -201,7 +202,7 @@ def test_what_is_left_of_an_interrupted_run(tmp_path, monkeypatch):
     for more in ([], ["setup.omp_n_threads=1", "eval=quick", "train.dp.max_physical_batch_size=64"]):
         outcome = call(run_program.main, [*alone, *more])
         assert outcome.out.splitlines()[-1].startswith(told), outcome.err
-        assert outcome.out.startswith("as it was started: run.py --method PDP-Diffusion ")
+        assert "run.py --method PDP-Diffusion " in outcome.out.splitlines()[0]
     assert "setup.omp_n_threads=1" in outcome.out.splitlines()[0]
     assert sorted(folder.rglob("*")) == files
     finished = call(run_program.main, arguments("PDP-Diffusion", tmp_path / "exp", *resume))
@@ -260,9 +261,7 @@ NO_PUBLIC_SET = "public_data.selective.ratio: no effect: there is no public set 
 def test_settings_without_effect_are_told(method, setting, told):
     argv = [*f"--method {method} --data_name digits_8 --epsilon 10".split(), *setting.split()]
     config = load_config(argv, METHODS)
-    lines = run_program.without_effect(
-        config.provenance, run_program.compose(config).synthesizer.idle_settings()
-    )
+    lines = ineffective_settings(config.provenance, compose(config).synthesizer.idle_settings())
     assert [line[: len(told or "")] for line in lines] == ([told] if told else [])
 
 
@@ -277,6 +276,6 @@ def test_settings_of_held_out_images_do_nothing_where_none_are(mode, caplog):
         "sensitive_data.num_val=100",
     ]
     with caplog.at_level("INFO"):
-        run_program.compose(load_config([*argv, f"eval.mode={mode}"], METHODS))
+        compose(load_config([*argv, f"eval.mode={mode}"], METHODS))
     told = {line.partition(":")[0] for line in caplog.messages if ": no effect: " in line}
     assert told == ({"eval.selection_epsilon", "sensitive_data.num_val"} if mode == "syn" else set())

@@ -11,6 +11,7 @@ Nothing heavy is imported before a config is loaded: `run.py --help` must answer
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import json
@@ -158,7 +159,7 @@ def compose_config(
     and privacy.epsilon replace the defaults of the flags. Raises UserError for whatever the user can repair.
     """
     flags, settings, given, arguments = command_line
-    flags, settings, base = argparse.Namespace(**vars(flags)), dict(settings), dict(base or {})
+    flags, settings, base = copy.copy(flags), dict(settings), dict(base or {})
     flag_layers = {flag: _flag_layer(flag, given) for flag in FLAG_KEYS}
     for flag, key in FLAG_KEYS.items():
         if key in base and flag not in given:
@@ -356,7 +357,12 @@ def _choose_public_data(
 
 
 def _value_layers(
-    files: ConfigFiles, cell: _Cell, schema: _Schema, epsilon_layer: str, command: dict[str, object], root: Path
+    files: ConfigFiles,
+    cell: _Cell,
+    schema: _Schema,
+    epsilon_layer: str,
+    command: dict[str, object],
+    root: Path,
 ) -> list[tuple[str, object, str]]:
     """(dotted key, value, layer) of all that goes on top of the YAML files and below past run and command line, in the
     order in which it applies."""
