@@ -33,7 +33,6 @@ class Parts:
 def compose(config: Config, plan: list[Release] | None = None) -> Parts:
     """Build all parts. The ledger adopts the plan of the method, or `plan`, which is calibrated already. Raises
     UserError."""
-
     for line in config.notes:
         log.info(line)
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)

@@ -57,7 +57,6 @@ def _evaluator(config: Config, spec: DataSpec) -> Evaluator:
 
 def evaluate_images(config: Config) -> int:
     """Evaluate the images of --images against all training and test images; returns the exit code."""
-
     config = without_run(config)
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
     evaluator = _evaluator(config, spec)
@@ -136,7 +135,6 @@ def without_run(config: Config) -> Config:
 
 def evaluate_finished_run(config: Config) -> int:
     """Read the run's samples and privacy report, and evaluate; returns the exit code."""
-
     folder = config.exp_path
     if folder is None:
         raise UserError(
@@ -173,7 +171,6 @@ def evaluate_finished_run(config: Config) -> int:
 
 def samples_of(config: Config, split: str) -> tuple[Samples, DataSpec, tuple[str, ...]]:
     """The samples of the run, the DataSpec of what it was trained on, and lines to print."""
-
     path = config.exp_path / SAMPLES
     samples = read_samples(path)
     spec, lines = spec_of(config.sensitive_data, split, config.data_root)
@@ -188,7 +185,6 @@ def samples_of(config: Config, split: str) -> tuple[Samples, DataSpec, tuple[str
 
 def real_images(config: Config, spec: DataSpec, split: str) -> RealImages:
     """What the samples of a run are evaluated against."""
-
     sensitive = load_sensitive(config.sensitive_data, split, config.data_root)
     held_out = sensitive.validation if config.eval.mode == "val" else None  # other modes have no use for them
     return RealImages(
@@ -203,7 +199,6 @@ def real_images(config: Config, spec: DataSpec, split: str) -> RealImages:
 
 def describe_evaluation(config: Config, count: int, source: Path) -> str:
     """What --dry_run prints: how the images would be evaluated, what it would cost, and what is missing."""
-
     judged = config.eval
     lines = [f"{count:,} images of {source} would be evaluated", evaluation_line(config)]
     if judged.mode == "val":

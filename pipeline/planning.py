@@ -29,9 +29,8 @@ TOO_LONG = (
 
 
 def dry_run(config: Config) -> Iterator[str]:
-    """Lines: the plan, its cost, what is left to do of the run of --resume_exp, and which data and weights are missing.
-    The plan comes before its steps are timed."""
-
+    """Lines: the plan, its cost, the remaining work of the run of --resume_exp, and missing data and weights. The plan
+    comes before its steps are timed."""
     parts = compose(config)
     counts = parts.synthesizer.parameter_counts()
     yield from describe(config, parts.spec, parts.ledger, counts, evaluation_line(config))
@@ -63,7 +62,6 @@ def dry_run(config: Config) -> Iterator[str]:
 
 def evaluation_costs_of(parts: Parts) -> list[Cost]:
     """The time of the evaluation."""
-
     config = parts.config
     num_test = num_test_images(config.sensitive_data, config.data_root)
     return evaluation_costs(
@@ -74,10 +72,9 @@ def evaluation_costs_of(parts: Parts) -> list[Cost]:
 def remaining_work(parts: Parts, costs: list[Cost], evaluation: list[Cost]) -> str:
     """Which stages of the run of --resume_exp are done, how many steps of its private queries, and the time of the
     rest. `costs` are of the whole run up to the samples, `evaluation` of their evaluation."""
-
     folder = find_resumable(parts.config, parts.spec.identity)
     if is_finished(folder):
-        return f"{folder.name} is finished, nothing is left to do"
+        return f"{folder.name} is finished: no work remains"
     checkpoints = Checkpoints(folder, parts.config.method, parts.synthesizer, parts.ledger)
     restored = checkpoints.restore()
     left = {stage: 0.0 if checkpoints.is_past(stage, restored) else 1.0 for stage in checkpoints.STAGES}
@@ -98,7 +95,7 @@ def remaining_work(parts: Parts, costs: list[Cost], evaluation: list[Cost]) -> s
     seconds = sum(cost.seconds * left.get(cost.stage, left["pretrain"]) for cost in costs)
     seconds += sum(cost.seconds for cost in evaluation)
     return (
-        f"{folder.name}, which goes on from {restored or 'the start'}: {', '.join(done)}; left: "
+        f"{folder.name}, which will resume from {restored or 'the start'}: {', '.join(done)}; remaining: "
         f"about {duration(seconds)} here"
     )
 
@@ -106,8 +103,8 @@ def remaining_work(parts: Parts, costs: list[Cost], evaluation: list[Cost]) -> s
 def describe(
     config: Config, spec: DataSpec, ledger: Ledger | None, parameter_counts: dict[str, int], evaluation: str
 ) -> list[str]:
-    """What --dry_run prints first. `evaluation` says how samples will be judged. `ledger` has adopted the plan, or is
-    None in a run without private data."""
+    """What --dry_run prints first. `evaluation` describes the evaluation of the samples. `ledger` has adopted the plan,
+    or is None in a run without private data."""
     lines = [f"{config.method} on {config.data_name}, preset {config.preset}"]
     if ledger is None:
         lines.append("no private stage (sensitive_data.name=null)")
@@ -151,7 +148,7 @@ def cost_lines(costs: list[Cost], config: Config) -> list[str]:
     total = sum(cost.seconds for cost in costs)
     whole = "" if config.resume is None else ", from the start of the run"
     lines.append(f"together{whole}: about {duration(total)} here")
-    lines.append("(measured on a few steps; other work on this machine makes it longer)")
+    lines.append("(extrapolated from a few steps; other load on this machine will slow it down)")
     if total > LONG and config.preset != "quick":
         lines.append("preset=quick scales the method down to minutes on a CPU")
     if total > QUICK and config.preset == "quick":

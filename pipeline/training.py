@@ -116,7 +116,7 @@ def load_images(parts: Parts) -> Images:
 
 
 def lead(parts: Parts, folder: Path, images: Images) -> int:
-    """The main process's work, and what it says and leaves behind if it ends early. Returns the exit code."""
+    """Run as the main process; if it ends early, report how to resume. Returns the exit code."""
     config = parts.config
     try:
         describe_run(parts, folder)
@@ -125,7 +125,7 @@ def lead(parts: Parts, folder: Path, images: Images) -> int:
         log.info(f"\nstopped; {how_to_resume(folder)}")
         return exit_code(stop)
     except distributed.LostProcess:
-        log.info(f"a process is gone; {how_to_resume(folder)}")
+        log.info(f"a worker process died; {how_to_resume(folder)}")
         raise
     except UserError:
         if config.resume is None:
@@ -142,7 +142,6 @@ def lead(parts: Parts, folder: Path, images: Images) -> int:
 
 def work(parts: Parts, folder: Path, images: Images) -> int:
     """What is done inside the run's folder; all processes train and draw samples. Returns the exit code."""
-
     if images.private is not None:
         log.info("\n".join(plan_lines(parts.ledger, parts.spec.num_train)))
     times = StageTimes(folder)
@@ -162,7 +161,6 @@ def work(parts: Parts, folder: Path, images: Images) -> int:
 
 def deliver(parts: Parts, folder: Path, samples: Samples, images: Images, timing: dict[str, float]) -> int:
     """Write the samples and evaluate them. Returns the exit code."""
-
     path, grid = folder / SAMPLES, folder / GRID
     if not path.exists():
         write_samples(path, samples)
@@ -176,7 +174,7 @@ def deliver(parts: Parts, folder: Path, samples: Samples, images: Images, timing
 
 
 def account_of(parts: Parts, folder: Path, images: Images) -> dict:
-    """What privacy.json says: the report of the training ledger, and what else the samples were made from."""
+    """The content of privacy.json: the report of the training ledger, and what else the samples were made from."""
     public = images.public
     described = None
     if public is not None:
@@ -191,7 +189,6 @@ def account_of(parts: Parts, folder: Path, images: Images) -> dict:
 
 def find_folder(parts: Parts) -> Path:
     """The run's folder: a new one, or that of --resume_exp, which must have been started with the same settings."""
-
     config = parts.config
     if config.resume is None:
         return folders.create(
@@ -202,7 +199,6 @@ def find_folder(parts: Parts) -> Path:
 
 def describe_run(parts: Parts, folder: Path) -> None:
     """Keep what is printed from here on in the folder and, in a new one, what it takes to repeat the run."""
-
     parts.runtime.folder = folder
     logs.also_to(folder / "stdout.txt")
     log.info(f"run folder: {folder}")
@@ -211,14 +207,13 @@ def describe_run(parts: Parts, folder: Path) -> None:
 
 
 def report_finished(folder: Path) -> int:
-    """Say that the run of --resume_exp was finished before; returns the exit code with which it ended."""
+    """Report that the run of --resume_exp is finished; returns the exit code with which it ended."""
     log.info(f"{folder} is finished; to evaluate it again: python eval.py --exp_path {folder}")
     return INCOMPLETE if read_json(folder / RESULTS)["missing"] else 0
 
 
 def train(parts: Parts, folder: Path, images: Images, times: StageTimes) -> None:
     """Pretrain and train, or what is left of it."""
-
     synthesizer = parts.synthesizer
     checkpoints = Checkpoints(folder, parts.config.method, synthesizer, parts.ledger)
 
@@ -254,7 +249,6 @@ def name_of(public: PublicData | None) -> str | None:
 
 def generate(parts: Parts, folder: Path, images: Images, times: StageTimes) -> Samples:
     """The samples of the run: those of gen/gen.npz if an earlier start left them, else drawn now."""
-
     kept = distributed.from_main(
         lambda: read_samples(folder / SAMPLES) if (folder / SAMPLES).exists() else None
     )
