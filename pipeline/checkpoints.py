@@ -53,6 +53,10 @@ class Checkpoints:
     def finished(self, stage: str) -> bool:
         return distributed.from_main(self._path(stage, "final").exists)
 
+    def is_past(self, stage: str, restored: str | None) -> bool:
+        """True if the stage has its final checkpoint, or has no file of its own and a later stage has begun."""
+        return self.finished(stage) or (stage == "pretrain" and (restored or "").startswith("train"))
+
     def restore(self) -> str | None:
         """Load the furthest checkpoint into method and ledger; returns "stage (kind)", None if there is none."""
         found = distributed.from_main(self._furthest)

@@ -1,4 +1,4 @@
-"""What a run says, and keeps, when its network diverges."""
+"""What a run reports and keeps when its network diverges."""
 
 import re
 import shlex
@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from opacus_ext.ledger import Ledger
 from pipeline.checkpoints import Checkpoints
 from utils import distributed
 from utils.artefacts import DIVERGED
 from utils.bounds import at_most
+from utils.config import Config
 from utils.config_files import flatten
 from utils.errors import Diverged, UserError
 from utils.files import read_json, write_json
@@ -19,7 +21,9 @@ WHAT = {"pretrain": "pretraining", "train": "private training", "generate": "sam
 
 
 @contextmanager
-def explaining_divergence(stage: str, config, checkpoints: Checkpoints, public: str | None) -> Iterator[None]:
+def explaining_divergence(
+    stage: str, config: Config, checkpoints: Checkpoints, public: str | None
+) -> Iterator[None]:
     """Around one stage of a run: a Diverged from inside says what helps. `public` is the name of the public set.
 
     A run that diverged in private training is marked in its folder: it cannot be resumed. The steps since its last
@@ -42,7 +46,7 @@ def require_not_diverged(folder: Path) -> None:
         raise UserError(f"--resume_exp: {folder.name} cannot be resumed: {record['message']}")
 
 
-def _advice(stage: str, error: str, config, checkpoints: Checkpoints, public: str | None) -> str:
+def _advice(stage: str, error: str, config: Config, checkpoints: Checkpoints, public: str | None) -> str:
     what = WHAT[stage]
     if stage == "pretrain" and public is not None:
         what = f"pretraining on public images ({public})"
@@ -72,7 +76,7 @@ def _remedy(stage: str, values: dict[str, object]) -> str:
     return f"a lower learning rate (this one had {now})" if now else "a lower learning rate"
 
 
-def _cost(ledger) -> list[str]:
+def _cost(ledger: Ledger | None) -> list[str]:
     """What a new run on the same images must be added to."""
     if ledger is None or not ledger.budget.private:
         return []

@@ -1,4 +1,4 @@
-"""The folder of one run, and writing files so that a killed program leaves whole ones or none."""
+"""The folder of one run: create, find, lock, discard."""
 
 import os
 import re
@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from utils.artefacts import CONFIG, DIVERGED, QUERY_ANSWER
+from utils.artefacts import CONFIG, ENVIRONMENT, PROVENANCE, RESULTS, SAMPLES, STDOUT, TIMING
 from utils.errors import UserError
+
+AT_START = {CONFIG, PROVENANCE, ENVIRONMENT, STDOUT, TIMING}  # files of a run without a checkpoint
 
 
 @contextmanager
@@ -76,13 +78,17 @@ def working_in(folder: Path) -> Iterator[None]:
 
 
 def discard_unstarted(folder: Path) -> bool:
-    """Remove the folder of a run that failed before its first checkpoint, with nothing to continue from and no answer
-    about private images in it; was it one?"""
-    asked = (folder / QUERY_ANSWER).exists() or (folder / DIVERGED).exists()
-    unstarted = not any(folder.glob("*/checkpoints/*.pth")) and not asked
-    if unstarted:
+    """Remove the folder of a run that failed before it left anything to resume from: it holds only the files that every
+    run writes at its start, so no checkpoint and no result of a private query. Returns whether it was removed."""
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    is_unstarted = files <= AT_START
+    if is_unstarted:
         shutil.rmtree(folder)
-    return unstarted
+    return is_unstarted
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / RESULTS).exists() and (folder / SAMPLES).exists()
 
 
 def find_any(exp_root: Path, name: str) -> Path:

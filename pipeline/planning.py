@@ -1,6 +1,21 @@
 """Lines for a person about a run that has not begun: its privacy plan, its networks, what it will cost."""
 
+from collections.abc import Iterator
+
+from data.public import num_public_images, require_public
+from data.sensitive import num_test_images, require_prepared
+from data.spec import DataSpec
+from evaluation.cost import evaluation_costs
+from evaluation.listing import evaluation_line, lacking
+from opacus_ext.ledger import Ledger
+from pipeline.checkpoints import Checkpoints
+from pipeline.compose import Parts, compose
+from pipeline.folder import is_finished
+from pipeline.record import find_resumable
+from utils.artefacts import SAMPLES
 from utils.bounds import at_most
+from utils.config import Config
+from utils.errors import UserError
 from utils.progress import duration
 from utils.table import aligned
 from utils.timing import Cost
@@ -13,9 +28,83 @@ TOO_LONG = (
 )
 
 
-def describe(config, spec, ledger, parameter_counts: dict[str, int], evaluation: str) -> list[str]:
-    """What --dry_run prints first. `evaluation` says how samples will be judged. `ledger` has adopted the plan, or is
-    None in a run without private data."""
+def dry_run(config: Config) -> Iterator[str]:
+    """Lines: the plan, its cost, the remaining work of the run of --resume_exp, and missing data and weights. The plan
+    comes before its steps are timed."""
+    parts = compose(config)
+    counts = parts.synthesizer.parameter_counts()
+    yield from describe(config, parts.spec, parts.ledger, counts, evaluation_line(config))
+    num_public = None
+    if parts.synthesizer.uses_public_images:
+        num_public = num_public_images(config.public_data, config.data_root)
+    costs = [] if num_public is None else parts.synthesizer.public_costs(num_public)
+    evaluation = [] if parts.ledger is None else evaluation_costs_of(parts)
+    costs += [] if parts.ledger is None else parts.synthesizer.costs()
+    yield from cost_lines([*costs, *evaluation], config)
+    if config.resume is not None:
+        yield remaining_work(parts, costs, evaluation)
+    unknown_time = "; until then the time of pretraining is unknown"
+    needed = [(require_prepared, config.sensitive_data, "")]
+    if parts.synthesizer.uses_public_images:
+        needed.append((require_public, config.public_data, unknown_time))
+    for require, section, more in needed:
+        try:
+            require(section, config.data_root)
+        except UserError as error:
+            yield f"missing: {error}{more}"
+    for line in parts.synthesizer.lacking():
+        yield f"missing: {line}"
+    if parts.ledger is not None:
+        judged = config.eval
+        for line in lacking(judged.metrics, judged.extractor, config.weights_root):
+            yield f"missing: {line}"
+
+
+def evaluation_costs_of(parts: Parts) -> list[Cost]:
+    """The time of the evaluation."""
+    config = parts.config
+    num_test = num_test_images(config.sensitive_data, config.data_root)
+    return evaluation_costs(
+        config.eval, parts.spec, config.gen.data_num, num_test, config.weights_root, parts.runtime.device
+    )
+
+
+def remaining_work(parts: Parts, costs: list[Cost], evaluation: list[Cost]) -> str:
+    """Which stages of the run of --resume_exp are done, how many steps of its private queries, and the time of the
+    rest. `costs` are of the whole run up to the samples, `evaluation` of their evaluation."""
+    folder = find_resumable(parts.config, parts.spec.identity)
+    if is_finished(folder):
+        return f"{folder.name} is finished: no work remains"
+    checkpoints = Checkpoints(folder, parts.config.method, parts.synthesizer, parts.ledger)
+    restored = checkpoints.restore()
+    left = {stage: 0.0 if checkpoints.is_past(stage, restored) else 1.0 for stage in checkpoints.STAGES}
+    done = [f"{stage} {'not done' if share else 'done'}" for stage, share in left.items()]
+    if parts.ledger is not None:
+        left["generate"] = 0.0 if (folder / SAMPLES).exists() else 1.0
+        done += [f"samples {'not done' if left['generate'] else 'done'}", "evaluation not done"]
+        steps = [
+            (release.num_steps, parts.ledger.executed(release.name)) for release in parts.ledger.releases()
+        ]
+        done += [
+            f"'{release.name}' took {executed:,} of {planned:,} steps"
+            for release, (planned, executed) in zip(parts.ledger.releases(), steps, strict=True)
+        ]
+        planned, executed = max(steps, default=(0, 0))
+        left["train"] *= (planned - executed) / planned if planned > 1 else 1.0
+    # What is neither training nor sampling is part of pretraining.
+    seconds = sum(cost.seconds * left.get(cost.stage, left["pretrain"]) for cost in costs)
+    seconds += sum(cost.seconds for cost in evaluation)
+    return (
+        f"{folder.name}, which will resume from {restored or 'the start'}: {', '.join(done)}; remaining: "
+        f"about {duration(seconds)} here"
+    )
+
+
+def describe(
+    config: Config, spec: DataSpec, ledger: Ledger | None, parameter_counts: dict[str, int], evaluation: str
+) -> list[str]:
+    """What --dry_run prints first. `evaluation` describes the evaluation of the samples. `ledger` has adopted the plan,
+    or is None in a run without private data."""
     lines = [f"{config.method} on {config.data_name}, preset {config.preset}"]
     if ledger is None:
         lines.append("no private stage (sensitive_data.name=null)")
@@ -25,7 +114,7 @@ def describe(config, spec, ledger, parameter_counts: dict[str, int], evaluation:
     return lines
 
 
-def plan_lines(ledger, num_train: int) -> list[str]:
+def plan_lines(ledger: Ledger, num_train: int) -> list[str]:
     """The budget, and a table of the planned queries: noise, rate, steps and epsilon of each."""
     budget = ledger.budget
     header = ("private query", "noise_multiplier", "sample_rate", "steps", "epsilon alone")
@@ -51,7 +140,7 @@ def _release_row(release: dict) -> tuple[str, ...]:
     )
 
 
-def cost_lines(costs: list[Cost], config) -> list[str]:
+def cost_lines(costs: list[Cost], config: Config) -> list[str]:
     """The time of each stage, from a few steps that were measured just now, and of the whole run."""
     if not costs:
         return []
@@ -59,7 +148,7 @@ def cost_lines(costs: list[Cost], config) -> list[str]:
     total = sum(cost.seconds for cost in costs)
     whole = "" if config.resume is None else ", from the start of the run"
     lines.append(f"together{whole}: about {duration(total)} here")
-    lines.append("(measured on a few steps; other work on this machine makes it longer)")
+    lines.append("(extrapolated from a few steps; other load on this machine will slow it down)")
     if total > LONG and config.preset != "quick":
         lines.append("preset=quick scales the method down to minutes on a CPU")
     if total > QUICK and config.preset == "quick":

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils import distributed
+from utils.artefacts import TIMING
 from utils.files import read_json, write_json
-
-TIMING = "timing.json"
 
 
 class StageTimes:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline import environment
+from pipeline import record
 from utils.artefacts import RESULTS
 from utils.errors import UserError
 from utils.files import read_json
@@ -50,7 +50,7 @@ def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *words
         return NOT_DONE, ""
     others, begun = [], None  # others: what was done with other words, and these words
     for folder in sorted(Path(exp_root).glob(f"{method.lower()}/{stem}-{STARTED}")):
-        if not (folder / environment.ENVIRONMENT).exists():  # nothing was asked yet; or it is no run
+        if not (folder / record.ENVIRONMENT).exists():  # nothing was asked yet; or it is no run
             continue
         try:
             before, finished = words_of(folder), (folder / RESULTS).exists()
@@ -77,17 +77,17 @@ def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *words
 
 def words_of(folder: Path) -> list[str]:
     """The words of the cell that left this run."""
-    words = environment.words_of(folder)
+    words = record.command_of(folder)
     if "--exp_root" not in words:
-        raise UserError(f"{folder / environment.ENVIRONMENT}: not of a run of this grid")
+        raise UserError(f"{folder / record.ENVIRONMENT}: not of a run of this grid")
     return words[words.index("--exp_root") + 2 :]
 
 
 def dry_run(words: list[str]) -> int:
-    from models import METHODS
-    from run import dry_run as plan
+    from pipeline.configuration import run_config
+    from pipeline.planning import dry_run as plan
     from utils import distributed
-    from utils.config import load_config
+    from utils.command_line import read_command_line
     from utils.log import to_terminal
 
     to_terminal()
@@ -107,7 +107,7 @@ def dry_run(words: list[str]) -> int:
         elif text:
             print(text)
         try:
-            config = load_config(argv, METHODS)
+            config = run_config(read_command_line(argv, "run"))
             distributed.take_place(config.setup)
             lines = list(plan(config))
         except UserError as error:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval import require_same_split, with_run
-from models import METHODS
-from pipeline.environment import values_of
+from pipeline.configuration import evaluation_config
+from pipeline.evaluation import RealImages, disclose, reveal
+from pipeline.existing_samples import require_same_split
 from pipeline.folder import working_in
-from pipeline.judging import RealData, open_door, revealed, write_account
+from pipeline.record import values_of, write_account
 from utils.artefacts import PRIVACY, RESULTS, SAMPLES
-from utils.config import Config, load_config
+from utils.config import Config
 from utils.errors import UserError
 from utils.files import read_json
 from utils.log import to_terminal
@@ -44,9 +44,7 @@ def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     to_terminal()
     place = [] if arguments.data_root is None else ["--data_root", str(arguments.data_root)]
-    configs = [
-        load_config(with_run(["--exp_path", str(run), *place]), METHODS, "eval") for run in arguments.runs
-    ]
+    configs = [evaluation_config(["--exp_path", str(run), *place]) for run in arguments.runs]
     for config in configs:  # all of them before any is judged
         require_held_out(config)
     for config in configs:
@@ -85,8 +83,8 @@ def judge(config: Config):
         folder, dataclasses.replace(config, eval=dataclasses.replace(config.eval, mode="val")), spec
     )
     sensitive = load_sensitive(config.sensitive_data, "val", config.data_root)
-    shown = open_door(sensitive.validation).reveal(REASON)
-    train, _, reasons = revealed(config, RealData(open_door(sensitive.train), shown, None))
+    shown = disclose(sensitive.validation).reveal(REASON)
+    train, _, reasons = reveal(config, RealImages(disclose(sensitive.train), shown, None))
     training = read_json(folder / PRIVACY)
     write_account(folder, {**training, "revealed": [*training["revealed"], *reasons, REASON]})
     evaluator = Evaluator(config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed)

@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import METHODS
+from pipeline.evaluation import INCOMPLETE, no_account
 from pipeline.folder import discarded_on_failure, new_folder
-from pipeline.judging import INCOMPLETE, no_account
 from utils.artefacts import RESULTS
 from utils.config import Config, format_config, load_config
 from utils.files import require_writable, write_json
@@ -50,7 +50,7 @@ def measure(config: Config) -> int:
     from data.sensitive import load_sensitive, spec_of
     from evaluation.evaluator import Evaluator
     from evaluation.settings import evaluation_settings
-    from pipeline.results import results_of
+    from pipeline.record import results_of
     from utils.device import prepare_device
 
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)

@@ -38,7 +38,8 @@ from models.evolution.apis.stable_diffusion import StableDiffusionAPI, StableDif
 from models.fitting.batches import in_batches
 from models.nn.guided_unet import GuidedUNet, GuidedUNetConfig
 from pipeline.checkpoints import Checkpoints
-from pipeline.environment import require_same_config
+from pipeline.compose import compose
+from pipeline.record import require_same_config
 from utils.config import load_config
 from utils.errors import FieldError, MissingWeights, UserError
 from utils.runtime import Runtime
@@ -339,7 +340,7 @@ def test_a_checkpoint_of_the_private_stage_knows_the_classes_and_costs_what_it_h
 
 def test_the_published_command_starts_from_a_checkpoint_of_the_published_size(tmp_path):
     public = load_config(["--method", "PDP-Diffusion", "--data_name", "cifar10_32", "-e", "inf"], METHODS)
-    Checkpoints(tmp_path, "PDP-Diffusion", run.compose(public).synthesizer, None).save("pretrain", "snapshot")
+    Checkpoints(tmp_path, "PDP-Diffusion", compose(public).synthesizer, None).save("pretrain", "snapshot")
     command = ["--method", "PE-SD", "--data_name", "cifar10_32", "--epsilon", "10.0", "eval.mode=val"]
     path = tmp_path / "pretrain" / "checkpoints" / "snapshot_checkpoint.pth"
     outcome = call(run.main, [*command, f"model.api_params.ckpt={path}", "--dry_run"])

@@ -59,7 +59,20 @@ def imports(path: Path) -> set[str]:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+        found |= {text for annotation in annotations(node) for text in dotted_texts(annotation)}
     return found
+
+
+def annotations(node: ast.AST) -> list[ast.expr]:
+    """The types of a parameter, of what a function returns, or of a variable."""
+    found = [getattr(node, field, None) for field in ("annotation", "returns")]
+    return [annotation for annotation in found if isinstance(annotation, ast.expr)]
+
+
+def dotted_texts(annotation: ast.expr) -> set[str]:
+    """Dotted names that are written as text in an annotation."""
+    texts = (node.value for node in ast.walk(annotation) if isinstance(node, ast.Constant))
+    return {text for text in texts if isinstance(text, str) and "." in text and " " not in text}
 
 
 @pytest.mark.parametrize("path", sources(*ALLOWED), ids=name)
@@ -67,6 +80,64 @@ def test_imports_never_point_up(path):
     own = path.relative_to(ROOT).parts[0]
     ours = {module.split(".")[0] for module in imports(path)} & {*PACKAGES, "run", "eval", "judging", "tests"}
     assert ours <= {own, *ALLOWED[own]}, f"{name(path)} imports {sorted(ours - {own, *ALLOWED[own]})}"
+
+
+def untyped(code: ast.AST) -> list[str]:
+    """Parameters without a type, behind which an arrow to another room could hide, and functions without a return type,
+    lambdas apart."""
+    found = []
+    for node in ast.walk(code):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        every = [
+            *node.args.posonlyargs,
+            *node.args.args,
+            *node.args.kwonlyargs,
+            node.args.vararg,
+            node.args.kwarg,
+        ]
+        names = [argument.arg for argument in every if argument is not None and argument.annotation is None]
+        found += [f"{node.name}({argument})" for argument in names if argument not in ("self", "cls")]
+        found += [f"{node.name}() ->"] if node.returns is None else []
+    return found
+
+
+@pytest.mark.parametrize("path", [*sources("pipeline"), *(ROOT / program for program in PROGRAMS)], ids=name)
+def test_the_pipeline_is_typed(path):
+    assert not untyped(tree(path)), name(path)
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("def f(a, *, b: int) -> int: pass", ["f(a)"]),
+        ("class C:\n  def f(self, *c): pass", ["f(c)", "f() ->"]),
+        ("def f(a: int, **k: int) -> None: pass", []),
+    ],
+)
+def test_an_untyped_parameter_would_be_seen(code, found):
+    assert untyped(ast.parse(code)) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "if TYPE_CHECKING:\n    from models.dpdm import DPDM",
+        "def f(x: 'models.dpdm.DPDM'): pass",
+        "import models.dpdm",
+    ],
+)
+def test_an_arrow_is_seen_wherever_it_hides(text, tmp_path):
+    (tmp_path / "file.py").write_text(text)
+    assert any(module.startswith("models") for module in imports(tmp_path / "file.py"))
+
+
+def test_the_pipeline_knows_no_single_method():
+    """A method's own files and settings are known to the method alone. Noise, which does nothing, stands in for "none"
+    in eval.py --images."""
+    for path in sources("pipeline"):
+        texts = {node.value for node in ast.walk(tree(path)) if isinstance(node, ast.Constant)}
+        assert not texts & ({*METHODS} - {"Noise"}), name(path)
 
 
 def test_a_method_imports_no_other_method():
@@ -171,9 +242,9 @@ def test_records_are_revealed_to_the_programs_alone():
             if (isinstance(node, ast.Attribute) and node.attr == "reveal")
             or (isinstance(node, ast.ImportFrom) and node.module == "opacus_ext.disclosure")
         ]
-        if name(path) not in ("run.py", "pipeline/judging.py") and not name(path).startswith("scripts/"):
+        if name(path) != "pipeline/evaluation.py" and not name(path).startswith("scripts/"):
             assert not calls, (name(path), calls)
-    assert ".reveal(" in (ROOT / "pipeline/judging.py").read_text()
+    assert ".reveal(" in (ROOT / "pipeline/evaluation.py").read_text()
 
 
 RANDOM = {

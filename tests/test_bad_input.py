@@ -515,7 +515,7 @@ def test_a_disk_that_fills_while_images_are_judged_leaves_no_folder(tmp_path, mo
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pipeline.judging.write_json", fail)
+    monkeypatch.setattr("pipeline.evaluation.write_json", fail)
     np.savez(tmp_path / "mine.npz", x=np.zeros((40, 8, 8), np.uint8), y=np.arange(40) % 10)
     out = tmp_path / "judged"
     words = ["--images", str(tmp_path / "mine.npz"), "--out", str(out), "--metrics", "nn_ratio"]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-import run as run_program
 from models import METHODS
 from models.dp_ntk import DPNTK, FitConfig
 from models.embedding.mean_embedding import EmbeddingGenerator
@@ -16,6 +15,7 @@ from models.embedding.ntk import NTKConfig, NTKEmbedding, NTKFeatures
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from pipeline.checkpoints import Checkpoints
+from pipeline.compose import compose
 from utils.config import load_config
 from utils.errors import UserError
 from utils.images import to_float
@@ -421,7 +421,7 @@ SIZES = {  # data -> parameters of the generator, of the random network, and fea
 @pytest.mark.parametrize("data", SIZES)
 def test_published_settings_reach_the_published_sizes(data):
     argv = ["--method", "DP-NTK", "--data_name", data, "--epsilon", "inf"]
-    method = run_program.compose(load_config(argv, METHODS)).synthesizer
+    method = compose(load_config(argv, METHODS)).synthesizer
     generator, network, num_features = SIZES[data]
     counts = {"generator": generator, "random network of the features": network}
     assert method.parameter_counts() == counts
@@ -435,7 +435,7 @@ def test_published_settings_reach_the_published_sizes(data):
 )
 def test_the_noise_is_that_of_one_gaussian_release(data, epsilon, multiplier):
     argv = ["--method", "DP-NTK", "--data_name", data, "--epsilon", str(epsilon), "eval.mode=val"]
-    ledger = run_program.compose(load_config(argv, METHODS)).ledger
+    ledger = compose(load_config(argv, METHODS)).ledger
     assert ledger.planned("mean embedding").noise_multiplier == pytest.approx(multiplier, rel=1e-3)
 
 

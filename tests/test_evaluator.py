@@ -22,7 +22,7 @@ from evaluation.selection import split_samples
 from extractors import inception, random_conv
 from models import METHODS
 from opacus_ext.noise import NoiseSource
-from pipeline.judging import validation_data
+from pipeline.evaluation import validation_data
 from utils.config import load_config
 from utils.errors import Unavailable, UserError
 from utils.images import to_float

@@ -8,8 +8,11 @@ from evaluation.evaluator import Evaluator
 from evaluation.listing import evaluation_line
 from models import METHODS
 from opacus_ext.noise import NoiseSource
-from pipeline.judging import CEILING, ORACLE, SHOWN, RealData, open_door, revealed, validation_data
-from utils.config import load_config
+from pipeline.configuration import evaluation_config, run_config
+from pipeline.evaluation import CEILING, ORACLE, SHOWN, RealImages, disclose, reveal, validation_data
+from pipeline.record import write_start
+from utils.command_line import read_command_line
+from utils.config import PAST_RUN, load_config
 from utils.errors import UserError
 
 SPEC = DataSpec("digits_8", 8, 1, 10, 20, tuple("0123456789"))
@@ -55,9 +58,9 @@ def test_private_choices_are_planned_and_announced_for_every_metric_with_classif
         (["eval.metrics=[]", "eval.gallery=private"], "eval.gallery"),
     ],
 )
-def test_training_images_are_revealed_if_something_needs_them(settings, users):
-    real = RealData(open_door(IMAGES), IMAGES, None)
-    train, oracle, reasons = revealed(config_with(*settings, "eval.ceiling=none"), real)
+def test_training_images_are_reveal_if_something_needs_them(settings, users):
+    real = RealImages(disclose(IMAGES), IMAGES, None)
+    train, oracle, reasons = reveal(config_with(*settings, "eval.ceiling=none"), real)
     assert oracle is None
     if users is None:
         assert train is None and reasons == []
@@ -69,15 +72,15 @@ def test_training_images_are_revealed_if_something_needs_them(settings, users):
     ("metrics", "classifiers", "measured"),
     [("accuracy", "small_cnn", True), ("fid", "small_cnn", False), ("accuracy", "wrn", False)],
 )
-def test_training_images_are_revealed_to_measure_a_ceiling(metrics, classifiers, measured):
+def test_training_images_are_reveal_to_measure_a_ceiling(metrics, classifiers, measured):
     config = config_with(f"eval.metrics=[{metrics}]", f"eval.classifiers=[{classifiers}]")
-    train, _, reasons = revealed(config, RealData(open_door(IMAGES), IMAGES, None))
+    train, _, reasons = reveal(config, RealImages(disclose(IMAGES), IMAGES, None))
     assert (CEILING in reasons) == measured and (train is IMAGES) == (measured or metrics == "fid")
 
 
 def test_every_reason_is_listed():
-    real = RealData(open_door(IMAGES), IMAGES, None, open_door(IMAGES))
-    train, oracle, reasons = revealed(config_with("eval.metrics=[fid]", "eval.gallery=report"), real)
+    real = RealImages(disclose(IMAGES), IMAGES, None, disclose(IMAGES))
+    train, oracle, reasons = reveal(config_with("eval.metrics=[fid]", "eval.gallery=report"), real)
     assert train is oracle is IMAGES and reasons[1:] == [SHOWN, ORACLE] and "fid, eval.gallery" in reasons[0]
 
 
@@ -95,3 +98,52 @@ def test_an_evaluation_without_training_images_works():
     samples = Samples(images, np.arange(40, dtype=np.int64) % 10)
     report = evaluator.evaluate(samples, train=None, test=samples, select=None)
     assert [name for name in report.metrics if name.startswith("calibration_error")]
+
+
+# ------------------------------------------------------------------------------------------ a past run as a layer
+
+
+def run_folder(tmp_path, *settings: str):
+    """A folder with config.yaml and environment.json as a run leaves them."""
+    argv = ["--method", "Noise", "--data_name", "digits_8", "--epsilon", "3", "preset=quick", *settings]
+    config = load_config(argv, METHODS)
+    write_start(tmp_path, config, "identity")
+    return config
+
+
+def test_list_values_of_a_run_are_kept_when_it_is_evaluated_again(tmp_path):
+    names = [f"no, {digit}" for digit in range(10)]  # a comma is part of each name
+    quoted = ", ".join(f"'{name}'" for name in names)
+    run = run_folder(tmp_path, f"sensitive_data.class_names=[{quoted}]", "eval.metrics=[fid]")
+    again = evaluation_config(["--exp_path", str(tmp_path)])
+    assert run.sensitive_data.class_names == again.sensitive_data.class_names == names
+    assert again.eval.metrics == ["fid"] and again.provenance["sensitive_data.class_names"] == PAST_RUN
+    assert (again.method, again.epsilon, again.provenance["method"]) == ("Noise", 3.0, PAST_RUN)
+
+
+def test_the_command_line_overrides_a_past_run_but_validation_images_must_be_asked_for(tmp_path):
+    run_folder(tmp_path, "eval.mode=val", "seed=4", "privacy.noise_seed=7", "eval.metrics=[fid]")
+    again = evaluation_config(["--exp_path", str(tmp_path), "eval.metrics=[kid]"])
+    assert (again.eval.metrics, again.eval.mode, again.seed) == (["kid"], "syn", 4)
+    assert again.privacy.noise_seed is None, "the noise of the run would be drawn again"
+    assert evaluation_config(["--exp_path", str(tmp_path), "eval.mode=val"]).eval.mode == "val"
+
+
+def test_a_resumed_run_has_all_values_of_the_run(tmp_path):
+    started = run_folder(tmp_path, "gen.data_num=77", "eval.metrics=[kid]")
+    resumed = run_config(read_command_line(["--resume_exp", str(tmp_path)], "run"))
+    assert resumed.snapshot == started.snapshot and resumed.resume == str(tmp_path.resolve())
+    other = run_config(read_command_line(["--resume_exp", str(tmp_path), "eval=none"], "run"))
+    assert other.eval.metrics == [] and other.eval.mode == started.eval.mode and other.gen.data_num == 77
+
+
+def test_a_damaged_past_run_is_refused(tmp_path):
+    run_folder(tmp_path)
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("seed:", "sed:"))
+    for load in (
+        lambda: evaluation_config(["--exp_path", str(tmp_path)]),
+        lambda: run_config(read_command_line(["--resume_exp", str(tmp_path)], "run")),
+    ):
+        with pytest.raises(UserError, match=r"config\.yaml.* seed"):
+            load()

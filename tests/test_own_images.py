@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from test_quick_preset import own_images
 
-import run as run_program
 from data.public import misfit
 from data.spec import DataSpec
 from models import METHODS
 from opacus_ext.dpsgd import dpsgd_release
+from pipeline.compose import compose
 from utils.config import load_config
 from utils.errors import UserError
 from utils.formula import evaluate, resolved
@@ -176,5 +176,5 @@ def test_a_public_set_of_another_kind_is_told(class_names, channels, told, tmp_p
 def test_a_misfit_is_told_where_a_run_is_composed(tmp_path, caplog):
     names = "sensitive_data.class_names=[healthy,ill]"
     with caplog.at_level("INFO"):
-        run_program.compose(load(tmp_path, *own_images("PDP-Diffusion", 300, 8, 1, 2, names, "preset=quick")))
+        compose(load(tmp_path, *own_images("PDP-Diffusion", 300, 8, 1, 2, names, "preset=quick")))
     assert any("healthy" in line and "glyphs" in line for line in caplog.messages)

@@ -15,6 +15,7 @@ from models import METHODS
 from opacus_ext.accounting import epsilon_of
 from opacus_ext.ledger import Ledger
 from pipeline.checkpoints import Checkpoints
+from pipeline.compose import compose
 from utils.config import Config, load_config
 
 PRIVATE_LABELS = ["DPDM", "PrivImage"]  # the label table has the private classes
@@ -24,7 +25,7 @@ LATENT = ["DP-LDM", "DP-LoRA"]
 
 def composed(*argv: str):
     """The parts of a run that command lines lead to: the network built, the noise calibrated."""
-    return run_program.compose(load_config(list(argv), METHODS))
+    return compose(load_config(list(argv), METHODS))
 
 
 def network_of(config: Config, label_dim: int) -> torch.nn.Module:

@@ -9,9 +9,10 @@ import torch
 import work_clock
 
 import evaluation.cost  # noqa: F401 - its clock is replaced
-import run as run_program
 from data.public import num_public_images
 from models import METHODS
+from pipeline.compose import compose
+from pipeline.planning import evaluation_costs_of
 from utils.config import load_config
 
 MINUTES = 25  # of one core
@@ -52,14 +53,14 @@ def own_images(
 def stages(argv: list[str], tmp_path, monkeypatch) -> list:
     """Costs of the whole run."""
     work_clock.use(monkeypatch)
-    parts = run_program.compose(load_config([*argv, "--data_root", str(tmp_path)], METHODS))
+    parts = compose(load_config([*argv, "--data_root", str(tmp_path)], METHODS))
     costs, synthesizer = [], parts.synthesizer
     if synthesizer.uses_public_images:
         number = num_public_images(parts.config.public_data, tmp_path)
         if number is None and parts.config.public_data.name == "tiny_imagenet":
             number = TINY_IMAGENET
         costs += [] if number is None else synthesizer.public_costs(number)
-    return [*costs, *synthesizer.costs(), *run_program.judging_costs(parts)]
+    return [*costs, *synthesizer.costs(), *evaluation_costs_of(parts)]
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,8 @@ from evaluation.report import Report
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Budget, Ledger
 from pipeline.checkpoints import Checkpoints
-from pipeline.environment import require_same_config, settings_of, words_of
 from pipeline.folder import create, discard_unstarted, find, find_any
-from pipeline.results import results_of, write_privacy
+from pipeline.record import command_of, require_same_config, results_of, settings_of, write_privacy
 from pipeline.stage_times import StageTimes
 from utils import files
 from utils.checkpoint_files import read
@@ -100,7 +99,7 @@ def test_the_words_of_a_run_come_back_as_they_were(tmp_path):
     """Also those that JSON, as it is written here, makes numbers of."""
     words = ["--method", "Noise", "--epsilon", "inf", "seed=1"]
     write_json(tmp_path / "environment.json", {"command": ["run.py", *words]})
-    assert words_of(tmp_path) == words
+    assert command_of(tmp_path) == words
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])

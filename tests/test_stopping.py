@@ -57,7 +57,7 @@ def test_sigterm_in_a_run_says_how_to_go_on(tmp_path, monkeypatch):
 
 
 def test_sigterm_in_eval(monkeypatch):
-    monkeypatch.setattr("eval.show_parts", terminate)
+    monkeypatch.setattr("evaluation.listing.listing", terminate)
     outcome = call(eval_program.main, ["--list"])
     assert (outcome.code, outcome.err) == (143, "stopped\n")
 

@@ -2,11 +2,9 @@
 
 CONFIG = "config.yaml"  # written first: a folder without it is no run
 PRIVACY = "privacy.json"  # the account of what was asked of private images
-QUERY_ANSWER = (
-    "pretrain/semantic_query.json"  # a noisy answer about private images, before the first checkpoint
-)
 DIVERGED = "diverged.json"  # private training failed: why, and what it has spent
 SAMPLES, GRID = "gen/gen.npz", "gen/sample.png"
 CARD = "privacy_card.md"  # what PRIVACY says, in words
 RESULTS = "results.json"  # written last: its presence means "done"
 ENVIRONMENT = "environment.json"
+PROVENANCE, STDOUT, TIMING = "provenance.txt", "stdout.txt", "timing.json"

@@ -6,6 +6,7 @@ Nothing is guessed: an unknown flag, a stray word, and a setting that is given t
 import argparse
 import math
 import re
+from typing import NamedTuple
 
 from utils.errors import UserError, unknown
 from utils.sections import check
@@ -166,6 +167,15 @@ SETTINGS_HELP = (
 )
 
 
+class CommandLine(NamedTuple):
+    """A command line that has been read."""
+
+    flags: argparse.Namespace
+    settings: dict[str, str]  # key -> text, aliases replaced
+    given: set[str]  # names of the flags that were given
+    arguments: tuple[str, ...]  # as they were given, without the program's name
+
+
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are UserErrors."""
 
@@ -212,8 +222,8 @@ def short_help(program: str) -> str:
     return "\n".join((f"usage: python {program}.py [flags] [key=value ...]", "", *lines))
 
 
-def read_command_line(argv: list[str], program: str) -> tuple[argparse.Namespace, dict[str, str], set[str]]:
-    """The flags, the settings (key -> text, aliases replaced), and the names of the flags that were given."""
+def read_command_line(argv: list[str], program: str) -> CommandLine:
+    """Read the arguments of `program`, a key of FILES. Raises UserError for a mistake in them."""
     given = _given_flags(argv, program)
     flags, rest = parser(program).parse_known_args(argv)
     settings = _split_settings(rest)
@@ -221,7 +231,7 @@ def read_command_line(argv: list[str], program: str) -> tuple[argparse.Namespace
         if "eval.metrics" in settings:
             raise UserError("--metrics and eval.metrics are both given; they mean the same")
         settings["eval.metrics"] = f"[{flags.metrics}]"
-    return flags, settings, given
+    return CommandLine(flags, settings, given, tuple(argv))
 
 
 def _given_flags(argv: list[str], program: str) -> set[str]:

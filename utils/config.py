@@ -1,15 +1,17 @@
 """From a command line to a typed, frozen configuration in which every value knows the layer that set it.
 
-Four layers, the later one wins:
+Five layers, the later one wins:
   1. base          configs/config.yaml and one file per group (data, public_data, eval, setup, method)
   2. derived       interpolations in these files, such as ${sensitive_data.resolution}
   3. preset        rules of configs/presets/<Method>.yaml that match the dataset and the tuned epsilon
-  4. command line  flags and key=value
+  4. past run      the values of a run that is resumed, or whose samples are evaluated again
+  5. command line  flags and key=value
 The composed values are then checked against the classes of utils/sections.py and the method's own `Config`.
 Nothing heavy is imported before a config is loaded: `run.py --help` must answer at once.
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import json
@@ -17,7 +19,7 @@ import re
 import typing
 from pathlib import Path
 
-from utils.command_line import parse_epsilon, parse_value, parser, read_command_line
+from utils.command_line import CommandLine, parse_epsilon, parse_value, parser, read_command_line
 from utils.config_files import ConfigFiles, config_folders, file_values, flatten, readable_errors
 from utils.errors import UserError, unknown
 from utils.places import data_root, path_of, weights_root
@@ -34,7 +36,7 @@ from utils.sections import (
 )
 from utils.typed import build, leaf_types, unknown_key
 
-__all__ = ["Config", "format_config", "load_config", "parser"]
+__all__ = ["Config", "compose_config", "format_config", "load_config", "parser"]
 
 SHARED_SECTIONS = {
     "sensitive_data": SensitiveDataConfig,
@@ -52,6 +54,8 @@ EVERY_METHOD = (
     "_every_method"  # presets/_every_method.yaml holds for all methods, before the method's own rules
 )
 COMMAND_LINE = "command line"
+PAST_RUN = "past run"
+FLAG_KEYS = {"method": "method", "data_name": "data_name", "epsilon": "privacy.epsilon"}  # flag -> key
 LONGEST_VALUE = 30  # characters of the column of values in --print_config
 
 
@@ -143,14 +147,40 @@ def load_config(argv: list[str], methods: Registry, program: str = "run") -> Con
 
     Plugins that `argv` names are imported. Raises UserError for whatever the user can repair.
     """
-    flags, settings, given = read_command_line(argv, program)
+    return compose_config(read_command_line(argv, program), methods)
+
+
+def compose_config(
+    command_line: CommandLine, methods: Registry, base: dict[str, object] | None = None
+) -> Config:
+    """Compose the configuration of a command line that has been read.
+
+    `base` holds the values of a past run by dotted key, as in its config.yaml, or some of them. Its method, data_name
+    and privacy.epsilon replace the defaults of the flags. Raises UserError for whatever the user can repair.
+    """
+    flags, settings, given, arguments = command_line
+    flags, settings, base = copy.copy(flags), dict(settings), dict(base or {})
+    flag_layers = {flag: _flag_layer(flag, given) for flag in FLAG_KEYS}
+    for flag, key in FLAG_KEYS.items():
+        if key in base and flag not in given:
+            setattr(flags, flag, str(base[key]))
+            flag_layers[flag] = PAST_RUN
+        base.pop(key, None)
     files = ConfigFiles(config_folders(flags))
     method = methods.canonical(flags.method)
     schema = _Schema(method, methods.resolve(method).Config)
+    for key in base:
+        if key not in schema.types:
+            raise unknown_key(key, schema.types, PAST_RUN)
     choices = {group: settings.pop(group) for group in FILE_CHOICES if group in settings}
     command = _parse_settings(settings, schema.types)
-    cell = _choose_cell(files, schema, flags, choices, command)
-    layers = _value_layers(files, cell, schema, given, command, data_root(flags.data_root))
+    early = base | command
+    cell = _choose_cell(files, schema, flags, choices, early)
+    layers = _value_layers(files, cell, schema, flag_layers["epsilon"], early, data_root(flags.data_root))
+    layers += [(key, value, PAST_RUN) for key, value in base.items()]
+    if "public_data.name" in command:  # as its file spells it
+        command = {**command, "public_data.name": cell.public_name}
+    layers += [(key, value, COMMAND_LINE) for key, value in command.items()]
     written = files.written_values(
         cell.files
     )  # before Hydra composes them: the reader refuses what it would misread
@@ -169,11 +199,11 @@ def load_config(argv: list[str], methods: Registry, program: str = "run") -> Con
         method_config=schema.method_type(**{name: typed[name] for name in schema.own}),
         provenance={
             **_provenance(snapshot, written, layers),
-            **{flag: _flag_layer(flag, given) for flag in ("method", "data_name")},
+            **{flag: flag_layers[flag] for flag in ("method", "data_name")},
         },
         snapshot=snapshot,
         notes=cell.notes(),
-        words=tuple(argv),
+        words=arguments,
     )
 
 
@@ -327,23 +357,27 @@ def _choose_public_data(
 
 
 def _value_layers(
-    files: ConfigFiles, cell: _Cell, schema: _Schema, given: set[str], command: dict[str, object], root: Path
+    files: ConfigFiles,
+    cell: _Cell,
+    schema: _Schema,
+    epsilon_layer: str,
+    command: dict[str, object],
+    root: Path,
 ) -> list[tuple[str, object, str]]:
-    """(dotted key, value, layer) of all that goes on top of the YAML files, in the order in which it applies."""
+    """(dotted key, value, layer) of all that goes on top of the YAML files and below past run and command line, in the
+    order in which it applies."""
     result = [(key, value, rule.layer) for rule in cell.rules for key, value in rule.values.items()]
     for key, _, layer in result:
         if key not in schema.types:
             raise unknown_key(key, schema.types, layer)
     if files.main().get("preset") is None:
         result.append(("preset", cell.preset, f"default for {cell.data_name}"))
-    result.append(("privacy.epsilon", cell.epsilon, _flag_layer("epsilon", given)))
+    result.append(("privacy.epsilon", cell.epsilon, epsilon_layer))
     if cell.files["data"].stem == OWN_IMAGES:
         result.append(("sensitive_data.name", cell.data_name, COMMAND_LINE))
         meta = _meta_of_own_images(cell.data_name, root, command)
         result += [] if meta is None else _size_of_own_images(meta)
-    if "public_data.name" in command:  # as its file spells it
-        command = {**command, "public_data.name": cell.public_name}
-    return result + [(key, value, COMMAND_LINE) for key, value in command.items()]
+    return result
 
 
 def _meta_of_own_images(data_name: str, root: Path, command: dict[str, object]) -> Path | None:

@@ -22,7 +22,6 @@ from opacus_ext.accounting import Release
 from opacus_ext.ledger import Ledger
 from opacus_ext.private_data import PrivateData
 from utils import distributed
-from utils.artefacts import QUERY_ANSWER
 from utils.checkpoint_files import not_finite
 from utils.errors import Diverged, UserError, unknown
 from utils.files import atomic, write_json
@@ -34,6 +33,8 @@ from utils.seeding import numpy_rng
 from utils.timing import Cost, batch_rows, seconds_of
 
 QUERY = "semantic query"
+# The noisy result, written before the first checkpoint.
+QUERY_ANSWER = "pretrain/semantic_query.json"
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,20 @@
-"""What it takes to repeat a run: configuration with provenance, versions, hardware, seeds."""
+"""What a run records: configuration, environment, privacy.json with its card, results.json. The one writer of these
+files."""
 
 import importlib.metadata
 import itertools
 import platform
 import subprocess
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
-from utils.artefacts import CONFIG, ENVIRONMENT
+from evaluation.report import Report
+from opacus_ext.card import privacy_card
+from pipeline.divergence import require_not_diverged
+from pipeline.folder import find
+from utils.artefacts import CARD, CONFIG, ENVIRONMENT, PRIVACY, RESULTS
+from utils.config import Config, format_config
 from utils.config_files import flatten, read_yaml
 from utils.errors import UserError
 from utils.files import read_json, write_json, write_text
@@ -28,8 +35,14 @@ FREE = (
     "setup.", "eval.", "model.api_params.openai.max_", "train.dp.max_physical_batch_size", "train.dp.n_split",
 )  # fmt: skip
 
+SCHEMA = 1
+# What a later evaluation leaves alone.
+OF_TRAINING = (
+    "epsilon", "seed", "preset", "preset_tier", "borrowed", "precision", "eval_mode", "overrides", "git", "versions",
+)  # fmt: skip
 
-def write(folder: Path, config, data_identity: str) -> None:
+
+def write_start(folder: Path, config: Config, data_identity: str) -> None:
     """Write config.yaml, provenance.txt and environment.json into a run's folder. `data_identity` is the random name of
     the prepared private images (DataSpec.identity).
 
@@ -37,8 +50,6 @@ def write(folder: Path, config, data_identity: str) -> None:
     and so whether one record is in it.
     """
     from omegaconf import OmegaConf
-
-    from utils.config import format_config
 
     write_text(folder / "provenance.txt", format_config(config) + "\n")
     write_json(folder / ENVIRONMENT, {**describe(config), "data_identity": data_identity})
@@ -55,7 +66,7 @@ def require_same_data(folder: Path, data_identity: str) -> None:
         )
 
 
-def require_same_config(folder: Path, config) -> None:
+def require_same_config(folder: Path, config: Config) -> None:
     """Raise UserError with the settings in which `config` differs from the run in `folder`.
 
     What begins like one of FREE may differ; eval.mode may not: it splits the data.
@@ -79,7 +90,7 @@ def values_of(folder: Path) -> dict[str, object]:
     return flatten(read_yaml(path))
 
 
-def words_of(folder: Path) -> list[str]:
+def command_of(folder: Path) -> list[str]:
     """The command line with which the run in `folder` was started, without the program's name; UserError if it is
     damaged."""
     path = folder / ENVIRONMENT
@@ -92,14 +103,14 @@ def words_of(folder: Path) -> list[str]:
     return command[1:]
 
 
-def settings_of(folder: Path, config) -> dict:
+def settings_of(folder: Path, config: Config) -> dict:
     """What tells a run from another of the same name: how the one in `folder` was started; of images that no run made,
     how `config` judges them. `overrides` are the words key=value of the command line, in its order."""
     values, words = flatten(config.snapshot) | {"eval.mode": config.eval.mode}, config.words
     if (folder / ENVIRONMENT).exists():
         values = values_of(folder)
         try:
-            words = words_of(folder)
+            words = command_of(folder)
         except UserError:  # damaged: no reason to lose what a long evaluation found
             words = None
     overrides = None if words is None else _overrides(words)
@@ -110,7 +121,7 @@ def settings_of(folder: Path, config) -> dict:
     }
 
 
-def training_overrides(folder: Path, config) -> list[str] | None:
+def training_overrides(folder: Path, config: Config) -> list[str] | None:
     """The settings that were given for the training of the run in `folder`, as key=value, without those that name
     places, secrets, the machine or the evaluation; None where the run's record of them is damaged."""
     hidden = ("setup.", "eval.", "sensitive_data.path", "privacy.noise_seed")
@@ -132,7 +143,7 @@ def _takes_value(word: str) -> bool:
     return word.startswith("-") and "=" not in word
 
 
-def describe(config) -> dict:
+def describe(config: Config) -> dict:
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -168,3 +179,97 @@ def git_commit() -> str | None:
     except FileNotFoundError:
         return None
     return commit.stdout.strip() or None
+
+
+def write_privacy(folder: Path, training: dict, selection: dict | None = None) -> dict:
+    """Write and return privacy.json: the training ledger's report, and one entry in `selection` per evaluation that
+    asked the private validation images, known by its id. Earlier entries stay: judging a run again spends again. So
+    does what was `revealed` before, by an evaluation that was interrupted, too. results.json, if there is one, tells
+    their sum."""
+    path = folder / PRIVACY
+    before = read_json(path) if path.exists() else {"selection": [], "revealed": []}
+    others = [entry for entry in before["selection"] if selection is None or entry["id"] != selection["id"]]
+    privacy = {
+        **training,
+        "run": f"{folder.resolve().parent.name}/{folder.name}",
+        "selection": others + ([] if selection is None else [selection]),
+        "revealed": list(dict.fromkeys([*before["revealed"], *training["revealed"]])),
+    }
+    write_json(path, privacy)
+    if (folder / RESULTS).exists():
+        write_json(folder / RESULTS, read_json(folder / RESULTS) | _of_selection(privacy))
+    return privacy
+
+
+def results_of(
+    folder: Path,
+    config: Config,
+    privacy: dict,
+    report: Report,
+    evaluation: dict,
+    timing: dict[str, float],
+    facts: dict,
+) -> dict:
+    """The content of results.json, the last file that is written. `evaluation` are its settings, `timing` is in seconds
+    per stage, `facts` is what it says of the samples.
+
+    Judging a finished run again gives what `report` then holds; what describes its training stays as it was.
+    """
+    path = folder / RESULTS
+    before = read_json(path) if path.exists() else {}
+    evaluated = report.to_dict()
+    content = {
+        "schema": SCHEMA,
+        "method": config.method,
+        "data": config.data_name,
+        "images": None if config.images is None else str(config.images),  # judged without a run
+        "epsilon": config.epsilon,
+        "delta": privacy["budget"]["delta"],
+        "private": privacy["private"],
+        "num_records": privacy.get("num_records"),  # None: images of no run
+        "spent_epsilon": privacy["spent"],
+        **_of_selection(privacy),
+        "seed": config.seed,
+        "preset": config.preset,
+        "preset_tier": config.preset_tier,
+        "borrowed": config.borrowed,
+        **settings_of(folder, config),
+        **facts,
+        **{key: privacy[key] for key in ("public_data", "public_copies") if key in privacy},
+        "warnings": report.warnings,
+        "metrics": evaluated["metrics"],
+        "metric_info": evaluated["metric_info"],
+        "missing": evaluated["missing"],
+        "evaluation": evaluation,
+        "judged": f"{datetime.now():%Y-%m-%d %H:%M}",
+        "judged_git": git_commit(),
+        "timing": {**before.get("timing", {}), **{stage: round(taken, 2) for stage, taken in timing.items()}},
+        "git": git_commit(),
+        "versions": versions(),
+    }
+    return {**content, **{key: before[key] for key in OF_TRAINING if key in before}}
+
+
+def _of_selection(privacy: dict) -> dict:
+    """What results.json says of the noisy choices of epochs."""
+    return {
+        "selection_epsilon": sum(selection["spent"] for selection in privacy["selection"]),
+        "noise_seeded": any(part["noise_seeded"] for part in (privacy, *privacy["selection"])),
+    }
+
+
+def write_account(folder: Path, training: dict, selection: dict | None = None) -> dict:
+    """Write privacy.json (see `write_privacy`) and the card that explains it; returns the content of privacy.json."""
+    privacy = write_privacy(folder, training, selection)
+    write_text(folder / CARD, privacy_card(privacy))
+    return privacy
+
+
+def find_resumable(config: Config, data_identity: str) -> Path:
+    """The folder of the run of --resume_exp. Raises UserError unless it was started with the same settings and data,
+    and did not diverge."""
+    folder = find(config.exp_root, config.method, config.resume)
+    require_same_config(folder, config)
+    require_same_data(folder, data_identity)
+    require_not_diverged(folder)
+    return folder

@@ -1,0 +1,120 @@
+"""Compose the parts of a run from its configuration: data spec, ledger, method, evaluator. Reads no image."""
+
+import dataclasses
+
+from data.cache import CACHE_NAME
+from data.public import misfit, num_public_classes
+from data.sensitive import private_cache, require_apart, spec_of
+from data.spec import DataSpec
+from evaluation.evaluator import Evaluator
+from models import METHODS
+from models.synthesizer import Synthesizer
+from opacus_ext.accounting import Release
+from opacus_ext.ledger import Budget, Ledger, default_delta, weak_delta
+from utils.config import COMMAND_LINE, Config
+from utils.device import prepare_device
+from utils.errors import UserError
+from utils.memory import require_memory
+from utils.runtime import Runtime, log
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is composed of before any image has been read."""
+
+    config: Config
+    spec: DataSpec
+    runtime: Runtime
+    ledger: Ledger | None  # None in a run without private data
+    synthesizer: Synthesizer
+    evaluator: Evaluator
+
+
+def compose(config: Config, plan: list[Release] | None = None) -> Parts:
+    """Build all parts. The ledger adopts the plan of the method, or `plan`, which is calibrated already. Raises
+    UserError."""
+    for line in config.notes:
+        log.info(line)
+    spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
+    for line in lines:
+        log.info(line)
+    require_apart(config.public_data, config.sensitive_data, config.data_root)
+    if config.gen.data_num < spec.num_classes:
+        raise UserError(
+            f"gen.data_num: {config.gen.data_num}; it must be at least {spec.num_classes}, one per class"
+        )
+    require_memory("gen.data_num", config.gen.data_num, spec.image_shape)
+    runtime = Runtime(
+        prepare_device(config.setup),
+        config.seed,
+        config.setup.precision,
+        cache_dir=config.data_root / CACHE_NAME,
+        weights_root=config.weights_root,
+    )
+    evaluator = _evaluator(config, spec, runtime.device)  # before the method is built: unknown names fail now
+    synthesizer = _synthesizer(config, spec, runtime)
+    for line in [*_misfit_lines(config, spec, synthesizer), *_ineffective_lines(config, synthesizer)]:
+        log.info(line)
+    if config.sensitive_data.name is None:
+        require_public_only(config.method, synthesizer)
+        return Parts(config, spec, runtime, None, synthesizer, evaluator)
+    delta = config.privacy.delta or default_delta(spec.num_train)
+    ledger = Ledger(Budget(config.privacy.epsilon, delta), config.privacy.accountant, config.privacy.relation)
+    if ledger.budget.private and (weak := weak_delta(delta, spec.num_train)):
+        log.info(f"warning: {weak}")
+    ledger.adopt(synthesizer.privacy_plan() if plan is None else plan)
+    return Parts(config, spec, runtime, ledger, synthesizer, evaluator)
+
+
+def _evaluator(config: Config, spec: DataSpec, device: str) -> Evaluator:
+    cache = None
+    if config.sensitive_data.name is not None:
+        cache = private_cache(config.sensitive_data, config.data_root)
+    return Evaluator(
+        config.eval, spec, config.weights_root, device, config.seed, cache, config.sensitive_data.prompt
+    )
+
+
+def _synthesizer(config: Config, spec: DataSpec, runtime: Runtime) -> Synthesizer:
+    method_config = config.method_config
+    if hasattr(method_config, "public_data"):
+        known = num_public_classes(method_config.public_data, config.data_root)
+        public = dataclasses.replace(method_config.public_data, n_classes=known)
+        method_config = dataclasses.replace(method_config, public_data=public)
+    return METHODS.resolve(config.method)(method_config, spec, runtime)
+
+
+def _misfit_lines(config: Config, spec: DataSpec, synthesizer: Synthesizer) -> list[str]:
+    """A line if the public images differ from the private ones in size or channels."""
+    if not synthesizer.uses_public_images:
+        return []
+    line = misfit(config.public_data, spec, config.data_root)
+    return [] if line is None else [line]
+
+
+def _ineffective_lines(config: Config, synthesizer: Synthesizer) -> list[str]:
+    idle = synthesizer.idle_settings()
+    if config.eval.mode != "val":
+        why = f"no private image is held out with eval.mode={config.eval.mode}"
+        idle = {**idle, "eval.selection_epsilon": why, "sensitive_data.num_val": why}
+    return ineffective_settings(config.provenance, idle)
+
+
+def ineffective_settings(provenance: dict[str, str], idle: dict[str, str]) -> list[str]:
+    """A line for each setting of the command line that has no effect. `idle` maps keys or sections to the reason."""
+    given = [key for key, layer in provenance.items() if layer == COMMAND_LINE]
+    return [
+        f"{key}: no effect: {why}"
+        for key in given
+        for name, why in idle.items()
+        if f"{key}.".startswith(f"{name}.")
+    ]
+
+
+def require_public_only(method: str, synthesizer: Synthesizer) -> None:
+    """Raise UserError if the pretraining of a run without private images would query them."""
+    queries = [f"'{release.name}'" for release in synthesizer.pretraining_plan()]
+    if queries:
+        raise UserError(
+            f"sensitive_data.name: null, but pretraining {method} queries the private images: {', '.join(queries)}"
+        )

@@ -1,0 +1,145 @@
+"""From a command line to the configuration of a run or of an evaluation; a past run that it names is one more layer."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from models import METHODS
+from pipeline.folder import find, find_any
+from pipeline.record import command_of, values_of
+from utils.artefacts import CONFIG, ENVIRONMENT
+from utils.command_line import CommandLine, read_command_line
+from utils.config import FLAG_KEYS, Config, compose_config
+from utils.config_files import config_folders
+from utils.errors import UserError
+from utils.places import path_of
+from utils.runtime import log
+
+# Flags next to --resume_exp that belong to this call and not to the run.
+OF_THIS_CALL = {"exp_root", "dry_run", "print_config"}
+# Another value than that of the run would let eval.mode=val query training images, or account for the query wrongly.
+FIXED = ("sensitive_data.num_val", "privacy.relation")
+# Sections and keys that an evaluation uses.
+USED = ("eval", "sensitive_data", "privacy", "setup", "seed", "preset")
+SAMPLING_ONLY = ("model.ckpt", "pretrain.n_epochs", "train.n_epochs")
+
+
+def run_config(command_line: CommandLine) -> Config:
+    """The configuration of run.py.
+
+    With --resume_exp alone, or with settings, the values of that run are the base; a command line that names method,
+    data or budget must be complete. Raises UserError.
+    """
+    base = None
+    if "resume_exp" in command_line.given and not command_line.given - {"resume_exp", *OF_THIS_CALL}:
+        command_line, base = _resumed(command_line)
+    return compose_config(*_without_own_checkpoint(command_line, base))
+
+
+def evaluation_config(argv: list[str]) -> Config:
+    """The configuration of eval.py; with --exp_path the values of that run are the base.
+
+    The run is evaluated as before, except for eval.mode=val, which spends budget of the validation images again: it
+    must be given. Raises UserError.
+    """
+    command_line = read_command_line(argv, "eval")
+    flags, settings, given, _ = command_line
+    _check_flags(given)
+    for key in settings:
+        if key.split(".")[0] not in USED:
+            raise UserError(f"{key}={settings[key]}: an evaluation does not use this setting; leave it out")
+    if {"images", "list"} & given:
+        flags.method = "Noise"  # the smallest one: no method matters here
+    if flags.exp_path is None or "images" in given:
+        return compose_config(command_line, METHODS)
+    folder = path_of(flags.exp_path, "--exp_path")
+    base = _evaluation_base(folder, command_line)
+    if "plugin" not in given and (folder / ENVIRONMENT).exists():  # the method may be one of theirs
+        flags.plugin = read_command_line(command_of(folder), "run").flags.plugin
+    return compose_config(command_line, METHODS, base)
+
+
+def _resumed(command_line: CommandLine) -> tuple[CommandLine, dict[str, object]]:
+    """The command line with the flags of the run of --resume_exp, and the values of that run."""
+    now = command_line.flags
+    folder = find_any(path_of(now.exp_root, "--exp_root"), now.resume_exp)
+    original = read_command_line(command_of(folder), "run")
+    base = values_of(folder)
+    _require_keys(folder, base)
+    # A file that is chosen now replaces its section; how the data are split stays.
+    chosen = {"eval", "setup"} & set(command_line.settings)
+    base = {
+        key: value for key, value in base.items() if key.split(".")[0] not in chosen or key == "eval.mode"
+    }
+    settings = command_line.settings
+    arguments = [word for word in original.arguments if word.partition("=")[0] not in settings]
+    arguments += [f"{key}={value}" for key, value in settings.items()]
+    log.info(f"resuming with the original command: run.py {shlex.join(arguments)}")
+    of_this_call = {
+        "resume_exp": str(folder.resolve()),
+        "dry_run": now.dry_run,
+        "print_config": now.print_config,
+    }
+    flags = argparse.Namespace(**{**vars(original.flags), **of_this_call})
+    # method, data_name and epsilon come from the base, whose values the original command line led to.
+    return command_line._replace(flags=flags), base
+
+
+def _without_own_checkpoint(
+    command_line: CommandLine, base: dict[str, object] | None
+) -> tuple[CommandLine, object, dict[str, object] | None]:
+    """The arguments of `compose_config`. The published benchmark resumes a run to sample with model.ckpt=<its final
+    checkpoint> pretrain.n_epochs=0 train.n_epochs=0: these three are replaced by the values of that run."""
+    flags, settings, _, _ = command_line
+    checkpoint, *epochs = (settings.get(key) for key in SAMPLING_ONLY)
+    if flags.resume_exp is None or checkpoint is None or epochs != ["0", "0"]:
+        return command_line, METHODS, base
+    if base is None:
+        config_folders(flags)  # imports the plugins, whose methods are in the table then
+        folder = find(
+            path_of(flags.exp_root, "--exp_root"), METHODS.canonical(flags.method), flags.resume_exp
+        )
+    else:
+        folder = Path(flags.resume_exp)
+    if Path(checkpoint).resolve() != (folder / "train/checkpoints/final_checkpoint.pth").resolve():
+        return command_line, METHODS, base
+    run = values_of(folder)
+    others = {key: text for key, text in settings.items() if key not in SAMPLING_ONLY}
+    own = {key: run[key] for key in SAMPLING_ONLY if key in run}
+    return command_line._replace(settings=others), METHODS, {**(base or {}), **own}
+
+
+def _evaluation_base(folder: Path, command_line: CommandLine) -> dict[str, object]:
+    """The values of the run in `folder` that an evaluation of its samples takes over."""
+    run = values_of(folder)
+    _require_keys(folder, run)
+    keys = [*FLAG_KEYS.values(), "seed", "preset", *FIXED]
+    # A data_name that is given is checked later; a run without metrics says nothing about how to evaluate.
+    if "data_name" not in command_line.given:
+        keys += [key for key in run if key.startswith("sensitive_data.")]
+    as_before = run["eval.metrics"] and not {"eval", "preset"} & set(command_line.settings)
+    keys += [key for key in run if key.startswith("eval.")] if as_before else ["eval.mode"]
+    base = {key: run[key] for key in keys}
+    if base["eval.mode"] == "val":
+        base["eval.mode"] = "syn"
+    return base
+
+
+def _require_keys(folder: Path, run: dict[str, object]) -> None:
+    """Raise UserError if the values of the run in `folder` are incomplete."""
+    needed = (*FLAG_KEYS.values(), "seed", "preset", *FIXED, "eval.mode", "eval.metrics")
+    missing = [key for key in needed if key not in run]
+    if missing:
+        raise UserError(f"{folder}: its {CONFIG} is damaged (it has no {missing[0]})")
+
+
+def _check_flags(given: set[str]) -> None:
+    """Raise UserError for flags of eval.py that do not go together."""
+    if "out" in given and "images" not in given:
+        raise UserError("--out: needs --images; the results of a run go into its own folder")
+    if {"images", "list"} <= given:
+        raise UserError("--images: is not used with --list; leave one of them out")
+    for flag in ("method", "epsilon", "exp_path"):
+        if {"images", "list"} & given and flag in given:
+            other = "images" if "images" in given else "list"
+            raise UserError(f"--{flag}: is not used with --{other}; leave it out")

@@ -1,0 +1,223 @@
+"""Evaluate samples against the real images, and write what was found and what it cost.
+
+The package `evaluation` knows no ledger. This module gives it the real images that the ledgers permit, and is the only
+place that reveals private records.
+"""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from data.sensitive import SensitiveData
+from data.spec import DataSpec, Samples
+from evaluation.ceiling import with_ceiling
+from evaluation.earlier import earlier_report, facts_of
+from evaluation.evaluator import Evaluator
+from evaluation.page import GALLERY, REPORT, write_page
+from evaluation.registry import check_classifiers, comparing_with_training, needs_of
+from evaluation.report import Report
+from evaluation.sample_checks import accuracy_warnings, sample_warnings
+from evaluation.settings import evaluation_settings
+from opacus_ext.accounting import noisy_max_release
+from opacus_ext.card import copies_of_public, privacy_card, privacy_summary
+from opacus_ext.disclosure import Disclosure
+from opacus_ext.ledger import Budget, Ledger
+from opacus_ext.noise import NoiseSource
+from opacus_ext.private_data import PrivateData
+from pipeline.compose import Parts
+from pipeline.record import results_of, write_account
+from utils.artefacts import CARD, GRID, RESULTS
+from utils.config import Config
+from utils.files import write_json
+from utils.runtime import log
+
+REVEALED = "the private training images, which samples are compared with by"
+ORACLE = "eval.oracles=true: epochs of classifiers are chosen on the private validation images without noise"
+SHOWN = "eval.gallery=report: report.html was written with training images in it"
+CEILING = (
+    "eval.ceiling: classifiers were trained on the private training images, to report what real images reach"
+)
+INCOMPLETE = 3  # exit code: the program completed, but metrics are missing
+
+
+@dataclasses.dataclass(frozen=True)
+class RealImages:
+    """What samples are evaluated against."""
+
+    train: Disclosure  # revealed if a metric needs them
+    test: Samples
+    validation: (
+        PrivateData | None
+    )  # with a plan of one noisy choice per classifier; None in modes syn and sen
+    oracle: Disclosure | None = None  # of the validation images, if eval.oracles asks for them
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One evaluation: of which samples, by which evaluator, and where the results go."""
+
+    config: Config
+    spec: DataSpec
+    evaluator: Evaluator
+    folder: Path
+    samples: Samples
+    facts: dict  # what results.json states about the samples (evaluation.earlier.facts_of)
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """What the samples cost, and how results are titled."""
+
+    title: str
+    privacy: dict  # the content of privacy.json, or `no_account`
+    card: str | None  # Markdown; None for images without a run
+    timing: dict[str, float]  # seconds per stage
+
+
+def evaluate_run(
+    parts: Parts, folder: Path, samples: Samples, sensitive: SensitiveData, noise: NoiseSource, training: dict,
+    timing: dict[str, float],
+) -> int:  # fmt: skip
+    """Evaluate the samples of the run that has just made them. `training` is the report of its ledger, and facts about
+    the samples. Returns the exit code."""
+    config, device = parts.config, parts.runtime.device
+    real = RealImages(
+        Disclosure(sensitive.train, parts.ledger),
+        sensitive.test,
+        validation_data(config, parts.spec, sensitive.validation, noise, device),
+        oracle_data(config, sensitive.validation),
+    )
+    facts = facts_of(samples, parts.spec)
+    evaluation = Evaluation(config, parts.spec, parts.evaluator, folder, samples, facts)
+    return evaluate(evaluation, real, training, timing)
+
+
+def evaluate(evaluation: Evaluation, real: RealImages, training: dict, timing: dict[str, float]) -> int:
+    """Evaluate samples of a run; write privacy.json, the card and (last) results.json, and print them. Values that an
+    earlier evaluation of the same samples found, and this one does not compute, stay in the files. Returns the exit
+    code.
+
+    `training` is the report of the training ledger, with facts about the samples.
+    """
+    config, folder, samples = evaluation.config, evaluation.folder, evaluation.samples
+    start = time.perf_counter()
+    train, oracle, reasons = reveal(config, real)
+    training = {**training, "revealed": [*training["revealed"], *reasons]}
+    training["sample_warnings"] = sample_warnings(samples, evaluation.spec)
+    privacy = write_account(folder, training)  # before anything is shown, whatever happens afterwards
+    selection = None
+    if real.validation is not None:
+        selection = NoisyChoice(real.validation, lambda report: write_account(folder, training, report))
+    report = evaluation.evaluator.evaluate(
+        samples, train=train, test=real.test, select=selection, validation=oracle
+    )
+    if selection is not None:
+        privacy = selection.account or privacy
+    title = f"{config.method} on {evaluation.spec.name}, epsilon {config.epsilon:g}"
+    timing = {**timing, "evaluate": time.perf_counter() - start}
+    written = write_results(evaluation, report, train, Account(title, privacy, privacy_card(privacy), timing))
+    log.info(f"\n{privacy_summary(privacy)}\n\n{written.table()}\n")
+    places = {"report": REPORT, "samples": GRID, "privacy card": CARD, "numbers": RESULTS}
+    if report.nearest and config.eval.gallery == "private":
+        places["nearest training images, not to be shared"] = GALLERY
+    log.info("\n".join(f"{what}: {folder / name}" for what, name in places.items()))
+    return INCOMPLETE if report.missing else 0
+
+
+def reveal(config: Config, real: RealImages) -> tuple[Samples | None, Samples | None, list[str]]:
+    """The training images, the validation images of the oracle (each None unless something in `config` needs them), and
+    the reasons for which they are revealed."""
+    train = oracle = None
+    users = comparing_with_training(config.eval.metrics) + (["eval.gallery"] if config.eval.gallery else [])
+    reasons = [SHOWN] if config.eval.gallery == "report" else []
+    if users:
+        reasons.insert(0, f"{REVEALED} {', '.join(users)}")
+        train = real.train.reveal(reasons[0])
+    if with_ceiling(config.eval):
+        reasons.append(CEILING)
+        train = real.train.reveal(CEILING)
+    if real.oracle is not None:
+        reasons.append(ORACLE)
+        oracle = real.oracle.reveal(ORACLE)
+    return train, oracle, reasons
+
+
+def write_results(evaluation: Evaluation, report: Report, train: Samples | None, account: Account) -> Report:
+    """Write report.html and (last) results.json about `report` and what an earlier evaluation of the same samples
+    found; returns both as one Report, with warnings."""
+    config, spec, folder, samples = (
+        evaluation.config, evaluation.spec, evaluation.folder, evaluation.samples
+    )  # fmt: skip
+    earlier = earlier_report(folder, config.data_name, evaluation.facts)
+    if earlier is None:
+        log.info("existing results are for different samples; overwriting them")
+    settings = evaluation_settings(config)
+    written = report if earlier is None else report.after(earlier, settings)
+    warnings = [
+        *copies_of_public(account.privacy), *sample_warnings(samples, spec), *accuracy_warnings(written)
+    ]  # fmt: skip
+    written = dataclasses.replace(written, warnings=warnings)
+    results = results_of(folder, config, account.privacy, written, settings, account.timing, evaluation.facts)
+    write_page(
+        folder, written, samples, train, spec, account.title, account.card, config.eval.gallery, results
+    )
+    write_json(folder / RESULTS, results)
+    return written
+
+
+def no_account(*, private: bool | None, spent: float | None) -> dict:
+    """What results.json takes from the account of a run, for images without a run."""
+    return {
+        "budget": {"delta": None}, "private": private, "spent": spent, "selection": [], "noise_seeded": False
+    }  # fmt: skip
+
+
+class NoisyChoice:
+    """Lets the evaluator choose epochs by the private validation images, through report-noisy-max alone. `book` writes
+    each choice before the evaluator gets it, so that a choice is paid for even if the evaluation is killed."""
+
+    def __init__(self, validation: PrivateData, book: Callable[[dict], dict]) -> None:
+        self._validation, self._book = validation, book
+        self._id = f"{datetime.now():%Y-%m-%d-%H-%M-%S-%f}-{os.getpid()}"
+        self.account: dict | None = None  # the content of privacy.json since the last choice
+
+    def choose(self, name: str, correct: np.ndarray) -> int:
+        chosen = self._validation.report_noisy_max(name, correct)
+        self.account = self._book(self.report())
+        return chosen
+
+    def report(self) -> dict | None:
+        """The entry of privacy.json about the choices; None if there was no choice."""
+        report = {"id": self._id, **self._validation.report()}
+        return report if any(release["executed"] for release in report["releases"]) else None
+
+
+def validation_data(
+    config: Config, spec: DataSpec, images: Samples | None, noise: NoiseSource, device: str
+) -> PrivateData | None:
+    """The validation images behind a ledger of their own, which plans one noisy choice per classifier; or None."""
+    if images is None or "classifiers" not in needs_of(config.eval.metrics):
+        return None
+    names = check_classifiers(config.eval.classifiers)
+    each = config.eval.selection_epsilon / len(names)
+    ledger = Ledger(Budget(config.eval.selection_epsilon, 0.0), relation=config.privacy.relation)
+    ledger.adopt([noisy_max_release(f"selection/{name}", each, config.privacy.relation) for name in names])
+    return PrivateData(images, dataclasses.replace(spec, num_train=len(images)), ledger, noise, device)
+
+
+def oracle_data(config: Config, images: Samples | None) -> Disclosure | None:
+    """The Disclosure of the validation images, if eval.oracles is set."""
+    return None if images is None or not config.eval.oracles else disclose(images)
+
+
+def disclose(images: Samples) -> Disclosure:
+    """A Disclosure of images without any query: the plan of its ledger is empty."""
+    ledger = Ledger(Budget(math.inf, 0.0))
+    ledger.adopt([])
+    return Disclosure(images, ledger)
