@@ -14,7 +14,7 @@ from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps
 from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from opacus_ext.gradients import per_example
 from opacus_ext.gradients.rules import refuse_mixing
-from opacus_ext.private_data import PrivateData
+from opacus_ext.records import RecordAccess
 from opacus_ext.sampling import PhysicalBatches
 from utils.errors import UserError
 
@@ -37,7 +37,7 @@ def no_gradient(model, images, labels, rng):
 
 
 def config(n_split=None, max_physical_batch_size=64, max_grad_norm=BOUND) -> DPSGDConfig:
-    return DPSGDConfig(max_grad_norm, "poisson", None, n_split, max_physical_batch_size)
+    return DPSGDConfig(n_split, max_physical_batch_size, max_grad_norm, "poisson", max_batch_size=None)
 
 
 def steps(private, model, dp=None, per_example_loss=loss, optimizer=None):
@@ -61,8 +61,8 @@ def update(private, dp=None, per_example_loss=loss, model=None) -> torch.Tensor:
 
 def sampled(private) -> list[torch.Tensor]:
     """Collects the indices that the engine reads, chunk by chunk."""
-    seen, take = [], private._take
-    private._take = lambda which: (seen.append(which), take(which))[1]
+    seen, take = [], private._records.take
+    private._records.take = lambda which: (seen.append(which), take(which))[1]
     return seen
 
 
@@ -161,7 +161,7 @@ def test_padding_adds_nothing(on_grey, make_private, monkeypatch):
 
     plain = moved()
     seen = []
-    monkeypatch.setattr(PhysicalBatches, "_size_of", lambda self, count: seen.append(count) or count + 3)
+    monkeypatch.setattr(PhysicalBatches, "_padded_size", lambda self, count: seen.append(count) or count + 3)
     torch.testing.assert_close(moved(), plain, rtol=1e-4, atol=1e-7)
     assert len(seen) >= 3
 
@@ -352,8 +352,8 @@ def test_poisson_inclusion_through_the_engine(make_private):
 
 def test_every_step_is_booked_before_it_reads(make_private):
     private = make_private([Release(NAME, None, num_steps=4)])
-    log, take, book = [], private._take, private.ledger.book
-    private._take = lambda which: (log.append("read"), take(which))[1]
+    log, take, book = [], private._records.take, private.ledger.book
+    private._records.take = lambda which: (log.append("read"), take(which))[1]
     private.ledger.book = lambda name: (log.append("book"), book(name))[1]
     found = [(step.index, step.total) for step in steps(private, network())]
     assert found == [(0, 4), (1, 4), (2, 4), (3, 4)]
@@ -547,7 +547,7 @@ def test_no_step_reads_more_than_the_bound(make_private, rate, bound):
 )
 def test_ways_of_sampling_without_an_account_are_refused(sampling, bound):
     with pytest.raises(UserError, match=r"train\.dp\.(sampling|max_batch_size)"):
-        DPSGDConfig(BOUND, sampling, bound, None, 64)
+        DPSGDConfig(None, 64, BOUND, sampling, bound)
 
 
 @pytest.mark.parametrize("options", [{"max_grad_norm": 0.0}, {"n_split": 0}, {"max_physical_batch_size": 0}])
@@ -579,10 +579,10 @@ def test_clipping_by_chunk_instead_of_by_example_is_caught(make_private, samples
 
 @pytest.mark.parametrize("factor", [0.5, 0.9, 1.1])
 def test_noise_of_another_size_is_caught(make_private, monkeypatch, factor):
-    stated = PrivateData._gradient_noise
+    stated = RecordAccess.gradient_noise
     monkeypatch.setattr(
-        PrivateData,
-        "_gradient_noise",
+        RecordAccess,
+        "gradient_noise",
         lambda self, name, size, std, step: stated(self, name, size, std * factor, step),
     )
     assert not in_bounds(noise_ratio(make_private))

@@ -15,7 +15,7 @@ from opacus_ext.accounting import Release, noisy_max_release
 from opacus_ext.disclosure import Disclosure
 from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from opacus_ext.ledger import Budget, Ledger
-from opacus_ext.mechanisms import clip_rows, clipped_sum, vote_sum
+from opacus_ext.mechanisms import clip_rows, sum_clipped_rows, vote_sum
 from opacus_ext.noise import NoiseSource
 from opacus_ext.private_data import PrivateData
 from utils.errors import UserError
@@ -100,13 +100,13 @@ def test_the_bound_holds_in_every_precision(dtype):
 
 
 def test_an_empty_batch_is_a_zero_sum():
-    total = clipped_sum(torch.zeros(0, 5), 1.0, torch.zeros(0, dtype=torch.int64), 2)
+    total = sum_clipped_rows(torch.zeros(0, 5), 1.0, torch.zeros(0, dtype=torch.int64), 2)
     assert total.shape == (2, 5) and not total.any()
 
 
 def test_rows_are_summed_by_group():
     values = torch.tensor([[1.0], [0.5], [9.0], [0.25]])
-    total = clipped_sum(values, 1.0, torch.tensor([0, 1, 1, 0]), 3)
+    total = sum_clipped_rows(values, 1.0, torch.tensor([0, 1, 1, 0]), 3)
     assert total.dtype == torch.float64 and total.flatten().tolist() == [1.25, 1.5, 0.0]
 
 
@@ -114,7 +114,7 @@ def test_votes_are_counted_by_group_and_strangers_refused():
     votes, groups = torch.tensor([[0, 2], [1, 2], [2, 0]]), torch.tensor([0, 1, 0])
     assert vote_sum(votes, math.sqrt(2), groups, 2, 3).tolist() == [[2, 0, 2], [0, 1, 1]]
     for bad in (-1, 3):
-        with pytest.raises(IndexError, match=r"outside 0..2"):
+        with pytest.raises(IndexError, match=r"0\.\.2"):
             vote_sum(torch.tensor([[0, bad]]), math.sqrt(2), groups[:1], 1, 3)
 
 
@@ -136,7 +136,7 @@ def test_counting_votes_equals_the_sum_of_clipped_rows(votes, data):
     votes = torch.tensor(votes)
     groups = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=len(votes), max_size=len(votes))))
     rows = torch.zeros(len(votes), 7).scatter_add_(1, votes, torch.ones(votes.shape))
-    dense = clipped_sum(rows, 2.0, groups, 3)
+    dense = sum_clipped_rows(rows, 2.0, groups, 3)
     torch.testing.assert_close(vote_sum(votes, 2.0, groups, 3, 7), dense, rtol=1e-6, atol=1e-6)
 
 
@@ -435,7 +435,7 @@ def test_functions_that_mix_records_are_refused_before_one_is_shown(ask, mixing)
         def __getitem__(self, which):
             raise AssertionError("a record was shown")
 
-    private._images = Hidden()
+    private._records._images = Hidden()
     with pytest.raises(UserError, match="the value of one record depends on another's"):
         QUESTIONS[ask](private, mixing)
 
@@ -462,7 +462,7 @@ def test_choices_are_always_computed_for_the_same_number_of_records(ask):
     def sizes(num_records: int) -> set[int]:
         plan = [SUM, noisy_max_release("max", 1.0, "add_or_remove_one")]
         private, _ = private_of(torch.zeros(num_records, 1), plan, np.arange(num_records) % 2, num_classes=2)
-        private._batch_size = 4  # as follows from the public number of records, which both sets have
+        private._records.batch_size = 4  # as follows from the public number of records, which both sets have
         seen = []
 
         def fn(images, labels=None):
@@ -501,8 +501,8 @@ def test_a_sampled_sum_is_that_of_the_records_that_the_noise_source_draws():
     """The same secret masks as in DP-SGD: a fresh one at every step, over several batches."""
     private, ask = sampled(torch.eye(11), 0.5, steps=3)
     read, samples = [], []
-    take = private._take
-    private._take = lambda which: (read.extend(which.tolist()), take(which))[1]
+    take = private._records.take
+    private._records.take = lambda which: (read.extend(which.tolist()), take(which))[1]
     for step in range(3):
         read.clear()
         drawn = NoiseSource(0).sample(11, 0.5, "sum", step)
@@ -557,7 +557,7 @@ def test_a_sampled_sum_takes_one_planned_step_and_no_more():
     private, ask = sampled(torch.zeros(3, 1), 0.5, steps=2)
     ask()
     ask()
-    private._take = lambda which: pytest.fail("a record was read")
+    private._records.take = lambda which: pytest.fail("a record was read")
     with pytest.raises(BudgetExceeded):
         ask()
 
@@ -574,7 +574,7 @@ def test_a_truncated_release_planned_for_other_records_takes_no_sample():
     plan = [Release("sum", 1.0, sample_rate=0.5, max_batch_size=2, num_records=300)]
     private, _ = private_of(torch.zeros(3, 1), plan)
     with pytest.raises(UnplannedRelease, match="planned for 300 records, but there are 3"):
-        private._sampled_indices(private.ledger.planned("sum"), 0)
+        private._records.sampled_indices(private.ledger.planned("sum"), 0)
 
 
 # ------------------------------------------------------------------------------------------ noisy max
@@ -641,12 +641,12 @@ def test_noisy_max_refuses_more_ballots_than_records():
 
 def test_missing_clipping_is_caught(monkeypatch):
     def unclipped(values, bound, groups, num_groups):
-        return clipped_sum(values, 1e9, groups, num_groups)
+        return sum_clipped_rows(values, 1e9, groups, num_groups)
 
     def unscaled(votes, bound, groups, num_groups, num_bins):
         return vote_sum(votes, 1e9, groups, num_groups, num_bins)
 
-    monkeypatch.setattr("opacus_ext.private_data.clipped_sum", unclipped)
+    monkeypatch.setattr("opacus_ext.private_data.sum_clipped_rows", unclipped)
     monkeypatch.setattr("opacus_ext.private_data.vote_sum", unscaled)
     with pytest.raises(AssertionError):
         test_a_record_moves_a_sum_by_at_most_the_bound()
@@ -695,7 +695,7 @@ def test_a_sample_used_twice_is_caught(monkeypatch):
 
 def test_an_answer_before_its_booking_is_caught(monkeypatch):
     def unbooked(self, name, fn, l2_bound, by_class=False):
-        images, labels = self._take(slice(None))
+        images, labels = self._records.take(slice(None))
         values = fn(images, labels)
         self.ledger.book(name)
         return values

@@ -18,6 +18,7 @@ from models.diffusion.denoiser import denoise
 from models.nn.discriminator import Discriminator
 from models.nn.lora import LoRALinear
 from models.nn.unet import Attention, UNet
+from opacus_ext.gradients.convolutions import Geometry
 from opacus_ext.gradients import convolutions, per_example, planner
 from opacus_ext.gradients.convolutions import Geometry
 from opacus_ext.gradients.per_example import clip_coefficients, clipped_sum, per_example_gradients
