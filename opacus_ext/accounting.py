@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from opacus_ext.errors import AccountingError, BudgetExceeded
 from opacus_ext.shard_accounting import step_loss
 from utils.errors import UserError
 from utils.runtime import log
+
+if TYPE_CHECKING:  # slow to import
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 ADD_OR_REMOVE_ONE = "add_or_remove_one"
 REPLACE_ONE = "replace_one"
@@ -198,7 +202,12 @@ def calibrate(
     return math.exp(solved)
 
 
-def _bracket(excess: Callable[[float], float], with_noise, budget_epsilon: float, delta: float):
+def _bracket(
+    excess: Callable[[float], float],
+    with_noise: Callable[[float], Sequence[Release]],
+    budget_epsilon: float,
+    delta: float,
+) -> tuple[float, float]:
     """(low, high) log noise multipliers with excess(low) > 0 >= excess(high).
 
     Starts from the central-limit approximation and walks from much noise to little: accountants are slow, and PRV
@@ -253,23 +262,11 @@ def _noisy_max_factor(relation: str) -> float:
 
 
 def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
-    """Exact epsilon of the Gaussian mechanism (Balle & Wang 2018, theorem 8), sensitivity 1."""
-    from scipy.optimize import brentq
-    from scipy.special import log_ndtr
+    """Exact epsilon of the Gaussian mechanism (Balle & Wang 2018, theorem 8), sensitivity 1; inf if delta is 0."""
+    from dp_accounting import get_epsilon_gaussian
 
-    mu = 1.0 / noise_multiplier
-
-    def log_delta(epsilon: float) -> float:
-        first = log_ndtr(mu / 2 - epsilon / mu)
-        second = epsilon + log_ndtr(-mu / 2 - epsilon / mu)
-        return first + math.log(-math.expm1(min(second - first, -1e-16)))
-
-    if math.log(delta) >= log_delta(0.0):
-        return 0.0
-    high = 1.0
-    while log_delta(high) > math.log(delta):
-        high *= 2
-    return brentq(lambda e: log_delta(e) - math.log(delta), 0.0, high, xtol=1e-10)
+    with np.errstate(all="ignore"):  # the library subtracts logarithms that may be equal
+        return float(get_epsilon_gaussian(noise_multiplier, delta))
 
 
 def _merge_full_batch(releases: Sequence[Release], relation: str) -> tuple[float | None, list[Release]]:
@@ -291,10 +288,10 @@ def _remembered(bound: Callable[..., float]) -> Callable[..., float]:
     remembered = functools.lru_cache(maxsize=1024)(bound)
 
     @functools.wraps(bound)
-    def asked(releases: Sequence[Release], *rest) -> float:
-        return remembered(tuple(releases), *rest)
+    def cached(releases: Sequence[Release], delta: float, relation: str) -> float:
+        return remembered(tuple(releases), delta, relation)
 
-    return asked
+    return cached
 
 
 @_remembered
@@ -347,7 +344,7 @@ def _loss_deviation(rate: float, noise_multiplier: float) -> float:
     return math.sqrt(np.average((loss - mean) ** 2, weights=weight))
 
 
-def _step_loss(release: Release, relation: str, grid: float, lost: float):
+def _step_loss(release: Release, relation: str, grid: float, lost: float) -> "PrivacyLossDistribution":
     """dp-accounting's privacy loss distribution of one step, on multiples of `grid`, rounded against us; about the mass
     `lost` of its tail counts as lost. Truncated: Ganesh et al. 2025, arXiv 2508.15089."""
     import dp_accounting

@@ -122,7 +122,9 @@ class NoiseSource:
         """One of `count`, uniform and independent of all other steps. The same at every call."""
         return int(philox(self._shared_key(f"choice/{release}/{step}")).integers(count))
 
-    def loss_draws(self, release: str, step: int, num_examples: int, device="cpu") -> Draws:
+    def loss_draws(
+        self, release: str, step: int, num_examples: int, device: str | torch.device = "cpu"
+    ) -> Draws:
         """Secret randomness for one step's loss. It must not be repeatable: draws are dealt by position in the batch,
         so with known draws one record more would re-deal, and move, the contributions of all later ones. Unknown
         draws couple record by record between neighbouring sets, and the sensitivity is one clipped gradient."""

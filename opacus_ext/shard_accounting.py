@@ -31,8 +31,12 @@ memory of whose turn it has been, later answers tell of it, and the choice is no
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:  # slow to import
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 REACH = 12.0  # standard deviations of the Gaussian's privacy loss that the grid covers; what is beyond counts as lost
 
@@ -49,7 +53,7 @@ def step_curve(rate: float, noise_multiplier: float, epsilons: np.ndarray) -> np
     return rate * np.maximum(gaussian, 0.0)
 
 
-def step_loss(rate: float, noise_multiplier: float, grid: float):
+def step_loss(rate: float, noise_multiplier: float, grid: float) -> "PrivacyLossDistribution":
     """dp-accounting's privacy loss distribution of one step, on multiples of `grid`, rounded against us.
 
     The curve is joined by chords in e^epsilon (Connect the Dots, Doroshenko et al. 2022, arXiv:2207.04380). It is its

@@ -32,7 +32,7 @@ def validate_independence(
     """
     refuse_parameters(network)
     with _perturbed(network):
-        return _validated(network, per_example_loss, images, labels)
+        return _validated_rows(network, per_example_loss, images, labels)
 
 
 @contextmanager
@@ -54,7 +54,9 @@ def _perturbed(network: nn.Module) -> Iterator[None]:
                 parameter.copy_(value)
 
 
-def _validated(network, per_example_loss, images, labels) -> dict[str, set[int]]:
+def _validated_rows(
+    network: nn.Module, per_example_loss: PerExampleLoss, images: torch.Tensor, labels: torch.Tensor
+) -> dict[str, set[int]]:
     state = {name: value.clone() for name, value in _state(network).items()}
     changed, extreme = images.clone(), images.clone()
     changed[0] = -changed[0].flip(-1) + 0.5
@@ -117,7 +119,14 @@ def _require_finite(network: nn.Module, gradients: dict[str, torch.Tensor]) -> N
 
 
 def _require_same_again(
-    network, per_example_loss, images, labels, draws, before: dict[str, torch.Tensor], tolerance, floors
+    network: nn.Module,
+    per_example_loss: PerExampleLoss,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    draws: Draws,
+    before: dict[str, torch.Tensor],
+    tolerance: float,
+    floors: dict[str, float],
 ) -> None:
     """After some other batches the loss must say of these examples what it said `before`: else it keeps what it has
     seen, in a list or a running mean outside of the network, and one example's gradient depends on earlier ones."""
@@ -165,7 +174,13 @@ def _floors(gradients: dict[str, torch.Tensor], nudged: dict[str, torch.Tensor])
 
 
 def _require_complete(
-    network, per_example_loss, images, labels, draws, gradients: dict[str, torch.Tensor], tolerance: float
+    network: nn.Module,
+    per_example_loss: PerExampleLoss,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    draws: Draws,
+    gradients: dict[str, torch.Tensor],
+    tolerance: float,
 ) -> None:
     """The per-example gradients must add up to the ordinary one, tensor by tensor."""
     ordinary = _ordinary_gradients(network, per_example_loss(network, images, labels, draws[:]).sum())

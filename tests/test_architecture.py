@@ -228,6 +228,33 @@ def test_the_boundary_never_uses_a_global_generator():
         assert not global_randomness(tree(path)), name(path)
 
 
+def untyped(code: ast.AST) -> list[str]:
+    """Functions with an argument or a result that has no type; the kernels of Triton, which compiles them, apart."""
+    found = []
+    for node in ast.walk(code):
+        if not isinstance(node, ast.FunctionDef) or any(
+            "triton.jit" in ast.unparse(d) for d in node.decorator_list
+        ):
+            continue
+        own = node.args
+        arguments = [*own.posonlyargs, *own.args, *own.kwonlyargs, *filter(None, (own.vararg, own.kwarg))]
+        bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+        found += [f"{node.name}({', '.join(bare)})"] if bare or node.returns is None else []
+    return found
+
+
+@pytest.mark.parametrize("path", sources("opacus_ext"), ids=name)
+def test_the_boundary_is_fully_typed(path):
+    assert not untyped(tree(path)), name(path)
+
+
+@pytest.mark.parametrize(
+    "code", ["def f(x) -> int: ...", "def f(*a) -> int: ...", "def f(*, x) -> int: ...", "def f(x: int): ..."]
+)
+def test_a_missing_type_would_be_seen(code):
+    assert untyped(ast.parse(code))
+
+
 @pytest.mark.parametrize(
     "breach",
     ["torch.randn(3)", "x.normal_()", "np.random.normal()", "torch.manual_seed(0)", "torch.randn_like(x)"],
@@ -254,6 +281,7 @@ def test_no_failure_inside_a_mechanism_is_caught():
     did not fit in memory is taken again, with the same draws."""
     for file in (
         "private_data.py",
+        "records.py",
         "mechanisms.py",
         "dpsgd.py",
         "noise.py",

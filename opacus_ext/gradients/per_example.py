@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -215,8 +216,16 @@ def _kept(gradient: Factors) -> tuple[torch.Tensor | Factors, torch.Tensor]:
     return cheapest(("keep", *gradient.key), gradient.work, choices, gradient.device)
 
 
-def _fill(record: _Record, network, trainable, per_example_loss, images, labels, rng) -> None:
-    """One forward and one backward pass."""
+def _fill(
+    record: _Record,
+    network: nn.Module,
+    trainable: dict[str, nn.Parameter],
+    per_example_loss: PerExampleLoss,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    rng: object,
+) -> None:
+    """Fill the record by one forward and one backward pass."""
     with _watching(network, trainable, record) as copies, torch.enable_grad():
         losses = per_example_loss(network, images, labels, rng)
         if losses.shape != (len(images),):
@@ -303,7 +312,7 @@ def _watch(module: nn.Module, attach: Callable, examples: ExampleMap, mapped: bo
         ]
     forward = module.forward
 
-    def run(*args, **kwargs) -> torch.Tensor:
+    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
         args = _prepared(module, args) or args
         return attach(module, args, kwargs, forward(*args, **kwargs))
 
@@ -330,8 +339,8 @@ def _forward_by_row(
     copies: dict,
     path: str,
     record: _Record,
-    *args,
-    **kwargs,
+    *args: Any,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """The module's forward, each row with its example's copy of the parameters; autograd does the rest."""
     x = _first(args, kwargs)
@@ -350,9 +359,9 @@ def _forward_by_example(
     copies: dict,
     path: str,
     record: _Record,
-    *args,
-    **kwargs,
-):
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """The module's own forward, example by example, with that example's copy of the parameters."""
     record.rows_per_example(rows_of(module, path, args, kwargs), path)
     own_copies = {local: copies[name] for local, name in own.items()}
@@ -377,7 +386,14 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
 
 
 def _attach(
-    rule: Rule, own: dict[str, str], path: str, record: _Record, module, args, kwargs, output
+    rule: Rule,
+    own: dict[str, str],
+    path: str,
+    record: _Record,
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    output: torch.Tensor,
 ) -> torch.Tensor:
     """Forward hook: have `rule` applied when the gradient of this output arrives."""
     if not torch.is_grad_enabled():
@@ -425,10 +441,10 @@ class _Start(torch.autograd.Function):
     """Makes a tensor part of the graph, at no cost, as `requires_grad_` would; but what follows may overwrite it."""
 
     @staticmethod
-    def forward(ctx, output: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, output: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
         return None, None

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Hashable
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
@@ -19,8 +20,12 @@ LARGEST = 2**31 - 1  # numbers of one example that our own kernels can address
 
 _chosen: dict[Hashable, str] = {}
 
+Result = TypeVar("Result")
 
-def cheapest(key: Hashable, work: int, choices: dict[str, Callable], device: torch.device):
+
+def cheapest(
+    key: Hashable, work: float, choices: dict[str, Callable[..., Result]], device: torch.device
+) -> Result:
     """The result of the cheapest of `choices`, all of which must be exact.
 
     A choice takes one optional argument: while it is timed, it is called with True, and may then include what its

@@ -10,6 +10,7 @@ import abc
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +29,11 @@ from utils.errors import UserError
 NORM_BLOCK = 2**12  # numbers whose squares are added up in float32
 
 
-def _without_tf32(method):
-    """The products of `method` in full float32 on a GPU too: the norm was taken of what they give."""
+def _without_tf32(method: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Decorator: compute the products of `method` in full float32 on a GPU too, as the norms were."""
 
     @functools.wraps(method)
-    def wrapped(*args, **options):
+    def wrapped(*args: Any, **options: Any) -> torch.Tensor:
         matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
         before = matmul.allow_tf32, cudnn.allow_tf32
         matmul.allow_tf32 = cudnn.allow_tf32 = False
