@@ -443,8 +443,8 @@ def test_calibration_of_a_truncated_plan_meets_the_budget():
 
 
 @pytest.mark.parametrize("accountant", ["rdp", "prv"])
-def test_accountants_that_do_not_know_truncation_say_so(accountant):
-    with pytest.raises(UserError, match=f"privacy.accountant={accountant} does not know truncated Poisson"):
+def test_accountants_without_truncation_refuse_it(accountant):
+    with pytest.raises(UserError, match=f"privacy.accountant={accountant} .*truncated Poisson"):
         epsilon_of([Release("query", 5.0), truncated(110)], DELTA, accountant)
     assert available_epsilons([truncated(110)], DELTA, "add_or_remove_one")[accountant] is None
 
@@ -492,9 +492,9 @@ def test_rdp_counts_its_own_rounding(monkeypatch):
         accounting._rdp_epsilon.__wrapped__(plan, 1e-8, ADD_OR_REMOVE_ONE)
 
 
-def test_orders_that_rdp_leaves_out_are_told_in_our_words_once(caplog, monkeypatch):
+def test_omitted_rdp_orders_are_logged_once(caplog, monkeypatch):
     spoken = []
-    monkeypatch.setattr(accounting, "_say_orders_are_left_out", functools.cache(lambda: spoken.append(1)))
+    monkeypatch.setattr(accounting, "_log_omitted_orders", functools.cache(lambda: spoken.append(1)))
     library = logging.getLogger("absl")
     level = library.level
     with caplog.at_level(logging.WARNING):

@@ -386,7 +386,7 @@ class Remembers(nn.Module):
 
 
 def test_a_network_that_remembers_is_refused():
-    with pytest.raises(UserError, match="'seen' changes when examples are seen"):
+    with pytest.raises(UserError, match="'seen'"):
         validate_independence(
             Remembers(), squared_loss(), torch.randn(4, 8, 3), torch.zeros(4, dtype=torch.int64)
         )
@@ -403,7 +403,7 @@ class RemembersInPrivate(Remembers):
 
 
 def test_a_buffer_that_no_checkpoint_holds_is_seen():
-    with pytest.raises(UserError, match="'seen' changes when examples are seen"):
+    with pytest.raises(UserError, match="'seen'"):
         validate_independence(
             RemembersInPrivate(), squared_loss(), torch.randn(4, 8, 3), torch.zeros(4, dtype=torch.int64)
         )
