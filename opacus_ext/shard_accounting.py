@@ -39,9 +39,8 @@ import numpy as np
 if TYPE_CHECKING:  # slow to import
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
-REACH = (
-    12.0  # standard deviations of the Gaussian's privacy loss that the grid covers; the rest counts as lost
-)
+# Standard deviations of the Gaussian's privacy loss that the grid covers; the rest counts as lost.
+REACH = 12.0
 
 
 def step_curve(rate: float, noise_multiplier: float, epsilons: np.ndarray) -> np.ndarray:
