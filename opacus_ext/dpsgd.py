@@ -122,9 +122,7 @@ def dpsgd_steps(
     records = records_of(private)
     layer_rows = _test_independence(private, network, per_example_loss)
     trainable = {parameter_name: p for parameter_name, p in network.named_parameters() if p.requires_grad}
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if held != {id(p) for p in trainable.values()}:
-        raise ValueError("the optimizer must hold exactly the trainable parameters")
+    _require_same_parameters(optimizer, trainable)
     planned = private.ledger.planned(name)
     if planned.mechanism != "gaussian":
         raise UnplannedRelease(f"'{name}' is planned as {planned.mechanism}, not as gaussian")
@@ -146,6 +144,12 @@ def dpsgd_steps(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             yield Step(index, planned.num_steps)
+
+
+def _require_same_parameters(optimizer: torch.optim.Optimizer, trainable: dict[str, nn.Parameter]) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held != {id(p) for p in trainable.values()}:
+        raise ValueError("the optimizer must hold exactly the trainable parameters")
 
 
 def _test_independence(

@@ -149,7 +149,7 @@ def test_on_a_gpu_samples_of_many_sizes_are_computed_at_few():
 
 
 @pytest.mark.parametrize("on_grey", [1.0, torch.nan])
-def test_padding_adds_nothing(on_grey, make_private, monkeypatch):
+def test_padding_contributes_nothing(on_grey, make_private, monkeypatch):
     """Neither where the gradient of what is padded with is a number, nor where it is none."""
 
     def breaks_on_grey(model, images, labels, rng):
@@ -203,7 +203,7 @@ def test_out_of_memory_in_a_later_part_counts_no_record_twice(fails_from):
         assert parts.add_up(12, part, torch.zeros(12)).tolist() == [1.0] * 12
 
 
-def test_running_out_of_memory_is_not_told(caplog, capfd):
+def test_running_out_of_memory_is_not_logged(caplog, capfd):
     """That a sample was large is private, and what is printed stays in the run's folder."""
 
     def hungry(positions, size):
@@ -370,7 +370,7 @@ def test_a_loop_that_stops_early_is_not_complete(make_private):
         private.ledger.require_complete()
 
 
-def test_a_step_that_fails_is_paid_for(make_private):
+def test_a_failed_step_stays_booked(make_private):
     private = make_private([Release(NAME, None, num_steps=2)])
     model = network()
     before = flat(model)
@@ -417,11 +417,11 @@ def test_the_optimizer_must_hold_exactly_what_is_trained(make_private):
     private = make_private([Release(NAME, None)])
     model = network()
     some = torch.optim.SGD(model[0].parameters(), lr=1.0)
-    with pytest.raises(ValueError, match="exactly the trainable parameters"):
+    with pytest.raises(ValueError, match="trainable"):
         next(steps(private, model, optimizer=some))
     everything = torch.optim.SGD(model.parameters(), lr=1.0)
     model[0].requires_grad_(False)
-    with pytest.raises(ValueError, match="exactly the trainable parameters"):
+    with pytest.raises(ValueError, match="trainable"):
         next(steps(private, model, optimizer=everything))
     assert private.ledger.executed(NAME) == 0
 
@@ -465,7 +465,7 @@ def test_a_loss_that_is_balanced_by_the_classes_of_the_batch_is_refused(make_pri
         return loss(model, images, labels, rng) / torch.bincount(labels, minlength=3)[labels]
 
     private = make_private([Release(NAME, None)])
-    with pytest.raises(UserError, match="per-example clipping bounds nothing"):
+    with pytest.raises(UserError, match="bounds nothing"):
         next(steps(private, network(), per_example_loss=balanced))
     assert private.ledger.executed(NAME) == 0
 
@@ -476,7 +476,7 @@ def test_a_loss_that_compares_examples_of_different_classes_is_refused(make_priv
         return loss(model, images, labels, rng) / (1 + others)
 
     private = make_private([Release(NAME, None)])
-    with pytest.raises(UserError, match="per-example clipping bounds nothing"):
+    with pytest.raises(UserError, match="bounds nothing"):
         next(steps(private, network(), per_example_loss=contrasted))
     assert private.ledger.executed(NAME) == 0
 

@@ -98,7 +98,7 @@ def test_nothing_can_be_unbooked():
 def test_unplanned_releases_are_refused():
     ledger = ledger_with(QUERY)
     for ask in (ledger.book, ledger.planned, ledger.executed):
-        with pytest.raises(UnplannedRelease, match="'other'.*: query"):
+        with pytest.raises(UnplannedRelease, match=r"'other'.*: query"):
             ask("other")
 
 
@@ -107,7 +107,7 @@ def test_unfinished_releases_are_refused():
     ledger.book("query")
     ledger.book("dp-sgd", 3)
     assert not ledger.complete
-    with pytest.raises(UnplannedRelease, match="'dp-sgd'.* 3 of 4 "):
+    with pytest.raises(UnplannedRelease, match=r"'dp-sgd'.* 3 of 4 "):
         ledger.require_complete()
     ledger.book("dp-sgd")
     assert ledger.complete
@@ -127,7 +127,7 @@ def test_a_second_plan_is_refused():
         ledger.adopt([OPEN])
 
 
-def test_epsilon_inf_carries_no_noise_and_says_non_private():
+def test_epsilon_inf_has_no_noise_and_is_reported_as_non_private():
     ledger = ledger_with(QUERY, OPEN, epsilon=math.inf)
     assert [release.noise_multiplier for release in ledger.releases()] == [0.0, 0.0]
     report = spend_all(ledger).report()
@@ -136,7 +136,7 @@ def test_epsilon_inf_carries_no_noise_and_says_non_private():
         ledger.book("query")
 
 
-def test_a_release_of_no_steps_costs_nothing_and_leaves_the_rest_alone():
+def test_a_release_of_no_steps_costs_nothing_and_changes_no_other():
     ledger = ledger_with(QUERY, Release("dp-sgd", None, num_steps=0), epsilon=10.0)
     assert spend_all(ledger).spent() == epsilon_of([QUERY], DELTA)
     with pytest.raises(BudgetExceeded):
@@ -256,7 +256,7 @@ def test_default_delta():
     assert default_delta(269_538) == pytest.approx(2.96698e-7, rel=1e-4)
 
 
-def test_the_card_says_what_the_report_says(make_private):
+def test_the_card_agrees_with_the_report(make_private):
     private = make_private([QUERY, OPEN], epsilon=10.0)
     spend_all(private.ledger)
     report = private.report()

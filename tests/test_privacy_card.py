@@ -89,7 +89,7 @@ def test_a_truncated_stage_names_its_bound():
     assert "| 0.5, at most 30 images | 3 of 3 |" in card
 
 
-def test_validation_images_that_an_earlier_run_may_have_asked_are_named():
+def test_validation_images_that_an_earlier_run_may_have_queried_are_reported():
     """It may have trained on them: then no set of images is free of the training's epsilon."""
     chosen = report_of([noisy_max_release("selection/wrn", 0.5, "add_or_remove_one")])
     for inherited in (False, True):
@@ -99,7 +99,7 @@ def test_validation_images_that_an_earlier_run_may_have_asked_are_named():
             assert ("add up" in text) == inherited
 
 
-def test_what_was_shown_without_noise_is_named(two_stages):
+def test_data_revealed_without_noise_are_reported(two_stages):
     assert "Revealed" not in privacy_card(two_stages)
     card = privacy_card(
         {**two_stages, "revealed": ["fidelity metrics compare", "fidelity metrics compare", "else"]}
@@ -142,7 +142,7 @@ def test_the_least_group_for_which_nothing_is_guaranteed(epsilon, delta):
 
 
 @pytest.mark.parametrize(("epsilon", "least"), [(10.0, 2), (1.0, 10)])
-def test_a_person_with_many_images_is_told_when_nothing_is_guaranteed(epsilon, least):
+def test_the_card_states_for_how_many_images_nothing_is_guaranteed(epsilon, least):
     card = privacy_card(
         report_of([Release("look", None)], epsilon=epsilon, delta=1e-4 if epsilon == 10 else 2e-5)
     )
@@ -216,7 +216,7 @@ def test_without_privacy():
     assert "NOT private" in card and "differentially private**" not in card and "reported above" not in card
 
 
-def test_a_method_that_asks_nothing():
+def test_a_method_without_queries():
     card = privacy_card(report_of([]))
     assert "do not depend on the private images" in card and "No stage" in card
 
@@ -225,7 +225,7 @@ def test_seeded_noise_voids_the_guarantee():
     assert "the guarantee is void" in privacy_card(report_of([Release("look", None)], noise_seed=1))
 
 
-def test_choosing_classifiers_is_told_apart_from_the_samples(two_stages):
+def test_choosing_classifiers_is_reported_apart_from_the_samples(two_stages):
     choices = [report_of([noisy_max_release("selection/a", 0.5, "add_or_remove_one")], 0.5)] * 2
     card = privacy_card({**two_stages, "selection": choices})
     line = next(line for line in card.splitlines() if "Choosing classifiers" in line)
@@ -247,16 +247,14 @@ def test_the_card_is_plain_text(two_stages):
 # ------------------------------------------------------------------------------------------------- the summary
 
 
-def test_the_summary_is_short_and_says_what_was_spent(two_stages):
+def test_the_summary_is_short_and_reports_what_was_spent(two_stages):
     first, *stages = privacy_summary(two_stages).splitlines()
     assert f"({at_most(two_stages['spent'])}, 0.0001)-differentially private" in first
     assert "one record more or less" in first
     assert [line.split(":")[0] for line in stages] == ["  first look", "  training"]
     for line, release in zip(stages, two_stages["releases"], strict=True):
         taken = release["executed"]
-        assert (
-            f"{taken} of {taken} steps, epsilon {at_most(release['epsilon_alone'])} if run alone" in line
-        )
+        assert f"{taken} of {taken} steps, epsilon {at_most(release['epsilon_alone'])} if run alone" in line
 
 
 def test_the_summary_of_runs_without_a_guarantee_or_without_a_query():

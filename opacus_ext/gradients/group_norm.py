@@ -1,4 +1,4 @@
-"""Group normalisation on a GPU whose affine gradients come out per row, at the price of the ordinary one or below.
+"""Group normalisation on a GPU whose affine gradients come out per row, at the cost of the ordinary one or less.
 
 Legend: R rows, C channels, G groups.
 """
@@ -16,7 +16,7 @@ def group_norm_on_gpu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, num_groups: int, eps: float
 ) -> torch.Tensor:
     """x (R, C, ...), weight and bias (R, C), all of whose rows are alike. Under autocast the kernel of our own computes
-    in float32 and answers in the short type, to which the layer that follows would round it. Which kernel computes
+    in float32 and returns the short type, to which the next layer would round it. Which kernel computes
     does not depend on R, which is secret."""
     kernels = kernels_for(x.device)
     autocast = torch.is_autocast_enabled("cuda")

@@ -1,4 +1,4 @@
-"""How each kind of layer yields the gradient of every single example.
+"""Rules that compute the gradient of every single example, by kind of layer.
 
 A rule takes a layer's input and output gradient; a gradient may stay in factors (ghost norms, "book-keeping": Bu et
 al. 2022) until the clipping coefficients are known. A row forward runs a layer with one copy of its parameters per
@@ -358,7 +358,7 @@ ROW_FORWARDS: dict[type[nn.Module], RowForward] = {
 
 
 def register_rule(kind: type[nn.Module], rule: Rule) -> None:
-    """Teach the engine the layers of type `kind`, whose rows must be independent."""
+    """Add a rule for layers of type `kind`, whose rows must be independent."""
     RULES[kind] = rule
 
 
@@ -441,8 +441,8 @@ def refuse_mixing(network: nn.Module) -> None:
     for name, module in network.named_modules():
         if getattr(module, "max_norm", None) is not None:
             raise UserError(
-                f"network: {type(module).__name__} at '{name}' has a max_norm, so its weight tells which labels it was "
-                f"asked for; leave max_norm out"
+                f"network: {type(module).__name__} at '{name}' has a max_norm, so its weight reveals which labels were "
+                f"looked up; leave max_norm out"
             )
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
             raise UserError(
