@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,31 +20,37 @@ from opacus_ext.shard_accounting import step_loss
 from utils.errors import UserError
 from utils.runtime import log
 
+if TYPE_CHECKING:  # slow to import
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
 ADD_OR_REMOVE_ONE = "add_or_remove_one"
 REPLACE_ONE = "replace_one"
 CHOSEN_SHARD = "chosen_shard"
 
 # Grid cells per standard deviation of one step's privacy loss (root mean square over the steps of a plan).
-# dp-accounting rounds against us: a loss moves to the two neighbouring grid points, which adds about 1/6 of a squared
-# cell to its variance, 1/4 at most. 12 cells overstate the noise by 0.06 % (0.09 % at most), however many steps there
-# are. Much finer grids are no better: the rounding of float64, divided by the cell, is extra mass in every step.
+# dp-accounting rounds pessimistically: a loss moves to the two neighbouring grid points, which adds about 1/6 of a
+# squared cell to its variance, 1/4 at most. 12 cells overstate the noise by 0.06 % (0.09 % at most), however many
+# steps there are. Much finer grids are no better: the rounding of float64, divided by the cell, is extra mass in
+# every step.
 CELLS_PER_DEVIATION = 12
 NEGLIGIBLE = 1e-4  # of delta: mass in the tails that all steps together may count as lost
-PRV_POINTS = 3e6  # of PRV's grid: above, the second opinion is left out, as it takes minutes and gigabytes
+PRV_POINTS = (
+    3e6  # of PRV's grid: above, the second opinion is left out, because it takes minutes and gigabytes
+)
 RDP_ROUNDING = 1e-15  # of one order's log moment in one step: float64 sums of terms that nearly cancel to 0
 
 
 @dataclass(frozen=True)
 class Release:
-    """One planned kind of noisy answer about the private data.
+    """One planned kind of noisy query of the private data.
 
     noise_multiplier: noise standard deviation (Gaussian) or scale (Laplace) over the sensitivity; None = let the
     ledger solve for it. sample_rate: Poisson inclusion probability per step. mechanism: "gaussian";
-    "report_noisy_max" (pure epsilon of 1 / noise_multiplier per step); or "chosen_shard", an answer with Gaussian noise
-    of one of 1 / sample_rate disjoint shards (see shard_accounting.py). max_batch_size: of a larger sample a uniformly
-    random subset of this size is taken (truncated Poisson sampling); its cost depends on num_records, the public size
-    of the data set. noise_seeded: an earlier run has made it with noise from a known seed (tests), so that the cost
-    says nothing. inherited: an earlier run has made it, which may have split the records into other parts.
+    "report_noisy_max" (pure epsilon of 1 / noise_multiplier per step); or "chosen_shard", a result with Gaussian
+    noise from one of 1 / sample_rate disjoint shards (see shard_accounting.py). max_batch_size: a larger sample is
+    replaced by a uniformly random subset of this size (truncated Poisson sampling); its cost depends on num_records,
+    the public size of the data set. noise_seeded: an earlier run executed it with noise from a known seed (tests), so
+    its cost guarantees nothing. inherited: an earlier run executed it, which may have split the records differently.
     """
 
     name: str
@@ -75,7 +82,7 @@ class Release:
 
     @property
     def takes_all(self) -> bool:
-        """Every record takes part in every step."""
+        """Whether every record takes part in every step."""
         return self.sample_rate == 1.0 and self.max_batch_size is None and self.mechanism != CHOSEN_SHARD
 
 
@@ -134,19 +141,19 @@ def _require_agreement(pld: float, rdp: float | None, releases: Sequence[Release
 def _if_known(releases: Sequence[Release], delta: float, accountant: str, relation: str) -> float | None:
     try:
         return epsilon_of(releases, delta, accountant, relation)
-    except UserError:  # this accountant does not know the relation, or the way of sampling
+    except UserError:  # this accountant does not support the relation or the sampling
         return None
 
 
-# How an accountant fails: a contradiction, a plan that it cannot bound, numbers or memory that run out.
+# An accountant fails on a contradiction, on a plan that it cannot bound, or on overflow or too little memory.
 _NOT_COMPUTED = (ValueError, ArithmeticError, RuntimeError, MemoryError)
 
 
 def spending(releases: Sequence[Release], delta: float, accountant: str, relation: str) -> dict:
-    """What privacy.json says of the cost of these releases: `spent` by `accountant`, and `spent_by_accountant`.
+    """The entries of privacy.json about the cost of these releases: `spent` by `accountant`, and `spent_by_accountant`.
 
-    Does not raise, as a report must not cost the samples of a finished training: if an epsilon cannot be computed,
-    `spent` is inf, which claims nothing, and `not_computed` says why (else None).
+    Does not raise, so that the samples of a finished training are not lost: if an epsilon cannot be computed, `spent`
+    is inf, which claims nothing, and `not_computed` gives the reason (else None).
     """
     try:
         return {
@@ -168,8 +175,8 @@ def epsilon_or_inf(releases: Sequence[Release], delta: float, accountant: str, r
 
 
 def _prv_points(epsilon: float, releases: Sequence[Release]) -> float:
-    """About how many points Opacus's grid has: epsilon and some more to both sides, in steps of its eps_error of 0.01
-    over the square root of the number of steps."""
+    """The approximate size of Opacus's grid: epsilon and a margin on both sides, in cells of its eps_error of 0.01 over
+    the square root of the number of steps."""
     steps = sum(release.num_steps for release in releases if not release.takes_all)
     return 2 * (1.5 * epsilon + 3) * 4 * math.sqrt(steps + 1) / 0.01
 
@@ -198,11 +205,16 @@ def calibrate(
     return math.exp(solved)
 
 
-def _bracket(excess: Callable[[float], float], with_noise, budget_epsilon: float, delta: float):
+def _bracket(
+    excess: Callable[[float], float],
+    with_noise: Callable[[float], Sequence[Release]],
+    budget_epsilon: float,
+    delta: float,
+) -> tuple[float, float]:
     """(low, high) log noise multipliers with excess(low) > 0 >= excess(high).
 
-    Starts from the central-limit approximation and walks from much noise to little: accountants are slow, and PRV
-    exhausts the memory, at noise far below the budget.
+    Starts from the central-limit approximation and proceeds from much noise to little. With far too little noise,
+    accountants are slow and PRV exhausts the memory.
     """
     from scipy.optimize import brentq
 
@@ -253,23 +265,11 @@ def _noisy_max_factor(relation: str) -> float:
 
 
 def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
-    """Exact epsilon of the Gaussian mechanism (Balle & Wang 2018, theorem 8), sensitivity 1."""
-    from scipy.optimize import brentq
-    from scipy.special import log_ndtr
+    """Exact epsilon of the Gaussian mechanism (Balle & Wang 2018, theorem 8), sensitivity 1; inf if delta is 0."""
+    from dp_accounting import get_epsilon_gaussian
 
-    mu = 1.0 / noise_multiplier
-
-    def log_delta(epsilon: float) -> float:
-        first = log_ndtr(mu / 2 - epsilon / mu)
-        second = epsilon + log_ndtr(-mu / 2 - epsilon / mu)
-        return first + math.log(-math.expm1(min(second - first, -1e-16)))
-
-    if math.log(delta) >= log_delta(0.0):
-        return 0.0
-    high = 1.0
-    while log_delta(high) > math.log(delta):
-        high *= 2
-    return brentq(lambda e: log_delta(e) - math.log(delta), 0.0, high, xtol=1e-10)
+    with np.errstate(all="ignore"):  # the library subtracts logarithms that may be equal
+        return float(get_epsilon_gaussian(noise_multiplier, delta))
 
 
 def _merge_full_batch(releases: Sequence[Release], relation: str) -> tuple[float | None, list[Release]]:
@@ -285,19 +285,18 @@ def _merge_full_batch(releases: Sequence[Release], relation: str) -> tuple[float
     return (merged / 2 if relation == REPLACE_ONE else merged), sampled
 
 
-def _remembered(bound: Callable[..., float]) -> Callable[..., float]:
-    """`bound`, a slow function of releases and numbers alone, computed once for the same ones: calibration, plan,
-    report and card ask for the same."""
-    remembered = functools.lru_cache(maxsize=1024)(bound)
+def _cached(bound: Callable[..., float]) -> Callable[..., float]:
+    """Cache `bound`, a slow pure function: calibration, plan, report and card compute the same values."""
+    bound_of_tuple = functools.lru_cache(maxsize=1024)(bound)
 
     @functools.wraps(bound)
-    def asked(releases: Sequence[Release], *rest) -> float:
-        return remembered(tuple(releases), *rest)
+    def cached(releases: Sequence[Release], delta: float, relation: str) -> float:
+        return bound_of_tuple(tuple(releases), delta, relation)
 
-    return asked
+    return cached
 
 
-@_remembered
+@_cached
 def _pld_epsilon(releases: Sequence[Release], delta: float, relation: str) -> float:
     full, sampled = _merge_full_batch(releases, relation)
     if not sampled:
@@ -318,7 +317,7 @@ def _pld_epsilon(releases: Sequence[Release], delta: float, relation: str) -> fl
 
 
 def _grid(full: float | None, sampled: Sequence[Release]) -> float:
-    """Width of the privacy-loss grid, which is one for the whole composition."""
+    """Cell width of the privacy-loss grid, which the whole composition shares."""
     squares = sum(r.num_steps * _loss_deviation(_effective_rate(r), r.noise_multiplier) ** 2 for r in sampled)
     num_steps = sum(r.num_steps for r in sampled)
     if full is not None:
@@ -327,7 +326,7 @@ def _grid(full: float | None, sampled: Sequence[Release]) -> float:
 
 
 def _effective_rate(release: Release) -> float:
-    """The rate at which a record takes part in a step, at most."""
+    """An upper bound of the rate at which a record takes part in a step."""
     if release.max_batch_size is None:
         return release.sample_rate
     return min(release.sample_rate, release.max_batch_size / release.num_records)
@@ -347,9 +346,9 @@ def _loss_deviation(rate: float, noise_multiplier: float) -> float:
     return math.sqrt(np.average((loss - mean) ** 2, weights=weight))
 
 
-def _step_loss(release: Release, relation: str, grid: float, lost: float):
-    """dp-accounting's privacy loss distribution of one step, on multiples of `grid`, rounded against us; about the mass
-    `lost` of its tail counts as lost. Truncated: Ganesh et al. 2025, arXiv 2508.15089."""
+def _step_loss(release: Release, relation: str, grid: float, lost: float) -> "PrivacyLossDistribution":
+    """dp-accounting's privacy loss distribution of one step, on multiples of `grid`, rounded pessimistically; about
+    the mass `lost` of its tail counts as lost. Truncated: Ganesh et al. 2025, arXiv 2508.15089."""
     import dp_accounting
     from dp_accounting.pld import privacy_loss_distribution
 
@@ -359,14 +358,14 @@ def _step_loss(release: Release, relation: str, grid: float, lost: float):
     options = {
         "value_discretization_interval": grid,
         "neighboring_relation": dp_accounting.NeighboringRelation[relation.upper()],
-        # Of the Gaussian with the record; large losses come from it, and it is there with probability `rate`.
+        # Applies to the Gaussian with the record, the source of large losses, which has probability `rate`.
         "log_mass_truncation_bound": min(-10.0, math.log(lost / rate)),
     }
     if release.max_batch_size is None:
         return privacy_loss_distribution.from_gaussian_mechanism(
             noise_multiplier, sampling_prob=rate, **options
         )
-    # The library counts the record in question: one more than there are, where it may be added.
+    # The library counts the record in question: one more than there are, if it may be added.
     num_records = release.num_records + (relation == ADD_OR_REMOVE_ONE)
     return privacy_loss_distribution.from_truncated_subsampled_gaussian_mechanism(
         num_records, rate, release.max_batch_size, noise_multiplier, **options
@@ -377,29 +376,31 @@ def _require_plain_poisson(accountant: str, releases: Sequence[Release]) -> None
     for release in releases:
         if release.mechanism == CHOSEN_SHARD:
             raise UserError(
-                f"privacy.accountant={accountant} does not know the choice of a shard ('{release.name}'); use pld"
+                f"privacy.accountant={accountant} does not support the choice of a shard ('{release.name}'); use pld"
             )
         if release.max_batch_size is not None:
             raise UserError(
-                f"privacy.accountant={accountant} does not know truncated Poisson sampling ('{release.name}'); "
+                f"privacy.accountant={accountant} does not support truncated Poisson sampling ('{release.name}'); "
                 f"use pld or train.dp.sampling=poisson"
             )
 
 
-@_remembered
+@_cached
 def _rdp_epsilon(releases: Sequence[Release], delta: float, relation: str) -> float:
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
 
     full, sampled = _merge_full_batch(releases, relation)
     if sampled and relation == REPLACE_ONE:
-        raise UserError("privacy.accountant=rdp bounds no Poisson-sampled release under replace_one; use pld")
+        raise UserError(
+            "privacy.accountant=rdp cannot bound a Poisson-sampled release under replace_one; use pld"
+        )
     _require_plain_poisson("rdp", sampled)
     # One-shot queries with much noise are best bounded at very large orders (PrivImage's histogram).
     accountant = RdpAccountant(
         [1 + x / 10 for x in range(1, 100)] + [*range(12, 64), 128, 256, 512, 1024, 4096]
     )
-    with _library_warnings() as heard:
+    with _library_warnings() as messages:
         if full is not None:
             accountant.compose(dp_accounting.GaussianDpEvent(full))
         for r in sampled:
@@ -409,22 +410,22 @@ def _rdp_epsilon(releases: Sequence[Release], delta: float, relation: str) -> fl
             rounding = RDP_ROUNDING * sum(r.num_steps for r in sampled)
             accountant.compose(dp_accounting.GaussianDpEvent(1 / math.sqrt(2 * rounding)))
         epsilon = float(accountant.get_epsilon(delta))
-    if any("Negative" in text for text in heard):
+    if any("Negative" in text for text in messages):
         raise UserError(
             "privacy.accountant=rdp cannot bound this plan: its losses are below rounding; use pld"
         )
-    if heard:
-        _say_orders_are_left_out()
+    if messages:
+        _log_omitted_orders()
     return epsilon
 
 
 @contextlib.contextmanager
 def _library_warnings() -> Iterator[list[str]]:
     """The list to which dp-accounting's warnings go inside, instead of to the terminal."""
-    heard: list[str] = []
+    messages: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:
-        heard.append(record.getMessage())
+        messages.append(record.getMessage())
         return False
 
     library = logging.getLogger("absl")
@@ -432,21 +433,22 @@ def _library_warnings() -> Iterator[list[str]]:
     library.addFilter(keep)
     library.setLevel(logging.WARNING)
     try:
-        yield heard
+        yield messages
     finally:
         library.removeFilter(keep)
         library.setLevel(level)
 
 
 @functools.cache
-def _say_orders_are_left_out() -> None:
-    """Once: calibration computes dozens of such bounds."""
+def _log_omitted_orders() -> None:
+    """Log this once, because calibration computes dozens of such bounds."""
     log.info(
-        "rdp: some orders could not be computed and are left out; its epsilon holds, but may be larger for it"
+        "rdp: some orders could not be computed and were omitted; the epsilon is valid, but may be larger than "
+        "necessary"
     )
 
 
-@_remembered
+@_cached
 def _prv_epsilon(releases: Sequence[Release], delta: float, relation: str) -> float:
     from opacus.accountants import PRVAccountant
 
@@ -454,16 +456,17 @@ def _prv_epsilon(releases: Sequence[Release], delta: float, relation: str) -> fl
     if not sampled:
         return 0.0 if full is None else gaussian_epsilon(full, delta)
     if relation == REPLACE_ONE:
-        raise UserError("privacy.accountant=prv bounds no Poisson-sampled release under replace_one; use pld")
+        raise UserError(
+            "privacy.accountant=prv cannot bound a Poisson-sampled release under replace_one; use pld"
+        )
     _require_plain_poisson("prv", sampled)
     accountant = PRVAccountant()
     accountant.history = [(r.noise_multiplier, r.sample_rate, r.num_steps) for r in sampled]
     if full is not None:
         accountant.history.append((full, 1.0, 1))
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter(
-            "ignore"
-        )  # Opacus warns of its own order grid, which only bounds the search range
+        # Opacus warns of its own grid of orders, which only bounds the search range.
+        warnings.simplefilter("ignore")
         try:
             return float(accountant.get_epsilon(delta))
         except (ValueError, OverflowError, RuntimeError, MemoryError) as error:

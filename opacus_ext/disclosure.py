@@ -1,5 +1,5 @@
-"""The door through which private records leave as they are, for evaluation. pipeline/judging.py and eval.py hold it; a
-method is given `PrivateData`, which has none."""
+"""The only way in which private records leave unchanged, for evaluation. Programs hold it; methods hold `PrivateData`,
+which offers no such way."""
 
 from data.spec import Samples
 from opacus_ext.errors import UnplannedRelease
@@ -7,13 +7,13 @@ from opacus_ext.ledger import Ledger
 
 
 class Disclosure:
-    """The raw records of one set, and the ledger that lists who was shown them."""
+    """The raw records of one set, and the ledger that lists why they were revealed."""
 
     def __init__(self, samples: Samples, ledger: Ledger) -> None:
         self._samples, self._ledger = samples, ledger
 
     def reveal(self, reason: str) -> Samples:
-        """The records, once every planned release has been made."""
+        """The records. Raises UnplannedRelease until every planned step of every release is booked."""
         if not self._ledger.complete:
             raise UnplannedRelease(f"reveal('{reason}') before training has finished")
         self._ledger.revealed.append(reason)

@@ -1,4 +1,4 @@
-"""The ledger: plans every query of the private data, solves for the noise, books each answer, reports the epsilon."""
+"""The ledger: plans every query of the private data, solves for the noise, books each query, reports the epsilon."""
 
 import dataclasses
 import math
@@ -17,12 +17,13 @@ from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from utils.errors import UserError
 from utils.sections import check
 
-LEAST_SHARE = 1e-3  # of epsilon, that fixed releases must leave for the open one: with less it is noise alone
+# The share of epsilon that fixed releases must leave for the open one. With less, the open one is noise only.
+LEAST_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the whole plan may cost. epsilon = inf means non-private: every release then carries no noise."""
+    """The most that the whole plan may cost. epsilon = inf means non-private: no release then has noise."""
 
     epsilon: float
     delta: float
@@ -39,38 +40,49 @@ def default_delta(num_train: int) -> float:
 
 
 def weak_delta(delta: float, num_train: int) -> str | None:
-    """A warning where delta promises little: with delta = 1/N a mechanism may publish a whole record."""
+    """A warning if delta guarantees little: with delta = 1/N a mechanism may publish a whole record."""
     if delta >= 1 / num_train:
         return f"delta {delta:.3g} is not smaller than 1/N = {1 / num_train:.3g}: whole records may leak"
     if delta > 1e-3:
-        return f"delta {delta:.3g} is large, for there are only N = {num_train} images: the guarantee is weak"
+        return f"delta {delta:.3g} is large for only N = {num_train} images: the guarantee is weak"
     return None
 
 
 class Ledger:
-    """One account per private set. Order of use: `adopt` a plan, `book` before every answer, `report`.
+    """One account per private set. Order of use: `adopt` a plan, `book` before every query, `report`.
 
-    Guarantees: no answer leaves without a booking (mechanisms book first); what is booked never exceeds the plan;
-    the plan as a whole costs at most the budget under the chosen accountant and neighbouring relation.
+    Guarantees:
+    - No result leaves without a booking, because mechanisms book before they read a record.
+    - The booked steps never exceed the plan.
+    - The plan as a whole costs at most the budget, under the chosen accountant and neighbouring relation.
     """
 
     def __init__(self, budget: Budget, accountant: str = "pld", relation: str = ADD_OR_REMOVE_ONE) -> None:
         self.budget = budget
         self.accountant = accountant
         self.relation = relation
-        self.noise_seeded = (
-            False  # the noise of some answer comes from a known seed, here or in an earlier run
-        )
-        self.revealed: list[str] = []  # why the raw records were shown after training, for evaluation
+        # Whether the noise of any result comes from a known seed, in this run or in an earlier one.
+        self.noise_seeded = False
+        self.revealed: list[str] = []  # reasons why raw records were revealed after training, for evaluation
         self._adopted = False
         self._planned: dict[str, Release] = {}
         self._executed: dict[str, int] = {}
 
     def adopt(self, plan: list[Release]) -> None:
-        """Take over a plan, solving the one open noise multiplier so that all of it together meets the budget.
+        """Adopt the plan: solve for its one open noise_multiplier, so that all releases together meet the budget.
 
-        Raises BudgetExceeded, with the numbers, if the fixed releases alone cost more than the budget, or leave nothing
-        of it for the open one; AccountingError if the accountants contradict each other about the plan.
+        Guarantees:
+        - After it returns, the whole plan costs at most the budget. The open noise_multiplier is the smallest that
+          achieves this, to 1e-4 relative.
+        - If it raises, the account is unchanged.
+
+        | plan | result |
+        |---|---|
+        | epsilon = inf | every noise_multiplier becomes 0 |
+        | fixed releases cost more than the budget, or leave nothing for the open one | BudgetExceeded |
+        | two accountants contradict each other | AccountingError |
+        | two open releases, or a name that occurs twice | ValueError |
+        | a plan was adopted before | RuntimeError |
         """
         if self._adopted:
             raise RuntimeError("a ledger adopts one plan")
@@ -85,7 +97,7 @@ class Ledger:
         solved = self._solve(plan) if self.budget.private else _without_noise(plan)
         if (
             self.budget.private
-        ):  # what the report computes after training must not fail there for the first time
+        ):  # so that the report, after training, is not the first to find a contradiction
             require_agreement(solved, self.budget.delta, self.relation)
         self._planned = {release.name: release for release in solved}
         self._executed = dict.fromkeys(names, 0)
@@ -95,12 +107,12 @@ class Ledger:
     def _solve(self, plan: list[Release]) -> list[Release]:
         fixed = [release for release in plan if release.noise_multiplier is not None]
         cost = self._cost(fixed)
-        if cost > self.budget.epsilon * (1 + 1e-9):  # shares of a budget add up to it only up to rounding
-            dearest = max(fixed, key=lambda release: self._cost([release]))
+        if cost > self.budget.epsilon * (1 + 1e-9):  # shares of a budget add up to it up to rounding
+            costliest = max(fixed, key=lambda release: self._cost([release]))
             raise BudgetExceeded(
                 f"the releases with fixed noise cost epsilon {cost:.4g} of {self.budget.epsilon:g} at delta "
-                f"{self.budget.delta:.3g} (the dearest, '{dearest.name}', has noise_multiplier "
-                f"{dearest.noise_multiplier:g}); {_remedy(fixed)}"
+                f"{self.budget.delta:.3g} (the most expensive, '{costliest.name}', has noise_multiplier "
+                f"{costliest.noise_multiplier:g}); {_remedy(fixed)}"
             )
 
         def with_noise(noise_multiplier: float) -> list[Release]:
@@ -111,11 +123,11 @@ class Ledger:
 
         unsolved = [r.name for r in plan if r.noise_multiplier is None and r.num_steps]
         if not unsolved:
-            return with_noise(0.0)  # nothing is left open but releases that take no step
+            return with_noise(0.0)  # only releases of zero steps are open
         if cost > self.budget.epsilon * (1 - LEAST_SHARE):
             raise BudgetExceeded(
-                f"the other releases cost epsilon {cost:.4g} of {self.budget.epsilon:g}, which leaves nothing that "
-                f"'{unsolved[0]}' could be asked with; {_remedy(fixed)}"
+                f"the other releases cost epsilon {cost:.4g} of {self.budget.epsilon:g}, which leaves no budget "
+                f"for '{unsolved[0]}'; {_remedy(fixed)}"
             )
         return with_noise(
             calibrate(with_noise, self.budget.epsilon, self.budget.delta, self.accountant, self.relation)
@@ -138,20 +150,31 @@ class Ledger:
         return self._executed[name]
 
     def book(self, name: str, steps: int = 1) -> Release:
-        """Charge `steps` of `name` before the answer leaves; returns the calibrated release."""
+        """Charge `steps` steps of release `name`; returns the calibrated release. Mechanisms call it before they read.
+
+        Guarantees:
+        - The booked steps never exceed the planned ones, and no method reduces them.
+        - A step stays booked if the query fails afterwards.
+
+        | case | result |
+        |---|---|
+        | the plan has no release of that name | UnplannedRelease |
+        | more steps than remain | BudgetExceeded, nothing is booked |
+        | a negative number of steps | ValueError |
+        """
         release = self.planned(name)
         if steps < 0:
             raise ValueError(f"'{name}': {steps} steps cannot be booked")
         if self._executed[name] + steps > release.num_steps:
             raise BudgetExceeded(
-                f"'{name}' was planned for {release.num_steps} steps, {self._executed[name]} are taken and "
-                f"{steps} more were asked for"
+                f"'{name}' was planned for {release.num_steps} steps, {self._executed[name]} are booked and "
+                f"{steps} more were requested"
             )
         self._executed[name] += steps
         return release
 
     def require_complete(self) -> None:
-        """Raise UnplannedRelease if a planned release has not been made in full."""
+        """Raise UnplannedRelease unless every planned step of every release is booked."""
         for name, release in self._planned.items():
             if self._executed[name] != release.num_steps:
                 raise UnplannedRelease(
@@ -160,7 +183,7 @@ class Ledger:
 
     @property
     def complete(self) -> bool:
-        """A plan was adopted and has been made in full; an empty plan is complete at once."""
+        """Whether a plan was adopted and all of its steps are booked. An empty plan is complete at once."""
         return self._adopted and all(
             self._executed[name] == release.num_steps for name, release in self._planned.items()
         )
@@ -181,7 +204,7 @@ class Ledger:
         return [dataclasses.replace(r, num_steps=self._executed[name]) for name, r in self._planned.items()]
 
     def rows(self) -> list[dict]:
-        """What is planned and booked of every release, and its epsilon if it were alone."""
+        """Planned and booked steps of every release, and its epsilon if run alone."""
         return [
             {
                 "name": r.name,
@@ -198,10 +221,10 @@ class Ledger:
         ]
 
     def report(self) -> dict:
-        """What privacy.json says of this account; plain containers.
+        """The content of privacy.json about this account; plain containers.
 
-        Never raises for an epsilon that cannot be computed, as that must not cost the samples of a finished training:
-        `spent` is then inf, which claims nothing, and `not_computed` says why.
+        Does not raise if epsilon cannot be computed, so that the samples of a finished training are not lost: `spent`
+        is then inf, which claims nothing, and `not_computed` gives the reason.
         """
         return {
             "budget": {"epsilon": self.budget.epsilon, "delta": self.budget.delta},
@@ -230,7 +253,7 @@ class Ledger:
             )
         if any(state["executed"][name] < taken for name, taken in self._executed.items()):
             raise BudgetExceeded(
-                f"restoring {state['executed']} would give back what is booked: {self._executed}"
+                f"restoring {state['executed']} would undo steps that are already booked: {self._executed}"
             )
         self._planned = {release.name: release for release in saved}
         self._executed = dict(state["executed"])
@@ -238,11 +261,9 @@ class Ledger:
 
 
 def _remedy(fixed: list[Release]) -> str:
-    """What helps where these leave too little."""
+    """The advice to print if these releases leave too little budget."""
     if all(release.inherited for release in fixed):
-        return (
-            "an earlier run has spent that, whose checkpoint or query this one starts from: raise --epsilon"
-        )
+        return "this cost is inherited from the run whose checkpoint or query is reused: raise --epsilon"
     return "raise their noise_multiplier or --epsilon"
 
 
@@ -254,7 +275,7 @@ def _same_plan(one: list[Release], other: list[Release]) -> bool:
     def fixed(release: Release) -> Release:
         return dataclasses.replace(release, noise_multiplier=None)
 
-    # Calibration may move in the last digits with the library's version; the saved multiplier is the one in force.
+    # Calibration may differ in the last digits between versions of the library; the saved multiplier applies.
     return [fixed(r) for r in one] == [fixed(r) for r in other] and all(
         math.isclose(a.noise_multiplier, b.noise_multiplier, rel_tol=1e-3)
         for a, b in zip(one, other, strict=True)

@@ -1,14 +1,14 @@
-"""Privacy noise and secret sampling: seeded by the operating system, apart from the experiment seed.
+"""Privacy noise and secret sampling, seeded by the operating system, independent of the experiment seed.
 
-Where the numbers come from. Every draw of noise asks the operating system for a fresh 128-bit key and lets the
-counter-based generator Philox4x64-10 (Salmon et al. 2011) stretch it into a normal deviate for every coordinate. So
-there is no state that a checkpoint could carry on or a resumed run could use again, CPU and GPU runs get the same
+Randomness. Every draw of noise takes a fresh 128-bit key from the operating system. The counter-based generator
+Philox4x64-10 (Salmon et al. 2011) expands it to one normal deviate per coordinate. So there is no state that a
+checkpoint could store or a resumed run could use again, CPU and GPU runs get the same
 bits, and drawing 4 million takes some 50 ms of one CPU thread while the gradients are still being computed. Philox
-passes the statistical test batteries and no way to tell it from random is known, but it was not designed as a cipher:
-the guarantee is computational, and rests on that.
+passes the statistical test batteries and no way to distinguish it from random is known, but it was not designed as a
+cipher: the guarantee is computational and rests on this assumption.
 
-How noise meets the sum. The difference of two doubles has a pattern of low bits that depends on them, and with it the
-sum shows through the noise (Mironov 2012). Here both are rounded to whole multiples of one public power of two before
+Floating point. The low bits of a floating-point sum depend on both terms, so they reveal the sum through the noise
+(Mironov 2012). Here both are rounded to whole multiples of one public power of two before
 they are added (GRID_BITS), so every value that one data set can lead to can come from all others as well.
 """
 
@@ -23,10 +23,10 @@ import torch
 from utils.draws import Draws, philox
 from utils.seeding import derive_key
 
-# The grid is 2^-GRID_BITS of the noise's scale. Rounding moves each of P coordinates of two neighbouring sums apart by
-# at most one step, sqrt(P) steps in L2: for 4 million coordinates and a noise multiplier of 15 that is 7e-6 of the
-# sensitivity, below the float32 rounding of the gradients. And the grid is 2^18 times coarser than the deviates, so
-# that every step is hit.
+# The grid is 2^-GRID_BITS of the noise's scale. Rounding adds at most one step to the distance of two neighbouring
+# sums in each of P coordinates, sqrt(P) steps in L2: for 4 million coordinates and a noise multiplier of 15 that is
+# 7e-6 of the sensitivity, below the float32 rounding of the gradients. And the grid is 2^18 times coarser than the
+# deviates, so that every step is hit.
 GRID_BITS = 32
 
 
@@ -40,8 +40,8 @@ class GridNoise:
     def add_to(self, total: torch.Tensor) -> torch.Tensor:
         """Total plus noise, float32, in the shape and on the device of `total`, which has D entries.
 
-        The only place where a sum meets its noise. What it returns is a function of (total rounded to the grid) +
-        noise alone: scaling by a power of two is exact, and IEEE addition rounds the exact sum of two integers.
+        The only place where noise is added to a sum. The result is a function of (total rounded to the grid) + noise
+        only: scaling by a power of two is exact, and IEEE addition rounds the exact sum of two integers.
         """
         return self.added_to(total).float()
 
@@ -70,12 +70,12 @@ def grid_of(scale: float) -> float:
 class NoiseSource:
     """Draws for mechanisms. With `seed=None` (always, outside tests) all of them start from OS entropy.
 
-    A fixed seed makes a run repeatable and its noise public: the report then says `noise_seeded`. Seeded streams
+    A fixed seed makes a run repeatable and its noise public; the report then states `noise_seeded`. Seeded streams
     are derived per (release, step), so that a resumed test run equals an uninterrupted one.
 
-    `key`: 32 secret bytes behind what all processes of a run must agree on, that is who is sampled and what the losses
-    draw; None: fresh from the operating system. The noise itself does not come from it and is new at every call, so
-    exactly one process may draw it.
+    `key`: 32 secret bytes for everything on which all processes of a run must agree: the samples and the draws of the
+    losses; None: fresh from the operating system. The noise does not come from it and is new at every call, so exactly
+    one process may draw it.
     """
 
     def __init__(self, seed: int | None = None, key: bytes | None = None) -> None:
@@ -99,8 +99,8 @@ class NoiseSource:
     def sample(
         self, num_records: int, rate: float, release: str, step: int, max_size: int | None = None
     ) -> torch.Tensor:
-        """Sorted indices of the records of one step, each with probability `rate`, independently (Poisson sampling); of
-        more than `max_size` a uniformly random subset of that size. The same at every call.
+        """Sorted indices of the records of one step, each with probability `rate`, independently (Poisson sampling); a
+        sample of more than `max_size` is replaced by a uniformly random subset of that size. The same at every call.
 
         Exact: 64 random bits are below floor(rate * 2^64) with that probability, at most 2^-64 less than `rate`.
         """
@@ -122,7 +122,9 @@ class NoiseSource:
         """One of `count`, uniform and independent of all other steps. The same at every call."""
         return int(philox(self._shared_key(f"choice/{release}/{step}")).integers(count))
 
-    def loss_draws(self, release: str, step: int, num_examples: int, device="cpu") -> Draws:
+    def loss_draws(
+        self, release: str, step: int, num_examples: int, device: str | torch.device = "cpu"
+    ) -> Draws:
         """Secret randomness for one step's loss. It must not be repeatable: draws are dealt by position in the batch,
         so with known draws one record more would re-deal, and move, the contributions of all later ones. Unknown
         draws couple record by record between neighbouring sets, and the sensitivity is one clipped gradient."""

@@ -1,4 +1,4 @@
-"""Per-example vectors in factors: made of outer products, so long that only sums over examples are ever formed."""
+"""Per-example vectors as outer products. They are so long that only sums over examples are ever formed."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class OuterProducts:
-    """(B, D) values. That of example n is left[n] right[n]^T of every block, flattened, one block after the other.
+    """(B, D) values. The vector of example n joins left[n] right[n]^T, flattened, of all blocks in order.
 
     blocks: pairs of left (B, a) and right (B, b) rows; D is the sum of all a * b.
     """
@@ -29,7 +29,7 @@ class OuterProducts:
         return OuterProducts([(left * scale[:, None], right) for left, right in self.blocks])
 
     def sums(self, groups: torch.Tensor, num_groups: int) -> torch.Tensor:
-        """(num_groups, D): the sum of each group's vectors, of which `groups` (B,) names one per example."""
+        """(num_groups, D): the sum of the vectors of each group. `groups`: (B,) int64, the group of each example."""
         order, counts = groups.argsort(), groups.bincount(minlength=num_groups).tolist()
 
         def by_group(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,10 +1,10 @@
-"""PrivateData: holds the images and lends them to mechanisms. There is no loader, no index, no length."""
+"""PrivateData: the only object through which methods use private images. It has no loader, no index and no length."""
 
+import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -12,33 +12,39 @@ from data.spec import DataSpec, Samples
 from opacus_ext.accounting import Release
 from opacus_ext.errors import UnplannedRelease
 from opacus_ext.ledger import Ledger
-from opacus_ext.mechanisms import clipped_sum, vote_sum
-from opacus_ext.noise import GridNoise, NoiseSource
+from opacus_ext.mechanisms import sum_clipped_rows, vote_sum
+from opacus_ext.noise import NoiseSource
 from opacus_ext.outer_products import OuterProducts
-from opacus_ext.row_by_row import require_row_by_row, require_same_choices
+from opacus_ext.records import MappedRecords, PerExample, RecordAccess, with_fixed_batch_size
+from opacus_ext.row_by_row import NUM_TRIED, require_row_by_row, require_same_choices
 from utils import distributed
-from utils.draws import Draws
-from utils.images import to_float
 from utils.progress import progress
 
-# images (B, C, H, W) float32 in [-1, 1], labels (B,) int64 -> per-example values (B, ...), or these in factors
-PerExample = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | OuterProducts]
+# (values, l2_bound, groups, num_groups) -> (num_groups, D): the sum of bounded values by group
+BoundedSum = Callable[[torch.Tensor | OuterProducts, float, torch.Tensor, int], torch.Tensor]
 
-COARSE = 4  # pixels of the random images on which functions are tried, before these are enlarged
-NUM_TRIED = {"values": 3, "choices": 16}  # records on which functions are tried
-_TUNED = (
-    "the values of the presets, although they may have been chosen by experiments on this very data set (by the papers "
-    "or, for preset=quick, by this toolkit), which added no noise to that choice: for records that need protection "
-    "take a preset that was tuned on other images"
+_TUNED_ON_THIS_SET = (
+    "the values of the presets: they may have been chosen by experiments on this very data set (by the papers or, for "
+    "preset=quick, by this toolkit), and no noise was added to that choice; for records that need protection use a "
+    "preset that was tuned on other images"
 )
 
 
 class PrivateData:
     """The private records behind the ledger.
 
-    Every method that answers books first, bounds each record's influence itself, and adds noise before returning;
-    an exception on the way ends the run, it never yields a clean answer. Answers are sums: divide them by a public
-    constant, never by something counted here. `spec` is the public description, `num_train` included.
+    Guarantees of every query:
+    - It books its release before a record is read, so an unplanned or surplus query reads nothing.
+    - It bounds each record's contribution itself; it does not trust the function that it is given.
+    - It adds noise before it returns. An exception ends the run and never yields a result without noise.
+    - With several processes, one process adds the noise, once, and all receive the same result.
+
+    Assumes:
+    - The function treats every record by itself. This is tested on random public images before the first query of a
+      release, never on records.
+    - The caller divides results, which are sums, by public constants only.
+
+    `spec` is the public description of the set, `num_train` included. `batch_size`: records per batch, at most.
     """
 
     def __init__(
@@ -50,118 +56,93 @@ class PrivateData:
         device: str | torch.device = "cpu",
         batch_size: int = 1024,
     ) -> None:
+        noise = noise or NoiseSource()
         self.spec = spec
         self.ledger = ledger
         self.device = torch.device(device)
-        self._images: np.ndarray | torch.Tensor | None = samples.images  # None: to be mapped when first read
-        self._labels = torch.from_numpy(samples.labels)
-        self._noise = noise or NoiseSource()
-        ledger.noise_seeded |= self._noise.seeded
-        self._batch_size = _equal_parts(spec.num_train, batch_size)
-        self._source: PrivateData | None = None  # of mapped records
+        self._records = RecordAccess(samples, spec, noise, self.device, batch_size)
+        ledger.noise_seeded |= noise.seeded
 
     def noisy_sum(self, name: str, fn: PerExample, l2_bound: float, by_class: bool = False) -> torch.Tensor:
-        """Sum over all records of fn(image, label), clipped to `l2_bound` each, plus Gaussian noise.
+        """Sum of fn(image, label) over all records, each clipped to an L2 norm of `l2_bound`, plus Gaussian noise.
 
-        Returns (D,) float32, D the size of one flattened value; with `by_class` (num_classes, D), one row per label
-        (a record touches one row, so the sensitivity is the same). Noise std is noise_multiplier * l2_bound on every
-        coordinate. The release must be planned without sampling.
+        Returns (D,) float32, where D is the size of one flattened value; with `by_class` (num_classes, D), one row per
+        label.
+
+        Guarantees:
+        - One record changes the sum by at most `l2_bound` in L2, whatever fn returns. With `by_class` a record
+          contributes to one row, so the bound holds for the whole matrix.
+        - The noise standard deviation is noise_multiplier * l2_bound on every coordinate.
+
+        Assumes: fn treats every record by itself.
+
+        | case | result |
+        |---|---|
+        | value with a non-finite entry | counts as zero |
+        | number of values differs from the number of records | ValueError |
+        | the release is sampled or truncated, or has another mechanism | UnplannedRelease |
+        | no step of the release remains | BudgetExceeded, and no record is read |
         """
-        return self._noisy_sum_of_all(name, fn, l2_bound, by_class, clipped_sum)
+        return self._noisy_sum_of_all(name, fn, l2_bound, by_class, sum_clipped_rows)
 
     def _noisy_sum_of_all(
-        self, name: str, fn: PerExample, l2_bound: float, by_class: bool, bounded_sum: Callable
+        self, name: str, fn: PerExample, l2_bound: float, by_class: bool, bounded_sum: BoundedSum
     ) -> torch.Tensor:
-        """`noisy_sum`, where bounded_sum(values, l2_bound, groups, num_groups) adds up a batch by group."""
-        release = self._booked(name)
+        """`noisy_sum` with another way to bound and add up the values of a batch."""
+        release = self._book(name)
         if not release.takes_all:
             raise UnplannedRelease(
                 f"'{name}' is planned with sample_rate {release.sample_rate}, max_batch_size "
                 f"{release.max_batch_size}, but sums all records"
             )
-        num_batches = -(-self.spec.num_train // (self._batch_size * distributed.world_size()))
-        batches = self._batches(distributed.share(len(self._labels)))
+        num_batches = -(-self.spec.num_train // (self._records.batch_size * distributed.world_size()))
+        batches = self._records.batches_of_this_process()
         shown = progress(batches, name, num_batches, unit="batch") if num_batches > 10 else batches
         return self._noisy_sum_over(shown, release, fn, l2_bound, by_class, bounded_sum)
 
     def sampled_noisy_sum(
         self, name: str, fn: PerExample, l2_bound: float, by_class: bool = False
     ) -> torch.Tensor:
-        """`noisy_sum` over a fresh, secret Poisson sample of the records, at the planned rate; one planned step.
+        """`noisy_sum` over a fresh, secret Poisson sample of the records; takes one planned step.
 
-        The expected size of the sample, spec.num_train * sample_rate, is public; its actual size is not.
+        Guarantees, in addition to those of `noisy_sum`:
+        - Each record is in the sample with the planned sample_rate, independently of all others and of earlier steps.
+        - The actual size of the sample stays secret. An empty sample yields noise like any other.
+
+        Assumes: the caller divides by the expected size, spec.num_train * sample_rate, which is public.
+
+        | case | result |
+        |---|---|
+        | the release has a max_batch_size | UnplannedRelease |
         """
-        release = self._booked(name)
+        release = self._book(name)
         if release.max_batch_size is not None:
             raise UnplannedRelease(
                 f"'{name}' is planned with max_batch_size {release.max_batch_size}, but sums all of its sample"
             )
-        chosen = self._sampled_indices(release, self.ledger.executed(name) - 1)
-        batches = self._batches(distributed.share(len(chosen)), chosen)
-        return self._noisy_sum_over(batches, release, fn, l2_bound, by_class, clipped_sum)
+        chosen = self._records.sampled_indices(release, self.ledger.executed(name) - 1)
+        batches = self._records.batches(distributed.share(len(chosen)), chosen)
+        return self._noisy_sum_over(batches, release, fn, l2_bound, by_class, sum_clipped_rows)
 
-    def _try_on_public_images(self, release: Release, fn: PerExample, choosing: bool) -> None:
-        """Before the first answer of a release: that fn mixes no records, as far as a few images show, none of them
-        private."""
-        if self.ledger.executed(release.name) != 1:
-            return
-        if choosing:
-            require_same_choices(release.name, fn, *self._public_batch(NUM_TRIED["choices"]))
-            return
-
-        def rows(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            own_group = torch.arange(len(labels), device=labels.device)
-            return clipped_sum(fn(images, labels), math.inf, own_group, len(labels))
-
-        require_row_by_row(release.name, rows, *self._public_batch(NUM_TRIED["values"]))
-
-    def _public_batch(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random images as fn would see the records, the same at every call, and labels, equal and different ones."""
-        if self._source is not None:
-            images, labels = self._source._public_batch(count)
-            return self._fn(images), labels
-        rng = torch.Generator().manual_seed(0)
-        shape = (count, self.spec.channels, COARSE, COARSE)
-        coarse = torch.randint(256, shape, generator=rng, dtype=torch.uint8)
-        images = F.interpolate(to_float(coarse.numpy(), self.device), size=(self.spec.resolution,) * 2)
-        return images, torch.arange(count, device=self.device) % min(2, self.spec.num_classes)
-
-    def _filled_up(self, fn: PerExample) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """fn, which is given batches of one size alone, with blank records in the places that are left.
-
-        How a library rounds depends on the size of what it is given. Where nearly equal numbers decide, one record
-        more in a batch could so change what all others choose.
-        """
-
-        def filled(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            missing = max(0, self._batch_size - len(labels))
-            whole = F.pad(images, (0, 0) * (images.dim() - 1) + (0, missing))
-            values = fn(whole, F.pad(labels, (0, missing)))
-            if len(values) != len(whole):
-                raise ValueError(f"{len(values)} values for {len(whole)} records")
-            return values[: len(labels)]
-
-        return filled
-
-    def _booked(self, name: str) -> Release:
+    def _book(self, name: str) -> Release:
         release = self.ledger.book(name)
         _require_mechanism(release, "gaussian")
         return release
 
     def _noisy_sum_over(
         self,
-        batches: Iterable,
+        batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
         release: Release,
         fn: PerExample,
         l2_bound: float,
         by_class: bool,
-        bounded_sum: Callable,
+        bounded_sum: BoundedSum,
     ) -> torch.Tensor:
-        """What both kinds of noisy sum do with this process's batches of (images, labels)."""
+        """The noisy sum over this process's batches of (images, labels); the release is already booked."""
         num_groups = self.spec.num_classes if by_class else 1
-        choosing = bounded_sum is not clipped_sum
-        self._try_on_public_images(release, fn, choosing)
-        fn = self._filled_up(fn) if choosing else fn
+        chooses = bounded_sum is not sum_clipped_rows
+        self._try_on_public_images(release, fn, chooses)
+        fn = with_fixed_batch_size(fn, self._records.batch_size) if chooses else fn
         total = None
         for images, labels in batches:
             groups = labels if by_class else torch.zeros_like(labels)
@@ -171,19 +152,49 @@ class PrivateData:
         std = release.noise_multiplier * l2_bound
 
         def add_noise(total: torch.Tensor) -> torch.Tensor:
-            return self._noise.gaussian(total.numel(), std, release.name, step).add_to(total)
+            return self._records.noise.gaussian(total.numel(), std, release.name, step).add_to(total)
 
-        answer = distributed.sum_on_main(total, add_noise)
-        return answer if by_class else answer[0]
+        result = distributed.sum_on_main(total, add_noise)
+        return result if by_class else result[0]
+
+    def _try_on_public_images(self, release: Release, fn: PerExample, chooses: bool) -> None:
+        """Before the first query of a release, refuse a fn that visibly mixes records. Uses random images only.
+
+        chooses: fn returns votes or ballots instead of values.
+        """
+        if self.ledger.executed(release.name) != 1:
+            return
+        if chooses:
+            require_same_choices(release.name, fn, *self._records.public_batch(NUM_TRIED["choices"]))
+            return
+
+        def rows(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            own_group = torch.arange(len(labels), device=labels.device)
+            return sum_clipped_rows(fn(images, labels), math.inf, own_group, len(labels))
+
+        require_row_by_row(release.name, rows, *self._records.public_batch(NUM_TRIED["values"]))
 
     def noisy_histogram(
         self, name: str, fn: PerExample, num_bins: int, votes_per_example: int, by_class: bool = False
     ) -> torch.Tensor:
-        """Votes of all records, (num_bins,) or (num_classes, num_bins), plus Gaussian noise.
+        """Histogram of the votes of all records, plus Gaussian noise: (num_bins,), or (num_classes, num_bins).
 
-        fn(images, labels) -> (B, votes_per_example) int64 bin indices. A record's k votes for different bins move the
-        histogram by sqrt(k) in L2; repeated votes are scaled down to the same bound. Noise std is
-        noise_multiplier * sqrt(k) on every bin. Memory does not depend on the product of records and bins.
+        fn(images, labels) -> (B, k) int64 bin indices, where k = votes_per_example.
+
+        Guarantees:
+        - One record changes the histogram by at most sqrt(k) in L2. Votes for k different bins reach this bound;
+          repeated votes are scaled down to it.
+        - The noise standard deviation is noise_multiplier * sqrt(k) on every bin.
+        - fn always sees batches of one size, so that rounding by batch size changes no vote.
+        - Memory does not grow with the product of records and bins.
+
+        Assumes: fn treats every record by itself.
+
+        | case | result |
+        |---|---|
+        | another number of votes per record than k | AssertionError |
+        | a vote outside 0..num_bins - 1 | IndexError |
+        | the release is sampled or has another mechanism | UnplannedRelease |
         """
 
         def votes(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -195,40 +206,49 @@ class PrivateData:
         return self._noisy_sum_of_all(name, votes, votes_per_example**0.5, by_class, count)
 
     def report_noisy_max(self, name: str, fn: PerExample) -> int:
-        """Index of the candidate with most votes after Laplace noise (Dwork & Roth 2014, section 3.3).
+        """Index of the candidate with the most votes after Laplace noise (Dwork & Roth 2014, section 3.3).
 
-        fn(images, labels) -> (B, candidates) of 0/1: what the record says of each candidate; clamped to [0, 1].
-        The proof adds 1 to noise and to votes: both are whole multiples of a grid that 1 is on. Cast to float32 they
-        would not be, so the winner is found before, and nothing else leaves.
+        fn(images, labels) -> (B, candidates) of 0/1: the record's vote for each candidate.
+
+        Guarantees:
+        - Only the index leaves. The noisy counts do not.
+        - Votes are clamped to [0, 1]; nan counts as 0.
+        - Votes and noise are multiples of one grid that contains 1, as the proof requires (it adds 1 to the noise and
+          to the votes). The winner is found before anything is cast to float32, where that would not hold.
+
+        Assumes: fn treats every record by itself.
+
+        | case | result |
+        |---|---|
+        | number of ballots differs from the number of records | ValueError |
+        | the release has another mechanism | UnplannedRelease |
         """
         release = self.ledger.book(name)
         _require_mechanism(release, "report_noisy_max")
         ballots = functools.partial(_ballots, fn)
-        self._try_on_public_images(release, ballots, choosing=True)
-        own = distributed.share(len(self._labels))
-        filled = self._filled_up(ballots)
-        parts = [filled(*batch).sum(0).cpu() for batch in self._batches(own)]
+        self._try_on_public_images(release, ballots, chooses=True)
+        padded = with_fixed_batch_size(ballots, self._records.batch_size)
+        parts = [padded(*batch).sum(0).cpu() for batch in self._records.batches_of_this_process()]
         step = self.ledger.executed(name) - 1
 
         def winner(totals: torch.Tensor) -> torch.Tensor:
-            noise = self._noise.laplace(len(totals), release.noise_multiplier, name, step)
+            noise = self._records.noise.laplace(len(totals), release.noise_multiplier, name, step)
             return F.one_hot(noise.added_to(totals).argmax(), len(totals)).float()
 
         return int(distributed.sum_on_main(torch.stack(parts).sum(0), winner).argmax())
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "PrivateData":
-        """The same records with every image replaced by fn(image), e.g. its latent; same ledger, same noise.
+        """The same records with every image replaced by fn(image), for example its latent; same ledger, same noise.
 
-        fn sees batches (B, C, H, W) float32 and must treat each image by itself, as every fn of this class. It is
-        called when the first release reads the mapped records, and then kept: mapping alone reads nothing.
+        fn maps batches (B, C, H, W) float32 and must treat every image by itself. It is called when the first release
+        reads the mapped records, and its result is kept. `map` itself reads nothing.
         """
-        mapped = object.__new__(PrivateData)
-        mapped.__dict__.update(self.__dict__)
-        mapped._images, mapped._source, mapped._fn = None, self, fn
+        mapped = copy.copy(self)
+        mapped._records = MappedRecords(self._records, fn)
         return mapped
 
     def report(self) -> dict:
-        """The ledger's report plus what concerns this set: assumptions, seeding of the noise."""
+        """The ledger's report, the assumptions about this set, and whether the noise was seeded; plain containers."""
         return {
             **self.ledger.report(),
             "data": self.spec.name,
@@ -236,109 +256,53 @@ class PrivateData:
             "data_identity": self.spec.identity,
             "assumptions": [
                 f"the number of records, {self.spec.num_train}, is public",
-                *self._choice_of_records(),
+                *_choice_of_records(self.spec),
                 f"the image size and the {self.spec.num_classes} classes are public",
                 "the hyperparameters: choosing them by looking at these records is not accounted for",
-                *([_TUNED] if self.spec.is_benchmark else []),
-                *_per_person(self.spec),
+                *([_TUNED_ON_THIS_SET] if self.spec.is_benchmark else []),
+                *_images_per_person(self.spec),
             ],
             "images_per_person": self.spec.images_per_person,
             "noise_seeded": self.ledger.noise_seeded,
         }
 
-    def _choice_of_records(self) -> list[str]:
-        unused = self.spec.num_unused
-        if not unused:
-            return []
-        return [
-            f"which records are used: {unused} training images more are left out by their positions alone "
-            f"(sensitive_data.num_train)"
-        ]
 
-    def _batches(
-        self, positions: slice, chosen: torch.Tensor | None = None
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """A range of all records, or of the `chosen` ones, in order; an empty range is one empty batch, for its sum
-        has a shape too."""
-        for start in range(positions.start, max(positions.start + 1, positions.stop), self._batch_size):
-            part = slice(start, min(start + self._batch_size, positions.stop))
-            yield self._take(part if chosen is None else chosen[part])
-
-    def _take(self, which: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._images is None:
-            self._images = self._all_mapped()
-        labels = self._labels[which].to(self.device)
-        if isinstance(self._images, torch.Tensor):
-            return self._images[which].to(self.device), labels
-        rows = self._images[which if isinstance(which, slice) else which.numpy()]
-        return to_float(rows, self.device), labels
-
-    def _all_mapped(self) -> torch.Tensor:
-        """(N, ...) float32 in main memory. Every process maps all records for itself, in the same batches: whether a
-        process reads at all in a step depends on the sample, so they cannot share the work here."""
-        num_batches = -(-self.spec.num_train // self._batch_size)
-        batches = self._source._batches(slice(0, len(self._labels)))
-        shown = progress(batches, "map", num_batches, unit="batch") if num_batches > 10 else batches
-        rows, start = None, 0
-        tried = self._source._public_batch(NUM_TRIED["values"])
-        require_row_by_row("map", lambda images, _: self._fn(images).nan_to_num(), *tried)
-        mapped = self._filled_up(lambda images, _: self._fn(images))
-        # In place: side by side with its parts the whole would take twice the memory.
-        for images, labels in shown:
-            part = mapped(images, labels).cpu()
-            rows = part.new_empty(len(self._labels), *part.shape[1:]) if rows is None else rows
-            rows[start : start + len(part)] = part
-            start += len(part)
-        return rows
-
-    def _image_shape(self) -> tuple[int, ...]:
-        if self._images is not None:
-            return tuple(self._images.shape[1:])
-        blank = torch.zeros(1, *self._source._image_shape(), device=self.device)
-        return tuple(self._fn(blank).shape[1:])
-
-    def _sampled_indices(self, release: Release, step: int) -> torch.Tensor:
-        rate, max_size = release.sample_rate, release.max_batch_size
-        if max_size is not None and release.num_records != self.spec.num_train:
-            raise UnplannedRelease(
-                f"'{release.name}' is planned for {release.num_records} records, but there are {self.spec.num_train}"
-            )
-        return self._noise.sample(len(self._labels), rate, release.name, step, max_size)
-
-    def _loss_draws(self, name: str, step: int, num_examples: int) -> Draws:
-        return self._noise.loss_draws(name, step, num_examples, self.device)
-
-    def _gradient_noise(self, name: str, size: int, std: float, step: int) -> GridNoise:
-        return self._noise.gaussian(size, std, name, step)
+def records_of(private: PrivateData) -> RecordAccess:
+    """The records behind `private`, for the other mechanisms of this package. No other package may call this."""
+    return private._records
 
 
-def _per_person(spec: DataSpec) -> list[str]:
-    """What is assumed of groups of records."""
+def _choice_of_records(spec: DataSpec) -> list[str]:
+    if not spec.num_unused:
+        return []
+    return [
+        f"which records are used: {spec.num_unused} more training images are left out, by position only "
+        f"(sensitive_data.num_train)"
+    ]
+
+
+def _images_per_person(spec: DataSpec) -> list[str]:
+    """The assumption about groups of records of one person, if the set has groups."""
     if spec.images_per_person is None:
         return []
     known = {
-        "declared": "as whoever prepared them declared",
+        "declared": "as declared when they were prepared",
         "observed": "the largest group of these very images, which is not protected by noise; declare a bound with "
         "--images_per_person to avoid that",
     }
     return [f"no person has more than {spec.images_per_person} images ({known[spec.images_per_person_is]})"]
 
 
-def _equal_parts(count: int, most: int) -> int:
-    """The size of parts of at most `most`, the last of which falls short of it by little."""
-    return -(-count // -(-count // most))
-
-
 def _require_mechanism(release: Release, mechanism: str) -> None:
-    """What is accounted for as one mechanism must not be answered by another."""
+    """A release that is accounted for as one mechanism must not be used by another."""
     if release.mechanism != mechanism:
         raise UnplannedRelease(
-            f"'{release.name}' is planned as {release.mechanism}, but is asked as {mechanism}"
+            f"'{release.name}' is planned as {release.mechanism}, but is queried as {mechanism}"
         )
 
 
 def _ballots(fn: PerExample, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(B, candidates) in [0, 1], one row per record."""
+    """(B, candidates) float64 in [0, 1], one row per record."""
     ballots = torch.nan_to_num(fn(images, labels).double()).clamp(0.0, 1.0)
     if len(ballots) != len(labels):
         raise ValueError(f"{len(ballots)} ballots for {len(labels)} records")

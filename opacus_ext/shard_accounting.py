@@ -1,18 +1,19 @@
-"""Privacy of an answer that one shard of the records gives, a fresh, secret, uniform choice among all shards.
+"""Privacy of a result computed from one shard of the records: a fresh, secret, uniform choice among all shards.
 
-The mechanism (opacus_ext/sanitize.py). Records are dealt to N shards by coins that look at nothing. In each step one
-shard i is chosen with probability 1/N, and the answer is f_i + Gaussian noise of standard deviation s, where f_i may
-depend in any way on the records of shard i, on earlier answers and on randomness of its own, but not on which shards
-were chosen before. No two values of any f_i are further apart than D.
+The mechanism (opacus_ext/sanitize.py). Records are assigned to N shards at random, independently of their content. In
+each step one shard i is chosen with probability 1/N, and the result is f_i + Gaussian noise of standard deviation s,
+where f_i may depend in any way on the records of shard i, on earlier results and on randomness of its own, but not on
+which shards were chosen before. No two values of any f_i are further apart than D.
 
-Why the amplification of Poisson sampling is not this one. There a record is in the sum or not; here its shard always
-answers when it is chosen, with a value that the record may change at will. So the two answers to compare are
+Why the amplification of Poisson sampling does not apply. There a record is in the sum or not; here its shard always
+yields a result when it is chosen, and the record may change this result arbitrarily. So the two results to compare are
 
     P  = (1 - q) A + q N(f, s^2),    P' = (1 - q) A + q N(f', s^2),    q = 1/N,
 
-A being the mixture of the other shards' answers, which is the same on both sides (couple the coins: the record that is
-added, removed or exchanged changes one shard). For epsilon >= 0 and epsilon' = ln(1 + q (e^epsilon - 1)), advanced
-joint convexity (Balle, Barthe, Gaboardi 2018, theorem 2, arXiv:1807.01647) bounds the hockey-stick divergence
+where A is the mixture of the other shards' results, which is the same on both sides (couple the coins: the record
+that is added, removed or exchanged changes one shard). For epsilon >= 0 and epsilon' = ln(1 + q (e^epsilon - 1)),
+advanced joint convexity (Balle, Barthe, Gaboardi 2018, theorem 2, arXiv:1807.01647) bounds the hockey-stick
+divergence
 
     H_{e^epsilon'}(P || P') <= q ((1 - b) H_{e^epsilon}(N(f, s^2) || A) + b H_{e^epsilon}(N(f, s^2) || N(f', s^2)))
 
@@ -22,19 +23,24 @@ epsilon' < 0 it follows by H_a(P || P') = 1 - a + a H_{1/a}(P' || P). Where A = 
 smallest that holds.
 
 It is above the curve of the Poisson-sampled Gaussian, whose two directions differ. Booked as Poisson samples these
-steps would come out a tenth to a quarter cheaper, and too cheap: answers that adapt to what has leaked so far reach the
+steps would come out a tenth to a quarter cheaper, and too cheap: results that adapt to earlier results reach the
 larger of both directions in every step (tests/test_gs_wgan.py computes such a case).
 
-Composition is adaptive: given the earlier answers and all coins but the choices, the f_i of a step are fixed before its
-shard is chosen. That is why f_i must not depend on earlier choices: a shard that learns only when it is chosen keeps a
-memory of whose turn it has been, later answers tell of it, and the choice is no secret any more.
+Composition is adaptive: given the earlier results and all random draws but the choices, the f_i of a step are fixed
+before its shard is chosen. That is why f_i must not depend on earlier choices: a shard that learns only when it is
+chosen remembers the choice, later results reveal it, and the choice is no longer secret.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-REACH = 12.0  # standard deviations of the Gaussian's privacy loss that the grid covers; what is beyond counts as lost
+if TYPE_CHECKING:  # slow to import
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+# Standard deviations of the Gaussian's privacy loss that the grid covers; the rest counts as lost.
+REACH = 12.0
 
 
 def step_curve(rate: float, noise_multiplier: float, epsilons: np.ndarray) -> np.ndarray:
@@ -49,11 +55,11 @@ def step_curve(rate: float, noise_multiplier: float, epsilons: np.ndarray) -> np
     return rate * np.maximum(gaussian, 0.0)
 
 
-def step_loss(rate: float, noise_multiplier: float, grid: float):
-    """dp-accounting's privacy loss distribution of one step, on multiples of `grid`, rounded against us.
+def step_loss(rate: float, noise_multiplier: float, grid: float) -> "PrivacyLossDistribution":
+    """dp-accounting's privacy loss distribution of one step, on multiples of `grid`, rounded pessimistically.
 
     The curve is joined by chords in e^epsilon (Connect the Dots, Doroshenko et al. 2022, arXiv:2207.04380). It is its
-    own dual, so a loss of -l has e^-l times the mass of l, and what is left is at 0.
+    own dual, so a loss of -l has e^-l times the mass of l, and the remaining mass is at 0.
     """
     from dp_accounting.pld import pld_pmf, privacy_loss_distribution
 

@@ -1,4 +1,4 @@
-"""Checks of what the sensitivity of DP-SGD rests on, on images that are not private."""
+"""Tests of the assumptions on which the sensitivity of DP-SGD rests. They use public images only."""
 
 import math
 from collections.abc import Iterator
@@ -13,32 +13,37 @@ from opacus_ext.row_by_row import moved
 from utils.draws import Draws
 from utils.errors import UserError
 
-BATCHES_BETWEEN = 4  # of images that are not those of before
-EXTREME = 1000.0  # times an example: what mixes weakly, or only where a loss is large, shows then
+BATCHES_BETWEEN = 4  # batches of other images between two calls on the same images
+EXTREME = 1000.0  # factor on one example, so that weak mixing, or mixing at a large loss only, shows
 
 
 def validate_independence(
     network: nn.Module, per_example_loss: PerExampleLoss, images: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, set[int]]:
-    """Raise UserError if changing or leaving out one of these (public) examples moves the gradients of the others, if
-    a parameter is used where its gradient cannot be told apart by example, or if looking at examples changes the
-    network, or what the loss says of others later. Returns the rows per example of each layer, to which training is
-    held.
+    """Raise UserError unless network and loss treat every one of these (public) examples by itself.
 
-    Finds what no list of layers can: batch statistics computed by hand, layouts in which the rows of a layer do not
-    belong to one example, a loss that compares examples or divides by their number, a weight that is used outside
-    its own layer, a buffer that keeps what it has seen. Losses may treat examples of one class alike, so `labels` must
-    have equal ones among the first and the last, and different ones.
+    Refuses:
+    - a change or omission of one example that changes the gradients of the others
+    - a parameter whose use cannot be attributed to single examples
+    - a network that a forward pass changes
+    - a loss whose value depends on earlier batches
+
+    Returns the rows per example of each layer; training must call every layer with the same number.
+
+    Finds what a list of forbidden layers cannot: batch statistics computed by hand, layouts in which the rows of a
+    layer do not belong to one example, a loss that compares examples or divides by their number, a weight that is
+    used outside its own layer, a buffer that keeps what it has seen. Losses may treat examples of one class alike, so
+    `labels` must have equal ones among the first and the last, and different ones.
     """
     refuse_parameters(network)
     with _perturbed(network):
-        return _validated(network, per_example_loss, images, labels)
+        return _validated_rows(network, per_example_loss, images, labels)
 
 
 @contextmanager
 def _perturbed(network: nn.Module) -> Iterator[None]:
-    """Within: every weight is a little off. A branch that starts as zero hides what happens inside of it, but only
-    until the first step of training."""
+    """Within: every weight is slightly perturbed, because a branch with zero weights hides what happens inside it until
+    the first training step."""
     generator = torch.Generator().manual_seed(0)
     kept = [(parameter, parameter.detach().clone()) for parameter in network.parameters()]
     with torch.no_grad():
@@ -54,7 +59,9 @@ def _perturbed(network: nn.Module) -> Iterator[None]:
                 parameter.copy_(value)
 
 
-def _validated(network, per_example_loss, images, labels) -> dict[str, set[int]]:
+def _validated_rows(
+    network: nn.Module, per_example_loss: PerExampleLoss, images: torch.Tensor, labels: torch.Tensor
+) -> dict[str, set[int]]:
     state = {name: value.clone() for name, value in _state(network).items()}
     changed, extreme = images.clone(), images.clone()
     changed[0] = -changed[0].flip(-1) + 0.5
@@ -89,20 +96,20 @@ def _validated(network, per_example_loss, images, labels) -> dict[str, set[int]]
         ):
             raise UserError(
                 f"network: the gradient of '{name}' for one example moves when another example changes, so "
-                f"per-example clipping bounds nothing; nothing in network or loss may mix the examples of a batch"
+                f"per-example clipping bounds nothing; network and loss must not mix the examples of a batch"
             )
     _require_complete(network, per_example_loss, images, labels, draws, before, tolerance)
     for name, value in _state(network).items():
         if not torch.equal(value, state[name]):
             raise UserError(
-                f"network: '{name}' changes when examples are seen, and would keep them without noise"
+                f"network: '{name}' is updated during the forward pass and would store examples without noise"
             )
     _require_same_again(network, per_example_loss, images, labels, draws, before, tolerance, floors)
     return rows_of_layers(network, per_example_loss, images, labels, draws[:])
 
 
 def _require_finite(network: nn.Module, gradients: dict[str, torch.Tensor]) -> None:
-    """Raise UserError if the network is broken before it has seen a private example."""
+    """Raise UserError if the network is broken before it has processed a private example."""
     broken = [name for name, value in _state(network).items() if torch.isnan(value).any()]
     if broken:
         found = f"'{broken[0]}' is NaN"
@@ -117,10 +124,20 @@ def _require_finite(network: nn.Module, gradients: dict[str, torch.Tensor]) -> N
 
 
 def _require_same_again(
-    network, per_example_loss, images, labels, draws, before: dict[str, torch.Tensor], tolerance, floors
+    network: nn.Module,
+    per_example_loss: PerExampleLoss,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    draws: Draws,
+    before: dict[str, torch.Tensor],
+    tolerance: float,
+    floors: dict[str, float],
 ) -> None:
-    """After some other batches the loss must say of these examples what it said `before`: else it keeps what it has
-    seen, in a list or a running mean outside of the network, and one example's gradient depends on earlier ones."""
+    """Raise UserError if other batches in between change the gradients `before` of these examples.
+
+    The loss then keeps state, such as a list or a running mean outside of the network, and the gradient of one example
+    depends on earlier examples.
+    """
     for call in range(2, BATCHES_BETWEEN + 2):
         per_example_loss(network, images * (EXTREME if call == 2 else 1 / call), labels, draws[:])
     for name, rows in per_example_gradients(network, per_example_loss, images, labels, draws[:]).items():
@@ -132,7 +149,7 @@ def _require_same_again(
 
 
 def _state(network: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers, those too that a checkpoint leaves out."""
+    """Parameters and buffers, including those that a checkpoint omits."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
@@ -141,12 +158,12 @@ ALL_ROUNDING = 0.25  # relative: of a gradient that is more than rounding, round
 
 
 def _tolerance(gradients: dict[str, torch.Tensor]) -> float:
-    """Relative: what rounding may do, in the lowest precision that the network computes in."""
+    """Relative tolerance for rounding, in the lowest precision in which the network computes."""
     return max(EXACT, *(8 * torch.finfo(rows.dtype).eps for rows in gradients.values()))
 
 
 def _nudged(images: torch.Tensor, tolerance: float) -> torch.Tensor:
-    """The images, off by about one unit in the last place of the short type."""
+    """The images, changed by about one unit in the last place of the short type."""
     generator = torch.Generator(device=images.device).manual_seed(1)
     noise = torch.randn(images.shape, generator=generator, device=images.device)
     return images * (1 + tolerance / 8 * noise)
@@ -165,9 +182,15 @@ def _floors(gradients: dict[str, torch.Tensor], nudged: dict[str, torch.Tensor])
 
 
 def _require_complete(
-    network, per_example_loss, images, labels, draws, gradients: dict[str, torch.Tensor], tolerance: float
+    network: nn.Module,
+    per_example_loss: PerExampleLoss,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    draws: Draws,
+    gradients: dict[str, torch.Tensor],
+    tolerance: float,
 ) -> None:
-    """The per-example gradients must add up to the ordinary one, tensor by tensor."""
+    """Raise UserError unless the per-example gradients add up to the ordinary gradient, tensor by tensor."""
     ordinary = _ordinary_gradients(network, per_example_loss(network, images, labels, draws[:]).sum())
     scale = max((g.norm() for g in ordinary.values()), default=0.0)
     for name, rows in gradients.items():
@@ -181,7 +204,7 @@ def _require_complete(
 
 
 def _ordinary_gradients(network: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of the parameters that the loss reaches. By `backward`, which all kinds of checkpointing allow."""
+    """Gradients of the parameters that the loss reaches, by `backward`, which all kinds of checkpointing support."""
     kept = {name: parameter.grad for name, parameter in network.named_parameters()}
     try:
         network.zero_grad(set_to_none=True)

@@ -275,7 +275,7 @@ def random_plan(seed):
 @pytest.mark.parametrize(
     "seed", [*range(6), *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, 60))]
 )
-def test_random_plans_cost_what_the_reference_says(seed, relation):
+def test_random_plans_cost_the_same_as_the_reference(seed, relation):
     plan, delta = random_plan(seed)
     expected = reference_epsilon(plan, delta, relation)
     found = epsilon_of(plan, delta, relation=relation)
@@ -352,7 +352,7 @@ def test_calibration_leaves_room_for_fixed_releases():
 
 
 def test_calibration_refuses_the_impossible():
-    with pytest.raises(BudgetExceeded, match="no amount of noise meets epsilon 1"):
+    with pytest.raises(BudgetExceeded, match="epsilon 1"):
         solve(1.0, "pld", 1.0, 1, DELTA, fixed=[Release("query", 1.0)])
 
 
@@ -381,7 +381,7 @@ def test_mixed_plan_under_replacement_counts_the_factor_once():
 
 
 @pytest.mark.parametrize("accountant", ["rdp", "prv"])
-def test_accountants_say_so_where_they_cannot_bound(accountant):
+def test_accountants_refuse_plans_that_they_cannot_bound(accountant):
     with pytest.raises(UserError, match=f"privacy.accountant={accountant}"):
         epsilon_of([Release("r", 2.0, 0.1, 20)], DELTA, accountant, "replace_one")
 
@@ -417,7 +417,7 @@ def test_a_tighter_bound_costs_more_and_a_loose_one_nothing():
     assert costs[-1] == pytest.approx(poisson, rel=1e-9)
 
 
-def test_bounds_above_small_batches_cost_what_the_docs_say():
+def test_truncation_costs_match_the_docs():
     plain = epsilon_of([Release("r", 0.8, 0.01, 1000)], 1e-6)
     costs = {
         bound: epsilon_of([truncated(bound, 0.8, 0.01, 1000)], 1e-6) / plain - 1 for bound in (25, 29, 32)
@@ -443,8 +443,8 @@ def test_calibration_of_a_truncated_plan_meets_the_budget():
 
 
 @pytest.mark.parametrize("accountant", ["rdp", "prv"])
-def test_accountants_that_do_not_know_truncation_say_so(accountant):
-    with pytest.raises(UserError, match=f"privacy.accountant={accountant} does not know truncated Poisson"):
+def test_accountants_without_truncation_refuse_it(accountant):
+    with pytest.raises(UserError, match=f"privacy.accountant={accountant} .*truncated Poisson"):
         epsilon_of([Release("query", 5.0), truncated(110)], DELTA, accountant)
     assert available_epsilons([truncated(110)], DELTA, "add_or_remove_one")[accountant] is None
 
@@ -479,7 +479,7 @@ def test_available_epsilons_are_ordered():
 
 def test_a_pld_above_rdp_is_an_error(monkeypatch):
     monkeypatch.setattr(accounting, "_pld_epsilon", lambda *_: 30.0)
-    with pytest.raises(AccountingError, match=r"PLD epsilon 30 exceeds the RDP epsilon"):
+    with pytest.raises(AccountingError, match=r"PLD epsilon 30 .*RDP"):
         available_epsilons([Release("r", 2.0, 0.1, 50)], DELTA, "add_or_remove_one")
 
 
@@ -492,9 +492,9 @@ def test_rdp_counts_its_own_rounding(monkeypatch):
         accounting._rdp_epsilon.__wrapped__(plan, 1e-8, ADD_OR_REMOVE_ONE)
 
 
-def test_orders_that_rdp_leaves_out_are_told_in_our_words_once(caplog, monkeypatch):
+def test_omitted_rdp_orders_are_logged_once(caplog, monkeypatch):
     spoken = []
-    monkeypatch.setattr(accounting, "_say_orders_are_left_out", functools.cache(lambda: spoken.append(1)))
+    monkeypatch.setattr(accounting, "_log_omitted_orders", functools.cache(lambda: spoken.append(1)))
     library = logging.getLogger("absl")
     level = library.level
     with caplog.at_level(logging.WARNING):
@@ -505,7 +505,7 @@ def test_orders_that_rdp_leaves_out_are_told_in_our_words_once(caplog, monkeypat
     assert library.level == level and not library.filters
 
 
-def test_prv_is_left_out_where_its_grid_would_exhaust_the_memory(monkeypatch):
+def test_prv_is_omitted_if_its_grid_would_exhaust_the_memory(monkeypatch):
     monkeypatch.setattr(accounting, "_prv_epsilon", lambda *_: pytest.fail("PRV was asked"))
     values = available_epsilons([Release("r", 0.4, 0.1, 100_000)], DELTA, ADD_OR_REMOVE_ONE)
     assert values["prv"] is None and values["pld"] < values["rdp"]

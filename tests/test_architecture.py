@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from models import METHODS
-from opacus_ext import private_data
+from opacus_ext import private_data, records
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = (
@@ -170,26 +170,42 @@ def test_only_the_boundary_draws_privacy_noise():
 # ------------------------------------------------------------------------------------------ the trust boundary
 
 
+# How a mechanism of opacus_ext reaches the records. Nobody else may name any of it.
+RECORD_ACCESS = {"RecordAccess", "MappedRecords", "records_of"}
+
+
 def private_names() -> set[str]:
-    """The underscored attributes and methods of PrivateData."""
-    (kind,) = (
+    """The underscored attributes and methods of PrivateData and RecordAccess, and the names that lead to the latter."""
+    kinds = [
         node
-        for node in tree(Path(private_data.__file__)).body
-        if isinstance(node, ast.ClassDef) and node.name == "PrivateData"
-    )
+        for module in (private_data, records)
+        for node in tree(Path(module.__file__)).body
+        if isinstance(node, ast.ClassDef) and node.name in ("PrivateData", "RecordAccess", "MappedRecords")
+    ]
     attributes = {
         node.attr
+        for kind in kinds
         for node in ast.walk(kind)
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"
     }
-    methods = {node.name for node in kind.body if isinstance(node, ast.FunctionDef)}
-    return {found for found in attributes | methods if found.startswith("_") and not found.startswith("__")}
+    methods = {node.name for kind in kinds for node in kind.body if isinstance(node, ast.FunctionDef)}
+    underscored = {found for found in attributes | methods if found.startswith("_")}
+    return {found for found in underscored if not found.startswith("__")} | RECORD_ACCESS
 
 
 def reaches_inside(code: ast.AST, inside: set[str]) -> list[str]:
-    """Places that touch an attribute of another object named like one of PrivateData's own, by dot or by string."""
+    """Places that touch an attribute of another object named like one of PrivateData's or RecordAccess's own, by dot or
+    by string, or that import the access to records."""
     found = []
     for node in ast.walk(code):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            source = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            names = [alias.name for alias in node.names]
+            found += [
+                n for n in names if n in RECORD_ACCESS or f"{source}{n}".startswith("opacus_ext.records")
+            ]
+        if isinstance(node, ast.Name) and node.id in RECORD_ACCESS:
+            found.append(node.id)
         if (
             isinstance(node, ast.Attribute)
             and node.attr in inside
@@ -211,7 +227,7 @@ def reaches_inside(code: ast.AST, inside: set[str]) -> list[str]:
 
 def test_nobody_reaches_inside_the_private_data():
     inside = private_names()
-    assert {"_images", "_labels", "_take", "_noise"} <= inside
+    assert {"_images", "_labels", "_records", "records_of"} <= inside
     for path in EVERYTHING:
         if path.is_relative_to(ROOT / "opacus_ext"):
             continue
@@ -221,9 +237,17 @@ def test_nobody_reaches_inside_the_private_data():
 @pytest.mark.parametrize(
     "breach",
     [
-        "private._images[0]",
-        "getattr(private, '_take')(0)",
-        "data.private._labels",
+        "private._records.take(slice(0, 1))",
+        "getattr(private, '_records').take(0)",
+        "data.private._records._labels",
+        "records_of(private).take(slice(0, 1))",
+        "private_data.records_of(private)",
+        "from opacus_ext.private_data import records_of",
+        "from opacus_ext.private_data import records_of as peek",
+        "from opacus_ext.records import NoiseSource",
+        "from opacus_ext import records",
+        "import opacus_ext.records",
+        "RecordAccess(samples, spec, noise, device, 1)",
         "private.__dict__",
         "vars(private)",
     ],
@@ -275,6 +299,33 @@ def test_the_boundary_never_uses_a_global_generator():
         assert not global_randomness(tree(path)), name(path)
 
 
+def untyped(code: ast.AST) -> list[str]:
+    """Functions with an argument or a result that has no type; the kernels of Triton, which compiles them, apart."""
+    found = []
+    for node in ast.walk(code):
+        if not isinstance(node, ast.FunctionDef) or any(
+            "triton.jit" in ast.unparse(d) for d in node.decorator_list
+        ):
+            continue
+        own = node.args
+        arguments = [*own.posonlyargs, *own.args, *own.kwonlyargs, *filter(None, (own.vararg, own.kwarg))]
+        bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+        found += [f"{node.name}({', '.join(bare)})"] if bare or node.returns is None else []
+    return found
+
+
+@pytest.mark.parametrize("path", sources("opacus_ext"), ids=name)
+def test_the_boundary_is_fully_typed(path):
+    assert not untyped(tree(path)), name(path)
+
+
+@pytest.mark.parametrize(
+    "code", ["def f(x) -> int: ...", "def f(*a) -> int: ...", "def f(*, x) -> int: ...", "def f(x: int): ..."]
+)
+def test_a_missing_type_would_be_seen(code):
+    assert untyped(ast.parse(code))
+
+
 @pytest.mark.parametrize(
     "breach",
     ["torch.randn(3)", "x.normal_()", "np.random.normal()", "torch.manual_seed(0)", "torch.randn_like(x)"],
@@ -301,6 +352,7 @@ def test_no_failure_inside_a_mechanism_is_caught():
     did not fit in memory is taken again, with the same draws."""
     for file in (
         "private_data.py",
+        "records.py",
         "mechanisms.py",
         "dpsgd.py",
         "noise.py",

@@ -337,7 +337,7 @@ def test_settings_refuse_nonsense(make_method, wrong):
 def test_a_divisor_that_counts_is_caught(monkeypatch):
     def by_count(self, private):
         total = private.sampled_noisy_sum(CENTRAL_IMAGES, self._pixels, self._pixel_bound, by_class=True)
-        count = np.bincount(private._labels.numpy(), minlength=3)[:, None].clip(1)
+        count = np.bincount(private._records._labels.numpy(), minlength=3)[:, None].clip(1)
         return (total / torch.from_numpy(count)).view(3, 1, 8, 8)
 
     monkeypatch.setattr(CentralImages, "_query", by_count)

@@ -22,6 +22,7 @@ from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from opacus_ext.ledger import Ledger
 from opacus_ext.noise import GridNoise
 from opacus_ext.private_data import PrivateData
+from opacus_ext.records import RecordAccess
 from pipeline.checkpoints import Checkpoints
 from utils.runtime import Runtime
 
@@ -76,7 +77,7 @@ def reads(monkeypatch):
         watch.forbidden += not watch.open
 
     before(Ledger, "book", book)
-    before(PrivateData, "_take", read)
+    before(RecordAccess, "take", read)
     after(GridNoise, "add_to", close)
     return watch
 
@@ -497,7 +498,7 @@ def test_an_unbooked_read_is_caught(make_trial, reads, monkeypatch):
     finish = DiffusionSynthesizer._finish_step
 
     def peeking(self, *args):
-        trial.private._take(slice(0, 4))
+        trial.private._records.take(slice(0, 4))
         return finish(self, *args)
 
     monkeypatch.setattr(DiffusionSynthesizer, "_finish_step", peeking)
@@ -508,8 +509,8 @@ def test_an_unbooked_read_is_caught(make_trial, reads, monkeypatch):
 def test_mapping_reads_nothing_and_what_is_mapped_no_more_than_the_rest(make_private, reads):
     """`map` waits for the first release to read; without one the mapped records are as closed as the others."""
     mapped = make_private([Release("sum", 1.0)]).map(lambda images: images / 2)
-    assert mapped._image_shape() == (1, 8, 8)
+    assert mapped._records.image_shape() == (1, 8, 8)
     assert reads.forbidden == reads.allowed == 0
-    mapped._take(slice(0, 4))
+    mapped._records.take(slice(0, 4))
     # The call itself, and behind it the one batch of all; whether the function mixes records is tried on public images.
     assert reads.forbidden == 2

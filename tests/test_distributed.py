@@ -99,8 +99,8 @@ def flat(network) -> torch.Tensor:
 
 def trained(private, network, loss, dp=DP) -> dict:
     """Where DP-SGD leads, what it booked, and which records this process read, step by step."""
-    read, take = [], private._take
-    private._take = lambda which: (read[-1].extend(which.tolist()), take(which))[1]
+    read, take = [], private._records.take
+    private._records.take = lambda which: (read[-1].extend(which.tolist()), take(which))[1]
     steps = dpsgd_steps(NAME, private, network, torch.optim.Adam(network.parameters(), 1e-2), loss, dp)
     before = flat(network)
     read.append([])

@@ -10,7 +10,7 @@ from models import METHODS
 from models.embedding.mean_embedding import EmbeddingGenerator
 from models.nn.generator import Generator
 from opacus_ext.accounting import Release
-from opacus_ext.private_data import PrivateData
+from opacus_ext.records import RecordAccess
 from utils.config import load_config
 from utils.errors import UserError
 
@@ -107,7 +107,7 @@ def test_fitting_reads_the_noisy_embedding_alone(make_trial, monkeypatch):
     trial.run()
     other = make_trial("DP-Kernel", epsilon=1)
     other.synthesizer.noisy_embedding = trial.synthesizer.noisy_embedding
-    monkeypatch.setattr(PrivateData, "_take", lambda *_: pytest.fail("private records were read"))
+    monkeypatch.setattr(RecordAccess, "take", lambda *_: pytest.fail("private records were read"))
     other.synthesizer.train(None)
     one, two = trial.synthesizer.generate(6), other.synthesizer.generate(6)
     assert np.array_equal(one.images, two.images)

@@ -436,7 +436,7 @@ def test_a_row_forward_calls_a_layer_inside_a_module_that_runs_by_example(monkey
     check(network, torch.randn(3, 3), torch.tensor([0, 1, 0]))
 
 
-def test_a_replaced_forward_is_left_in_place():
+def test_a_replaced_forward_stays_in_place():
     network = replaced_forward()
     kept = network.forward
     per_example_gradients(network, squared_loss(), torch.randn(2, 4), torch.zeros(2).long(), None)

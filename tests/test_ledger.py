@@ -59,10 +59,10 @@ def test_fixed_releases_above_the_budget_are_refused_with_the_numbers():
 def test_fixed_releases_must_leave_something_for_the_open_one():
     """As when a run starts from a checkpoint of one that has spent the same budget."""
     inherited = dataclasses.replace(ledger_with(OPEN).planned("dp-sgd"), name="inherited")
-    with pytest.raises(BudgetExceeded, match="leaves nothing that 'dp-sgd' could be asked with"):
+    with pytest.raises(BudgetExceeded, match="no budget for 'dp-sgd'"):
         ledger_with(inherited, OPEN)
     spent = dataclasses.replace(inherited, inherited=True)
-    with pytest.raises(BudgetExceeded, match=r"an earlier run has spent that, .*: raise --epsilon"):
+    with pytest.raises(BudgetExceeded, match=r"inherited .*--epsilon"):
         ledger_with(spent, OPEN)
     assert ledger_with(inherited).planned_epsilon() <= 10  # nothing more is asked
 
@@ -79,7 +79,7 @@ def test_a_plan_of_fixed_releases_keeps_its_noise():
 def test_overspending_is_refused_with_the_numbers():
     ledger = ledger_with(OPEN)
     ledger.book("dp-sgd", 3)
-    with pytest.raises(BudgetExceeded, match=r"'dp-sgd' was planned for 4 steps, 3 are taken and 2 more"):
+    with pytest.raises(BudgetExceeded, match=r"'dp-sgd'.* 4 .* 3 .* 2 "):
         ledger.book("dp-sgd", 2)
     assert ledger.executed("dp-sgd") == 3
     ledger.book("dp-sgd")
@@ -98,7 +98,7 @@ def test_nothing_can_be_unbooked():
 def test_unplanned_releases_are_refused():
     ledger = ledger_with(QUERY)
     for ask in (ledger.book, ledger.planned, ledger.executed):
-        with pytest.raises(UnplannedRelease, match="'other' is in no plan; planned: query"):
+        with pytest.raises(UnplannedRelease, match=r"'other'.*: query"):
             ask("other")
 
 
@@ -107,7 +107,7 @@ def test_unfinished_releases_are_refused():
     ledger.book("query")
     ledger.book("dp-sgd", 3)
     assert not ledger.complete
-    with pytest.raises(UnplannedRelease, match="'dp-sgd' took 3 of 4 planned steps"):
+    with pytest.raises(UnplannedRelease, match=r"'dp-sgd'.* 3 of 4 "):
         ledger.require_complete()
     ledger.book("dp-sgd")
     assert ledger.complete
@@ -115,7 +115,7 @@ def test_unfinished_releases_are_refused():
 
 
 def test_one_release_at_most_leaves_its_noise_open_and_names_are_unique():
-    with pytest.raises(ValueError, match="more than one release leaves its noise open"):
+    with pytest.raises(ValueError, match="noise open"):
         ledger_with(OPEN, Release("other", None))
     with pytest.raises(ValueError, match="names repeat"):
         ledger_with(QUERY, QUERY)
@@ -127,7 +127,7 @@ def test_a_second_plan_is_refused():
         ledger.adopt([OPEN])
 
 
-def test_epsilon_inf_carries_no_noise_and_says_non_private():
+def test_epsilon_inf_has_no_noise_and_is_reported_as_non_private():
     ledger = ledger_with(QUERY, OPEN, epsilon=math.inf)
     assert [release.noise_multiplier for release in ledger.releases()] == [0.0, 0.0]
     report = spend_all(ledger).report()
@@ -136,7 +136,7 @@ def test_epsilon_inf_carries_no_noise_and_says_non_private():
         ledger.book("query")
 
 
-def test_a_release_of_no_steps_costs_nothing_and_leaves_the_rest_alone():
+def test_a_release_of_no_steps_costs_nothing_and_changes_no_other():
     ledger = ledger_with(QUERY, Release("dp-sgd", None, num_steps=0), epsilon=10.0)
     assert spend_all(ledger).spent() == epsilon_of([QUERY], DELTA)
     with pytest.raises(BudgetExceeded):
@@ -236,7 +236,7 @@ def test_saved_noise_multipliers_stay_in_force():
 )
 def test_another_plan_cannot_be_resumed(other):
     saved = ledger_with(QUERY, OPEN).state_dict()
-    with pytest.raises(UserError, match=r"--resume_exp: the interrupted run planned 'query' z=5 q=1 x1"):
+    with pytest.raises(UserError, match=r"--resume_exp.*'query' z=5 q=1 x1"):
         other.load_state_dict(saved)
 
 
@@ -256,7 +256,7 @@ def test_default_delta():
     assert default_delta(269_538) == pytest.approx(2.96698e-7, rel=1e-4)
 
 
-def test_the_card_says_what_the_report_says(make_private):
+def test_the_card_agrees_with_the_report(make_private):
     private = make_private([QUERY, OPEN], epsilon=10.0)
     spend_all(private.ledger)
     report = private.report()
@@ -296,7 +296,7 @@ def test_a_report_that_cannot_be_computed_claims_nothing_and_raises_nothing(monk
     monkeypatch.setattr("opacus_ext.accounting.available_epsilons", fail)
     report = ledger.report()
     assert report["spent"] == math.inf and str(failure) in report["not_computed"]
-    shown = report | {"noise_seeded": False, "assumptions": []}
+    shown = report | {"noise_seeded": False, "assumptions": [], "data": "toy", "num_records": 60}
     for text in (privacy_card(shown), privacy_summary(shown)):
         assert "could not be computed" in text and str(failure) in text
         assert "differentially private" not in text

@@ -15,7 +15,7 @@ from opacus_ext.accounting import Release, noisy_max_release
 from opacus_ext.disclosure import Disclosure
 from opacus_ext.errors import BudgetExceeded, UnplannedRelease
 from opacus_ext.ledger import Budget, Ledger
-from opacus_ext.mechanisms import clip_rows, clipped_sum, vote_sum
+from opacus_ext.mechanisms import clip_rows, sum_clipped_rows, vote_sum
 from opacus_ext.noise import NoiseSource
 from opacus_ext.private_data import PrivateData
 from utils.errors import UserError
@@ -100,25 +100,25 @@ def test_the_bound_holds_in_every_precision(dtype):
 
 
 def test_an_empty_batch_is_a_zero_sum():
-    total = clipped_sum(torch.zeros(0, 5), 1.0, torch.zeros(0, dtype=torch.int64), 2)
+    total = sum_clipped_rows(torch.zeros(0, 5), 1.0, torch.zeros(0, dtype=torch.int64), 2)
     assert total.shape == (2, 5) and not total.any()
 
 
 def test_rows_are_summed_by_group():
     values = torch.tensor([[1.0], [0.5], [9.0], [0.25]])
-    total = clipped_sum(values, 1.0, torch.tensor([0, 1, 1, 0]), 3)
+    total = sum_clipped_rows(values, 1.0, torch.tensor([0, 1, 1, 0]), 3)
     assert total.dtype == torch.float64 and total.flatten().tolist() == [1.25, 1.5, 0.0]
 
 
-def test_votes_are_counted_by_group_and_strangers_refused():
+def test_votes_are_counted_by_group_and_unknown_bins_refused():
     votes, groups = torch.tensor([[0, 2], [1, 2], [2, 0]]), torch.tensor([0, 1, 0])
     assert vote_sum(votes, math.sqrt(2), groups, 2, 3).tolist() == [[2, 0, 2], [0, 1, 1]]
     for bad in (-1, 3):
-        with pytest.raises(IndexError, match=r"outside 0..2"):
+        with pytest.raises(IndexError, match=r"0\.\.2"):
             vote_sum(torch.tensor([[0, bad]]), math.sqrt(2), groups[:1], 1, 3)
 
 
-def test_votes_of_nobody_are_a_zero_histogram():
+def test_no_votes_give_a_zero_histogram():
     nobody = torch.zeros(0, dtype=torch.int64)
     total = vote_sum(nobody.view(0, 2), math.sqrt(2), nobody, 2, 5)
     assert total.shape == (2, 5) and not total.any()
@@ -136,7 +136,7 @@ def test_counting_votes_equals_the_sum_of_clipped_rows(votes, data):
     votes = torch.tensor(votes)
     groups = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=len(votes), max_size=len(votes))))
     rows = torch.zeros(len(votes), 7).scatter_add_(1, votes, torch.ones(votes.shape))
-    dense = clipped_sum(rows, 2.0, groups, 3)
+    dense = sum_clipped_rows(rows, 2.0, groups, 3)
     torch.testing.assert_close(vote_sum(votes, 2.0, groups, 3, 7), dense, rtol=1e-6, atol=1e-6)
 
 
@@ -223,7 +223,7 @@ def test_noise_covers_every_bin_and_class_also_the_empty_ones():
     assert low < residual.square().mean().item() < high
 
 
-def test_unseeded_answers_differ_from_call_to_call_and_run_to_run():
+def test_unseeded_results_differ_between_calls_and_runs():
     def ask(private, read):
         return private.noisy_sum("sum", read, 1.0)
 
@@ -233,7 +233,7 @@ def test_unseeded_answers_differ_from_call_to_call_and_run_to_run():
     assert not torch.equal(one[0], other[0])
 
 
-def test_private_data_draws_unseeded_noise_unless_told_otherwise(samples, spec):
+def test_private_data_draws_unseeded_noise_by_default(samples, spec):
     ledger = Ledger(Budget(5.0, 1e-5))
     ledger.adopt([SUM])
     assert PrivateData(samples, spec, ledger).report()["noise_seeded"] is False
@@ -267,7 +267,7 @@ def test_reveal_waits_for_the_end_and_is_reported():
     assert private.report()["revealed"] == ["a look"]
 
 
-def test_unplanned_and_surplus_questions_are_refused_before_a_record_is_read():
+def test_unplanned_and_surplus_queries_are_refused_before_a_record_is_read():
     private, read = private_of(torch.zeros(3, 1), [SUM, noisy_max_release("max", 1.0, "add_or_remove_one")])
     private.noisy_sum("sum", read, 1.0)
     private.report_noisy_max("max", lambda x, y: torch.ones(len(x), 2))
@@ -290,7 +290,7 @@ def test_unplanned_and_surplus_questions_are_refused_before_a_record_is_read():
 @pytest.mark.parametrize(
     "mechanism", ["noisy_sum", "sampled_noisy_sum", "noisy_histogram", "report_noisy_max"]
 )
-def test_a_failure_is_paid_for_and_cannot_be_tried_again(mechanism):
+def test_a_failed_query_stays_booked_and_cannot_be_repeated(mechanism):
     """Retrying until it works would turn one planned answer into many."""
     private, _ = private_of(torch.zeros(3, 1), [SUM, noisy_max_release("max", 1.0, "add_or_remove_one")])
 
@@ -313,23 +313,23 @@ def test_a_failure_is_paid_for_and_cannot_be_tried_again(mechanism):
     assert private.ledger.executed("max" if mechanism == "report_noisy_max" else "sum") == 1
 
 
-def test_wrong_votes_end_the_question_without_an_answer():
+def test_wrong_votes_end_the_query_without_a_result():
     private, read = private_of(torch.full((3, 1), 7), [SUM])
     with pytest.raises(IndexError):
         private.noisy_histogram("sum", read, 5, 1)
     assert private.ledger.executed("sum") == 1
 
 
-def test_a_sampled_release_answers_no_sum_over_all():
+def test_a_sampled_release_refuses_a_sum_over_all_records():
     private, read = private_of(torch.zeros(3, 1), [Release("sum", 1.0, sample_rate=0.5)])
-    with pytest.raises(UnplannedRelease, match=r"sample_rate 0.5, .* but sums all records"):
+    with pytest.raises(UnplannedRelease, match=r"sample_rate 0\.5"):
         private.noisy_sum("sum", read, 1.0)
 
 
-def test_a_truncated_release_answers_no_sum_over_all():
+def test_a_truncated_release_refuses_a_sum_over_all_records():
     """Also at sample_rate 1, where it is charged for some of the records alone."""
     private, read = private_of(torch.zeros(3, 1), [Release("sum", 1.0, max_batch_size=2, num_records=3)])
-    with pytest.raises(UnplannedRelease, match=r"max_batch_size 2, but sums all records"):
+    with pytest.raises(UnplannedRelease, match="max_batch_size 2"):
         private.noisy_sum("sum", read, 1.0)
 
 
@@ -349,7 +349,7 @@ def test_a_gaussian_release_pays_for_no_noisy_max():
         private.report_noisy_max("sum", lambda x, y: torch.ones(len(x), 2))
 
 
-def test_map_is_asked_once_and_sees_each_image_once():
+def test_map_processes_each_image_once():
     private, _ = private_of(torch.zeros(7, 1), [Release("sum", 1.0, num_steps=2)])
     seen = []
 
@@ -424,7 +424,7 @@ QUESTIONS = {
 
 @pytest.mark.parametrize("mixing", MIXING)
 @pytest.mark.parametrize("ask", QUESTIONS)
-def test_functions_that_mix_records_are_refused_before_one_is_shown(ask, mixing):
+def test_functions_that_mix_records_are_refused_before_a_record_is_read(ask, mixing):
     """Whether a run ends with an error must tell nothing of the records: functions are tried on public images."""
     if ask == "map" and mixing in BY_CLASS:
         pytest.skip("a map is given no labels")
@@ -435,8 +435,8 @@ def test_functions_that_mix_records_are_refused_before_one_is_shown(ask, mixing)
         def __getitem__(self, which):
             raise AssertionError("a record was shown")
 
-    private._images = Hidden()
-    with pytest.raises(UserError, match="the value of one record depends on another's"):
+    private._records._images = Hidden()
+    with pytest.raises(UserError, match="depends on another"):
         QUESTIONS[ask](private, mixing)
 
 
@@ -444,7 +444,7 @@ def test_functions_that_mix_records_are_refused_before_one_is_shown(ask, mixing)
 def test_functions_that_mix_records_a_little_are_refused(ask):
     """By a twelfth, as the number of records may: more than any rounding."""
     private, _ = private_of(torch.zeros(9, 1), [SUM], np.arange(9) % 2, num_classes=2)
-    with pytest.raises(UserError, match="the value of one record depends on another's"):
+    with pytest.raises(UserError, match="depends on another"):
         QUESTIONS[ask](private, lambda images, labels=None: images.flatten(1)[:, :1] * (10 + len(images)))
 
 
@@ -462,7 +462,7 @@ def test_choices_are_always_computed_for_the_same_number_of_records(ask):
     def sizes(num_records: int) -> set[int]:
         plan = [SUM, noisy_max_release("max", 1.0, "add_or_remove_one")]
         private, _ = private_of(torch.zeros(num_records, 1), plan, np.arange(num_records) % 2, num_classes=2)
-        private._batch_size = 4  # as follows from the public number of records, which both sets have
+        private._records.batch_size = 4  # as follows from the public number of records, which both sets have
         seen = []
 
         def fn(images, labels=None):
@@ -501,8 +501,8 @@ def test_a_sampled_sum_is_that_of_the_records_that_the_noise_source_draws():
     """The same secret masks as in DP-SGD: a fresh one at every step, over several batches."""
     private, ask = sampled(torch.eye(11), 0.5, steps=3)
     read, samples = [], []
-    take = private._take
-    private._take = lambda which: (read.extend(which.tolist()), take(which))[1]
+    take = private._records.take
+    private._records.take = lambda which: (read.extend(which.tolist()), take(which))[1]
     for step in range(3):
         read.clear()
         drawn = NoiseSource(0).sample(11, 0.5, "sum", step)
@@ -535,7 +535,7 @@ def test_a_record_moves_a_sampled_sum_by_at_most_the_bound(rows, data, by_class)
     assert moved.norm() <= 0.5 * ROUNDING
 
 
-def test_a_sampled_sum_has_the_planned_noise_also_where_nobody_is_sampled():
+def test_a_sampled_sum_has_the_planned_noise_even_for_an_empty_sample():
     """One class is empty, and so are most samples."""
     values = torch.full((5, 2000), 0.001)
     private, ask = sampled(values, 1e-6, labels=[0, 0, 2, 2, 2], num_classes=3, epsilon=10.0, steps=10)
@@ -557,15 +557,15 @@ def test_a_sampled_sum_takes_one_planned_step_and_no_more():
     private, ask = sampled(torch.zeros(3, 1), 0.5, steps=2)
     ask()
     ask()
-    private._take = lambda which: pytest.fail("a record was read")
+    private._records.take = lambda which: pytest.fail("a record was read")
     with pytest.raises(BudgetExceeded):
         ask()
 
 
-def test_a_truncated_release_answers_no_sampled_sum():
+def test_a_truncated_release_refuses_a_sampled_sum():
     plan = [Release("sum", 1.0, sample_rate=0.5, max_batch_size=2, num_records=3)]
     private, read = private_of(torch.zeros(3, 1), plan)
-    with pytest.raises(UnplannedRelease, match="max_batch_size 2, but sums all of its sample"):
+    with pytest.raises(UnplannedRelease, match="max_batch_size 2"):
         private.sampled_noisy_sum("sum", read, 1.0)
 
 
@@ -573,8 +573,8 @@ def test_a_truncated_release_planned_for_other_records_takes_no_sample():
     """What truncation costs hangs on their number."""
     plan = [Release("sum", 1.0, sample_rate=0.5, max_batch_size=2, num_records=300)]
     private, _ = private_of(torch.zeros(3, 1), plan)
-    with pytest.raises(UnplannedRelease, match="planned for 300 records, but there are 3"):
-        private._sampled_indices(private.ledger.planned("sum"), 0)
+    with pytest.raises(UnplannedRelease, match=r"300 .* 3"):
+        private._records.sampled_indices(private.ledger.planned("sum"), 0)
 
 
 # ------------------------------------------------------------------------------------------ noisy max
@@ -641,12 +641,12 @@ def test_noisy_max_refuses_more_ballots_than_records():
 
 def test_missing_clipping_is_caught(monkeypatch):
     def unclipped(values, bound, groups, num_groups):
-        return clipped_sum(values, 1e9, groups, num_groups)
+        return sum_clipped_rows(values, 1e9, groups, num_groups)
 
     def unscaled(votes, bound, groups, num_groups, num_bins):
         return vote_sum(votes, 1e9, groups, num_groups, num_bins)
 
-    monkeypatch.setattr("opacus_ext.private_data.clipped_sum", unclipped)
+    monkeypatch.setattr("opacus_ext.private_data.sum_clipped_rows", unclipped)
     monkeypatch.setattr("opacus_ext.private_data.vote_sum", unscaled)
     with pytest.raises(AssertionError):
         test_a_record_moves_a_sum_by_at_most_the_bound()
@@ -667,7 +667,7 @@ def test_too_little_noise_is_caught(monkeypatch, factor):
     with pytest.raises(AssertionError):
         test_noise_of_a_sum_is_the_multiplier_times_the_bound(0.5)
     with pytest.raises(AssertionError):
-        test_a_sampled_sum_has_the_planned_noise_also_where_nobody_is_sampled()
+        test_a_sampled_sum_has_the_planned_noise_even_for_an_empty_sample()
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.2])
@@ -693,13 +693,13 @@ def test_a_sample_used_twice_is_caught(monkeypatch):
         test_a_sampled_sum_is_that_of_the_records_that_the_noise_source_draws()
 
 
-def test_an_answer_before_its_booking_is_caught(monkeypatch):
+def test_a_result_before_its_booking_is_caught(monkeypatch):
     def unbooked(self, name, fn, l2_bound, by_class=False):
-        images, labels = self._take(slice(None))
+        images, labels = self._records.take(slice(None))
         values = fn(images, labels)
         self.ledger.book(name)
         return values
 
     monkeypatch.setattr(PrivateData, "noisy_sum", unbooked)
     with pytest.raises(AssertionError, match="a record was shown"):
-        test_unplanned_and_surplus_questions_are_refused_before_a_record_is_read()
+        test_unplanned_and_surplus_queries_are_refused_before_a_record_is_read()

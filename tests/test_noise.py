@@ -74,14 +74,14 @@ def test_unseeded_noise_ignores_the_global_seed():
     assert not torch.equal(*seen)
 
 
-def test_drawing_noise_leaves_the_global_generator_alone():
+def test_drawing_noise_does_not_use_the_global_generator():
     before = torch.get_rng_state()
     draws(NoiseSource())
     draws(NoiseSource(3))
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_seeded_noise_repeats_per_release_and_step_and_says_so():
+def test_seeded_noise_repeats_per_release_and_step_and_is_reported():
     assert NoiseSource(3).seeded and not NoiseSource().seeded
     for one, other in zip(draws(NoiseSource(3)), draws(NoiseSource(3)), strict=True):
         assert torch.equal(one, other)
@@ -162,7 +162,7 @@ def test_a_large_bound_changes_nothing():
 
 
 @pytest.mark.parametrize("std", [3e-7, 0.015, 1.0, 1.9, 4096.0])
-def test_a_noisy_sum_says_nothing_about_low_bits(std):
+def test_a_noisy_sum_reveals_no_low_bits(std):
     """Sums that agree on the grid give the same answer under the same noise, bit by bit."""
     torch.manual_seed(0)
     total = torch.randn(10_000, dtype=torch.float64) * 10 * std

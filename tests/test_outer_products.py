@@ -13,7 +13,7 @@ from data.spec import DataSpec, Samples
 from opacus_ext.accounting import Release
 from opacus_ext.errors import BudgetExceeded
 from opacus_ext.ledger import Budget, Ledger
-from opacus_ext.mechanisms import clip_products, clip_rows, clipped_sum
+from opacus_ext.mechanisms import clip_products, clip_rows, sum_clipped_rows
 from opacus_ext.noise import NoiseSource
 from opacus_ext.outer_products import OuterProducts
 from opacus_ext.private_data import PrivateData
@@ -56,7 +56,7 @@ def written_out(products: OuterProducts) -> torch.Tensor:
 
 
 def summed(products: OuterProducts, labels, bound=1.0, num_classes=3) -> torch.Tensor:
-    return clipped_sum(products, bound, torch.as_tensor(labels, dtype=torch.int64), num_classes)
+    return sum_clipped_rows(products, bound, torch.as_tensor(labels, dtype=torch.int64), num_classes)
 
 
 # ------------------------------------------------------------------------------------------ sums and norms
@@ -78,7 +78,7 @@ def test_a_sum_equals_that_of_the_clipped_vectors():
     vectors = written_out(products)
     norms = vectors.norm(dim=1)
     assert 3 < (norms > 1).sum() < 17
-    expected = clipped_sum(vectors, 1.0, labels, 3)
+    expected = sum_clipped_rows(vectors, 1.0, labels, 3)
     found = summed(products, labels)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -120,7 +120,7 @@ def test_one_bad_entry_drops_its_record_and_harms_no_other(side, bad):
 
 def test_float64_factors_beyond_float32_drop_their_record():
     products = OuterProducts([(torch.tensor([[1e100], [1.0]], dtype=torch.float64), torch.ones(2, 1))])
-    assert clipped_sum(products, 1.0, torch.tensor([0, 0]), 1).tolist() == [[1.0]]
+    assert sum_clipped_rows(products, 1.0, torch.tensor([0, 0]), 1).tolist() == [[1.0]]
 
 
 def test_an_empty_batch_is_a_zero_sum():

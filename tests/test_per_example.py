@@ -266,7 +266,7 @@ def test_shared_and_unused_parameters():
     assert norm == pytest.approx(bound, rel=1e-5)
 
 
-def test_a_layer_used_twice_is_never_left_in_factors(monkeypatch):
+def test_a_layer_used_twice_never_keeps_factors(monkeypatch):
     """The norm of a sum is not the sum of norms."""
     take(monkeypatch, "factored")
     torch.manual_seed(0)
@@ -357,7 +357,7 @@ def test_a_loss_that_is_not_one_number_per_example_is_refused(reduce):
     def loss(*asked):
         return reduce(squared_loss()(*asked))
 
-    with pytest.raises(UserError, match="it must be one number per example"):
+    with pytest.raises(UserError, match="one number"):
         clipped_sum(network, loss, images, labels, 1.0, None)
 
 
@@ -367,7 +367,7 @@ def test_a_loss_that_divides_by_the_number_of_examples_is_refused():
     def loss(network, images, labels, rng):
         return squared_loss()(network, images, labels, rng) / len(images)
 
-    with pytest.raises(UserError, match="per-example clipping bounds nothing"):
+    with pytest.raises(UserError, match="bounds nothing"):
         validate_independence(Lonely(), loss, torch.randn(4, 8, 3), torch.zeros(4, dtype=torch.int64))
 
 
@@ -385,11 +385,11 @@ class Remembers(nn.Module):
 
 
 def test_a_network_that_remembers_is_refused():
-    with pytest.raises(UserError, match="'seen' changes when examples are seen"):
+    with pytest.raises(UserError, match="'seen'"):
         validate_independence(
             Remembers(), squared_loss(), torch.randn(4, 8, 3), torch.zeros(4, dtype=torch.int64)
         )
-    with pytest.raises(UserError, match=r"Embedding at 'layers.0' has a max_norm"):
+    with pytest.raises(UserError, match=r"Embedding at 'layers.0'.*max_norm"):
         refuse_mixing(Flow(nn.Embedding(3, 2, max_norm=1.0)))
 
 
@@ -402,7 +402,7 @@ class RemembersInPrivate(Remembers):
 
 
 def test_a_buffer_that_no_checkpoint_holds_is_seen():
-    with pytest.raises(UserError, match="'seen' changes when examples are seen"):
+    with pytest.raises(UserError, match="'seen'"):
         validate_independence(
             RemembersInPrivate(), squared_loss(), torch.randn(4, 8, 3), torch.zeros(4, dtype=torch.int64)
         )
@@ -444,7 +444,7 @@ def test_rows_picked_by_content_are_refused_without_a_number():
     assert rows == {"layer": {2}}
     clipped_sum(Picks(), loss, bright, labels, 1.0, None, layer_rows=rows)
     for one in (torch.tensor([1.0, -1.0]), torch.tensor([-1.0, -1.0])):
-        with pytest.raises(UserError, match="layer 'layer' is called with another number of rows") as refusal:
+        with pytest.raises(UserError, match=r"layer 'layer'.*rows") as refusal:
             clipped_sum(Picks(), loss, bright * one[:, None], labels, 1.0, None, layer_rows=rows)
         assert not any(character.isdigit() for character in str(refusal.value))
 
@@ -488,7 +488,7 @@ def test_frozen_parameters_get_no_gradient_and_stay_frozen(frozen):
     assert [name for name, p in parameters.items() if not p.requires_grad] == frozen
 
 
-def test_the_network_is_left_as_it_was():
+def test_the_network_is_restored():
     network, images, labels = build("convolution", torch.float32)
     before = copy.deepcopy(network.state_dict())
     clipped_sum(network, squared_loss(), images, labels, 1.0, None)[0]
@@ -536,7 +536,7 @@ def test_no_example_has_no_gradient():
     }
 
 
-def test_a_layer_without_a_rule_is_refused_by_name_where_it_cannot_run_by_example():
+def test_a_layer_without_a_rule_that_cannot_run_by_example_is_refused_by_name():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -559,7 +559,7 @@ def test_a_rule_that_forgets_a_parameter_is_refused(monkeypatch):
     rule = RULES[nn.Linear]
     monkeypatch.setitem(RULES, nn.Linear, lambda *asked: {"weight": rule(*asked)["weight"]})
     network, images, labels = build("linear")
-    with pytest.raises(UserError, match=r"Linear says nothing of the parameter 'layers\.\d\.bias'"):
+    with pytest.raises(UserError, match=r"Linear.*'layers\.\d\.bias'"):
         per_example_gradients(network, squared_loss(), images, labels, None)
 
 
@@ -603,7 +603,7 @@ def test_a_loss_without_trained_parameters_is_refused():
 )
 def test_batch_norm_is_always_refused(kind):
     network = Flow(nn.Conv2d(2, 2, 3), kind)
-    with pytest.raises(UserError, match=r"BatchNorm2d at 'layers.1' mixes the examples"):
+    with pytest.raises(UserError, match=r"BatchNorm2d at 'layers.1'"):
         clipped_sum(network, squared_loss(), torch.zeros(2, 2, 5, 5), torch.zeros(2).long(), 1.0, None)
     assert not network.layers[0]._forward_hooks
 
@@ -734,7 +734,7 @@ class Lonely(nn.Module):
 def test_networks_that_mix_examples_are_refused(kind):
     torch.manual_seed(0)
     labels = torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(UserError, match=r"per-example clipping bounds nothing|another number of rows"):
+    with pytest.raises(UserError, match=r"bounds nothing|another number of rows"):
         validate_independence(kind(), squared_loss(), torch.randn(4, 8, 3), labels)
 
 
@@ -759,16 +759,16 @@ def test_branches_that_start_as_zero_hide_nothing():
     torch.manual_seed(0)
     network, labels = MixesLater(), torch.zeros(4, dtype=torch.int64)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    with pytest.raises(UserError, match="per-example clipping bounds nothing"):
+    with pytest.raises(UserError, match="bounds nothing"):
         validate_independence(network, squared_loss(), torch.randn(4, 8, 3), labels)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def test_a_gradient_of_which_nothing_can_be_told_is_refused():
+def test_an_undefined_gradient_is_refused():
     def undefined(network, images, labels, rng):
         return squared_loss()(network, images, labels, rng) * torch.nan
 
-    with pytest.raises(UserError, match="NaN or infinite"):
+    with pytest.raises(UserError, match="NaN"):
         validate_independence(Lonely(), undefined, torch.randn(4, 8, 3), torch.zeros(4, dtype=torch.int64))
 
 
@@ -785,7 +785,7 @@ def test_the_check_allows_for_low_precision(mixes):
             output = network(images - images.mean(0) if mixes else images)
         return output.float().square().mean(1)
 
-    with pytest.raises(UserError, match="clipping bounds nothing") if mixes else nullcontext():
+    with pytest.raises(UserError, match="bounds nothing") if mixes else nullcontext():
         validate_independence(network, loss, torch.randn(3, 3, 16, 16), torch.zeros(3, dtype=torch.int64))
 
 
@@ -825,7 +825,7 @@ def test_the_check_allows_for_gradients_that_are_all_rounding(mixes):
             output = network(images, labels)
         return output.float().square().mean((1, 2))
 
-    with pytest.raises(UserError, match="clipping bounds nothing") if mixes else nullcontext():
+    with pytest.raises(UserError, match="bounds nothing") if mixes else nullcontext():
         validate_independence(Attending(mixes), loss, torch.randn(3, 6, 8), torch.zeros(3, dtype=torch.int64))
 
 
@@ -841,7 +841,7 @@ def test_a_small_gradient_that_mixes_is_refused_in_low_precision_too(weight):
         aside = aside.float()
         return main.float().square().mean(1) + weight * (aside - aside.mean(0)).square().mean(1)
 
-    with pytest.raises(UserError, match="clipping bounds nothing"):
+    with pytest.raises(UserError, match="bounds nothing"):
         validate_independence(network, loss, torch.randn(3, 8), torch.zeros(3, dtype=torch.int64))
 
 
@@ -880,7 +880,7 @@ def _slow_mean():
 def test_what_mixes_weakly_or_seldom_is_refused(loss):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
-    with pytest.raises(UserError, match=r"clipping bounds nothing|moves from call to call"):
+    with pytest.raises(UserError, match=r"bounds nothing|moves from call to call"):
         validate_independence(network, loss, torch.randn(3, 16), torch.zeros(3, dtype=torch.int64))
 
 
@@ -902,7 +902,7 @@ def test_each_trial_of_the_check_is_needed(loss):
     """What one of them shows alone: not an image of another size, nor another number of images."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
-    with pytest.raises(UserError, match="clipping bounds nothing"):
+    with pytest.raises(UserError, match="bounds nothing"):
         validate_independence(network, loss, torch.randn(3, 16), torch.tensor([0, 1, 0]))
 
 
@@ -917,7 +917,7 @@ def test_the_allowance_for_gradients_that_are_all_rounding_is_small():
             main, aside = network["main"](images), network["aside"](phase.sin())
         return main.float().square().mean(1) + 0.1 * aside.float().sum(1)
 
-    with pytest.raises(UserError, match=r"'aside.weight'.*clipping bounds nothing"):
+    with pytest.raises(UserError, match=r"'aside.weight'.*bounds nothing"):
         validate_independence(network, loss, torch.randn(3, 16), torch.tensor([0, 1, 0]))
 
 

@@ -1,0 +1,1 @@
+"""Fast, exact per-example gradients. per_example.py is the interface; nothing here draws noise or books anything."""

@@ -53,7 +53,7 @@ class ExampleMap:
         rows = [next(remaining).flatten(0, 1) if isinstance(y, torch.Tensor) else y for y in outputs]
         return tree_unflatten(rows, output_layout)
 
-    def leave(self, run: Callable, *args, **kwargs) -> Any:
+    def leave(self, run: Callable, *args: Any, **kwargs: Any) -> Any:
         """run(*args, **kwargs) on the rows of all examples, also when it is called for one example of a map."""
         if self._token is None:
             return run(*args, **kwargs)
@@ -90,15 +90,17 @@ class _Leave(torch.autograd.Function):
     """Unwraps what a map has batched. Only the rule for vmap is ever called: autograd records what happens in it."""
 
     @staticmethod
-    def forward(run_on_all, token, *tensors):
+    def forward(run_on_all: Callable, token: torch.Tensor, *tensors: torch.Tensor) -> None:
         raise AssertionError("the token is batched, so vmap is called")
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         raise AssertionError("see forward")
 
     @staticmethod
-    def vmap(info, in_dims, run_on_all, token, *tensors):
+    def vmap(
+        info: Any, in_dims: tuple, run_on_all: Callable, token: torch.Tensor, *tensors: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
         batch = info.batch_size
         rows = [_all_rows(x, dim, batch) for x, dim in zip(tensors, in_dims[2:], strict=True)]
         found = tuple(y.unflatten(0, (batch, -1)) for y in run_on_all(rows))
@@ -139,7 +141,7 @@ def forward_by_example(
     """`forward`, the module's own, with each example's copy (B, *shape) of the parameters. UserError if it cannot be
     run this way."""
 
-    def call(own: dict[str, torch.Tensor], *args, **kwargs) -> Any:
+    def call(own: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         with _parameters_replaced(module, own):
             return forward(*args, **kwargs)
 
@@ -151,7 +153,8 @@ def forward_by_example(
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
             f"network: no per-example gradient rule for {type(module).__name__} at '{path}', and it cannot be run one "
-            f"example at a time ({reason}); opacus_ext.gradients.rules.register_rule or register_row_forward adds a rule"
+            f"example at a time ({reason}); register_rule or register_row_forward of opacus_ext.gradients.rules adds a "
+            f"rule"
         ) from error
 
 

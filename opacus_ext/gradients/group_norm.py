@@ -1,7 +1,10 @@
-"""Group normalisation on a GPU whose affine gradients come out per row, at the price of the ordinary one or below.
+"""Group normalisation on a GPU whose affine gradients come out per row, at the cost of the ordinary one or less.
 
 Legend: R rows, C channels, G groups.
 """
+
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -13,7 +16,7 @@ def group_norm_on_gpu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, num_groups: int, eps: float
 ) -> torch.Tensor:
     """x (R, C, ...), weight and bias (R, C), all of whose rows are alike. Under autocast the kernel of our own computes
-    in float32 and answers in the short type, to which the layer that follows would round it. Which kernel computes
+    in float32 and returns the short type, to which the next layer would round it. Which kernel computes
     does not depend on R, which is secret."""
     kernels = kernels_for(x.device)
     autocast = torch.is_autocast_enabled("cuda")
@@ -31,7 +34,16 @@ class ChannelsLast(torch.autograd.Function):
     """By kernels of our own, in the layout of the convolutions around it; the stock one rearranges memory twice."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, groups: int, eps: float, dtype: torch.dtype, kernels) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        groups: int,
+        eps: float,
+        dtype: torch.dtype,
+        kernels: ModuleType,
+    ) -> torch.Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         y, mean, rstd = kernels.group_norm(x, weight[0], bias[0], groups, eps, dtype)
         ctx.save_for_backward(x, weight[0], mean, rstd)
@@ -40,7 +52,7 @@ class ChannelsLast(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: torch.Tensor) -> tuple:
+    def backward(ctx: Any, g: torch.Tensor) -> tuple:
         x, weight, mean, rstd = ctx.saved_tensors
         g = g.contiguous(memory_format=torch.channels_last)
         to_x, to_weight, to_bias = ctx.kernels.group_norm_backward(g, x, weight, mean, rstd, ctx.groups)
@@ -53,7 +65,9 @@ class Stock(torch.autograd.Function):
     AT_ONCE = 2**16 - 1  # groups in a launch
 
     @staticmethod
-    def forward(ctx, x, weight, bias, groups: int, eps: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
+    ) -> torch.Tensor:
         x = x.contiguous()  # as the stock operation does
         size = (len(x), x.shape[1], x[0, 0].numel())
         y, mean, rstd = torch.native_group_norm(x, weight[0], bias[0], *size, groups, eps)
@@ -63,7 +77,7 @@ class Stock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: torch.Tensor) -> tuple:
+    def backward(ctx: Any, g: torch.Tensor) -> tuple:
         x, weight, mean, rstd = ctx.saved_tensors
         rows, channels, pixels = ctx.size
         parts = []

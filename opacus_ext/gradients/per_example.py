@@ -1,10 +1,10 @@
-"""The clipped sum of per-example gradients: the one function behind which the speed of DP-SGD lives.
+"""The clipped sum of per-example gradients, in one forward and one backward pass.
 
-One forward and one backward pass. Trained layers run with their parameters detached, so that no summed weight
-gradient is computed only to be thrown away; a hook on each layer's output takes the output gradient, and
-`rules` forms from it and the layer's input what each example contributes. Normalisation layers run with one
-copy of their small parameters per example instead, and so does every module without a rule (`by_example`). Legend: B
-examples, K rows per example (its noise draws or augmentations, adjacent), R = B * K rows.
+Trained layers run with their parameters detached, so that no summed weight gradient is computed and discarded. A hook
+on each layer's output receives the output gradient; `rules` computes from it and the layer's input the contribution of
+each example. Normalisation layers run with one copy of their small parameters per example instead, and so does every
+module without a rule (`by_example`). Legend: B examples, K rows per example (its noise draws or augmentations,
+adjacent), R = B * K rows.
 """
 
 from collections import Counter
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ from opacus_ext.gradients.rules import (
 )
 from utils.errors import UserError
 
-SMALL = 2**14  # numbers per example of a gradient that is handled together with others
+SMALL = 2**14  # largest size per example of a gradient that is processed together with others
 
 # Times the multiply-adds of forming a gradient, above which its factors cannot be cheaper, memory traffic included.
 HOPELESS = 2.0
@@ -51,13 +52,28 @@ def clipped_sum(
     layer_rows: dict[str, set[int]] | None = None,
     num_padded: int = 0,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Sum over examples of the gradient of each one's own loss, clipped jointly over all trainable tensors.
+    """Sum over examples of the gradient of each example's own loss, clipped jointly over all trainable tensors.
 
-    Returns name -> summed gradient, to which one example contributes an L2 norm of at most `max_grad_norm`, and the
-    (B,) norms before clipping; these are private. An example whose gradient is not finite contributes zero. No
-    example: zeros. `rng` is handed to the loss as it is.
-    layer_rows: rows per example that each layer may be called with (`rows_of_layers`); None: any. num_padded: so many
-    of the last examples are there for the size of the batch alone, and add nothing.
+    Returns name -> summed gradient, and the (B,) norms before clipping. Both are private.
+
+    Guarantees:
+    - One example contributes an L2 norm of at most `max_grad_norm` over all tensors together, up to the rounding of
+      float32.
+    - The gradients are exact: every way to compute them is tested against a loop over the examples.
+    - Sums are float32 at least, whatever the type of the parameters.
+
+    Assumes: network and loss treat every example by itself (validate.py tests this).
+
+    | case | result |
+    |---|---|
+    | example whose gradient is not finite | contributes zero |
+    | no examples | zeros |
+    | the last `num_padded` examples | contribute zero; they only pad the batch |
+    | a parameter that the loss does not reach | zeros |
+    | the loss is not one number per example, or depends on no trained parameter | UserError |
+    | a layer is called with another number of rows per example than in `layer_rows` (None: any) | UserError |
+
+    `rng` is passed to the loss unchanged. `layer_rows`: the result of `rows_of_layers`.
     """
     trainable = _trainable(network)
     if not len(labels):
@@ -69,9 +85,11 @@ def clipped_sum(
     norms = record.squares(small).sqrt()
     coefficients = clip_coefficients(norms, max_grad_norm)
     coefficients[len(labels) - num_padded :] = 0
-    # Asked once, and not of a GPU: the host would wait for the answer.
+    # Computed once, and not on a GPU, where the host would wait for the result.
     may_drop = coefficients.is_cuda or not bool((coefficients > 0).all())
-    sums = {name: torch.zeros_like(p) for name, p in trainable.items()}  # the loss may not reach all of them
+    sums = {
+        name: torch.zeros_like(p) for name, p in trainable.items()
+    }  # the loss may not reach all parameters
     for name in list(record.gradients):
         sums[name] = weighted_sum(record.gradients.pop(name), coefficients, may_drop)
     if small:
@@ -88,7 +106,7 @@ def per_example_gradients(
     labels: torch.Tensor,
     rng: object,
 ) -> dict[str, torch.Tensor]:
-    """Name -> (B, *shape): the gradient of each example's loss. A parameter the loss does not reach has zeros."""
+    """Name -> (B, *shape): the gradient of each example's loss. A parameter that the loss does not reach has zeros."""
     trainable = _trainable(network)
     if not len(labels):
         return {name: p.new_zeros(0, *p.shape) for name, p in trainable.items()}
@@ -106,7 +124,7 @@ def rows_of_layers(
     labels: torch.Tensor,
     rng: object,
 ) -> dict[str, set[int]]:
-    """Path of every trained layer -> the rows per example that it is called with."""
+    """Path of every trained layer -> the numbers of rows per example with which it is called."""
     record = _Record(len(labels), whole=True)
     _fill(record, network, _trainable(network), per_example_loss, images, labels, rng)
     return record.rows
@@ -124,7 +142,7 @@ def _trainable(network: nn.Module) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True)
 class _Small:
-    """The gradients of many small parameters side by side, so that they cost one operation instead of many."""
+    """The gradients of many small parameters in one tensor, so that one operation processes all of them."""
 
     names: list[str]
     sizes: list[int]
@@ -132,9 +150,9 @@ class _Small:
 
 
 class _Record:
-    """What one backward pass leaves: name -> per-example gradients, formed or as factors, and their squared norms.
+    """The result of one backward pass: name -> per-example gradients, formed or as factors, and their squared norms.
 
-    whole: form every gradient. Else a layer that is used once may keep the factors, where that is cheaper.
+    whole: form every gradient. Otherwise a layer that is used once may keep the factors if that is cheaper.
     """
 
     def __init__(self, batch: int, whole: bool, layer_rows: dict[str, set[int]] | None = None) -> None:
@@ -149,8 +167,8 @@ class _Record:
         self._squares: dict[str, torch.Tensor] = {}
 
     def rows_per_example(self, x: torch.Tensor, path: str) -> int:
-        """How many rows of a layer's input belong to one example. Rows that are picked by their content would come in
-        any number, and be taken for those of another example; in the message it would be a secret."""
+        """The number of rows of a layer's input per example. Rows that are selected by content could come in any number
+        and be attributed to another example. The message omits the number, which is secret."""
         rows, rest = divmod(len(x), self.batch)
         if rest or (self._allowed_rows is not None and rows not in self._allowed_rows.get(path, ())):
             raise UserError(
@@ -172,7 +190,7 @@ class _Record:
             self.gradients[name] = gradient
 
     def take_small(self) -> _Small | None:
-        """Remove the small formed gradients from this record, joined."""
+        """Remove the small formed gradients from this record and return them in one tensor."""
         names = [
             name for name, g in self.gradients.items() if name not in self._squares and g[0].numel() <= SMALL
         ]
@@ -215,8 +233,16 @@ def _kept(gradient: Factors) -> tuple[torch.Tensor | Factors, torch.Tensor]:
     return cheapest(("keep", *gradient.key), gradient.work, choices, gradient.device)
 
 
-def _fill(record: _Record, network, trainable, per_example_loss, images, labels, rng) -> None:
-    """One forward and one backward pass."""
+def _fill(
+    record: _Record,
+    network: nn.Module,
+    trainable: dict[str, nn.Parameter],
+    per_example_loss: PerExampleLoss,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    rng: object,
+) -> None:
+    """Fill the record by one forward and one backward pass."""
     with _watching(network, trainable, record) as copies, torch.enable_grad():
         losses = per_example_loss(network, images, labels, rng)
         if losses.shape != (len(images),):
@@ -238,7 +264,7 @@ def _backward(loss: torch.Tensor) -> None:
     try:
         loss.backward()
     except RuntimeError as error:
-        # The original messages may tell the number of rows, which is a secret.
+        # The original messages may contain the number of rows, which is secret.
         if "modified by an inplace operation" in str(error):
             raise UserError(
                 "network: a tensor is changed in place after an operation that needs it for the gradient; use an "
@@ -295,7 +321,7 @@ def _watching(network: nn.Module, trainable: dict[str, nn.Parameter], record: _R
 
 
 def _watch(module: nn.Module, attach: Callable, examples: ExampleMap, mapped: bool) -> list[Callable]:
-    """Have `attach` see each call of the module; returns what undoes it. mapped: it may be called within a map."""
+    """Call `attach` on each call of the module; returns functions that undo this. mapped: a map may call the module."""
     if not mapped:
         return [
             module.register_forward_pre_hook(_prepared).remove,
@@ -303,7 +329,7 @@ def _watch(module: nn.Module, attach: Callable, examples: ExampleMap, mapped: bo
         ]
     forward = module.forward
 
-    def run(*args, **kwargs) -> torch.Tensor:
+    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
         args = _prepared(module, args) or args
         return attach(module, args, kwargs, forward(*args, **kwargs))
 
@@ -311,7 +337,7 @@ def _watch(module: nn.Module, attach: Callable, examples: ExampleMap, mapped: bo
 
 
 def _replace_forward(module: nn.Module, forward: Callable) -> Callable[[], None]:
-    """Returns what undoes it."""
+    """Replace the forward of the module; returns a function that restores it."""
     before = vars(module).get("forward")
     module.forward = forward
     return (
@@ -330,8 +356,8 @@ def _forward_by_row(
     copies: dict,
     path: str,
     record: _Record,
-    *args,
-    **kwargs,
+    *args: Any,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """The module's forward, each row with its example's copy of the parameters; autograd does the rest."""
     x = _first(args, kwargs)
@@ -350,9 +376,9 @@ def _forward_by_example(
     copies: dict,
     path: str,
     record: _Record,
-    *args,
-    **kwargs,
-):
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """The module's own forward, example by example, with that example's copy of the parameters."""
     record.rows_per_example(rows_of(module, path, args, kwargs), path)
     own_copies = {local: copies[name] for local, name in own.items()}
@@ -377,7 +403,14 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
 
 
 def _attach(
-    rule: Rule, own: dict[str, str], path: str, record: _Record, module, args, kwargs, output
+    rule: Rule,
+    own: dict[str, str],
+    path: str,
+    record: _Record,
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    output: torch.Tensor,
 ) -> torch.Tensor:
     """Forward hook: have `rule` applied when the gradient of this output arrives."""
     if not torch.is_grad_enabled():
@@ -387,7 +420,7 @@ def _attach(
     features = _first(args, kwargs).detach()
     record.rows_per_example(features, path)
     version, channels_last = features._version, output.is_cuda and _is_channels_last(output)
-    held = [features]  # given up when used, so that memory falls as the backward pass goes on
+    held = [features]  # released when used, so that memory falls during the backward pass
     for name in own.values():
         record.uses[name] += 1
 
@@ -409,7 +442,7 @@ def _attach(
         found = rule(module, held.pop(), output_gradient, record.batch)
         if missing := own.keys() - found.keys():
             raise UserError(
-                f"network: the gradient rule of {type(module).__name__} says nothing of the parameter "
+                f"network: the gradient rule of {type(module).__name__} returns no gradient of the parameter "
                 f"'{path}.{min(missing)}'"
             )
         for local, gradient in found.items():
@@ -425,10 +458,10 @@ class _Start(torch.autograd.Function):
     """Makes a tensor part of the graph, at no cost, as `requires_grad_` would; but what follows may overwrite it."""
 
     @staticmethod
-    def forward(ctx, output: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, output: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
         return None, None

@@ -1,4 +1,4 @@
-"""Chooses between exact ways of computing the same thing by their measured cost, once per shape."""
+"""Choose between exact ways to compute the same result by their measured cost, once per shape."""
 
 import functools
 import importlib.util
@@ -7,20 +7,25 @@ import subprocess
 import time
 from collections.abc import Callable, Hashable
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
 from utils.runtime import log
 
-# Multiply-adds of one example below which the first choice is taken unmeasured: little is to be gained.
+# Multiply-adds of one example below which the first choice is taken without measuring, because the gain is small.
 WORTH_MEASURING = 50_000
 REPETITIONS = 2
 LARGEST = 2**31 - 1  # numbers of one example that our own kernels can address
 
 _chosen: dict[Hashable, str] = {}
 
+Result = TypeVar("Result")
 
-def cheapest(key: Hashable, work: int, choices: dict[str, Callable], device: torch.device):
+
+def cheapest(
+    key: Hashable, work: float, choices: dict[str, Callable[..., Result]], device: torch.device
+) -> Result:
     """The result of the cheapest of `choices`, all of which must be exact.
 
     A choice takes one optional argument: while it is timed, it is called with True, and may then include what its
@@ -56,7 +61,7 @@ def _wait(device: torch.device) -> None:
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """opacus_ext.gradients.triton_kernels where they run on the device, else None."""
+    """opacus_ext.gradients.triton_kernels if they run on the device, else None."""
     return _triton_kernels(device) if device.type == "cuda" else None
 
 
@@ -72,12 +77,13 @@ def _triton_kernels(device: torch.device) -> ModuleType | None:
         triton_kernels.try_out(device)
     except (ImportError, RuntimeError, OSError, subprocess.SubprocessError, TritonError) as error:
         # An old GPU, no C compiler, no room for what is compiled.
-        log.warning("Triton does not run here (%s); stock operations take its place", type(error).__name__)
+        log.warning("Triton is unavailable (%s); falling back to PyTorch operations", type(error).__name__)
         return None
     return triton_kernels
 
 
 def is_small(batch: int) -> bool:
-    """Two classes of batches have a choice each. Not more: how many examples a part of a Poisson sample holds is
-    secret, and where two exact ways round differently, one example more should not change the way."""
+    """Whether a batch is small. Each of the two classes of batches has its own choice. There are no more classes,
+    because the number of examples is secret: two exact ways may round differently, and one example more should not
+    change the way."""
     return batch <= 8

@@ -1,4 +1,4 @@
-"""How each kind of layer yields the gradient of every single example.
+"""Rules that compute the gradient of every single example, by kind of layer.
 
 A rule takes a layer's input and output gradient; a gradient may stay in factors (ghost norms, "book-keeping": Bu et
 al. 2022) until the clipping coefficients are known. A row forward runs a layer with one copy of its parameters per
@@ -10,6 +10,7 @@ import abc
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +29,11 @@ from utils.errors import UserError
 NORM_BLOCK = 2**12  # numbers whose squares are added up in float32
 
 
-def _without_tf32(method):
-    """The products of `method` in full float32 on a GPU too: the norm was taken of what they give."""
+def _without_tf32(method: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Decorator: compute the products of `method` in full float32 on a GPU too, as the norms were."""
 
     @functools.wraps(method)
-    def wrapped(*args, **options):
+    def wrapped(*args: Any, **options: Any) -> torch.Tensor:
         matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
         before = matmul.allow_tf32, cudnn.allow_tf32
         matmul.allow_tf32 = cudnn.allow_tf32 = False
@@ -357,7 +358,7 @@ ROW_FORWARDS: dict[type[nn.Module], RowForward] = {
 
 
 def register_rule(kind: type[nn.Module], rule: Rule) -> None:
-    """Teach the engine the layers of type `kind`, whose rows must be independent."""
+    """Add a rule for layers of type `kind`, whose rows must be independent."""
     RULES[kind] = rule
 
 
@@ -440,8 +441,8 @@ def refuse_mixing(network: nn.Module) -> None:
     for name, module in network.named_modules():
         if getattr(module, "max_norm", None) is not None:
             raise UserError(
-                f"network: {type(module).__name__} at '{name}' has a max_norm, so its weight tells which labels it was "
-                f"asked for; leave max_norm out"
+                f"network: {type(module).__name__} at '{name}' has a max_norm, so its weight reveals which labels were "
+                f"looked up; leave max_norm out"
             )
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
             raise UserError(

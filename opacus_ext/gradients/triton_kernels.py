@@ -266,7 +266,7 @@ TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 3e-2}
 
 
 def try_out(device: torch.device, dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCES)) -> None:
-    """Run all kernels on little; RuntimeError where what they give is not what stock operations do."""
+    """Run all kernels on little; RuntimeError if their results differ from those of stock operations."""
     for dtype in dtypes:
         tolerance = TOLERANCES[dtype]
         x, g = (torch.linspace(-1, 1, 128, device=device).view(2, 4, 4, 4).to(dtype) for _ in range(2))
