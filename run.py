@@ -207,9 +207,10 @@ def require_same_settings(config: Config) -> None:
 
 def compose(config: Config, plan: list | None = None) -> Parts:
     """Spec, ledger and method, with the method's plan adopted, or the calibrated `plan`; reads no image."""
+    from data.apart import require_apart
     from data.cache import CACHE_NAME
     from data.public import misfit, num_public_classes
-    from data.sensitive import require_apart, spec_of
+    from data.sensitive import spec_of
     from evaluation.evaluator import Evaluator
     from opacus_ext.ledger import Budget, Ledger, default_delta, weak_delta
     from utils.device import prepare_device

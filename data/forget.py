@@ -5,11 +5,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.apart import training_set_of
 from data.cache import CACHE_NAME, private_places, public_places
-from data.prepare import canonical_name, downloads_folder, require_allowed_name
+from data.prepare import downloads_folder, require_allowed_name
 from data.prepared import META_NAME, is_prepared, read_meta
-from utils.artefacts import CONFIG, RESULTS
-from utils.config_files import flatten, read_yaml
+from data.registry import canonical_name
+from utils.artefacts import RESULTS
 from utils.errors import UserError, unknown
 from utils.files import read_json
 
@@ -108,10 +109,9 @@ def _runs_on(data_name: str, exp_root: Path) -> Iterator[Path]:
 
 def _trained_on(folder: Path) -> object:
     try:
-        content = read_yaml(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    except UserError:
+        return training_set_of(folder)
+    except UserError:  # a config.yaml that is not YAML
         return None
-    return flatten(content).get("sensitive_data.name") if isinstance(content, dict) else None
 
 
 def _judged_against(folder: Path) -> object:

@@ -106,7 +106,7 @@ def _table(path: Path, column: str) -> dict[str, str]:
     return table
 
 
-def require_apart(train: np.ndarray, test: np.ndarray, where: str) -> None:
+def require_disjoint_groups(train: np.ndarray, test: np.ndarray, where: str) -> None:
     """Raise UserError where a group has images in both parts."""
     shared = sorted(set(train) & set(test))
     if shared:

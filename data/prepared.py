@@ -221,13 +221,14 @@ def read_meta(folder: Path) -> PreparedMeta:
     return meta
 
 
-def read_prepared(folder: Path) -> Prepared:
-    """Both parts of a prepared folder. Arrays above 2 GB are memory-mapped, read-only.
+def read_prepared(folder: Path, meta: PreparedMeta | None = None) -> Prepared:
+    """Both parts of a prepared folder, whose `meta` is read if it is None. Arrays above 2 GB are memory-mapped,
+    read-only.
 
-    A file that is missing, truncated, of another type or shape than meta.json says, or whose bytes changed, and
-    labels out of range, raise UserError with the file's name.
+    UserError, with the name of the file, if a file is missing or truncated, has another type or shape than meta.json
+    states, or has changed bytes, and for labels out of range.
     """
-    meta = read_meta(folder)
+    meta = read_meta(folder) if meta is None else meta
     train = _read_part(folder, meta, "train", meta.num_train)
     test = _read_part(folder, meta, "test", meta.num_test) if meta.num_test else None
     return Prepared(meta, train, test)

@@ -8,6 +8,7 @@ import numpy as np
 
 from data.cache import CACHE_NAME, public_cache
 from data.convert import resized, to_channels
+from data.locations import has_public_images, public_folders
 from data.prepare import Target, convert_source
 from data.prepared import Prepared, is_prepared, new_prepared, read_meta, read_prepared, sha256_of
 from data.readers.layouts import open_source
@@ -28,11 +29,6 @@ _CHARACTER = re.compile(
     re.IGNORECASE,
 )
 CONVERSION_VERSION = 2  # part of every cache key: raise it when converted pixels change
-
-
-def has_public_images(section: PublicDataConfig) -> bool:
-    """False without public data, and for central_*, whose images are private queries that the method makes itself."""
-    return section.name is not None and not section.name.startswith("central_")
 
 
 def load_public(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> PublicData | None:
@@ -60,7 +56,7 @@ def misfit(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> str | 
         if strange:
             reasons.append(f"it has letters and digits; the private class '{strange[0]}' is no character")
     else:
-        stored = stored_folders(section, data_root)
+        stored = public_folders(section, data_root)
         channels = read_meta(stored[0]).channels if stored else spec.channels
     if channels != spec.channels:
         kinds = {1: "grey", 3: "in colour"}
@@ -78,7 +74,7 @@ def require_public(section: PublicDataConfig, data_root: Path) -> None:
     if (
         not has_public_images(section)
         or section.name in EMBEDDED_PUBLIC
-        or stored_folders(section, data_root)
+        or public_folders(section, data_root)
     ):
         return
     if section.train_path is None:
@@ -101,7 +97,7 @@ def num_public_images(section: PublicDataConfig, data_root: Path) -> int | None:
         return num_public_classes(section, data_root) * (
             DEFAULT_PER_CLASS if per_class is None else per_class
         )
-    stored = stored_folders(section, data_root)
+    stored = public_folders(section, data_root)
     if stored:
         count = read_meta(stored[0]).num_train
     elif section.train_path is not None and Path(section.train_path).exists():
@@ -135,7 +131,7 @@ def _count_classes(section: PublicDataConfig, data_root: Path) -> int | None:
             return None
         source = open_source(Path(section.train_path))
         return len(source.class_names or np.unique(source.train.labels))
-    stored = stored_folders(section, data_root)
+    stored = public_folders(section, data_root)
     return len(read_meta(stored[0]).class_names) if stored else None
 
 
@@ -181,23 +177,9 @@ def _load_stored(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> 
     return PublicData(section.name, train, meta.class_names)
 
 
-def stored_folders(section: PublicDataConfig, data_root: Path) -> list[Path]:
-    """Prepared folders of this set: train_path, or <data_root>/<name> and <name>_<resolution>."""
-    if section.train_path is not None:
-        candidates = [Path(section.train_path)]
-    else:
-        candidates = [data_root / section.name, *sorted(data_root.glob(f"{section.name}_*"))]
-        candidates = [path for path in candidates if _is_size_variant(path.name, section.name)]
-    return [path for path in candidates if is_prepared(path)]
-
-
-def _is_size_variant(folder_name: str, name: str) -> bool:
-    return folder_name == name or folder_name.removeprefix(f"{name}_").isdecimal()
-
-
 def _prepared_by_name(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> Prepared:
     """The smallest stored size that is at least the wanted one, else the largest, which is then enlarged."""
-    stored = stored_folders(section, data_root)
+    stored = public_folders(section, data_root)
     sizes = {read_meta(folder).resolution: folder for folder in reversed(stored)}
     enough = [size for size in sizes if size >= spec.resolution]
     if not enough:

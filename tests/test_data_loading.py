@@ -12,13 +12,14 @@ from PIL import Image
 
 from data import prepared as prepared_module
 from data.convert import resized, to_channels
-from data.prepare import prepare, read_prepared
-from data.prepared import new_prepared
+from data.prepare import prepare
+from data.prepared import new_prepared, read_prepared
 from data.public import load_public, num_public_classes
 from data.registry import EMBEDDED_NUM_TRAIN, EMBEDDED_SENSITIVE
 from data.sensitive import load_sensitive, spec_of
 from data.spec import DataSpec
 from data.splits import stratified_test_rows, validation_split
+from scripts.prepare_data import facts_of
 from utils.errors import UserError
 from utils.sections import CentralConfig, PublicDataConfig, SelectiveConfig, SensitiveDataConfig
 
@@ -461,7 +462,7 @@ def test_importing_the_data_layer_imports_nothing_heavy():
 @needs_shared
 @pytest.mark.parametrize(("name", "folder"), [("mnist_28", "mnist"), ("fmnist_28", "fashion_mnist")])
 def test_real_idx_files(tmp_path, name, folder):
-    prepare(name, tmp_path, source=SHARED / folder)
+    prepare(name, tmp_path, source=SHARED / folder, facts=facts_of(name))
     found, notes = spec_of(sensitive_section(name), "val", tmp_path)
     data = load_sensitive(sensitive_section(name), "val", tmp_path)
     assert (found.num_train, notes) == (55_000, ())
@@ -484,7 +485,7 @@ def test_real_idx_files(tmp_path, name, folder):
 
 @needs_shared
 def test_real_cifar10_part_lowers_num_train_and_says_so(tmp_path):
-    prepare("cifar10_32", tmp_path, source=SHARED / "cifar10")
+    prepare("cifar10_32", tmp_path, source=SHARED / "cifar10", facts=facts_of("cifar10_32"))
     found, notes = spec_of(sensitive_section("cifar10_32"), "val", tmp_path)
     assert found.num_train == 20_000
     assert len(notes) == 1 and all(number in notes[0] for number in ("25,000", "50,000", "N = 20,000"))

@@ -26,7 +26,7 @@ from data.prepared import read_meta, read_prepared
 from data.readers.layouts import open_source
 from data.readers.npz import as_nhwc
 from data.registry import known_names, known_set
-from scripts.prepare_data import main
+from scripts.prepare_data import facts_of, main
 from utils.errors import UserError
 
 
@@ -86,6 +86,10 @@ def cifar_batch(images: np.ndarray, labels: list[int], label_key: bytes = b"labe
     return pickle.dumps({b"data": rows, label_key: labels}, protocol=2)
 
 
+def prepare_known(name: str, root: Path, **options):
+    return prepare(name, root, facts=facts_of(name), **options)
+
+
 def prepare_custom(tmp_path: Path, source: Path, **options):
     folder, _, notes = prepare("mine", tmp_path / "root", source=source, **options)
     return read_prepared(folder), notes
@@ -104,20 +108,22 @@ def test_idx_files(tmp_path, compress):
     for part in ("train", "t10k"):
         files[f"{part}-images-idx3-ubyte{ending}"] = pack(idx_bytes(images))
         files[f"{part}-labels-idx1-ubyte{ending}"] = pack(idx_bytes(labels))
-    folder, meta, notes = prepare("mnist_28", tmp_path / "root", source=write_files(tmp_path / "raw", files))
+    folder, meta, notes = prepare_known(
+        "mnist_28", tmp_path / "root", source=write_files(tmp_path / "raw", files)
+    )
     result = read_prepared(folder)
     assert np.array_equal(result.train.images, images[:, None]) and np.array_equal(result.test.labels, labels)
     assert (meta.num_train, meta.num_test, meta.class_names, notes) == (20, 20, tuple("0123456789"), [])
 
 
 def test_cifar10_pickles_in_a_folder_with_their_archive_only(tmp_path):
-    images, names = colour_images(10, 32), known_set("cifar10_32").class_names
+    images, names = colour_images(10, 32), facts_of("cifar10_32").class_names
     files = {f"cifar-10-batches-py/data_batch_{i}": cifar_batch(images, list(range(10))) for i in range(1, 6)}
     files["cifar-10-batches-py/test_batch"] = cifar_batch(images[::-1], list(range(9, -1, -1)))
     files["cifar-10-batches-py/batches.meta"] = pickle.dumps({b"label_names": [n.encode() for n in names]}, 2)
     (tmp_path / "raw").mkdir()
     write_tar(tmp_path / "raw" / "cifar-10-python.tar.gz", files, "w:gz")
-    folder, meta, _ = prepare("cifar10_32", tmp_path / "root", source=tmp_path / "raw")
+    folder, meta, _ = prepare_known("cifar10_32", tmp_path / "root", source=tmp_path / "raw")
     result = read_prepared(folder)
     assert (meta.num_train, meta.num_test, meta.class_names) == (50, 10, names)
     assert np.array_equal(result.train.images[:10], images.transpose(0, 3, 1, 2))
@@ -125,13 +131,13 @@ def test_cifar10_pickles_in_a_folder_with_their_archive_only(tmp_path):
 
 
 def test_cifar100_pickles_use_the_fine_labels(tmp_path):
-    names = known_set("cifar100_32").class_names
+    names = facts_of("cifar100_32").class_names
     batch = cifar_batch(colour_images(100, 32), list(range(100)), b"fine_labels")
     meta_file = pickle.dumps(
         {b"fine_label_names": [n.encode() for n in names], b"coarse_label_names": [b"a"]}, 2
     )
     source = write_files(tmp_path / "raw", {"train": batch, "test": batch, "meta": meta_file})
-    _, meta, _ = prepare("cifar100_32", tmp_path / "root", source=source)
+    _, meta, _ = prepare_known("cifar100_32", tmp_path / "root", source=source)
     assert (meta.num_train, meta.class_names) == (100, names)
 
 
@@ -143,7 +149,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     hostile = pickle.dumps({b"data": Hostile()})
     files = {"data_batch_1": hostile, "test_batch": hostile, "batches.meta": hostile}
     with pytest.raises(UserError, match=r"batches\.meta is not a CIFAR batch"):
-        prepare("cifar10_32", tmp_path / "root", source=write_files(tmp_path / "raw", files))
+        prepare_known("cifar10_32", tmp_path / "root", source=write_files(tmp_path / "raw", files))
     assert not (tmp_path / "executed").exists()
 
 
@@ -206,9 +212,9 @@ def test_folder_of_train_and_test_npz_keeps_stated_class_names_in_their_order(tm
 
 
 def test_stated_class_names_in_another_order_than_the_published_one_are_mapped_by_name(tmp_path):
-    names = known_set("cifar10_32").class_names
+    names = facts_of("cifar10_32").class_names
     np.savez(tmp_path / "a.npz", x=colour_images(10, 32), y=np.arange(10), classes=names[::-1])
-    folder, _, _ = prepare(
+    folder, _, _ = prepare_known(
         "cifar10_32", tmp_path / "root", source=tmp_path / "a.npz", test_source=tmp_path / "a.npz"
     )
     assert np.array_equal(read_prepared(folder).train.labels, np.arange(9, -1, -1))
@@ -366,7 +372,7 @@ def test_celeba_folder(tmp_path, form):
         write_zip(raw / "img_align_celeba.zip", pictures)
     else:
         write_files(raw, pictures)
-    folder, meta, notes = prepare("celeba_male_32", tmp_path / "root", source=raw)
+    folder, meta, notes = prepare_known("celeba_male_32", tmp_path / "root", source=raw)
     result = read_prepared(folder)
     assert (meta.num_train, meta.num_test, meta.class_names) == (4, 1, ("female", "male"))
     assert np.array_equal(result.train.labels, [1, 0, 1, 0]) and np.array_equal(result.test.labels, [0])
@@ -377,12 +383,12 @@ def test_celeba_folder(tmp_path, form):
 
 
 def test_eurosat_is_split_at_random_by_a_fixed_seed(tmp_path):
-    names = known_set("eurosat_32").class_names
+    names = facts_of("eurosat_32").class_names
     path = write_zip(tmp_path / "EuroSAT_RGB.zip", class_files(names, 27, "EuroSAT_RGB/", side=4))
-    results = [prepare("eurosat_32", tmp_path / root, source=path) for root in ("a", "b")]
+    results = [prepare_known("eurosat_32", tmp_path / root, source=path) for root in ("a", "b")]
     assert (results[0][1].num_train, results[0][1].num_test) == (230, 40)
     assert results[0][1].sha256 == results[1][1].sha256
-    assert "40 of 270 images (at random, fixed seed) are put aside as test" in results[0][2][0]
+    assert "40 of 270 images (at random" in results[0][2][0]
 
 
 def test_emnist_letters_are_picked_turned_upright_and_counted_from_zero(tmp_path):
@@ -409,7 +415,7 @@ def test_places_classes_are_the_path_below_the_letter(tmp_path):
 # ------------------------------------------------------------------------------------------------ conversion
 
 
-def test_mixed_sizes_are_cropped_resized_and_said_once(tmp_path):
+def test_mixed_sizes_are_cropped_resized_and_reported_once(tmp_path):
     files = class_files(side=16)
     wide = np.zeros((16, 48, 3), np.uint8)
     wide[:, 16:32] = 200  # the central square
@@ -475,13 +481,15 @@ def test_custom_set_without_test_part_gives_a_seventh_of_each_class(tmp_path):
     assert np.array_equal(np.bincount(result.test.labels), [10, 5, 2])
     rows = [part.images[:, 0, 0, 0] for part in (result.train, result.test)]
     assert np.array_equal(np.sort(np.concatenate(rows)), np.arange(119))
-    assert "17 of 119 images (a seventh of each class, fixed seed) are put aside as test" in notes[0]
+    assert "17 of 119 images (a seventh of each class" in notes[0]
     assert notes[0].endswith("test images have no privacy protection")
 
 
 def test_class_folders_under_other_names_are_taken_in_order_and_said(tmp_path):
     files = class_files(("0", "1"), prefix="train/") | class_files(("0", "1"), prefix="test/")
-    _, meta, notes = prepare("camelyon_32", tmp_path / "root", source=write_files(tmp_path / "raw", files))
+    _, meta, notes = prepare_known(
+        "camelyon_32", tmp_path / "root", source=write_files(tmp_path / "raw", files)
+    )
     assert meta.class_names == ("normal", "tumor")
     assert "camelyon_32: the classes 0, 1 are taken, in this order, as normal, tumor" in notes
 
@@ -494,18 +502,18 @@ def fashion(tmp_path, names) -> tuple:
         for label, name in enumerate(names)
     }
     source = write_files(tmp_path / "raw", files)
-    folder, _, notes = prepare("fmnist_28", tmp_path / "root", source=source)
+    folder, _, notes = prepare_known("fmnist_28", tmp_path / "root", source=source)
     train = read_prepared(folder).train
     return dict(zip(train.images[:, 0, 0, 0].tolist(), train.labels.tolist(), strict=True)), notes
 
 
 def test_class_names_are_compared_without_case_and_punctuation(tmp_path):
-    names = [name.replace("/", "_").replace(" ", "-").lower() for name in known_set("fmnist_28").class_names]
+    names = [name.replace("/", "_").replace(" ", "-").lower() for name in facts_of("fmnist_28").class_names]
     assert fashion(tmp_path, names) == ({label: label for label in range(10)}, [])
 
 
 def test_class_names_of_which_some_are_wanted_are_refused(tmp_path):
-    names = [name.replace("/", "_") for name in known_set("fmnist_28").class_names]
+    names = [name.replace("/", "_") for name in facts_of("fmnist_28").class_names]
     names[1] = "Jeans"
     with pytest.raises(UserError, match="the classes Jeans are not wanted, Trouser are missing; rename them"):
         fashion(tmp_path, names)
@@ -553,7 +561,7 @@ def truncated(make, keep: int):
     return make_truncated
 
 
-def test_an_empty_class_folder_is_said(tmp_path):
+def test_an_empty_class_folder_is_reported(tmp_path):
     source = write_files(tmp_path / "raw", class_files())
     (source / "elk" / "young").mkdir(parents=True)
     _, meta, notes = prepare("pets", tmp_path / "data", source=source)
@@ -742,7 +750,7 @@ def test_bad_source_is_named_and_leaves_nothing_behind(tmp_path, name):
         (dict(data_name="cifar10_32", resolution=64), "cifar10_32 has 32 by definition"),
         (dict(data_name="mine", channels=2), "--channels: 2 is not allowed"),
         (dict(data_name="mine", resolution=2), "--resolution: 2 is not allowed"),
-        (dict(data_name="mnist_28"), "mnist_28: the source has no test part; add it as --test_source"),
+        (dict(data_name="mnist_28"), "mnist_28: .*--test_source"),
         (dict(data_name="cifar10_32", test_source=True), "2 classes .*; 10 are wanted"),
     ],
 )
@@ -751,7 +759,14 @@ def test_bad_options_are_named(tmp_path, options, message):
     options = {**options, **({"test_source": source} if options.get("test_source") else {})}
     needs_source = options["data_name"] in ("mine", "mnist_28", "cifar10_32")
     with pytest.raises(UserError, match=message):
-        prepare(**{"source": source if needs_source else None, "data_root": tmp_path / "root", **options})
+        prepare(
+            **{
+                "source": source if needs_source else None,
+                "data_root": tmp_path / "root",
+                "facts": facts_of(options["data_name"]),
+                **options,
+            }
+        )
 
 
 def test_a_folder_that_is_not_prepared_data_is_not_replaced(tmp_path):
@@ -769,29 +784,31 @@ def test_full_disk_is_named_before_anything_is_written(tmp_path, monkeypatch):
     assert list((tmp_path / "root").iterdir()) == []
 
 
-def test_a_prepared_set_is_replaced_when_that_is_asked_for_and_only_then(tmp_path):
+def test_a_prepared_set_is_replaced_only_with_force(tmp_path):
     names = set()
     for count, force in ((14, False), (28, True), (28, True)):
         np.savez(tmp_path / "a.npz", x=colour_images(count), y=np.arange(count) % 2)
         folder, meta, _ = prepare("mine", tmp_path / "root", source=tmp_path / "a.npz", force=force)
         assert meta.num_train + meta.num_test == count
         names.add(meta.identity)
-        with pytest.raises(UserError, match=f"{folder} holds a prepared set already, made from .*--force"):
+        with pytest.raises(UserError, match=f"{folder} .*{tmp_path / 'a.npz'}.*--force"):
             prepare("mine", tmp_path / "root", source=tmp_path / "a.npz")
         assert read_meta(folder) == meta
     assert len(names) == 3, "the random name of the same images made again"
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["mine"]
 
 
-def test_a_published_set_that_is_there_is_kept(tmp_path):
+def test_a_published_set_that_is_already_prepared_is_kept(tmp_path):
     """No second download: the command may stand in a script that is started again."""
     files = {"train-images-idx3-ubyte": idx_bytes(np.zeros((20, 28, 28), np.uint8))}
     files["train-labels-idx1-ubyte"] = idx_bytes(np.arange(20) % 10)
     files |= {name.replace("train", "t10k"): content for name, content in files.items()}
-    folder, meta, _ = prepare("mnist_28", tmp_path / "root", source=write_files(tmp_path / "raw", files))
-    assert prepare("mnist_28", tmp_path / "root") == (folder, meta, [ANY])
-    with pytest.raises(UserError, match="holds a prepared set already"):
-        prepare("mnist_28", tmp_path / "root", channels=3)
+    folder, meta, _ = prepare_known(
+        "mnist_28", tmp_path / "root", source=write_files(tmp_path / "raw", files)
+    )
+    assert prepare_known("mnist_28", tmp_path / "root") == (folder, meta, [ANY])
+    with pytest.raises(UserError, match="--force"):
+        prepare_known("mnist_28", tmp_path / "root", channels=3)
 
 
 def test_script_prints_what_it_did_and_exits_with_2_on_bad_input(tmp_path, capsys):
@@ -805,11 +822,49 @@ def test_script_prints_what_it_did_and_exits_with_2_on_bad_input(tmp_path, capsy
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_every_known_set_can_be_fetched_or_says_where_to_get_it():
+def test_every_known_set_can_be_downloaded_or_says_where_to_get_it():
     for name in known_names():
         known = known_set(name)
         assert known.downloads or known.advice, name
         assert all(len(remote.md5) == 32 and remote.urls for remote in known.downloads), name
+
+
+def test_digests_and_first_mirrors_are_those_of_torchvision():
+    from torchvision import datasets
+
+    expected = {
+        "mnist_28": [(datasets.MNIST.mirrors[0] + name, md5) for name, md5 in datasets.MNIST.resources],
+        "fmnist_28": [
+            (datasets.FashionMNIST.mirrors[0] + name, md5) for name, md5 in datasets.FashionMNIST.resources
+        ],
+        "cifar10_32": [(datasets.CIFAR10.url, datasets.CIFAR10.tgz_md5)],
+        "cifar100_32": [(datasets.CIFAR100.url, datasets.CIFAR100.tgz_md5)],
+        "emnist": [(datasets.EMNIST.url, datasets.EMNIST.md5)],
+    }
+    for name, files in expected.items():
+        assert [(file.urls[0], file.md5) for file in known_set(name).downloads] == files, name
+
+
+def test_facts_of_a_published_set_are_those_of_its_configuration():
+    facts = facts_of("MNIST_28")
+    assert (facts.resolution, facts.channels, facts.class_names) == (28, 1, tuple("0123456789"))
+    assert facts_of("emnist") is None and facts_of("mine") is None
+
+
+@pytest.mark.parametrize("change", [{"resolution": 16}, {"channels": 3}])
+def test_prepared_set_of_another_size_is_not_kept_without_a_message(tmp_path, change):
+    source = write_files(tmp_path / "raw", class_files())
+    prepare("mine", tmp_path / "root", source=source, resolution=8, channels=1)
+    with pytest.raises(UserError, match="--force"):
+        prepare("mine", tmp_path / "root", **change)
+    assert prepare("mine", tmp_path / "root", resolution=8, channels=1)[1].resolution == 8
+
+
+def test_published_public_set_at_another_resolution_does_not_stand_for_the_usual_one(tmp_path):
+    source = write_files(tmp_path / "raw", class_files())
+    prepare("imagenet", tmp_path / "root", source=source)
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        prepare("imagenet", tmp_path / "root", resolution=16)
 
 
 # ------------------------------------------------------------------------------------------------ downloads
@@ -910,16 +965,14 @@ def test_a_complete_partial_file_and_a_finished_file_are_kept(tmp_path, mirror):
 
 def test_known_set_is_downloaded_into_the_cache_and_prepared(tmp_path, mirror, monkeypatch):
     base, _ = mirror
-    archive = write_zip(
-        tmp_path / "e.zip", class_files(known_set("eurosat_32").class_names, 14, "E/", side=4)
-    )
+    archive = write_zip(tmp_path / "e.zip", class_files(facts_of("eurosat_32").class_names, 14, "E/", side=4))
     monkeypatch.setitem(globals(), "CONTENT", archive.read_bytes())
     file = RemoteFile("EuroSAT_RGB.zip", (f"{base}/good",), hashlib.md5(archive.read_bytes()).hexdigest())
     known = known_set("eurosat_32")
     monkeypatch.setattr(
         "data.prepare.known_set", lambda name: type(known)(**{**vars(known), "downloads": (file,)})
     )
-    folder, meta, _ = prepare("eurosat_32", tmp_path / "root")
+    folder, meta, _ = prepare_known("eurosat_32", tmp_path / "root")
     assert meta.num_train + meta.num_test == 140 and folder == tmp_path / "root" / "eurosat_32"
     assert (tmp_path / "root" / ".cache" / "downloads" / "eurosat_32" / "EuroSAT_RGB.zip").is_file()
 
