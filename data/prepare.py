@@ -98,9 +98,9 @@ def prepare(
 
     Without `source` the published files are downloaded. `facts` are required for a published sensitive set.
     `resolution` (pixels) and `channels` (1 or 3) are for custom and public sets; a published public set at a resolution
-    other than its usual one goes to `<data_name>_<resolution>`. `class_names` name the labels 0, 1, ... of a source that
-    has only numbers. `groups` states which images belong together (data/groups.py): a group is on one side of every
-    split, and has at most `images_per_person` images. `public` keeps every image of a custom set for training. A
+    other than its usual one goes to `<data_name>_<resolution>`. `class_names` name the labels 0, 1, ... of a source
+    that has only numbers. `groups` states which images belong together (data/groups.py): a group is on one side of
+    every split, and has at most `images_per_person` images. `public` keeps every image of a custom set for training. A
     prepared set of the same name is replaced only with `force`; without `force` and `source` it is kept. Any bad input
     raises UserError and leaves nothing behind.
     """

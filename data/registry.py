@@ -1,4 +1,4 @@
-"""The table of published datasets: which are embedded, where the others are downloaded, and the quirks of their files."""
+"""The table of published datasets: which are embedded, where to download the others, and the quirks of their files."""
 
 import string
 from dataclasses import dataclass

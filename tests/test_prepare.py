@@ -238,7 +238,8 @@ def test_a_validation_npz_joins_training_or_is_the_test_part(tmp_path, names):
     del parts[f"{names[2]}.npz"]
     result, notes = prepare_custom(tmp_path, write_files(tmp_path / "two", parts), force=True)
     assert (len(result.train), len(result.test)) == (10, 4)
-    assert notes == ["mine: two: its 4 validation images are the test part"]
+    (note,) = notes
+    assert "4 validation images" in note and "test part" in note
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz"])
@@ -278,7 +279,7 @@ def test_parts_under_names_of_ones_own_do_not_become_classes(tmp_path, names):
     files = {}
     for name in names:
         files |= class_files(prefix=f"top/{name}/")
-    with pytest.raises(UserError, match=r"each with folders in it; name the parts train, test and val"):
+    with pytest.raises(UserError, match="train, test and val"):
         prepare_custom(tmp_path, write_files(tmp_path / "two", files), resolution=8)
     flat = {f"top/{name}/{i}.png": PICTURE for name in names for i in range(4)}
     assert prepare_custom(tmp_path, write_files(tmp_path / "flat", flat), resolution=8)[
@@ -512,10 +513,10 @@ def test_class_names_are_compared_without_case_and_punctuation(tmp_path):
     assert fashion(tmp_path, names) == ({label: label for label in range(10)}, [])
 
 
-def test_class_names_of_which_some_are_wanted_are_refused(tmp_path):
+def test_class_names_of_which_only_some_match_are_refused(tmp_path):
     names = [name.replace("/", "_") for name in facts_of("fmnist_28").class_names]
     names[1] = "Jeans"
-    with pytest.raises(UserError, match="the classes Jeans are not wanted, Trouser are missing; rename them"):
+    with pytest.raises(UserError, match=r"Jeans.*Trouser"):
         fashion(tmp_path, names)
     assert not (tmp_path / "root" / "fmnist_28").exists()
 
@@ -566,7 +567,7 @@ def test_an_empty_class_folder_is_reported(tmp_path):
     (source / "elk" / "young").mkdir(parents=True)
     _, meta, notes = prepare("pets", tmp_path / "data", source=source)
     assert "elk" not in meta.class_names
-    assert [note for note in notes if "no file in the folder elk: it is no class" in note]
+    assert [note for note in notes if " elk:" in note]
 
 
 def test_an_alpha_channel_that_hides_nothing_is_dropped(tmp_path):
@@ -620,7 +621,7 @@ BAD_SOURCES = {
     "one class": (folder_of(class_files(("cat",), prefix="train/")), r"only one class \(cat\)"),
     "corrupt image": (folder_with(cat__x_png=PICTURE[:60]), r"cat/x\.png: not an image"),
     "text file": (folder_with(dog__notes_dat=b"hi"), r"dog/notes\.dat: not an image"),
-    "stray image": (folder_with(x_png=PICTURE), r"x\.png is outside the class folders"),
+    "stray image": (folder_with(x_png=PICTURE), r"x\.png.*class folders"),
     "16 bit": (
         folder_with(cat__deep_png=png(np.zeros((8, 8), np.uint16))),
         r"cat/deep\.png: more than 8 bits",
@@ -629,10 +630,10 @@ BAD_SOURCES = {
         folder_with(cat__hole_png=png(np.full((8, 8, 4), 254, np.uint8))),
         r"cat/hole\.png: has transparent pixels",
     ),
-    "no class": (folder_of({"a.png": PICTURE, "b.png": PICTURE}), r"a\.png is in no class folder"),
+    "no class": (folder_of({"a.png": PICTURE, "b.png": PICTURE}), r"a\.png.*class folder"),
     "new test class": (
         folder_of(class_files(prefix="train/") | class_files(("cow",), prefix="test/")),
-        "class 'cow', which the training part lacks",
+        "'cow'",
     ),
     "not an archive": (lambda path: write_files(path, {"a.zip": b"?"}) / "a.zip", "neither a folder nor"),
     "truncated zip": (truncated(zip_of(b"{}"), 200), r"a\.zip: corrupt or truncated"),
@@ -654,7 +655,7 @@ BAD_SOURCES = {
     "several labels": (npz_of(x=IMAGES, y=np.zeros((14, 3), int)), "one integer or class name per image"),
     "null labels": (zip_of(b'{"labels": null}'), "no list 'labels'"),
     "vector label": (zip_of(b'{"labels": [["a.png", [0, 1]]]}'), r"labels a\.png with \[0, 1\]"),
-    "listed, missing": (zip_of(b'{"labels": [["b.png", 0]]}'), r"lists b\.png, which is not there"),
+    "listed, missing": (zip_of(b'{"labels": [["b.png", 0]]}'), r"dataset\.json lists b\.png"),
     "truncated idx": (folder_of({"train-images-idx3-ubyte": GREY[:-5]}), "truncated, 891 bytes"),
     "not idx": (folder_of({"train-images-idx3-ubyte": b"<html>"}), "not an idx file"),
     "truncated gzip": (
@@ -663,7 +664,7 @@ BAD_SOURCES = {
     ),
     "two listings": (
         folder_of(listed("a/", [1, 2]) | listed("b/", [3, 4])),
-        r"holds a/dataset\.json, b/dataset\.json; allowed: one dataset\.json, or one in each",
+        r"a/dataset\.json, b/dataset\.json; allowed: ",
     ),
     "listings without training": (
         folder_of(listed("test/", [1, 2]) | listed("val/", [3, 4])),
@@ -671,11 +672,11 @@ BAD_SOURCES = {
     ),
     "parts without training": (
         folder_of(class_files(prefix="val/") | class_files(prefix="Test/")),
-        "its folders are named like the parts test and val, and none like train",
+        "test and val.*train",
     ),
     "npz in an archive": (
         lambda path: write_zip(path / "a.zip", {"train.npz": npz_bytes(x=IMAGES, y=LABELS)}),
-        r"a\.zip: holds train\.npz; an npz in an archive is not read, unpack it",
+        r"a\.zip: .*train\.npz.*unpack",
     ),
     "another npz beside training": (
         folder_of({f"{name}.npz": npz_bytes(x=IMAGES, y=LABELS) for name in ("train", "more")}),
@@ -699,7 +700,7 @@ BAD_SOURCES = {
             val_images=IMAGES[:, 1:],
             val_labels=LABELS,
         ),
-        r"training images \(8, 8, 3\) and validation images \(7, 8, 3\)",
+        r"\(8, 8, 3\).*\(7, 8, 3\)",
     ),
     "npy by the name of npz": (
         lambda path: (np.save(path / "a.npy", IMAGES), (path / "a.npy").rename(path / "a.npz"))[1],
@@ -725,7 +726,7 @@ BAD_SOURCES = {
         npz_of(x=IMAGES, y=LABELS, x_test=IMAGES[:0], y_test=LABELS[:0]),
         "no images in its training or test part",
     ),
-    "no label file": (folder_of({"train-images-idx3-ubyte": GREY}), "lacks a file named like"),
+    "no label file": (folder_of({"train-images-idx3-ubyte": GREY}), "train-labels"),
 }
 
 
@@ -745,13 +746,13 @@ def test_bad_source_is_named_and_leaves_nothing_behind(tmp_path, name):
         (dict(data_name="digits_8"), "digits_8 is embedded"),
         (dict(data_name="cifar10_23"), "did you mean 'cifar10_32'"),
         (dict(data_name="../x", source=Path("a")), r"'\.\./x' is not allowed"),
-        (dict(data_name="imagenet"), "cannot be downloaded: ImageNet needs an account"),
-        (dict(data_name="CELEBA_male_64"), "cannot be downloaded: CelebA is on Google Drive"),
-        (dict(data_name="cifar10_32", resolution=64), "cifar10_32 has 32 by definition"),
+        (dict(data_name="imagenet"), "imagenet.*image-net.org"),
+        (dict(data_name="CELEBA_male_64"), "celeba_male_64.*--source"),
+        (dict(data_name="cifar10_32", resolution=64), "--resolution: cifar10_32 has 32"),
         (dict(data_name="mine", channels=2), "--channels: 2 is not allowed"),
         (dict(data_name="mine", resolution=2), "--resolution: 2 is not allowed"),
         (dict(data_name="mnist_28"), "mnist_28: .*--test_source"),
-        (dict(data_name="cifar10_32", test_source=True), "2 classes .*; 10 are wanted"),
+        (dict(data_name="cifar10_32", test_source=True), "2 classes .*10.*airplane"),
     ],
 )
 def test_bad_options_are_named(tmp_path, options, message):
@@ -924,7 +925,7 @@ def test_download_lists_what_is_wrong_with_every_mirror(tmp_path, mirror):
     base, _ = mirror
     with pytest.raises(UserError) as raised:
         download(remote(base, "/missing", "/html", "/wrong"), tmp_path)
-    for reason in ("HTTP 404", "HTML page instead of the file", "wrong content", "Fetch it by other means"):
+    for reason in ("HTTP 404", "HTML page", "wrong content", str(tmp_path)):
         assert reason in str(raised.value)
     assert not (tmp_path / "file.bin").exists()
 

@@ -552,7 +552,7 @@ PARTITION = b"".join(b"%06d.jpg %d\n" % (number, number // 6 * 2) for number in 
     [
         ("attr", ATTRIBUTES[:-3], "line 8"),  # the last value is missing
         ("attr", ATTRIBUTES[:-5], "line 8"),
-        ("attr", ATTRIBUTES[: ATTRIBUTES.index(b"000006")], "lists 5 images and says 6"),
+        ("attr", ATTRIBUTES[: ATTRIBUTES.index(b"000006")], "5 images and states 6"),
         ("attr", ATTRIBUTES.replace(b"000003.jpg -1", b"000003.jpg -1.0"), "line 5"),
         ("attr", ATTRIBUTES.replace(b"Young", b"\xe9"), "UTF-8"),
         ("attr", ATTRIBUTES.replace(b"000003", b"000002"), "000002.jpg again"),
