@@ -39,12 +39,12 @@ def groups_of(part, how: str, where: str) -> np.ndarray:
         need = "is in no folder below its class folder; give <class>/<group>/<file>, or another form"
     elif ".csv:" in how:
         path, _, column = how.rpartition(":")
-        table = _table(Path(path), column)
+        table = _read_table(Path(path), column)
         found = [table.get(name, table.get(PurePosixPath(name).name)) for name in names]
         need = f"is in no line of {path}"
     else:
         pattern = _pattern(how)
-        found = [_matched(pattern, name) for name in names]
+        found = [_match_of(pattern, name) for name in names]
         need = f"does not match '{how}'; {FORMS}"
     missing = [name for name, group in zip(names, found, strict=True) if not group]
     if missing:
@@ -87,12 +87,12 @@ def _pattern(text: str) -> re.Pattern:
     return pattern
 
 
-def _matched(pattern: re.Pattern, name: str) -> str | None:
+def _match_of(pattern: re.Pattern, name: str) -> str | None:
     found = pattern.search(name)
     return found and found[pattern.groups]
 
 
-def _table(path: Path, column: str) -> dict[str, str]:
+def _read_table(path: Path, column: str) -> dict[str, str]:
     """File name, as the csv file gives it -> group."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -144,18 +144,18 @@ def grouped_rows(groups: np.ndarray, count: int, stream: str, labels: np.ndarray
     return np.flatnonzero(np.isin(members, taken))
 
 
-def numbered(groups: Sequence[str]) -> np.ndarray:
+def group_numbers(groups: Sequence[str]) -> np.ndarray:
     """(N,) int64: equal numbers for equal groups. Names of groups may identify people; these numbers do not."""
     _, numbers = np.unique(np.asarray(groups), return_inverse=True)
     return numpy_rng(0, "group numbers").permutation(numbers.max() + 1)[numbers].astype(np.int64)
 
 
-def largest(groups: np.ndarray) -> int:
+def largest_size(groups: np.ndarray) -> int:
     """The number of images in the largest group."""
     return max(Counter(groups.tolist()).values())
 
 
-def summary(groups: np.ndarray, limit: int | None) -> str:
+def groups_note(groups: np.ndarray, limit: int | None) -> str:
     """One line about the groups of the training part."""
     sizes = np.array(list(Counter(groups.tolist()).values()))
     bound = "" if limit is None else f" (at most {limit} are declared)"

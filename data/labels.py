@@ -49,7 +49,7 @@ def _indices_of(labels: np.ndarray, names: list[str], where: str) -> np.ndarray:
     index = {name: number for number, name in enumerate(names)}
     unknown_class = next((name for name in np.unique(labels).tolist() if name not in index), None)
     if unknown_class is not None:
-        similar = next((name for name in names if _looks(name) == _looks(unknown_class)), None)
+        similar = next((name for name in names if _appearance(name) == _appearance(unknown_class)), None)
         hint = "" if similar is None else f"; it looks like '{similar}'"
         raise UserError(
             f"{where}: the test part has the class '{unknown_class}', which is not in the training part{hint}"
@@ -109,7 +109,7 @@ def _simplified(name: str) -> str:
     return "".join(filter(str.isalnum, unicodedata.normalize("NFC", name))).casefold()
 
 
-def composed(names: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def compose_names(names: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """(N,) names in Unicode's composed form (NFC), and those that occurred in several forms: file systems and archives
     store the same name in different forms."""
     found, inverse = np.unique(names, return_inverse=True)
@@ -118,15 +118,15 @@ def composed(names: np.ndarray) -> tuple[np.ndarray, list[str]]:
     return np.array(forms, str)[inverse.reshape(-1)], merged
 
 
-def alike(names: Iterable[str]) -> list[str]:
+def lookalikes(names: Iterable[str]) -> list[str]:
     """Groups of names that look the same to a reader, each as one text."""
     groups: dict[str, list[str]] = {}
     for name in sorted(names):
-        groups.setdefault(_looks(name), []).append(name)
+        groups.setdefault(_appearance(name), []).append(name)
     return [" and ".join(f"'{name}'" for name in group) for group in groups.values() if len(group) > 1]
 
 
-def _looks(name: str) -> str:
+def _appearance(name: str) -> str:
     """The name without case, spaces, invisible characters and variants of one character."""
     visible = (
         char for char in unicodedata.normalize("NFKC", name) if unicodedata.category(char) not in ("Cf", "Cc")

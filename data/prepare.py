@@ -15,15 +15,15 @@ from data.cache import CACHE_NAME
 from data.convert import COLOURS, conversion_notes, to_channels
 from data.download import download
 from data.groups import (
+    group_numbers,
     grouped_rows,
+    groups_note,
     groups_of,
-    largest,
+    largest_size,
     nested_note,
-    numbered,
     require_disjoint_groups,
-    summary,
 )
-from data.labels import composed, resolve
+from data.labels import compose_names, resolve
 from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta
 from data.readers.layouts import open_source
 from data.readers.source import ArrayPart, Part, Source
@@ -67,12 +67,12 @@ class Grouping:
     groups: np.ndarray
     limit: int | None
 
-    def of_rows(self, rows: np.ndarray) -> "Grouping":
+    def take(self, rows: np.ndarray) -> "Grouping":
         return replace(self, groups=self.groups[rows])
 
     @property
     def bound(self) -> int:
-        return largest(self.groups) if self.limit is None else self.limit
+        return largest_size(self.groups) if self.limit is None else self.limit
 
     @property
     def origin(self) -> str:
@@ -125,7 +125,7 @@ def prepare(
         notes.append(nested)
     if not target.public and found.test is None:
         found, note, kept = _split_off_test(found, data_name, known, grouping)
-        grouping = grouping and grouping.of_rows(kept)
+        grouping = grouping and grouping.take(kept)
         notes.append(note)
     # data/apart.py compares the path of the source.
     meta, more = convert_source(found, target, folder, str(source.resolve()), grouping)
@@ -154,14 +154,14 @@ def convert_source(
         if not target.mixed:
             _refuse_mixed(forms, target.name)
         if grouping is not None:
-            writer.write_groups(numbered(grouping.groups), grouping.bound, grouping.origin)
+            writer.write_groups(group_numbers(grouping.groups), grouping.bound, grouping.origin)
         meta = writer.finish(target.name, labelling.class_names, description)
     notes = [] if labelling.note is None else [labelling.note]
     if source.test is not None and target.public:
         notes.append(
             f"left out (a public set needs no test part): the {len(source.test):,} images of the test part"
         )
-    notes += [] if grouping is None else [summary(grouping.groups, grouping.limit)]
+    notes += [] if grouping is None else [groups_note(grouping.groups, grouping.limit)]
     return meta, notes + conversion_notes(forms, target.resolution, target.channels)
 
 
@@ -248,7 +248,7 @@ def _with_class_names(source: Source, class_names: tuple[str, ...] | None, known
     """The source with --class_names for its labels 0, 1, ...; UserError if the classes already have names."""
     if class_names is None:
         return source
-    names = tuple(composed(np.array(class_names, str))[0].tolist())
+    names = tuple(compose_names(np.array(class_names, str))[0].tolist())
     own = known.facts.class_names if known is not None else source.class_names
     if own is None and source.train.labels.dtype.kind == "U":
         own = tuple(np.unique(source.train.labels).tolist())
@@ -282,7 +282,7 @@ def _grouping(source: Source, how: str | None, limit: int | None, target: Target
     found = groups_of(source.train, how, "the source")
     if source.test is not None:
         require_disjoint_groups(found, groups_of(source.test, how, "the test part"), "the source")
-    most = largest(found)
+    most = largest_size(found)
     if limit is not None and most > limit:
         raise UserError(
             f"--images_per_person: {limit}, but the largest group has {most} images; declare at least {most}, or "

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.groups import grouped_rows, numbered
+from data.groups import group_numbers, grouped_rows
 from data.prepare import prepare
 from data.prepared import read_groups
 from data.sensitive import load_sensitive, spec_of
@@ -183,7 +183,7 @@ def test_too_few_validation_images_for_any_group_are_told(patients):
 
 
 def test_groups_are_numbered_consistently():
-    numbers = numbered(["b", "a", "b", "c"])
+    numbers = group_numbers(["b", "a", "b", "c"])
     assert numbers[0] == numbers[2] and sorted(set(numbers)) == [0, 1, 2]
 
 

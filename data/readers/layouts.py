@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from data.labels import alike, composed
+from data.labels import compose_names, lookalikes
 from data.readers.celeba import read_celeba
 from data.readers.cifar import read_cifar
 from data.readers.idx import IDX_NAME, read_idx
@@ -106,18 +106,18 @@ def _with_composed_names(source: Source, path: Path) -> Source:
     for key, part in parts.items():
         if part is None or part.labels.dtype.kind != "U":
             continue
-        labels, merged = composed(part.labels)
+        labels, merged = compose_names(part.labels)
         parts[key] = replace(part, labels=labels)
         names.update(np.unique(labels).tolist())
         notes |= {f"{path.name}: the class {name} is written in two forms of Unicode; both are one class": None
                   for name in merged}  # fmt: skip
     stated = source.class_names
     if stated is not None:
-        stated = tuple(composed(np.array(stated, str))[0].tolist())
+        stated = tuple(compose_names(np.array(stated, str))[0].tolist())
         names.update(stated)
         twice = next((name for name in stated if stated.count(name) > 1), None)
         if twice is not None:
             raise UserError(f"{path}: two classes are named '{twice}'; each class needs a name of its own")
     notes |= {f"{path.name}: the classes {group} look alike; each is a class of its own": None
-              for group in alike(names)}  # fmt: skip
+              for group in lookalikes(names)}  # fmt: skip
     return replace(source, **parts, class_names=stated, notes=(*source.notes, *notes))
