@@ -1,5 +1,5 @@
-"""Where results that can be computed again are kept: those of public data in one place, those of private data in
-another, which only the owner can read."""
+"""Caches of results that can be computed again: one for results of public data, and one for results of private data,
+which only the owner can read."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ KEY_NAME, KEY_BYTES = "key", 32
 
 
 def public_cache(folder: Path, name: str) -> Path:
-    """Where `name`, made from public data, is kept: in the first of `public_places` that holds it or can be written."""
+    """The place for `name`, a result of public data: the first of `public_places` that holds it or can be written."""
     for place in public_places(folder):
         if (place / name).exists():
             return place / name
@@ -50,11 +50,11 @@ def private_places(prepared: Path) -> list[Path]:
 
 
 class PrivateCache:
-    """What is computed from private images without noise and kept: as private as the images themselves.
+    """Results that are computed from private images without noise: as private as the images themselves.
 
-    The first of `places` that can be written, and that nobody else can read, is used; nothing is made before it is
-    needed. The folder has the rights 0700. Files belong into it through `atomic(..., private=True)`, and names that
-    depend on images are made with `new_hash`.
+    Uses the first of `places` that can be written and that nobody else can read. The folder is created when it is
+    needed, with permissions 0700. Write files with `atomic(..., private=True)`, and make names that depend on images
+    with `new_hash`.
     """
 
     def __init__(self, *places: Path) -> None:
@@ -62,12 +62,12 @@ class PrivateCache:
 
     @property
     def folder(self) -> Path | None:
-        """The place that is used; None if there is none, and nothing is kept."""
+        """The place that is used; None if no place is private, and nothing is kept."""
         return None if self._opened is None else self._opened[0]
 
     def new_hash(self):
-        """A hash object under a secret random key that lies in the folder, for names of files: without the key a name
-        does not say whether a guess of the images is right."""
+        """A hash object for names of files, keyed with a secret random key in the folder: without the key, a name does
+        not confirm a guess of the images."""
         return hashlib.blake2b(key=self._opened[1], digest_size=16)
 
     @cached_property
@@ -87,14 +87,14 @@ class PrivateCache:
                     f"results from private images cannot be kept in {reasons[0]}; {place} is used instead"
                 )
             return opened
-        log.warning(f"results from private images are not kept: no private place in {', '.join(reasons)}")
+        log.warning(f"results from private images are not kept: no private folder among {', '.join(reasons)}")
         return None
 
 
 def _key_in(folder: Path) -> bytes:
-    """The key that lies in `folder`, made if there is none."""
+    """The key in `folder`, which is created if it is missing."""
     path = folder / KEY_NAME
     if not path.is_file() or path.stat().st_size != KEY_BYTES:
         with atomic(path, private=True) as temporary:
             temporary.write_bytes(secrets.token_bytes(KEY_BYTES))
-    return path.read_bytes()  # of several processes that made one, all take the last
+    return path.read_bytes()  # if several processes created a key, all use the last one

@@ -1,4 +1,4 @@
-"""Pixels: any picture -> a square uint8 array of the wanted resolution and number of channels."""
+"""Convert the pixels of any picture to a square uint8 array of a given resolution and number of channels."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def decode(content: bytes, where: str) -> Image.Image:
         unrecognised = isinstance(error, UnidentifiedImageError)  # its text shows the buffer's address
         reason = "" if unrecognised else f" ({error})"
         if content.startswith(b"version https://git-lfs"):
-            raise UserError(
-                f"{where}: a pointer of Git LFS, not the image itself; run: git lfs pull"
-            ) from error
+            raise UserError(f"{where}: a Git LFS pointer, not the image itself; run: git lfs pull") from error
         raise UserError(f"{where}: not an image, or corrupt{reason}") from error
     if frames > 1:
         raise UserError(f"{where}: holds {frames:,} images; allowed: one in each file, so split it")
@@ -49,7 +47,7 @@ def decode(content: bytes, where: str) -> Image.Image:
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF orientation says; as it is where EXIF is malformed, as viewers show it."""
+    """The picture rotated according to its EXIF orientation; unchanged if EXIF is malformed, as in viewers."""
     from PIL import ExifTags, Image
 
     try:
@@ -80,7 +78,7 @@ def square_array(picture: Image.Image, resolution: int, channels: int) -> np.nda
 
 
 def to_channels(images: np.ndarray, channels: int) -> np.ndarray:
-    """(N, C, H, W) uint8 with 1 or 3 channels -> the wanted number; grey as PIL's "L" computes it (ITU-R 601-2)."""
+    """(N, C, H, W) uint8 with 1 or 3 channels -> `channels`; grey as PIL's "L" computes it (ITU-R 601-2)."""
     have = images.shape[1]
     if have == channels:
         return images
@@ -109,7 +107,7 @@ _WEIGHTS = {1: " (0.299 red + 0.587 green + 0.114 blue)", 3: ""}
 
 
 def conversion_notes(forms: Counter, resolution: int, channels: int) -> list[str]:
-    """Lines that say how images of these forms were brought to one size and to one number of channels."""
+    """Notes on how images of these forms were converted to one size and one number of channels."""
     sizes: Counter = Counter()
     for (width, height, _), count in forms.items():
         sizes[width, height] += count
@@ -122,7 +120,7 @@ def conversion_notes(forms: Counter, resolution: int, channels: int) -> list[str
 
 
 def _sizes_note(sizes: Counter, resolution: int) -> str | None:
-    """One line that says how images of other or of several sizes were brought to one, or None."""
+    """A note on how images of other or mixed sizes were resized; None if no image was resized."""
     if set(sizes) <= {(resolution, resolution)}:
         return None
     most = sizes.most_common(4)

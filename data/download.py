@@ -1,4 +1,8 @@
-"""Downloads one file from the first of its mirrors that delivers it whole: resumed, checked, named errors."""
+"""Download a file from the first mirror that delivers it complete: resumable, checked by its digest.
+
+torchvision.datasets is not used for this: it does not resume, which the 24 GB of Places365 need, and does not keep
+the reason of each mirror.
+"""
 
 import hashlib
 import http.client
@@ -16,7 +20,7 @@ BLOCK = 1 << 18  # bytes
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A published file: the same bytes behind every URL. `md5` is what its publisher or torchvision states."""
+    """A published file, the same bytes at every URL. `md5` is from its publisher or from torchvision."""
 
     name: str
     urls: tuple[str, ...]
@@ -24,7 +28,7 @@ class RemoteFile:
 
 
 class _MirrorError(Exception):
-    """Why one mirror did not deliver; the next one may. `retry` says whether asking again can help."""
+    """The reason why one mirror failed. `retry`: a second request to the same mirror can help."""
 
     def __init__(self, reason: str, retry: bool = False) -> None:
         super().__init__(reason)
@@ -32,9 +36,9 @@ class _MirrorError(Exception):
 
 
 def download(remote: RemoteFile, folder: Path) -> Path:
-    """Fetch `remote` into `folder` and return its path; a file that is there with the right digest is kept.
+    """Download `remote` into `folder` and return its path; an existing file with the right digest is kept.
 
-    A partial file `<name>.part` is resumed. UserError lists what went wrong at each mirror.
+    A partial file `<name>.part` is resumed. UserError lists the reason of each mirror.
     """
     target = folder / remote.name
     if target.is_file() and _digest_matches(target, remote.md5):
@@ -50,12 +54,12 @@ def download(remote: RemoteFile, folder: Path) -> Path:
         reasons.append(f"{url}: {reason}")
     raise UserError(
         f"{remote.name}: no mirror delivered it ({'; '.join(reasons)}). "
-        f"Fetch it by other means into {folder} and run the same command again"
+        f"Download it by other means into {folder} and run the same command again"
     )
 
 
 def _try_mirror(url: str, part: Path, md5: str | None) -> str | None:
-    """None if `part` is complete and correct now, else the reason why not."""
+    """Download into `part`; return None on success, else the reason of the failure."""
     reason = "not tried"
     for _ in range(ATTEMPTS_PER_MIRROR):
         resumed = part.is_file() and part.stat().st_size > 0
@@ -64,7 +68,7 @@ def _try_mirror(url: str, part: Path, md5: str | None) -> str | None:
             if _digest_matches(part, md5):
                 return None
             part.unlink()
-            # What was resumed may have begun with bytes of something else, so a fresh start can differ.
+            # The partial file may have begun with other bytes, so a new start can succeed.
             raise _MirrorError(f"wrong content: its md5 is not {md5}", retry=resumed)
         except _MirrorError as error:
             reason = str(error)
@@ -74,7 +78,7 @@ def _try_mirror(url: str, part: Path, md5: str | None) -> str | None:
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Append what is missing from `part`, or start over where the server cannot resume."""
+    """Append the missing bytes to `part`, or start over if the server cannot resume."""
     have = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "prepare_data"})
     if have:
@@ -84,7 +88,7 @@ def _fetch(url: str, part: Path) -> None:
             resuming = have > 0 and response.status == 206
             _receive(response, part, have if resuming else 0)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing follows the last byte we have: the digest decides
+        if error.code == 416 and have:  # the file has no further bytes: the digest decides
             return
         raise _MirrorError(f"HTTP {error.code} {error.reason}") from error
     except (http.client.HTTPException, OSError) as error:  # URLError and timeouts are OSErrors

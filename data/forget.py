@@ -1,15 +1,16 @@
-"""Removes a prepared set with everything that the toolkit has made of it outside the folders of runs."""
+"""Remove a prepared set with everything that the toolkit made from it outside the folders of runs."""
 
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.apart import training_set_of
 from data.cache import CACHE_NAME, private_places, public_places
-from data.prepare import canonical_name, downloads_folder, require_allowed_name
+from data.prepare import downloads_folder, require_allowed_name
 from data.prepared import META_NAME, is_prepared, read_meta
-from utils.artefacts import CONFIG, RESULTS
-from utils.config_files import flatten, read_yaml
+from data.registry import canonical_name
+from utils.artefacts import RESULTS
 from utils.errors import UserError, unknown
 from utils.files import read_json
 
@@ -17,9 +18,9 @@ from utils.files import read_json
 def forget(data_name: str, data_root: Path, exp_root: Path) -> Iterator[str]:
     """Remove the prepared set `data_name` of `data_root`, its private cache, copies and downloaded files.
 
-    Yields a line for each folder once it is gone, then one for each thing that holds images of the set, or results
-    computed from them, and stays: its source and the folders of runs and evaluations in `exp_root`. UserError if there
-    is nothing of this name, or something cannot be removed; the command can then be repeated.
+    Yields a line for each removed folder, then one for each remaining thing that holds images of the set or results
+    computed from them: its source, and the folders of runs and evaluations in `exp_root`. UserError if no set has this
+    name, or if something cannot be removed; the command can then be repeated.
     """
     data_name = canonical_name(data_name)
     require_allowed_name("--forget", data_name)
@@ -37,14 +38,14 @@ def forget(data_name: str, data_root: Path, exp_root: Path) -> Iterator[str]:
         _remove(path)
         yield f"removed: {path}"
     if source is not None and source.exists():
-        yield f"not removed: {source}, which it was made from"
+        yield f"not removed: {source}, from which it was made"
     for path in _runs_on(data_name, exp_root):
         yield f"not removed: {path}, which holds results computed from these images"
-    yield f"not looked for: folders of runs and evaluations outside {exp_root}, and copies of your own"
+    yield f"not searched: folders of runs and evaluations outside {exp_root}, and copies of your own"
 
 
 def _folders_of(data_name: str, data_root: Path) -> list[Path]:
-    """What lies on disk of this set; its own folder, by which it is known, comes last."""
+    """Everything on disk that belongs to this set. Its own folder, which identifies it, comes last."""
     folder = data_root / data_name
     copies = re.compile(rf"{re.escape(data_name)}-\d+-[0-9a-f]{{16}}")  # of a public set at another size
     leftovers = re.compile(rf"\.{re.escape(data_name)}-[a-z0-9_]{{8}}")  # of a preparation that was killed
@@ -72,7 +73,7 @@ def _names_in(data_root: Path) -> list[str]:
 
 
 def _source_of(folder: Path) -> Path | None:
-    """What the set was made from; None if nothing says so."""
+    """The source of the set; None if it is unknown."""
     try:
         return Path(read_meta(folder).source)
     except UserError:  # no set, or a damaged one
@@ -80,8 +81,8 @@ def _source_of(folder: Path) -> Path | None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, and if it is a link, the folder that it leads to. meta.json, by which a set is known, goes last:
-    the command can be repeated if this is stopped."""
+    """Remove a folder, and the target of a link. meta.json, which identifies a set, is removed last, so that an
+    interrupted command can be repeated."""
     real = folder.resolve()
     try:
         for path in real.iterdir():
@@ -100,21 +101,20 @@ def _remove(folder: Path) -> None:
 
 
 def _runs_on(data_name: str, exp_root: Path) -> Iterator[Path]:
-    """The folders below `exp_root` of runs on this set, and of images that were judged against it."""
+    """The folders below `exp_root` of runs on this set, and of evaluations against it."""
     for folder in sorted(exp_root.glob("*/*")):
-        if data_name in (_trained_on(folder), _judged_against(folder)):
+        if data_name in (_trained_on(folder), _evaluated_against(folder)):
             yield folder
 
 
 def _trained_on(folder: Path) -> object:
     try:
-        content = read_yaml(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    except UserError:
+        return training_set_of(folder)
+    except UserError:  # a config.yaml that is not YAML
         return None
-    return flatten(content).get("sensitive_data.name") if isinstance(content, dict) else None
 
 
-def _judged_against(folder: Path) -> object:
+def _evaluated_against(folder: Path) -> object:
     try:
         content = read_json(folder / RESULTS) if (folder / RESULTS).is_file() else {}
     except UserError:

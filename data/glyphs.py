@@ -1,4 +1,4 @@
-"""Public letters and digits: 62 classes rendered from the fonts that matplotlib ships, so that no download is needed.
+"""Public letters and digits: 62 classes rendered from the fonts that matplotlib ships, without a download.
 
 Each image is one character in a random font, turned, sheared, scaled, shifted, and made thicker or thinner, as a
 black-and-white bitmap four times as large (twice above 32 px), which is then averaged over blocks. scikit-learn's 8x8
@@ -19,7 +19,7 @@ from utils.seeding import numpy_rng
 
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 DEFAULT_PER_CLASS = 300
-RENDERER_VERSION = 1  # raise it when the pictures change: it is part of the cache key
+RENDERER_VERSION = 1  # increase it when the pictures change: it is part of the cache key
 # Text fonts of matplotlib whose strokes are of nearly even thickness, like a pen's. Left out: symbols, size
 # variants, bold serifs, and DejaVu Sans Mono, whose zero has a stroke inside.
 FONT_NAMES = (
@@ -51,7 +51,7 @@ class Pose:
     shear: float  # horizontal displacement per unit of height
     shift_x: float
     shift_y: float
-    ink: float  # wanted ink area, as a share of the box area
+    ink: float  # target ink area, as a share of the box area
 
 
 def render(resolution: int, per_class: int = DEFAULT_PER_CLASS, seed: int = 0) -> PublicData:
@@ -76,7 +76,7 @@ def render(resolution: int, per_class: int = DEFAULT_PER_CLASS, seed: int = 0) -
 
 
 def rendering_key(resolution: int, per_class: int, seed: int) -> str:
-    """Changes with anything that the pictures depend on: the arguments, this code, the fonts, Pillow."""
+    """A cache key that covers everything that the pictures depend on: arguments, this code, fonts, Pillow."""
     import PIL
 
     digest = hashlib.sha256(repr((resolution, per_class, seed, RENDERER_VERSION, PIL.__version__)).encode())
@@ -86,14 +86,14 @@ def rendering_key(resolution: int, per_class: int, seed: int) -> str:
 
 
 def font_paths() -> list[Path]:
-    """The font files, in a fixed order; UserError if the installed matplotlib lacks one."""
+    """The font files, in a fixed order; UserError if one is missing from matplotlib."""
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     paths = [folder / f"{name}.ttf" for name in FONT_NAMES]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
-        raise UserError(f"glyphs: {folder} lacks {', '.join(missing)}; reinstall matplotlib")
+        raise UserError(f"glyphs: {', '.join(missing)} missing in {folder}; reinstall matplotlib")
     return paths
 
 
@@ -140,7 +140,7 @@ def _draw(mask, pose: Pose, resolution: int) -> np.ndarray:
     side = resolution * block
     coefficients = _box_to_mask(mask.size, pose, side)
     bitmap = mask.transform((side, side), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
-    # Blur, then threshold: rounds corners like a pen, and the threshold that leaves the wanted ink sets the thickness.
+    # Blur, then threshold: rounds corners like a pen, and the threshold that gives the target ink sets the thickness.
     blurred = np.asarray(bitmap.filter(ImageFilter.GaussianBlur(pose.height * side / 32)))
     threshold = np.clip(np.quantile(blurred, 1 - pose.ink), *(255 * share for share in THRESHOLDS))
     ink = (blurred > threshold).reshape(resolution, block, resolution, block)

@@ -1,7 +1,7 @@
 """Groups of images that belong together, such as those of one patient: a group is on one side of every split.
 
-Where the class is a folder and the group another one, `<class>/<group>/<file>`, the class is the folder that labels are
-taken from, and the group is what lies between it and the file. A group may have images of several classes.
+In `<class>/<group>/<file>` the class is the folder that gives the label, and the group is the path between it and the
+file. A group may have images of several classes.
 """
 
 import csv
@@ -17,14 +17,19 @@ from utils.seeding import numpy_rng
 
 FOLDER = "folder"
 FORMS = "allowed: 'folder' (<class>/<group>/<file>), <file>.csv:<column>, or a regular expression on the path"
-FILE_COLUMNS = ("file", "filename", "path", "image")  # of a csv file; else its first column names the files
+FILE_COLUMNS = (
+    "file",
+    "filename",
+    "path",
+    "image",
+)  # columns of a csv file that name the files; else its first column
 
 
 def groups_of(part, how: str, where: str) -> np.ndarray:
     """The group of every image of `part` (a part of a source, with `names` and `labels`), (N,) str.
 
-    how: one of FORMS. UserError, with the first image that has no group, where one has none; and for images without
-    names, as those of an npz.
+    how: one of FORMS. UserError with the first image that has no group, and for images without names, such as those of
+    an npz.
     """
     names = getattr(part, "names", None)
     if names is None:
@@ -34,12 +39,12 @@ def groups_of(part, how: str, where: str) -> np.ndarray:
         need = "is in no folder below its class folder; give <class>/<group>/<file>, or another form"
     elif ".csv:" in how:
         path, _, column = how.rpartition(":")
-        table = _table(Path(path), column)
+        table = _read_table(Path(path), column)
         found = [table.get(name, table.get(PurePosixPath(name).name)) for name in names]
         need = f"is in no line of {path}"
     else:
         pattern = _pattern(how)
-        found = [_matched(pattern, name) for name in names]
+        found = [_match_of(pattern, name) for name in names]
         need = f"does not match '{how}'; {FORMS}"
     missing = [name for name, group in zip(names, found, strict=True) if not group]
     if missing:
@@ -50,7 +55,7 @@ def groups_of(part, how: str, where: str) -> np.ndarray:
 
 
 def nested_note(part) -> str | None:
-    """One line where class folders have folders in them, and nobody said whether these are groups."""
+    """A note if class folders contain folders, which may be groups although --groups is not given."""
     names = getattr(part, "names", [])
     nested = next(
         (name for name, label in zip(names, part.labels, strict=False) if _folder_group(name, str(label))),
@@ -82,12 +87,12 @@ def _pattern(text: str) -> re.Pattern:
     return pattern
 
 
-def _matched(pattern: re.Pattern, name: str) -> str | None:
+def _match_of(pattern: re.Pattern, name: str) -> str | None:
     found = pattern.search(name)
     return found and found[pattern.groups]
 
 
-def _table(path: Path, column: str) -> dict[str, str]:
+def _read_table(path: Path, column: str) -> dict[str, str]:
     """File name, as the csv file gives it -> group."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -106,21 +111,21 @@ def _table(path: Path, column: str) -> dict[str, str]:
     return table
 
 
-def require_apart(train: np.ndarray, test: np.ndarray, where: str) -> None:
-    """Raise UserError where a group has images in both parts."""
+def require_disjoint_groups(train: np.ndarray, test: np.ndarray, where: str) -> None:
+    """Raise UserError if a group has images in both parts."""
     shared = sorted(set(train) & set(test))
     if shared:
         raise UserError(
             f"--groups: {len(shared):,} groups of {where} have images in the training and in the test part, such as "
-            f"'{shared[0]}'; give all images as one part, and a test part is put aside by groups"
+            f"'{shared[0]}'; give all images as one part, and a test part is split off by groups"
         )
 
 
 def grouped_rows(groups: np.ndarray, count: int, stream: str, labels: np.ndarray | None = None) -> np.ndarray:
     """Sorted indices of about `count` records in whole groups, never of all groups; the same for every run.
 
-    Groups are taken in a random order as long as they bring the number nearer to `count`. With `labels` (N,) those that
-    leave a class without a record outside are passed over.
+    Groups are taken in a random order as long as they bring the number nearer to `count`. With `labels` (N,), a group
+    is skipped if a class would have no record outside.
     """
     names, members = np.unique(groups, return_inverse=True)
     sizes = np.bincount(members)
@@ -139,22 +144,22 @@ def grouped_rows(groups: np.ndarray, count: int, stream: str, labels: np.ndarray
     return np.flatnonzero(np.isin(members, taken))
 
 
-def numbered(groups: Sequence[str]) -> np.ndarray:
-    """(N,) int64: equal numbers for equal groups. Names of groups may name people; these numbers do not."""
+def group_numbers(groups: Sequence[str]) -> np.ndarray:
+    """(N,) int64: equal numbers for equal groups. Names of groups may identify people; these numbers do not."""
     _, numbers = np.unique(np.asarray(groups), return_inverse=True)
     return numpy_rng(0, "group numbers").permutation(numbers.max() + 1)[numbers].astype(np.int64)
 
 
-def largest(groups: np.ndarray) -> int:
-    """Images of the largest group."""
+def largest_size(groups: np.ndarray) -> int:
+    """The number of images in the largest group."""
     return max(Counter(groups.tolist()).values())
 
 
-def summary(groups: np.ndarray, limit: int | None) -> str:
+def groups_note(groups: np.ndarray, limit: int | None) -> str:
     """One line about the groups of the training part."""
     sizes = np.array(list(Counter(groups.tolist()).values()))
     bound = "" if limit is None else f" (at most {limit} are declared)"
     return (
-        f"{len(groups):,} training images are of {len(sizes):,} groups, each on one side of every split; the largest "
-        f"has {sizes.max()}, the median {int(np.median(sizes))} images{bound}"
+        f"{len(groups):,} training images belong to {len(sizes):,} groups, each on one side of every split; the "
+        f"largest has {sizes.max()}, the median {int(np.median(sizes))} images{bound}"
     )

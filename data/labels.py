@@ -1,4 +1,4 @@
-"""Labels as a source states them - class names, or integers - become integers 0..K-1 in the wanted class order."""
+"""Convert the labels of a source, class names or integers, to integers 0..K-1 in a given class order."""
 
 import unicodedata
 from collections.abc import Iterable
@@ -19,12 +19,12 @@ class Labelling:
 def resolve(
     parts: list[np.ndarray], stated: tuple[str, ...] | None, wanted: tuple[str, ...] | None, where: str
 ) -> Labelling:
-    """Labels of the training part and perhaps the test part, in the order of `wanted` class names if there are any.
+    """Labels of the training part and any test part, in the order of the `wanted` class names if they are given.
 
     parts (N,) of strings, or of integers that count into `stated` (or into `wanted`, if nothing is stated). UserError
-    for a label out of range, a test class that training lacks, fewer than two classes, a class without images, or
-    another number of classes than wanted. Names are compared without regard to case and punctuation. Names of which
-    none is wanted are taken in order, and `note` says so; if only some are wanted, that is a UserError.
+    for a label out of range, a test class that is not in the training part, fewer than two classes, a class without
+    images, or a number of classes other than that of `wanted`. Names are compared without case and punctuation. If no
+    name matches, the classes are taken in order, and `note` reports it; if only some match, that is a UserError.
     """
     if parts[0].dtype.kind == "U":
         found = _sorted_names(np.unique(parts[0]).tolist())
@@ -41,7 +41,7 @@ def resolve(
 
 
 def _sorted_names(names: list[str]) -> list[str]:
-    """Numbers by value ("2" before "10"), anything else by the alphabet."""
+    """Numbers in numeric order ("2" before "10"), other names in alphabetical order."""
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
 
 
@@ -49,10 +49,10 @@ def _indices_of(labels: np.ndarray, names: list[str], where: str) -> np.ndarray:
     index = {name: number for number, name in enumerate(names)}
     unknown_class = next((name for name in np.unique(labels).tolist() if name not in index), None)
     if unknown_class is not None:
-        similar = next((name for name in names if _looks(name) == _looks(unknown_class)), None)
-        hint = "" if similar is None else f"; it looks like '{similar}' there"
+        similar = next((name for name in names if _appearance(name) == _appearance(unknown_class)), None)
+        hint = "" if similar is None else f"; it looks like '{similar}'"
         raise UserError(
-            f"{where}: the test part has the class '{unknown_class}', which the training part lacks{hint}"
+            f"{where}: the test part has the class '{unknown_class}', which is not in the training part{hint}"
         )
     unique, inverse = np.unique(labels, return_inverse=True)
     return np.array([index[name] for name in unique.tolist()])[inverse]
@@ -78,7 +78,7 @@ def _reorder(
 ) -> tuple[list[np.ndarray], str | None]:
     if len(found) != len(wanted):
         listed, expected = _shortened(found), _shortened(wanted)
-        raise UserError(f"{where}: {len(found)} classes ({listed}); {len(wanted)} are wanted: {expected}")
+        raise UserError(f"{where}: {len(found)} classes ({listed}); expected {len(wanted)}: {expected}")
     place = places_of(wanted, found)
     others = [name for name in found if name not in place]
     if len(others) == len(found):
@@ -86,7 +86,7 @@ def _reorder(
     if others:
         left = [name for label, name in enumerate(wanted) if label not in place.values()]
         raise UserError(
-            f"{where}: the classes {_shortened(others)} are not wanted, {_shortened(left)} are missing; rename them, "
+            f"{where}: the classes {_shortened(others)} are not expected, {_shortened(left)} are missing; rename them, "
             f"or name all by their numbers from 0"
         )
     table = np.array([place[name] for name in found])
@@ -94,10 +94,10 @@ def _reorder(
 
 
 def places_of(wanted: tuple[str, ...], found: list[str]) -> dict[str, int]:
-    """The label of each found name that is a wanted one, or is so without regard to case and punctuation."""
+    """The label of each found name that equals a wanted one, exactly or without case and punctuation."""
     exact = {name: label for label, name in enumerate(wanted)}
     simplified = {_simplified(name): label for name, label in exact.items()}
-    # Where names differ in case or punctuation alone, these tell the classes apart.
+    # If names differ only in case or punctuation, these distinguish the classes.
     unclear = len(simplified) < len(wanted) or len({_simplified(name) for name in found}) < len(found)
     if unclear or set(found) <= set(exact):
         return {name: exact[name] for name in found if name in exact}
@@ -105,28 +105,28 @@ def places_of(wanted: tuple[str, ...], found: list[str]) -> dict[str, int]:
 
 
 def _simplified(name: str) -> str:
-    """Letters and digits alone, in lower case: "T-shirt/top" is "T-shirt_top" where it names a folder."""
+    """Only letters and digits, in lower case: a folder for "T-shirt/top" is named "T-shirt_top"."""
     return "".join(filter(str.isalnum, unicodedata.normalize("NFC", name))).casefold()
 
 
-def composed(names: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """(N,) names in Unicode's composed form (NFC), and those of them that were there in several forms. File systems
-    and archives store one and the same name in different forms."""
+def compose_names(names: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """(N,) names in Unicode's composed form (NFC), and those that occurred in several forms: file systems and archives
+    store the same name in different forms."""
     found, inverse = np.unique(names, return_inverse=True)
     forms = [unicodedata.normalize("NFC", name) for name in found.tolist()]
     merged = sorted({form for form in forms if forms.count(form) > 1}) if len(set(forms)) < len(forms) else []
     return np.array(forms, str)[inverse.reshape(-1)], merged
 
 
-def alike(names: Iterable[str]) -> list[str]:
-    """Groups of names that a reader can hardly tell apart, each as one text."""
+def lookalikes(names: Iterable[str]) -> list[str]:
+    """Groups of names that look the same to a reader, each as one text."""
     groups: dict[str, list[str]] = {}
     for name in sorted(names):
-        groups.setdefault(_looks(name), []).append(name)
+        groups.setdefault(_appearance(name), []).append(name)
     return [" and ".join(f"'{name}'" for name in group) for group in groups.values() if len(group) > 1]
 
 
-def _looks(name: str) -> str:
+def _appearance(name: str) -> str:
     """The name without case, spaces, invisible characters and variants of one character."""
     visible = (
         char for char in unicodedata.normalize("NFKC", name) if unicodedata.category(char) not in ("Cf", "Cc")

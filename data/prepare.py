@@ -1,4 +1,4 @@
-"""Turns a source - downloaded, or what the user already has - into the prepared format that the loaders read."""
+"""Convert a source, downloaded or the user's own, to the prepared format that the loaders read."""
 
 import itertools
 import os
@@ -10,19 +10,28 @@ from pathlib import Path
 
 import numpy as np
 
-from data.apart import require_no_run
+from data.apart import require_not_from_run
 from data.cache import CACHE_NAME
 from data.convert import COLOURS, conversion_notes, to_channels
 from data.download import download
-from data.groups import grouped_rows, groups_of, largest, nested_note, numbered, require_apart, summary
-from data.labels import composed, resolve
-from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta, read_prepared
+from data.groups import (
+    group_numbers,
+    grouped_rows,
+    groups_note,
+    groups_of,
+    largest_size,
+    nested_note,
+    require_disjoint_groups,
+)
+from data.labels import compose_names, resolve
+from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta
 from data.readers.layouts import open_source
 from data.readers.source import ArrayPart, Part, Source
 from data.registry import (
     EMBEDDED_PUBLIC,
     EMBEDDED_SENSITIVE,
     NO_QUIRKS,
+    Facts,
     KnownSet,
     canonical_name,
     known_names,
@@ -34,8 +43,6 @@ from utils.private_files import readable_by_others
 from utils.progress import progress
 from utils.text import listed, require_utf8
 
-__all__ = ["Target", "convert_source", "prepare", "read_prepared"]
-
 CUSTOM_RESOLUTION = 32  # pixels, for image files of a custom set; arrays keep their own size
 CUSTOM_TEST_SHARE = 1 / 7  # of a custom set without a test part, as in MNIST and digits_8
 IMAGES_AT_ONCE = 512  # held in memory while they are converted
@@ -43,29 +50,29 @@ IMAGES_AT_ONCE = 512  # held in memory while they are converted
 
 @dataclass(frozen=True)
 class Target:
-    """What a source is converted to. `class_names` None: those that the source states."""
+    """The form to which a source is converted. `class_names` None: those that the source states."""
 
     name: str
     resolution: int
     channels: int
     class_names: tuple[str, ...] | None
-    public: bool  # a public set: the training part and nothing else
-    mixed: bool = True  # may grey images and colour images be mixed?
+    public: bool  # only the training part is kept
+    mixed: bool = True  # grey and colour images may be mixed
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """Which training images belong together: groups (N,) str; `limit`: the declared number of images of one."""
+    """Which training images belong together: groups (N,) str; `limit`: declared images per group."""
 
     groups: np.ndarray
     limit: int | None
 
-    def of_rows(self, rows: np.ndarray) -> "Grouping":
+    def take(self, rows: np.ndarray) -> "Grouping":
         return replace(self, groups=self.groups[rows])
 
     @property
     def bound(self) -> int:
-        return largest(self.groups) if self.limit is None else self.limit
+        return largest_size(self.groups) if self.limit is None else self.limit
 
     @property
     def origin(self) -> str:
@@ -76,6 +83,7 @@ def prepare(
     data_name: str,
     data_root: Path,
     *,
+    facts: Facts | None = None,
     source: Path | None = None,
     test_source: Path | None = None,
     resolution: int | None = None,
@@ -86,35 +94,29 @@ def prepare(
     groups: str | None = None,
     images_per_person: int | None = None,
 ) -> tuple[Path, PreparedMeta, list[str]]:
-    """Write `<data_root>/<data_name>` and return that folder, its meta, and lines to tell the user.
+    """Write `<data_root>/<data_name>`; return that folder, its meta, and notes for the user.
 
-    Without `source` the published files are downloaded. `resolution` (pixels) and `channels` (1 or 3) are for custom
-    and public sets; a known public set at another resolution than its usual one goes to `<data_name>_<resolution>`.
-    `class_names` name the labels 0, 1, ... of a source that has numbers only.
-    `groups` says which images belong together (data/groups.py): a group is on one side of every split, and at most
-    `images_per_person` images are declared for one. `public` keeps every image of a custom set for training. A
-    prepared set of the same name is replaced with `force` only; without it and without `source` it is kept. Any bad
-    input raises UserError and leaves nothing behind.
+    Without `source` the published files are downloaded. `facts` are required for a published sensitive set.
+    `resolution` (pixels) and `channels` (1 or 3) are for custom and public sets; a published public set at a resolution
+    other than its usual one goes to `<data_name>_<resolution>`. `class_names` name the labels 0, 1, ... of a source
+    that has only numbers. `groups` states which images belong together (data/groups.py): a group is on one side of
+    every split, and has at most `images_per_person` images. `public` keeps every image of a custom set for training. A
+    prepared set of the same name is replaced only with `force`; without `force` and `source` it is kept. Any bad input
+    raises UserError and leaves nothing behind.
     """
     data_name = canonical_name(data_name)
     _require_utf8_paths(source, test_source, data_root)
+    _require_preparable(data_name)
+    known = _with_facts(known_set(data_name), facts)
     if class_names is not None and source is None:
-        raise UserError("--class_names: they name the labels of --source, which is not given")
-    if source is None and not force and is_prepared(data_root / data_name):
-        return data_root / data_name, *_kept(data_root / data_name, source, channels)
-    known = _known_set(data_name, source)
-    if not force:
-        folder = data_root / _folder_name(data_name, known, resolution)
-        if is_prepared(folder):
-            return folder, *_kept(folder, source, channels)
+        raise UserError("--class_names: name the labels of --source; add --source <path>")
+    folder = data_root / _folder_name(data_name, known, resolution)
+    if is_prepared(folder) and not force:
+        return folder, *_kept(folder, source, resolution, channels)
     if source is not None and (public or (known is not None and known.public)):
-        require_no_run(source, "--source")
-    source = source or _download_all(known, data_root)
-    found = open_source(source, known.quirks if known else NO_QUIRKS)
-    if test_source is not None:
-        found = _with_test_part(
-            found, open_source(test_source, known.quirks if known else NO_QUIRKS), test_source
-        )
+        require_not_from_run(source, "--source")
+    source = source or _download_all(data_name, known, data_root)
+    found = _open_parts(source, test_source, known)
     found = _with_class_names(found, class_names, known)
     target = _target(data_name, known, found, resolution, channels, public)
     notes = list(found.notes)
@@ -123,20 +125,19 @@ def prepare(
         notes.append(nested)
     if not target.public and found.test is None:
         found, note, kept = _split_off_test(found, data_name, known, grouping)
-        grouping = grouping and grouping.of_rows(kept)
+        grouping = grouping and grouping.take(kept)
         notes.append(note)
-    folder = data_root / _folder_name(data_name, known, target.resolution)
-    # data/sensitive.py compares the path.
+    # data/apart.py compares the path of the source.
     meta, more = convert_source(found, target, folder, str(source.resolve()), grouping)
     if not target.public and readable_by_others(folder):
-        more.append(f"warning: others can read the images: the file system of {folder} keeps no rights")
+        more.append(f"warning: others can read the images: the file system of {folder} keeps no permissions")
     return folder, meta, [f"{data_name}: {note}" for note in notes + more]
 
 
 def convert_source(
     source: Source, target: Target, folder: Path, description: str, grouping: Grouping | None = None
 ) -> tuple[PreparedMeta, list[str]]:
-    """Resolve the labels, convert the images and write the prepared folder; its meta, and lines to tell the user."""
+    """Resolve the labels, convert the images and write the prepared folder; return its meta, and notes for the user."""
     parts = {"train": source.train}
     if source.test is not None and not target.public:
         parts["test"] = source.test
@@ -153,19 +154,19 @@ def convert_source(
         if not target.mixed:
             _refuse_mixed(forms, target.name)
         if grouping is not None:
-            writer.write_groups(numbered(grouping.groups), grouping.bound, grouping.origin)
+            writer.write_groups(group_numbers(grouping.groups), grouping.bound, grouping.origin)
         meta = writer.finish(target.name, labelling.class_names, description)
     notes = [] if labelling.note is None else [labelling.note]
     if source.test is not None and target.public:
         notes.append(
             f"left out (a public set needs no test part): the {len(source.test):,} images of the test part"
         )
-    notes += [] if grouping is None else [summary(grouping.groups, grouping.limit)]
+    notes += [] if grouping is None else [groups_note(grouping.groups, grouping.limit)]
     return meta, notes + conversion_notes(forms, target.resolution, target.channels)
 
 
 def _refuse_mixed(forms: Counter, name: str) -> None:
-    """UserError if some images are grey and others are not: which of both is meant nobody has said."""
+    """Raise UserError if some images are grey and others are in colour, since either may be intended."""
     counts = {channels: sum(forms[form] for form in forms if form[2] == channels) for channels in COLOURS}
     if all(counts.values()):
         grey, colour = counts[1], counts[3]
@@ -177,17 +178,18 @@ def _refuse_mixed(forms: Counter, name: str) -> None:
 # ------------------------------------------------------------------------------------------------------ source
 
 
-def _known_set(data_name: str, source: Path | None) -> KnownSet | None:
-    """The table's entry, or None for a custom name, which needs a source."""
+def _require_preparable(data_name: str) -> None:
     if data_name in EMBEDDED_SENSITIVE or data_name in EMBEDDED_PUBLIC:
         raise UserError(f"{data_name} is embedded: there is nothing to prepare")
     require_allowed_name("--data_name", data_name)
-    known = known_set(data_name)
-    if known is None and source is None:
-        raise UserError(
-            f"{unknown('dataset', data_name, known_names())}. For images of your own add --source <path>"
-        )
-    return known
+
+
+def _with_facts(known: KnownSet | None, facts: Facts | None) -> KnownSet | None:
+    """The entry of the table with the facts of the set; None for a custom set."""
+    if known is None or known.facts is not None:
+        return known
+    assert facts is not None, known.name
+    return replace(known, facts=facts)
 
 
 def require_allowed_name(flag: str, data_name: str) -> None:
@@ -200,8 +202,12 @@ def downloads_folder(name: str, data_root: Path) -> Path:
     return data_root / CACHE_NAME / "downloads" / name
 
 
-def _download_all(known: KnownSet, data_root: Path) -> Path:
-    """Fetch the files of a known set into the cache and return their folder."""
+def _download_all(data_name: str, known: KnownSet | None, data_root: Path) -> Path:
+    """Download the files of a published set into the cache and return their folder."""
+    if known is None:
+        raise UserError(
+            f"{unknown('dataset', data_name, known_names())}. For images of your own add --source <path>"
+        )
     if not known.downloads:
         raise UserError(f"{known.name} cannot be downloaded: {known.advice}")
     folder = downloads_folder(known.name, data_root)
@@ -210,17 +216,25 @@ def _download_all(known: KnownSet, data_root: Path) -> Path:
     return folder
 
 
+def _open_parts(source: Path, test_source: Path | None, known: KnownSet | None) -> Source:
+    quirks = NO_QUIRKS if known is None else known.quirks
+    found = open_source(source, quirks)
+    if test_source is None:
+        return found
+    return _with_test_part(found, open_source(test_source, quirks), test_source)
+
+
 def _with_test_part(source: Source, other: Source, path: Path) -> Source:
     if (
         other.class_names != source.class_names
         or other.train.labels.dtype.kind != source.train.labels.dtype.kind
     ):
         raise UserError(
-            f"{path}: its classes are not stated like those of --source; both must be of the same layout"
+            f"{path}: its classes are given in another form than those of --source; both must have the same layout"
         )
     if source.test is not None:
         raise UserError(
-            f"{path}: --source has a test part already; leave out --test_source, or give a training part only"
+            f"{path}: --source already has a test part; remove --test_source, or give only a training part"
         )
     notes = [*source.notes, *other.notes]
     if other.test is not None:
@@ -231,15 +245,15 @@ def _with_test_part(source: Source, other: Source, path: Path) -> Source:
 
 
 def _with_class_names(source: Source, class_names: tuple[str, ...] | None, known: KnownSet | None) -> Source:
-    """The source with the names of --class_names for its labels 0, 1, ...; UserError if they have names already."""
+    """The source with --class_names for its labels 0, 1, ...; UserError if the classes already have names."""
     if class_names is None:
         return source
-    names = tuple(composed(np.array(class_names, str))[0].tolist())
-    own = known.class_names if known is not None else source.class_names
+    names = tuple(compose_names(np.array(class_names, str))[0].tolist())
+    own = known.facts.class_names if known is not None else source.class_names
     if own is None and source.train.labels.dtype.kind == "U":
         own = tuple(np.unique(source.train.labels).tolist())
     if own is not None:
-        raise UserError(f"--class_names: the classes have names already: {listed(own, 5)}; leave it out")
+        raise UserError(f"--class_names: the classes already have names: {listed(own, 5)}; remove it")
     if not all(names) or len(set(names)) < len(names):
         raise UserError(
             f"--class_names: {','.join(names)} is not allowed; it must be one name for each class"
@@ -253,26 +267,26 @@ def _with_class_names(source: Source, class_names: tuple[str, ...] | None, known
 
 
 def _require_utf8_paths(*paths: Path | None) -> None:
-    """meta.json holds them; a name that it cannot hold would end the preparation after the work."""
+    """meta.json holds the paths, so a path that is not UTF-8 is refused before the conversion."""
     require_utf8([str(path.absolute()) for path in paths if path is not None], "path")
 
 
 def _grouping(source: Source, how: str | None, limit: int | None, target: Target) -> Grouping | None:
-    """The groups of the training part, checked against those of the test part and against the declared limit."""
+    """The groups of the training part; UserError if the test part shares one, or one exceeds the declared limit."""
     if how is None:
         if limit is not None:
             raise UserError(f"--images_per_person: {limit} cannot be checked without --groups; add it")
         return None
     if target.public:
-        raise UserError("--groups: a public set has no groups to keep together; leave it out")
+        raise UserError("--groups: a public set has no groups to keep together; remove it")
     found = groups_of(source.train, how, "the source")
     if source.test is not None:
-        require_apart(found, groups_of(source.test, how, "the test part"), "the source")
-    most = largest(found)
+        require_disjoint_groups(found, groups_of(source.test, how, "the test part"), "the source")
+    most = largest_size(found)
     if limit is not None and most > limit:
         raise UserError(
-            f"--images_per_person: {limit}, but the largest group has {most} images; declare at least {most}, or leave "
-            f"images out"
+            f"--images_per_person: {limit}, but the largest group has {most} images; declare at least {most}, or "
+            f"remove images"
         )
     return Grouping(found, limit)
 
@@ -280,7 +294,7 @@ def _grouping(source: Source, how: str | None, limit: int | None, target: Target
 def _split_off_test(
     source: Source, data_name: str, known: KnownSet | None, grouping: Grouping | None
 ) -> tuple[Source, str, np.ndarray]:
-    """The source with a fixed test part drawn from its training part, the line that says so, and the rows that stay."""
+    """The source with a fixed test part drawn from its training part, a note about it, and the remaining rows."""
     count = len(source.train)
     if grouping is not None:
         _, labels = np.unique(source.train.labels, return_inverse=True)
@@ -297,13 +311,13 @@ def _split_off_test(
         rows = random_test_rows(count, round(count * share / whole), f"{data_name} test split")
         how = "at random"
     else:
-        raise UserError(f"{data_name}: the source has no test part; add it as --test_source")
+        raise UserError(f"{data_name}: the source has no test part; add --test_source <path>")
     if len(rows) == 0:
         raise UserError(
-            f"{data_name}: {count} images are too few to put a test part aside; add --test_source"
+            f"{data_name}: {count} images are too few to split off a test part; add --test_source"
         )
     rest = np.setdiff1d(np.arange(count), rows)
-    note = f"the source has no test part: {len(rows):,} of {count:,} images ({how}, fixed seed) are put aside as test. "
+    note = f"the source has no test part: {len(rows):,} of {count:,} images ({how}, fixed seed) are split off as test. "
     note += "Accuracies are measured on them without noise: test images have no privacy protection"
     return replace(source, train=source.train.take(rest), test=source.train.take(rows)), note, rest
 
@@ -332,10 +346,10 @@ def _target(
         size, depth = resolution or own_size, channels or found_channels
         return Target(data_name, size, depth, None, public, mixed=channels is not None)
     if not known.public:
-        _refuse_change(data_name, "--resolution", resolution, known.resolution)
-        _refuse_change(data_name, "--channels", channels, known.channels)
-    size, depth = resolution or known.resolution, channels or known.channels
-    return Target(data_name, size, depth, known.class_names, known.public)
+        _refuse_change(data_name, "--resolution", resolution, known.facts.resolution)
+        _refuse_change(data_name, "--channels", channels, known.facts.channels)
+    size, depth = resolution or known.facts.resolution, channels or known.facts.channels
+    return Target(data_name, size, depth, known.facts.class_names, known.public)
 
 
 def _refuse_change(data_name: str, flag: str, value: int | None, fixed: int) -> None:
@@ -346,35 +360,37 @@ def _refuse_change(data_name: str, flag: str, value: int | None, fixed: int) -> 
 
 
 def _folder_name(data_name: str, known: KnownSet | None, resolution: int | None) -> str:
-    usual = known is None or resolution in (None, known.resolution)
+    usual = known is None or resolution in (None, known.facts.resolution)
     return data_name if usual else f"{data_name}_{resolution}"
 
 
-def _kept(folder: Path, source: Path | None, channels: int | None) -> tuple[PreparedMeta, list[str]]:
-    """The set that `folder` holds, where it is what is asked for: the published files of a known set."""
+def _kept(
+    folder: Path, source: Path | None, resolution: int | None, channels: int | None
+) -> tuple[PreparedMeta, list[str]]:
+    """The set that `folder` holds; UserError if the arguments describe another one."""
     meta = read_meta(folder)
-    if source is not None or channels not in (None, meta.channels):
+    same = resolution in (None, meta.resolution) and channels in (None, meta.channels)
+    if source is not None or not same:
         raise UserError(
-            f"{folder} holds a prepared set already, made from {meta.source}; add --force to replace it, or choose "
+            f"{folder} already holds a prepared set, made from {meta.source}; add --force to replace it, or choose "
             f"another --data_name"
         )
-    return meta, [f"{meta.name}: prepared already, from {meta.source}; --force makes it again"]
+    return meta, [f"{meta.name}: already prepared from {meta.source}; add --force to prepare it again"]
 
 
 # ------------------------------------------------------------------------------------------------------ pixels
 
 
 def _fill(images: np.ndarray, part: Part, description: str) -> Counter:
-    """Write every image of `part` into `images` (N, C, R, R); how often each form was met."""
+    """Write every image of `part` into `images` (N, C, R, R); return the number of images of each form."""
     channels, resolution = images.shape[1:3]
     if isinstance(part, ArrayPart) and part.images.shape[1:3] == (resolution, resolution):
         return _copy_array(images, part.images)
     forms: Counter = Counter()
     items = part.items()
     bar = progress(range(0, len(part), IMAGES_AT_ONCE), description, unit="block")
-    with ThreadPoolExecutor(
-        os.cpu_count()
-    ) as pool:  # Pillow decodes and resizes without the interpreter lock
+    # Pillow decodes and resizes without the interpreter lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in bar:
             rows, block = zip(*itertools.islice(items, IMAGES_AT_ONCE), strict=True)
             converted = pool.map(
@@ -387,7 +403,7 @@ def _fill(images: np.ndarray, part: Part, description: str) -> Counter:
 
 
 def _copy_array(images: np.ndarray, source: np.ndarray) -> Counter:
-    """(N, R, R) or (N, R, R, 3) -> (N, C, R, R): nothing but channels changes."""
+    """(N, R, R) or (N, R, R, 3) -> (N, C, R, R): only the channels are converted."""
     for start in range(0, len(source), 4096):
         block = source[start : start + 4096]
         block = block[:, None] if block.ndim == 3 else block.transpose(0, 3, 1, 2)

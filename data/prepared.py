@@ -2,8 +2,8 @@
 
     <folder>/meta.json  train_images.npy (N, C, H, W)  train_labels.npy (N,)  [test_images.npy  test_labels.npy]
 
-A folder is written beside its place and renamed, so a folder that exists is complete. Private images, and meta.json,
-whose digests tell whether a guess of all images is right, can be read by their owner alone (0700, files 0600).
+A folder is written next to its final place and renamed, so an existing folder is complete. Only the owner can read
+private images and their meta.json, whose digests would confirm a guess of all images (0700, files 0600).
 """
 
 import contextlib
@@ -25,9 +25,7 @@ from utils.errors import UserError
 from utils.files import save_array
 from utils.private_files import create_private_file
 
-MEMORY_MAP_ABOVE = (
-    2 * 1024**3
-)  # bytes of one file; such files are mapped, not read, and their digest is not re-checked
+MEMORY_MAP_ABOVE = 2 * 1024**3  # bytes; larger files are memory-mapped, and their digest is not checked again
 META_NAME = "meta.json"
 GROUPS_NAME = "train_groups.npy"
 ZEROS = 1 << 22  # bytes written at a time
@@ -35,8 +33,8 @@ ZEROS = 1 << 22  # bytes written at a time
 
 @dataclass(frozen=True)
 class PreparedMeta:
-    """What meta.json says; `sha256` maps each file name to the digest of its bytes. `identity` is random: it changes
-    when the folder is made again, and says nothing of its content, so that runs may keep it."""
+    """The content of meta.json. `sha256` maps each file name to the digest of its bytes. `identity` is random: it
+    changes when the folder is prepared again, and reveals nothing about its content, so that runs may keep it."""
 
     name: str
     resolution: int
@@ -47,9 +45,7 @@ class PreparedMeta:
     source: str
     sha256: dict[str, str]
     identity: str = ""
-    images_per_person: int | None = (
-        None  # at most, of one group; None: nobody said which images belong together
-    )
+    images_per_person: int | None = None  # largest number of images in a group; None: groups are unknown
     images_per_person_is: str = ""  # declared (--images_per_person), or observed in the training part
 
     @property
@@ -102,7 +98,7 @@ class PreparedWriter:
         return np.lib.format.open_memmap(path, mode="r+")
 
     def write_groups(self, numbers: np.ndarray, limit: int, origin: str) -> None:
-        """Keep the group of every training image, and at most how many images one has ("declared" or "observed")."""
+        """Store the group of every training image, and the limit of images per group ("declared" or "observed")."""
         save_array(self._new_file(GROUPS_NAME), numbers.astype(np.int64))
         self._limit, self._limit_is = limit, origin
 
@@ -137,10 +133,10 @@ class PreparedWriter:
 def new_prepared(
     folder: Path, image_shape: tuple[int, int, int], *, private: bool = True
 ) -> Iterator[PreparedWriter]:
-    """A writer whose folder takes the place `folder` when the block ends well, and vanishes when it does not.
+    """A writer whose folder is renamed to `folder` if the block succeeds, and removed if it fails.
 
-    Only its owner can read a `private` folder; the rights to another one follow the umask. An existing prepared folder
-    is replaced; anything else at that place is an error.
+    Only its owner can read a `private` folder; the permissions of another one follow the umask. An existing prepared
+    folder is replaced; anything else at that path is an error.
     """
     if folder.exists() and not is_prepared(folder):
         raise UserError(
@@ -165,14 +161,16 @@ def _make_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --data_root") from error
+        raise UserError(
+            f"{folder}: cannot be created ({error.strerror}); choose another --data_root"
+        ) from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder}: cannot be written to; choose another --data_root")
 
 
 def reserve(path: Path) -> None:
-    """Take the whole size of a file of zeros from the disk, or raise OSError: once the file is mapped, a disk that is
-    full when a page is written kills the process (SIGBUS)."""
+    """Allocate the whole size of a file of zeros on disk, or raise OSError: once the file is mapped, writing a page to
+    a full disk kills the process (SIGBUS)."""
     with path.open("r+b") as file:
         size = path.stat().st_size
         try:
@@ -181,9 +179,9 @@ def reserve(path: Path) -> None:
         except AttributeError:  # macOS
             pass
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported by the file system
                 raise
-        start = len(file.read(1 << 10))  # the header, which stays
+        start = len(file.read(1 << 10))  # the header, which is kept
         for position in range(start, size, ZEROS):
             file.write(bytes(min(ZEROS, size - position)))
         file.flush()
@@ -221,20 +219,21 @@ def read_meta(folder: Path) -> PreparedMeta:
     return meta
 
 
-def read_prepared(folder: Path) -> Prepared:
-    """Both parts of a prepared folder. Arrays above 2 GB are memory-mapped, read-only.
+def read_prepared(folder: Path, meta: PreparedMeta | None = None) -> Prepared:
+    """Both parts of a prepared folder, whose `meta` is read if it is None. Arrays above 2 GB are memory-mapped,
+    read-only.
 
-    A file that is missing, truncated, of another type or shape than meta.json says, or whose bytes changed, and
-    labels out of range, raise UserError with the file's name.
+    UserError, with the name of the file, if a file is missing or truncated, has another type or shape than meta.json
+    states, or has changed bytes, and for labels out of range.
     """
-    meta = read_meta(folder)
+    meta = read_meta(folder) if meta is None else meta
     train = _read_part(folder, meta, "train", meta.num_train)
     test = _read_part(folder, meta, "test", meta.num_test) if meta.num_test else None
     return Prepared(meta, train, test)
 
 
 def read_groups(folder: Path, meta: PreparedMeta) -> np.ndarray | None:
-    """(num_train,) int64: the group of every training image; None where none were given."""
+    """(num_train,) int64: the group of every training image; None if the set was prepared without groups."""
     if meta.images_per_person is None:
         return None
     return _read_array(folder / GROUPS_NAME, np.int64, (meta.num_train,), meta)
@@ -262,7 +261,7 @@ def _read_array(path: Path, dtype: type, shape: tuple[int, ...], meta: PreparedM
         raise UserError(f"{path}: corrupt or truncated ({error}); {advice}") from error
     if array.dtype != dtype or array.shape != shape:
         found, wanted = f"{array.dtype} {array.shape}", f"{np.dtype(dtype)} {shape}"
-        raise UserError(f"{path}: holds {found}; meta.json says {wanted}; {advice}")
+        raise UserError(f"{path}: holds {found}; meta.json states {wanted}; {advice}")
     if not mapped and sha256_of(path) != meta.sha256.get(path.name):
-        raise UserError(f"{path}: its bytes are not those that were written (sha256 differs); {advice}")
+        raise UserError(f"{path}: its content changed after it was written (sha256 differs); {advice}")
     return array

@@ -1,4 +1,4 @@
-"""Public data at the shape of the private data. Converted copies are kept in the public cache."""
+"""Load public data at the shape of the private data. Converted copies are kept in the public cache."""
 
 import hashlib
 import re
@@ -8,6 +8,7 @@ import numpy as np
 
 from data.cache import CACHE_NAME, public_cache
 from data.convert import resized, to_channels
+from data.locations import has_public_images, public_folders
 from data.prepare import Target, convert_source
 from data.prepared import Prepared, is_prepared, new_prepared, read_meta, read_prepared, sha256_of
 from data.readers.layouts import open_source
@@ -27,30 +28,25 @@ _CHARACTER = re.compile(
     r"(digit|letter|character|number)?[\s_-]*\w{1,2}|zero|one|two|three|four|five|six|seven|eight|nine",
     re.IGNORECASE,
 )
-CONVERSION_VERSION = 2  # part of every cache key: raise it when converted pixels change
-
-
-def has_public_images(section: PublicDataConfig) -> bool:
-    """False without public data, and for central_*, whose images are private queries that the method makes itself."""
-    return section.name is not None and not section.name.startswith("central_")
+CONVERSION_VERSION = 2  # part of every cache key: increase it when converted pixels change
 
 
 def load_public(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> PublicData | None:
     """The public set with images (N, C, H, W) uint8 of the spec's shape, or None if there are no public images.
 
     Grey is made with PIL's "L" weights, RGB from grey by repetition; resizing is antialiased. UserError if the set is
-    not there (with the command that prepares it) or does not have public_data.n_classes classes.
+    missing (with the command that prepares it) or does not have public_data.n_classes classes.
     """
     if not has_public_images(section):
         return None
     require_public(section, data_root)
-    num_public_classes(section, data_root)  # the check, before anything long
+    num_public_classes(section, data_root)  # checks the number of classes before long work
     load = _load_glyphs if section.name in EMBEDDED_PUBLIC else _load_stored
     return load(section, spec, data_root)
 
 
 def misfit(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> str | None:
-    """One line where the public set is of another kind than the private images, as far as names and numbers tell."""
+    """One line if names and numbers indicate that the public set is of another kind than the private images."""
     if not has_public_images(section):
         return None
     reasons = []
@@ -58,9 +54,9 @@ def misfit(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> str | 
         channels = 1
         strange = [name for name in spec.class_names if not _CHARACTER.fullmatch(name)]
         if strange:
-            reasons.append(f"it has letters and digits; the private class '{strange[0]}' is no character")
+            reasons.append(f"it has letters and digits; the private class '{strange[0]}' is not a character")
     else:
-        stored = stored_folders(section, data_root)
+        stored = public_folders(section, data_root)
         channels = read_meta(stored[0]).channels if stored else spec.channels
     if channels != spec.channels:
         kinds = {1: "grey", 3: "in colour"}
@@ -74,11 +70,11 @@ def misfit(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> str | 
 
 
 def require_public(section: PublicDataConfig, data_root: Path) -> None:
-    """Raise UserError, with what helps, if public images are wanted that are not there. Opens no image."""
+    """Raise UserError, with the command that helps, if public images are missing. Opens no image."""
     if (
         not has_public_images(section)
         or section.name in EMBEDDED_PUBLIC
-        or stored_folders(section, data_root)
+        or public_folders(section, data_root)
     ):
         return
     if section.train_path is None:
@@ -101,7 +97,7 @@ def num_public_images(section: PublicDataConfig, data_root: Path) -> int | None:
         return num_public_classes(section, data_root) * (
             DEFAULT_PER_CLASS if per_class is None else per_class
         )
-    stored = stored_folders(section, data_root)
+    stored = public_folders(section, data_root)
     if stored:
         count = read_meta(stored[0]).num_train
     elif section.train_path is not None and Path(section.train_path).exists():
@@ -114,7 +110,7 @@ def num_public_images(section: PublicDataConfig, data_root: Path) -> int | None:
 def num_public_classes(section: PublicDataConfig, data_root: Path) -> int | None:
     """The number of public classes without decoding an image; None if there are no public images.
 
-    Where the set has not been prepared yet it is what the configuration says, which may be None.
+    Before the set is prepared it is the number in the configuration, which may be None.
     """
     if not has_public_images(section):
         return None
@@ -135,7 +131,7 @@ def _count_classes(section: PublicDataConfig, data_root: Path) -> int | None:
             return None
         source = open_source(Path(section.train_path))
         return len(source.class_names or np.unique(source.train.labels))
-    stored = stored_folders(section, data_root)
+    stored = public_folders(section, data_root)
     return len(read_meta(stored[0]).class_names) if stored else None
 
 
@@ -143,7 +139,7 @@ def _check_class_count(section: PublicDataConfig, count: int) -> None:
     if section.n_classes is not None and section.n_classes != count:
         raise UserError(
             f"public_data.n_classes: {section.n_classes}, but {section.train_path or section.name} has {count} "
-            f"classes; set public_data.n_classes={count}, or choose the data that was meant"
+            f"classes; set public_data.n_classes={count}, or choose another public set"
         )
 
 
@@ -181,23 +177,9 @@ def _load_stored(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> 
     return PublicData(section.name, train, meta.class_names)
 
 
-def stored_folders(section: PublicDataConfig, data_root: Path) -> list[Path]:
-    """Prepared folders of this set: train_path, or <data_root>/<name> and <name>_<resolution>."""
-    if section.train_path is not None:
-        candidates = [Path(section.train_path)]
-    else:
-        candidates = [data_root / section.name, *sorted(data_root.glob(f"{section.name}_*"))]
-        candidates = [path for path in candidates if _is_size_variant(path.name, section.name)]
-    return [path for path in candidates if is_prepared(path)]
-
-
-def _is_size_variant(folder_name: str, name: str) -> bool:
-    return folder_name == name or folder_name.removeprefix(f"{name}_").isdecimal()
-
-
 def _prepared_by_name(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> Prepared:
-    """The smallest stored size that is at least the wanted one, else the largest, which is then enlarged."""
-    stored = stored_folders(section, data_root)
+    """The smallest stored size that is large enough, else the largest, which is then enlarged."""
+    stored = public_folders(section, data_root)
     sizes = {read_meta(folder).resolution: folder for folder in reversed(stored)}
     enough = [size for size in sizes if size >= spec.resolution]
     if not enough:
@@ -224,7 +206,7 @@ def _prepared_from_path(section: PublicDataConfig, spec: DataSpec, data_root: Pa
 
 
 def _path_hash(path: Path) -> str:
-    """Changes with the content: the bytes of a file; the names, sizes and times of the files of a folder."""
+    """A hash of the content: the bytes of a file; the names, sizes and times of the files in a folder."""
     if path.is_file():
         return sha256_of(path)
     tree = FolderTree(path)
@@ -239,7 +221,7 @@ def _key(*parts: object) -> str:
 def _converted_copy(
     prepared: Prepared, section: PublicDataConfig, spec: DataSpec, data_root: Path
 ) -> Samples:
-    """The training part, its first per_class images of each class, at the spec's shape; made once, then cached."""
+    """The first per_class training images of each class at the shape of `spec`; computed once, then cached."""
     meta = prepared.meta
     key = _key(meta.content_hash, spec.resolution, spec.channels, section.per_class)
     folder = public_cache(data_root / CACHE_NAME, f"{meta.name}-{spec.resolution}-{key}")
@@ -258,7 +240,7 @@ def _converted_copy(
 
 
 def _first_rows(labels: np.ndarray, per_class: int | None) -> np.ndarray:
-    """Sorted indices of the first `per_class` records of every class; of all records for None."""
+    """Sorted indices of the first `per_class` records of every class; of all records if it is None."""
     if per_class is None:
         return np.arange(len(labels))
     return np.sort(

@@ -1,21 +1,20 @@
-"""The private data of a run: what is public about it (read without opening an image), and its fixed split."""
+"""The private data of a run: its public facts, which are read without opening an image, and its fixed split."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data.apart import require_no_run
 from data.cache import PrivateCache, private_places
+from data.locations import is_embedded, sensitive_folder
 from data.prepared import PreparedMeta, is_prepared, new_prepared, read_groups, read_meta, read_prepared
-from data.public import has_public_images, stored_folders
 from data.registry import EMBEDDED_NUM_TRAIN, EMBEDDED_SENSITIVE, known_set, prepare_command
 from data.spec import DataSpec, Samples
 from data.splits import training_subset, validation_split
 from utils.errors import UserError
-from utils.sections import PublicDataConfig, SensitiveDataConfig
+from utils.sections import SensitiveDataConfig
 
-ROWS_AT_ONCE = 4096  # copied at a time where a split of mapped images is written to disk
+ROWS_AT_ONCE = 4096  # copied at a time when a split of mapped images is written to disk
 
 
 @dataclass(frozen=True)
@@ -27,24 +26,48 @@ class SensitiveData:
     test: Samples
 
 
-def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[DataSpec, tuple[str, ...]]:
-    """The public facts of the data, and lines to tell the user. Reads YAML numbers and meta.json, no image.
+@dataclass(frozen=True)
+class _Selection:
+    """Which training images a run uses: `num_used` of the `available` ones, of which `num_held_out` are for validation.
 
-    Of the images on disk at most `section.num_train` are used; mode "val" holds num_val of these out of training. A
-    line says if the two counts differ. UserError if the disk contradicts the configuration in resolution, channels or
-    classes, if num_val leaves nothing, or if a custom set has not been prepared.
+    groups (num_used,): the group of every image that is used; None for a set that was prepared without groups.
     """
-    folder = _folder(section, data_root)
-    meta = None if _is_embedded(section) or not is_prepared(folder) else read_meta(folder)
+
+    available: int
+    num_used: int
+    num_held_out: int
+    groups: np.ndarray | None
+
+    def rows(self, num_val: int) -> tuple[np.ndarray, np.ndarray]:
+        """(train rows, validation rows): sorted indices into the training part on disk."""
+        used = training_subset(self.available, self.num_used)
+        if not self.num_held_out:
+            return used, used[:0]
+        train, held_out = validation_split(self.num_used, num_val, self.groups)
+        return used[train], used[held_out]
+
+
+def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[DataSpec, tuple[str, ...]]:
+    """The public facts of the data, and notes for the user. Reads YAML numbers and meta.json, no image.
+
+    At most `section.num_train` of the images on disk are used; mode "val" holds out num_val of them. A note reports
+    the two counts if they differ. UserError if the disk contradicts the configuration in resolution, channels or
+    classes, if num_val leaves no training image, or if a custom set has not been prepared.
+    """
+    return _spec_of(section, mode, data_root, _read_meta(section, data_root))
+
+
+def _spec_of(
+    section: SensitiveDataConfig, mode: str, data_root: Path, meta: PreparedMeta | None
+) -> tuple[DataSpec, tuple[str, ...]]:
+    folder = sensitive_folder(section, data_root)
     if meta is not None:
         _check_agreement(section, meta, folder)
     elif section.n_classes is None or section.num_train is None:
         raise _not_prepared(section, folder, data_root)
     class_names = _class_names(section, meta)
-    available = _num_available(section, meta)
-    used = _num_used(section, available)
-    groups = _groups_used(section, data_root, available)
-    num_private = used - _num_held_out(section, mode, used, groups)
+    selection = _select(section, mode, folder, meta)
+    num_private = selection.num_used - selection.num_held_out
     spec = DataSpec(
         section.name or "none",
         section.resolution,
@@ -53,57 +76,28 @@ def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[D
         num_private,
         class_names,
         "" if meta is None else meta.identity,
-        section.path is None and (_is_embedded(section) or known_set(section.name or "") is not None),
+        section.path is None and (is_embedded(section) or known_set(section.name or "") is not None),
         section.protocol,
-        num_unused=available - used,
+        num_unused=selection.available - selection.num_used,
         images_per_person=None if meta is None else meta.images_per_person,
         images_per_person_is="" if meta is None else meta.images_per_person_is,
     )
-    return spec, _count_notes(section, available, num_private)
+    return spec, _count_notes(section, selection.available, num_private)
 
 
 def num_test_images(section: SensitiveDataConfig, data_root: Path) -> int:
-    """The number of test images, without opening one; of data that are not prepared yet about a sixth of N."""
-    if _is_embedded(section):
+    """The number of test images, without opening one; an estimate (a sixth of N) before the set is prepared."""
+    if is_embedded(section):
         return len(EMBEDDED_SENSITIVE.resolve(section.name)()[1])
-    folder = _folder(section, data_root)
-    return read_meta(folder).num_test if is_prepared(folder) else (section.num_train or 0) // 6
+    meta = _read_meta(section, data_root)
+    return (section.num_train or 0) // 6 if meta is None else meta.num_test
 
 
 def require_prepared(section: SensitiveDataConfig, data_root: Path) -> None:
-    """Raise UserError, with the command to run, if the images are not there. Opens no image."""
-    folder = _folder(section, data_root)
-    if section.name is not None and not _is_embedded(section) and not is_prepared(folder):
+    """Raise UserError, with the command to run, if the images are missing. Opens no image."""
+    folder = sensitive_folder(section, data_root)
+    if section.name is not None and not is_embedded(section) and not is_prepared(folder):
         raise _not_prepared(section, folder, data_root)
-
-
-def require_apart(public: PublicDataConfig, section: SensitiveDataConfig, data_root: Path) -> None:
-    """Raise UserError where the public data are the private images, or what a run has made of private images, which is
-    not public either: nothing would add up what it has cost."""
-    if not has_public_images(public):
-        return
-    private = None if _is_embedded(section) else _folder(section, data_root)
-    named = public.train_path is None
-    for path in stored_folders(public, data_root) if named else [Path(public.train_path)]:
-        if private is None:
-            continue
-        origin = _origin(path)
-        if any(_overlap(*pair) for pair in ((path, private), (origin, private), (origin, _origin(private)))):
-            key = "name" if named else "train_path"
-            raise UserError(f"public_data.{key}: {path} holds the private images; give a public set")
-    if not named:
-        require_no_run(Path(public.train_path), "public_data.train_path")
-
-
-def _origin(path: Path) -> Path:
-    """What the images of a prepared folder were made from; of another one, itself."""
-    return Path(read_meta(path).source) if is_prepared(path) else path
-
-
-def _overlap(one: Path, other: Path) -> bool:
-    """One lies in the other. Paths alone tell: whether two sets share an image would be a clean answer about it."""
-    one, other = one.resolve(), other.resolve()
-    return one.is_relative_to(other) or other.is_relative_to(one)
 
 
 def load_sensitive(section: SensitiveDataConfig, mode: str, data_root: Path) -> SensitiveData:
@@ -113,36 +107,28 @@ def load_sensitive(section: SensitiveDataConfig, mode: str, data_root: Path) -> 
     """
     if section.name is None:
         raise UserError("sensitive_data.name: null has no images to load; name a dataset")
-    spec, _ = spec_of(section, mode, data_root)  # with its checks
-    train, test = _load_parts(section, data_root)
-    used = _num_used(section, len(train))
-    groups = _groups_used(section, data_root, len(train))
-    num_held_out = _num_held_out(section, mode, used, groups)
-    if num_held_out == 0 and used == len(train):
+    meta = _read_meta(section, data_root)
+    spec, _ = _spec_of(section, mode, data_root, meta)  # checks the configuration against the disk
+    train, test = _load_parts(section, data_root, meta)
+    selection = _select(section, mode, sensitive_folder(section, data_root), meta)
+    if selection.num_held_out == 0 and selection.num_used == len(train):
         return SensitiveData(train, None, test)
-    rows = training_subset(len(train), used)
-    train_rows, validation_rows = np.arange(used), np.arange(0)
-    if num_held_out:
-        train_rows, validation_rows = validation_split(used, section.num_val, groups)
+    train_rows, validation_rows = selection.rows(section.num_val)
     cache = private_cache(section, data_root)
-    kept = _take(train, rows[train_rows], cache, f"train-{used}-without-{num_held_out}-{spec.identity}")
-    return SensitiveData(kept, train.take(rows[validation_rows]) if num_held_out else None, test)
-
-
-def _num_available(section: SensitiveDataConfig, meta: PreparedMeta | None) -> int:
-    """Training images that are there; before they are prepared as many as the configuration says."""
-    if meta is not None:
-        return meta.num_train
-    return EMBEDDED_NUM_TRAIN[section.name] if _is_embedded(section) else section.num_train
-
-
-def _num_used(section: SensitiveDataConfig, available: int) -> int:
-    return available if section.num_train is None else min(available, section.num_train)
+    name = f"train-{selection.num_used}-without-{selection.num_held_out}-{spec.identity}"
+    kept = _take(train, train_rows, cache, name)
+    return SensitiveData(kept, train.take(validation_rows) if selection.num_held_out else None, test)
 
 
 def private_cache(section: SensitiveDataConfig, data_root: Path) -> PrivateCache:
-    """The one place for what is computed from this set without noise: next to its images."""
-    return PrivateCache(*private_places(_folder(section, data_root)))
+    """The only place for results that are computed from this set without noise: next to its images."""
+    return PrivateCache(*private_places(sensitive_folder(section, data_root)))
+
+
+def _read_meta(section: SensitiveDataConfig, data_root: Path) -> PreparedMeta | None:
+    """meta.json of the set; None for an embedded set, and before the set is prepared."""
+    folder = sensitive_folder(section, data_root)
+    return None if is_embedded(section) or not is_prepared(folder) else read_meta(folder)
 
 
 def _class_names(section: SensitiveDataConfig, meta: PreparedMeta | None) -> tuple[str, ...]:
@@ -151,20 +137,14 @@ def _class_names(section: SensitiveDataConfig, meta: PreparedMeta | None) -> tup
     return meta.class_names if meta is not None else tuple(str(label) for label in range(section.n_classes))
 
 
-def _is_embedded(section: SensitiveDataConfig) -> bool:
-    return section.path is None and section.name is not None and section.name in EMBEDDED_SENSITIVE
-
-
-def _folder(section: SensitiveDataConfig, data_root: Path) -> Path:
-    return Path(section.path) if section.path is not None else data_root / str(section.name)
-
-
-def _load_parts(section: SensitiveDataConfig, data_root: Path) -> tuple[Samples, Samples]:
-    if _is_embedded(section):
+def _load_parts(
+    section: SensitiveDataConfig, data_root: Path, meta: PreparedMeta | None
+) -> tuple[Samples, Samples]:
+    if is_embedded(section):
         return EMBEDDED_SENSITIVE.resolve(section.name)()
     require_prepared(section, data_root)
-    folder = _folder(section, data_root)
-    prepared = read_prepared(folder)
+    folder = sensitive_folder(section, data_root)
+    prepared = read_prepared(folder, meta)
     if prepared.test is None:
         raise UserError(
             f"{folder}: has no test part (it was prepared with --public); prepare it again without --public"
@@ -198,36 +178,39 @@ def _check_agreement(section: SensitiveDataConfig, meta: PreparedMeta, folder: P
         )
 
 
-def _groups_used(section: SensitiveDataConfig, data_root: Path, available: int) -> np.ndarray | None:
-    """The group of every training image that is used; None for a set that was prepared without groups."""
-    folder = _folder(section, data_root)
-    if _is_embedded(section) or not is_prepared(folder):
-        return None
-    groups = read_groups(folder, read_meta(folder))
-    return None if groups is None else groups[training_subset(available, _num_used(section, available))]
+# ------------------------------------------------------------------------------------------------------ selection
 
 
-def _num_held_out(
-    section: SensitiveDataConfig, mode: str, available: int, groups: np.ndarray | None = None
-) -> int:
-    """Of groups those are held out as a whole that have about num_val images."""
+def _select(section: SensitiveDataConfig, mode: str, folder: Path, meta: PreparedMeta | None) -> _Selection:
+    """The images of a run; before the set is prepared, as many are available as the configuration states."""
+    if meta is not None:
+        available = meta.num_train
+    else:
+        available = EMBEDDED_NUM_TRAIN[section.name] if is_embedded(section) else section.num_train
+    num_used = available if section.num_train is None else min(available, section.num_train)
     if mode != "val":
-        return 0
-    if not 0 < section.num_val < available:
-        allowed = f"1 to {available - 1} ({available:,} training images)"
-        raise UserError(
-            f"sensitive_data.num_val: {section.num_val} is not allowed with eval.mode=val; it must be {allowed}, "
-            f"for instance sensitive_data.num_val={max(1, available // 10)}; or use eval.mode=syn, which holds out none"
-        )
+        return _Selection(available, num_used, 0, None)
+    _check_num_val(section, num_used)
+    groups = None if meta is None else read_groups(folder, meta)
     if groups is None:
-        return section.num_val
-    held_out = len(validation_split(available, section.num_val, groups)[1])
+        return _Selection(available, num_used, section.num_val, None)
+    groups = groups[training_subset(available, num_used)]
+    held_out = len(validation_split(num_used, section.num_val, groups)[1])
     if held_out == 0:
         raise UserError(
-            f"sensitive_data.num_val: {section.num_val} is smaller than half of every group, so none can be held out; "
-            f"give more, or use eval.mode=syn, which holds out none"
+            f"sensitive_data.num_val: {section.num_val} is smaller than half of every group, so no group can be held "
+            f"out; give a larger number, or use eval.mode=syn, which holds out no image"
         )
-    return held_out
+    return _Selection(available, num_used, held_out, groups)
+
+
+def _check_num_val(section: SensitiveDataConfig, num_used: int) -> None:
+    if not 0 < section.num_val < num_used:
+        allowed = f"1 to {num_used - 1} ({num_used:,} training images)"
+        raise UserError(
+            f"sensitive_data.num_val: {section.num_val} is not allowed with eval.mode=val; it must be {allowed}, for "
+            f"instance sensitive_data.num_val={max(1, num_used // 10)}; or use eval.mode=syn, which holds out no image"
+        )
 
 
 def _count_notes(section: SensitiveDataConfig, available: int, num_private: int) -> tuple[str, ...]:
@@ -239,14 +222,14 @@ def _count_notes(section: SensitiveDataConfig, available: int, num_private: int)
             f"(sensitive_data.num_train; null: all); N = {num_private:,}",
         )
     return (
-        f"{section.name}: {available:,} training images are there, fewer than sensitive_data.num_train "
+        f"{section.name}: {available:,} training images are available, fewer than sensitive_data.num_train "
         f"{section.num_train:,}; N = {num_private:,} is used",
     )
 
 
 def _take(samples: Samples, rows: np.ndarray, cache: PrivateCache, name: str) -> Samples:
-    """The chosen rows. Of mapped images the copy is written to the cache once and mapped too; without one it is held
-    in memory."""
+    """The given rows. A copy of mapped images is written to the cache once and mapped; without a cache it is held in
+    memory."""
     if not isinstance(samples.images, np.memmap) or cache.folder is None:
         return samples.take(rows)
     folder = cache.folder / name

@@ -1,4 +1,4 @@
-"""Records that cross boundaries: what is public about a dataset, and labelled images."""
+"""Records that all packages share: the public facts of a dataset, and labelled images."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What everyone may know about a sensitive dataset. Images are square; class names are for prompts and plots.
+    """The public facts of a sensitive dataset. Images are square; class names are for prompts and plots.
 
     `num_train` is the number of private training records; it is treated as public, and the ledger records that.
-    `identity` is a random name of the prepared folder; empty: images that come with the toolkit. `is_benchmark`: a set
-    on which settings are compared, those of the presets among them. `protocol`: which of the two published evaluation
-    protocols its test classifiers follow, "standard" or "cifar". `num_unused`: training images that are left out.
-    `images_per_person`: at most so many training images belong to one person (or other group), as was declared or
+    `identity` is a random name of the prepared folder, empty for an embedded set. `is_benchmark`: a published set, on
+    which the settings of the presets were compared. `protocol`: which of the two published evaluation
+    protocols its test classifiers follow, "standard" or "cifar". `num_unused`: training images that the run does
+    not use. `images_per_person`: the largest number of training images of one person (or other group), declared or
     observed when the images were prepared.
     """
 
@@ -41,7 +41,7 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class Samples:
-    """Labelled images as every method returns and every metric receives them.
+    """Labelled images, as methods return them and metrics receive them.
 
     images (N, C, H, W) uint8, possibly memory-mapped; labels (N,) int64 in [0, num_classes).
     """

@@ -1,6 +1,6 @@
-"""Fixed splits: which records are test, which are validation, which a trial on a part of a set uses.
+"""Fixed splits: test records, validation records, and the records of a run on a part of a set.
 
-Seeds are constants, so every run agrees."""
+Seeds are constants, so every run uses the same splits."""
 
 import numpy as np
 
@@ -9,9 +9,9 @@ from utils.seeding import numpy_rng
 
 
 def stratified_test_rows(labels: np.ndarray, num_test: int, stream: str) -> np.ndarray:
-    """Sorted indices of `num_test` records, as many from each class as its share allows (largest remainder).
+    """Sorted indices of `num_test` records, in proportion to the classes (largest remainder).
 
-    Every class keeps at least one record outside, so fewer are returned when there are that many tiny classes.
+    Every class keeps at least one record outside, so fewer are returned if there are many tiny classes.
     """
     rng = numpy_rng(0, stream)
     counts = np.bincount(labels)
@@ -30,9 +30,9 @@ def random_test_rows(num_records: int, num_test: int, stream: str) -> np.ndarray
 
 
 def training_subset(num_records: int, num_used: int) -> np.ndarray:
-    """Sorted indices of the `num_used` records that a trial on a part of a set uses: the first of a fixed permutation.
+    """Sorted indices of the `num_used` records of a run on a part of a set: the first of a fixed permutation.
 
-    Depends on nothing but the two counts, so it tells nothing about the records.
+    Depends only on the two counts, so it reveals nothing about the records.
     """
     return random_test_rows(num_records, num_used, "training subset")
 
@@ -40,8 +40,8 @@ def training_subset(num_records: int, num_used: int) -> np.ndarray:
 def validation_split(
     num_records: int, num_val: int, groups: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(train rows, validation rows), both sorted. Depends on nothing but the two counts, and with `groups` (N,) on
-    these: whole groups are held out, of about num_val records."""
+    """(train rows, validation rows), both sorted. Depends only on the two counts, and on `groups` (N,) if they
+    are given: then whole groups are held out, with about num_val records."""
     if groups is None:
         held_out = random_test_rows(num_records, num_val, "validation split")
     else:

@@ -1,4 +1,6 @@
-"""Download or convert a dataset into the prepared format: python scripts/prepare_data.py --data_name mnist_28
+"""Download a dataset, or convert your own, to the prepared format:
+
+    python scripts/prepare_data.py --data_name mnist_28
 
 --forget NAME removes a prepared set, with its private cache and all copies.
 """
@@ -12,11 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.forget import forget
 from data.prepare import prepare
 from data.prepared import PreparedMeta
-from data.registry import known_names, known_set
+from data.registry import Facts, canonical_name, known_names, known_set
+from utils.config_files import CONFIG_FOLDER, read_yaml
 from utils.places import data_root
 from utils.program import program, run_process
 
-# Arguments that describe a preparation, and mean nothing to --forget.
+# Arguments of a preparation, which --forget does not take.
 FORGET_EXCLUDES = (
     "source", "test_source", "class_names", "resolution", "channels", "public", "force", "groups", "images_per_person",
 )  # fmt: skip
@@ -98,9 +101,18 @@ def check_combination(parser: argparse.ArgumentParser, arguments: argparse.Names
     if arguments.forget is not None:
         for flag in FORGET_EXCLUDES:
             if getattr(arguments, flag) not in (None, False):
-                parser.error(f"--{flag}: is not used with --forget; leave it out")
+                parser.error(f"--{flag}: is not used with --forget; remove it")
     elif arguments.exp_root is not None:
-        parser.error("--exp_root: is used with --forget only; leave it out")
+        parser.error("--exp_root: is used only with --forget; remove it")
+
+
+def facts_of(data_name: str) -> Facts | None:
+    """What configs/data states about a published sensitive set; None for any other name."""
+    known = known_set(canonical_name(data_name))
+    if known is None or known.public:
+        return None
+    section = read_yaml(CONFIG_FOLDER / "data" / f"{known.name}.yaml")
+    return Facts(section["resolution"], section["num_channels"], tuple(section["class_names"]))
 
 
 @program
@@ -112,7 +124,7 @@ def main(argv: list[str]) -> int:
             for line in forget(forgotten, arguments["data_root"], exp_root or Path("exp")):
                 print(line)
             return 0
-        folder, meta, notes = prepare(**arguments)
+        folder, meta, notes = prepare(**arguments, facts=facts_of(arguments["data_name"]))
     except KeyboardInterrupt:
         advice = (
             "no prepared set was written" if forgotten is None else "repeat the command to remove the rest"
@@ -132,7 +144,7 @@ def main(argv: list[str]) -> int:
 
 
 def usage_line(folder: Path, meta: PreparedMeta, public: bool, usual_root: Path) -> str:
-    """How run.py is told to use a set of the user's own."""
+    """The command that runs a method on a custom set."""
     if public:
         return f"use it: python run.py ... public_data.name={meta.name} public_data.train_path={folder}"
     place = "" if folder.parent == usual_root else f" --data_root {folder.parent}"

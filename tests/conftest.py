@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from data.public import has_public_images
+from data.locations import has_public_images
 from data.spec import DataSpec, PublicData, Samples
 from models import METHODS
 from opacus_ext.ledger import Budget, Ledger

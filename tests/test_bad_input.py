@@ -383,11 +383,11 @@ def test_samples_of_a_run_as_public_images(tmp_path):
     run = call(run_program.main, arguments("Noise", tmp_path / "runs", "eval=none")).folder
     for made in ("gen/gen.npz", "gen"):
         more = ["public_data.name=other", f"public_data.train_path={run / made}", "pretrain.epochs=1"]
-        assert "its cost would be forgotten" in refused(tmp_path, *more, method="DP-MERF")
+        assert "made from private images" in refused(tmp_path, *more, method="DP-MERF")
         outcome = prepare(run / made, tmp_path / "data", "--public")
-        assert "--source: " in outcome.refusal and "its cost would be forgotten" in outcome.refusal
+        assert "--source: " in outcome.refusal and "made from private images" in outcome.refusal
     (run / "privacy.json").unlink()  # as in a run that still trains, whose previews are there
-    assert "its cost would be forgotten" in refused(tmp_path, *more, method="DP-MERF")
+    assert "made from private images" in refused(tmp_path, *more, method="DP-MERF")
 
 
 def test_a_run_does_not_go_on_with_data_that_were_prepared_again(tmp_path, prepared, monkeypatch):

@@ -12,13 +12,14 @@ from PIL import Image
 
 from data import prepared as prepared_module
 from data.convert import resized, to_channels
-from data.prepare import prepare, read_prepared
-from data.prepared import new_prepared
+from data.prepare import prepare
+from data.prepared import new_prepared, read_meta, read_prepared
 from data.public import load_public, num_public_classes
 from data.registry import EMBEDDED_NUM_TRAIN, EMBEDDED_SENSITIVE
 from data.sensitive import load_sensitive, spec_of
 from data.spec import DataSpec
 from data.splits import stratified_test_rows, validation_split
+from scripts.prepare_data import facts_of
 from utils.errors import UserError
 from utils.sections import CentralConfig, PublicDataConfig, SelectiveConfig, SensitiveDataConfig
 
@@ -83,7 +84,7 @@ def own_section(**changes) -> SensitiveDataConfig:
 
 
 @pytest.mark.parametrize("name", PUBLISHED_NUM_TRAIN)
-def test_num_train_in_val_mode_is_the_published_one_before_anything_is_prepared(tmp_path, name):
+def test_num_train_in_val_mode_is_the_published_one_before_the_set_is_prepared(tmp_path, name):
     section = sensitive_section(name)
     found, notes = spec_of(section, "val", tmp_path)
     assert (found.name, found.num_train, notes) == (name, PUBLISHED_NUM_TRAIN[name], ())
@@ -93,7 +94,7 @@ def test_num_train_in_val_mode_is_the_published_one_before_anything_is_prepared(
     assert found.protocol == ("cifar" if name in ("cifar10_32", "cifar100_32") else "standard")
 
 
-def test_own_images_follow_the_standard_protocol_unless_they_say_otherwise(tmp_path):
+def test_own_images_follow_the_standard_protocol_by_default(tmp_path):
     write_set(tmp_path / "cifar_scans")
     assert spec_of(own_section(name="cifar_scans"), "syn", tmp_path)[0].protocol == "standard"
     chosen = own_section(name="cifar_scans", protocol="cifar")
@@ -108,7 +109,7 @@ def test_spec_reads_counts_and_classes_of_a_custom_set_from_disk(tmp_path):
     assert (found.num_train, found.num_classes, found.class_names[3], notes) == (32, 4, "class 3", ())
 
 
-def test_fewer_images_than_asked_for_are_all_used_and_the_user_hears_it(tmp_path):
+def test_fewer_images_than_configured_are_all_used_and_reported(tmp_path):
     write_set(tmp_path / "mine", num_train=40)
     found, (note,) = spec_of(own_section(num_train=50), "val", tmp_path)
     assert (found.num_train, found.num_unused) == (32, 0)
@@ -184,6 +185,18 @@ def test_spec_refuses_what_contradicts_the_disk(tmp_path, changes, message):
 def test_a_custom_set_that_is_described_needs_no_file_for_its_spec(tmp_path):
     found, _ = spec_of(own_section(n_classes=3, num_train=100), "val", tmp_path)
     assert (found.num_train, found.class_names) == (92, ("0", "1", "2"))
+
+
+@pytest.mark.parametrize("mode", ["syn", "val"])
+def test_meta_is_read_once(tmp_path, monkeypatch, mode):
+    write_set(tmp_path / "mine")
+    reads = []
+    monkeypatch.setattr("data.sensitive.read_meta", lambda folder: reads.append(folder) or read_meta(folder))
+    monkeypatch.setattr("data.prepared.read_meta", None)  # read_prepared is given the meta
+    spec_of(own_section(num_val=5), mode, tmp_path)
+    assert len(reads) == 1
+    load_sensitive(own_section(num_val=5), mode, tmp_path)
+    assert len(reads) == 2
 
 
 def test_missing_known_set_names_the_command(tmp_path):
@@ -282,7 +295,7 @@ def damage(folder: Path, file: str, change) -> None:
         (
             "meta.json",
             lambda content: content.replace(b'"num_train": 40', b'"num_train": 41'),
-            "meta.json says",
+            r"\(40, 1, 8, 8\).*\(41, 1, 8, 8\)",
         ),
     ],
 )
@@ -306,7 +319,7 @@ def test_missing_file_is_named(tmp_path):
     [
         (np.full(40, 2), r"train_labels\.npy: labels run from 2 to 2; allowed are 0 to 1"),
         (np.full(40, -1), r"labels run from -1 to -1"),
-        (np.zeros(40, np.int32), r"holds int32 \(40,\); meta\.json says int64"),
+        (np.zeros(40, np.int32), r"int32 \(40,\).*int64"),
     ],
 )
 def test_wrong_labels_are_named(tmp_path, array, message):
@@ -461,7 +474,7 @@ def test_importing_the_data_layer_imports_nothing_heavy():
 @needs_shared
 @pytest.mark.parametrize(("name", "folder"), [("mnist_28", "mnist"), ("fmnist_28", "fashion_mnist")])
 def test_real_idx_files(tmp_path, name, folder):
-    prepare(name, tmp_path, source=SHARED / folder)
+    prepare(name, tmp_path, source=SHARED / folder, facts=facts_of(name))
     found, notes = spec_of(sensitive_section(name), "val", tmp_path)
     data = load_sensitive(sensitive_section(name), "val", tmp_path)
     assert (found.num_train, notes) == (55_000, ())
@@ -484,7 +497,7 @@ def test_real_idx_files(tmp_path, name, folder):
 
 @needs_shared
 def test_real_cifar10_part_lowers_num_train_and_says_so(tmp_path):
-    prepare("cifar10_32", tmp_path, source=SHARED / "cifar10")
+    prepare("cifar10_32", tmp_path, source=SHARED / "cifar10", facts=facts_of("cifar10_32"))
     found, notes = spec_of(sensitive_section("cifar10_32"), "val", tmp_path)
     assert found.num_train == 20_000
     assert len(notes) == 1 and all(number in notes[0] for number in ("25,000", "50,000", "N = 20,000"))

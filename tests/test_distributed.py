@@ -24,7 +24,7 @@ from tiny_runs import ROOT, Outcome, arguments, call, execute, kill_when, strict
 from torch import nn
 
 import run as run_program
-from data.public import has_public_images
+from data.locations import has_public_images
 from data.samples_file import read_samples
 from data.spec import DataSpec, PublicData
 from models import METHODS

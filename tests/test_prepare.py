@@ -26,7 +26,7 @@ from data.prepared import read_meta, read_prepared
 from data.readers.layouts import open_source
 from data.readers.npz import as_nhwc
 from data.registry import known_names, known_set
-from scripts.prepare_data import main
+from scripts.prepare_data import facts_of, main
 from utils.errors import UserError
 
 
@@ -86,6 +86,10 @@ def cifar_batch(images: np.ndarray, labels: list[int], label_key: bytes = b"labe
     return pickle.dumps({b"data": rows, label_key: labels}, protocol=2)
 
 
+def prepare_known(name: str, root: Path, **options):
+    return prepare(name, root, facts=facts_of(name), **options)
+
+
 def prepare_custom(tmp_path: Path, source: Path, **options):
     folder, _, notes = prepare("mine", tmp_path / "root", source=source, **options)
     return read_prepared(folder), notes
@@ -104,20 +108,22 @@ def test_idx_files(tmp_path, compress):
     for part in ("train", "t10k"):
         files[f"{part}-images-idx3-ubyte{ending}"] = pack(idx_bytes(images))
         files[f"{part}-labels-idx1-ubyte{ending}"] = pack(idx_bytes(labels))
-    folder, meta, notes = prepare("mnist_28", tmp_path / "root", source=write_files(tmp_path / "raw", files))
+    folder, meta, notes = prepare_known(
+        "mnist_28", tmp_path / "root", source=write_files(tmp_path / "raw", files)
+    )
     result = read_prepared(folder)
     assert np.array_equal(result.train.images, images[:, None]) and np.array_equal(result.test.labels, labels)
     assert (meta.num_train, meta.num_test, meta.class_names, notes) == (20, 20, tuple("0123456789"), [])
 
 
 def test_cifar10_pickles_in_a_folder_with_their_archive_only(tmp_path):
-    images, names = colour_images(10, 32), known_set("cifar10_32").class_names
+    images, names = colour_images(10, 32), facts_of("cifar10_32").class_names
     files = {f"cifar-10-batches-py/data_batch_{i}": cifar_batch(images, list(range(10))) for i in range(1, 6)}
     files["cifar-10-batches-py/test_batch"] = cifar_batch(images[::-1], list(range(9, -1, -1)))
     files["cifar-10-batches-py/batches.meta"] = pickle.dumps({b"label_names": [n.encode() for n in names]}, 2)
     (tmp_path / "raw").mkdir()
     write_tar(tmp_path / "raw" / "cifar-10-python.tar.gz", files, "w:gz")
-    folder, meta, _ = prepare("cifar10_32", tmp_path / "root", source=tmp_path / "raw")
+    folder, meta, _ = prepare_known("cifar10_32", tmp_path / "root", source=tmp_path / "raw")
     result = read_prepared(folder)
     assert (meta.num_train, meta.num_test, meta.class_names) == (50, 10, names)
     assert np.array_equal(result.train.images[:10], images.transpose(0, 3, 1, 2))
@@ -125,13 +131,13 @@ def test_cifar10_pickles_in_a_folder_with_their_archive_only(tmp_path):
 
 
 def test_cifar100_pickles_use_the_fine_labels(tmp_path):
-    names = known_set("cifar100_32").class_names
+    names = facts_of("cifar100_32").class_names
     batch = cifar_batch(colour_images(100, 32), list(range(100)), b"fine_labels")
     meta_file = pickle.dumps(
         {b"fine_label_names": [n.encode() for n in names], b"coarse_label_names": [b"a"]}, 2
     )
     source = write_files(tmp_path / "raw", {"train": batch, "test": batch, "meta": meta_file})
-    _, meta, _ = prepare("cifar100_32", tmp_path / "root", source=source)
+    _, meta, _ = prepare_known("cifar100_32", tmp_path / "root", source=source)
     assert (meta.num_train, meta.class_names) == (100, names)
 
 
@@ -143,7 +149,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     hostile = pickle.dumps({b"data": Hostile()})
     files = {"data_batch_1": hostile, "test_batch": hostile, "batches.meta": hostile}
     with pytest.raises(UserError, match=r"batches\.meta is not a CIFAR batch"):
-        prepare("cifar10_32", tmp_path / "root", source=write_files(tmp_path / "raw", files))
+        prepare_known("cifar10_32", tmp_path / "root", source=write_files(tmp_path / "raw", files))
     assert not (tmp_path / "executed").exists()
 
 
@@ -206,9 +212,9 @@ def test_folder_of_train_and_test_npz_keeps_stated_class_names_in_their_order(tm
 
 
 def test_stated_class_names_in_another_order_than_the_published_one_are_mapped_by_name(tmp_path):
-    names = known_set("cifar10_32").class_names
+    names = facts_of("cifar10_32").class_names
     np.savez(tmp_path / "a.npz", x=colour_images(10, 32), y=np.arange(10), classes=names[::-1])
-    folder, _, _ = prepare(
+    folder, _, _ = prepare_known(
         "cifar10_32", tmp_path / "root", source=tmp_path / "a.npz", test_source=tmp_path / "a.npz"
     )
     assert np.array_equal(read_prepared(folder).train.labels, np.arange(9, -1, -1))
@@ -232,7 +238,8 @@ def test_a_validation_npz_joins_training_or_is_the_test_part(tmp_path, names):
     del parts[f"{names[2]}.npz"]
     result, notes = prepare_custom(tmp_path, write_files(tmp_path / "two", parts), force=True)
     assert (len(result.train), len(result.test)) == (10, 4)
-    assert notes == ["mine: two: its 4 validation images are the test part"]
+    (note,) = notes
+    assert "4 validation images" in note and "test part" in note
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz"])
@@ -272,7 +279,7 @@ def test_parts_under_names_of_ones_own_do_not_become_classes(tmp_path, names):
     files = {}
     for name in names:
         files |= class_files(prefix=f"top/{name}/")
-    with pytest.raises(UserError, match=r"each with folders in it; name the parts train, test and val"):
+    with pytest.raises(UserError, match="train, test and val"):
         prepare_custom(tmp_path, write_files(tmp_path / "two", files), resolution=8)
     flat = {f"top/{name}/{i}.png": PICTURE for name in names for i in range(4)}
     assert prepare_custom(tmp_path, write_files(tmp_path / "flat", flat), resolution=8)[
@@ -366,7 +373,7 @@ def test_celeba_folder(tmp_path, form):
         write_zip(raw / "img_align_celeba.zip", pictures)
     else:
         write_files(raw, pictures)
-    folder, meta, notes = prepare("celeba_male_32", tmp_path / "root", source=raw)
+    folder, meta, notes = prepare_known("celeba_male_32", tmp_path / "root", source=raw)
     result = read_prepared(folder)
     assert (meta.num_train, meta.num_test, meta.class_names) == (4, 1, ("female", "male"))
     assert np.array_equal(result.train.labels, [1, 0, 1, 0]) and np.array_equal(result.test.labels, [0])
@@ -377,12 +384,12 @@ def test_celeba_folder(tmp_path, form):
 
 
 def test_eurosat_is_split_at_random_by_a_fixed_seed(tmp_path):
-    names = known_set("eurosat_32").class_names
+    names = facts_of("eurosat_32").class_names
     path = write_zip(tmp_path / "EuroSAT_RGB.zip", class_files(names, 27, "EuroSAT_RGB/", side=4))
-    results = [prepare("eurosat_32", tmp_path / root, source=path) for root in ("a", "b")]
+    results = [prepare_known("eurosat_32", tmp_path / root, source=path) for root in ("a", "b")]
     assert (results[0][1].num_train, results[0][1].num_test) == (230, 40)
     assert results[0][1].sha256 == results[1][1].sha256
-    assert "40 of 270 images (at random, fixed seed) are put aside as test" in results[0][2][0]
+    assert "40 of 270 images (at random" in results[0][2][0]
 
 
 def test_emnist_letters_are_picked_turned_upright_and_counted_from_zero(tmp_path):
@@ -409,7 +416,7 @@ def test_places_classes_are_the_path_below_the_letter(tmp_path):
 # ------------------------------------------------------------------------------------------------ conversion
 
 
-def test_mixed_sizes_are_cropped_resized_and_said_once(tmp_path):
+def test_mixed_sizes_are_cropped_resized_and_reported_once(tmp_path):
     files = class_files(side=16)
     wide = np.zeros((16, 48, 3), np.uint8)
     wide[:, 16:32] = 200  # the central square
@@ -475,13 +482,15 @@ def test_custom_set_without_test_part_gives_a_seventh_of_each_class(tmp_path):
     assert np.array_equal(np.bincount(result.test.labels), [10, 5, 2])
     rows = [part.images[:, 0, 0, 0] for part in (result.train, result.test)]
     assert np.array_equal(np.sort(np.concatenate(rows)), np.arange(119))
-    assert "17 of 119 images (a seventh of each class, fixed seed) are put aside as test" in notes[0]
+    assert "17 of 119 images (a seventh of each class" in notes[0]
     assert notes[0].endswith("test images have no privacy protection")
 
 
 def test_class_folders_under_other_names_are_taken_in_order_and_said(tmp_path):
     files = class_files(("0", "1"), prefix="train/") | class_files(("0", "1"), prefix="test/")
-    _, meta, notes = prepare("camelyon_32", tmp_path / "root", source=write_files(tmp_path / "raw", files))
+    _, meta, notes = prepare_known(
+        "camelyon_32", tmp_path / "root", source=write_files(tmp_path / "raw", files)
+    )
     assert meta.class_names == ("normal", "tumor")
     assert "camelyon_32: the classes 0, 1 are taken, in this order, as normal, tumor" in notes
 
@@ -494,20 +503,20 @@ def fashion(tmp_path, names) -> tuple:
         for label, name in enumerate(names)
     }
     source = write_files(tmp_path / "raw", files)
-    folder, _, notes = prepare("fmnist_28", tmp_path / "root", source=source)
+    folder, _, notes = prepare_known("fmnist_28", tmp_path / "root", source=source)
     train = read_prepared(folder).train
     return dict(zip(train.images[:, 0, 0, 0].tolist(), train.labels.tolist(), strict=True)), notes
 
 
 def test_class_names_are_compared_without_case_and_punctuation(tmp_path):
-    names = [name.replace("/", "_").replace(" ", "-").lower() for name in known_set("fmnist_28").class_names]
+    names = [name.replace("/", "_").replace(" ", "-").lower() for name in facts_of("fmnist_28").class_names]
     assert fashion(tmp_path, names) == ({label: label for label in range(10)}, [])
 
 
-def test_class_names_of_which_some_are_wanted_are_refused(tmp_path):
-    names = [name.replace("/", "_") for name in known_set("fmnist_28").class_names]
+def test_class_names_of_which_only_some_match_are_refused(tmp_path):
+    names = [name.replace("/", "_") for name in facts_of("fmnist_28").class_names]
     names[1] = "Jeans"
-    with pytest.raises(UserError, match="the classes Jeans are not wanted, Trouser are missing; rename them"):
+    with pytest.raises(UserError, match=r"Jeans.*Trouser"):
         fashion(tmp_path, names)
     assert not (tmp_path / "root" / "fmnist_28").exists()
 
@@ -553,12 +562,12 @@ def truncated(make, keep: int):
     return make_truncated
 
 
-def test_an_empty_class_folder_is_said(tmp_path):
+def test_an_empty_class_folder_is_reported(tmp_path):
     source = write_files(tmp_path / "raw", class_files())
     (source / "elk" / "young").mkdir(parents=True)
     _, meta, notes = prepare("pets", tmp_path / "data", source=source)
     assert "elk" not in meta.class_names
-    assert [note for note in notes if "no file in the folder elk: it is no class" in note]
+    assert [note for note in notes if " elk:" in note]
 
 
 def test_an_alpha_channel_that_hides_nothing_is_dropped(tmp_path):
@@ -612,7 +621,7 @@ BAD_SOURCES = {
     "one class": (folder_of(class_files(("cat",), prefix="train/")), r"only one class \(cat\)"),
     "corrupt image": (folder_with(cat__x_png=PICTURE[:60]), r"cat/x\.png: not an image"),
     "text file": (folder_with(dog__notes_dat=b"hi"), r"dog/notes\.dat: not an image"),
-    "stray image": (folder_with(x_png=PICTURE), r"x\.png is outside the class folders"),
+    "stray image": (folder_with(x_png=PICTURE), r"x\.png.*class folders"),
     "16 bit": (
         folder_with(cat__deep_png=png(np.zeros((8, 8), np.uint16))),
         r"cat/deep\.png: more than 8 bits",
@@ -621,10 +630,10 @@ BAD_SOURCES = {
         folder_with(cat__hole_png=png(np.full((8, 8, 4), 254, np.uint8))),
         r"cat/hole\.png: has transparent pixels",
     ),
-    "no class": (folder_of({"a.png": PICTURE, "b.png": PICTURE}), r"a\.png is in no class folder"),
+    "no class": (folder_of({"a.png": PICTURE, "b.png": PICTURE}), r"a\.png.*class folder"),
     "new test class": (
         folder_of(class_files(prefix="train/") | class_files(("cow",), prefix="test/")),
-        "class 'cow', which the training part lacks",
+        "'cow'",
     ),
     "not an archive": (lambda path: write_files(path, {"a.zip": b"?"}) / "a.zip", "neither a folder nor"),
     "truncated zip": (truncated(zip_of(b"{}"), 200), r"a\.zip: corrupt or truncated"),
@@ -646,7 +655,7 @@ BAD_SOURCES = {
     "several labels": (npz_of(x=IMAGES, y=np.zeros((14, 3), int)), "one integer or class name per image"),
     "null labels": (zip_of(b'{"labels": null}'), "no list 'labels'"),
     "vector label": (zip_of(b'{"labels": [["a.png", [0, 1]]]}'), r"labels a\.png with \[0, 1\]"),
-    "listed, missing": (zip_of(b'{"labels": [["b.png", 0]]}'), r"lists b\.png, which is not there"),
+    "listed, missing": (zip_of(b'{"labels": [["b.png", 0]]}'), r"dataset\.json lists b\.png"),
     "truncated idx": (folder_of({"train-images-idx3-ubyte": GREY[:-5]}), "truncated, 891 bytes"),
     "not idx": (folder_of({"train-images-idx3-ubyte": b"<html>"}), "not an idx file"),
     "truncated gzip": (
@@ -655,7 +664,7 @@ BAD_SOURCES = {
     ),
     "two listings": (
         folder_of(listed("a/", [1, 2]) | listed("b/", [3, 4])),
-        r"holds a/dataset\.json, b/dataset\.json; allowed: one dataset\.json, or one in each",
+        r"a/dataset\.json, b/dataset\.json; allowed: ",
     ),
     "listings without training": (
         folder_of(listed("test/", [1, 2]) | listed("val/", [3, 4])),
@@ -663,11 +672,11 @@ BAD_SOURCES = {
     ),
     "parts without training": (
         folder_of(class_files(prefix="val/") | class_files(prefix="Test/")),
-        "its folders are named like the parts test and val, and none like train",
+        "test and val.*train",
     ),
     "npz in an archive": (
         lambda path: write_zip(path / "a.zip", {"train.npz": npz_bytes(x=IMAGES, y=LABELS)}),
-        r"a\.zip: holds train\.npz; an npz in an archive is not read, unpack it",
+        r"a\.zip: .*train\.npz.*unpack",
     ),
     "another npz beside training": (
         folder_of({f"{name}.npz": npz_bytes(x=IMAGES, y=LABELS) for name in ("train", "more")}),
@@ -691,7 +700,7 @@ BAD_SOURCES = {
             val_images=IMAGES[:, 1:],
             val_labels=LABELS,
         ),
-        r"training images \(8, 8, 3\) and validation images \(7, 8, 3\)",
+        r"\(8, 8, 3\).*\(7, 8, 3\)",
     ),
     "npy by the name of npz": (
         lambda path: (np.save(path / "a.npy", IMAGES), (path / "a.npy").rename(path / "a.npz"))[1],
@@ -717,7 +726,7 @@ BAD_SOURCES = {
         npz_of(x=IMAGES, y=LABELS, x_test=IMAGES[:0], y_test=LABELS[:0]),
         "no images in its training or test part",
     ),
-    "no label file": (folder_of({"train-images-idx3-ubyte": GREY}), "lacks a file named like"),
+    "no label file": (folder_of({"train-images-idx3-ubyte": GREY}), "train-labels"),
 }
 
 
@@ -737,13 +746,13 @@ def test_bad_source_is_named_and_leaves_nothing_behind(tmp_path, name):
         (dict(data_name="digits_8"), "digits_8 is embedded"),
         (dict(data_name="cifar10_23"), "did you mean 'cifar10_32'"),
         (dict(data_name="../x", source=Path("a")), r"'\.\./x' is not allowed"),
-        (dict(data_name="imagenet"), "cannot be downloaded: ImageNet needs an account"),
-        (dict(data_name="CELEBA_male_64"), "cannot be downloaded: CelebA is on Google Drive"),
-        (dict(data_name="cifar10_32", resolution=64), "cifar10_32 has 32 by definition"),
+        (dict(data_name="imagenet"), "imagenet.*image-net.org"),
+        (dict(data_name="CELEBA_male_64"), "celeba_male_64.*--source"),
+        (dict(data_name="cifar10_32", resolution=64), "--resolution: cifar10_32 has 32"),
         (dict(data_name="mine", channels=2), "--channels: 2 is not allowed"),
         (dict(data_name="mine", resolution=2), "--resolution: 2 is not allowed"),
-        (dict(data_name="mnist_28"), "mnist_28: the source has no test part; add it as --test_source"),
-        (dict(data_name="cifar10_32", test_source=True), "2 classes .*; 10 are wanted"),
+        (dict(data_name="mnist_28"), "mnist_28: .*--test_source"),
+        (dict(data_name="cifar10_32", test_source=True), "2 classes .*10.*airplane"),
     ],
 )
 def test_bad_options_are_named(tmp_path, options, message):
@@ -751,7 +760,14 @@ def test_bad_options_are_named(tmp_path, options, message):
     options = {**options, **({"test_source": source} if options.get("test_source") else {})}
     needs_source = options["data_name"] in ("mine", "mnist_28", "cifar10_32")
     with pytest.raises(UserError, match=message):
-        prepare(**{"source": source if needs_source else None, "data_root": tmp_path / "root", **options})
+        prepare(
+            **{
+                "source": source if needs_source else None,
+                "data_root": tmp_path / "root",
+                "facts": facts_of(options["data_name"]),
+                **options,
+            }
+        )
 
 
 def test_a_folder_that_is_not_prepared_data_is_not_replaced(tmp_path):
@@ -769,29 +785,31 @@ def test_full_disk_is_named_before_anything_is_written(tmp_path, monkeypatch):
     assert list((tmp_path / "root").iterdir()) == []
 
 
-def test_a_prepared_set_is_replaced_when_that_is_asked_for_and_only_then(tmp_path):
+def test_a_prepared_set_is_replaced_only_with_force(tmp_path):
     names = set()
     for count, force in ((14, False), (28, True), (28, True)):
         np.savez(tmp_path / "a.npz", x=colour_images(count), y=np.arange(count) % 2)
         folder, meta, _ = prepare("mine", tmp_path / "root", source=tmp_path / "a.npz", force=force)
         assert meta.num_train + meta.num_test == count
         names.add(meta.identity)
-        with pytest.raises(UserError, match=f"{folder} holds a prepared set already, made from .*--force"):
+        with pytest.raises(UserError, match=f"{folder} .*{tmp_path / 'a.npz'}.*--force"):
             prepare("mine", tmp_path / "root", source=tmp_path / "a.npz")
         assert read_meta(folder) == meta
     assert len(names) == 3, "the random name of the same images made again"
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["mine"]
 
 
-def test_a_published_set_that_is_there_is_kept(tmp_path):
+def test_a_published_set_that_is_already_prepared_is_kept(tmp_path):
     """No second download: the command may stand in a script that is started again."""
     files = {"train-images-idx3-ubyte": idx_bytes(np.zeros((20, 28, 28), np.uint8))}
     files["train-labels-idx1-ubyte"] = idx_bytes(np.arange(20) % 10)
     files |= {name.replace("train", "t10k"): content for name, content in files.items()}
-    folder, meta, _ = prepare("mnist_28", tmp_path / "root", source=write_files(tmp_path / "raw", files))
-    assert prepare("mnist_28", tmp_path / "root") == (folder, meta, [ANY])
-    with pytest.raises(UserError, match="holds a prepared set already"):
-        prepare("mnist_28", tmp_path / "root", channels=3)
+    folder, meta, _ = prepare_known(
+        "mnist_28", tmp_path / "root", source=write_files(tmp_path / "raw", files)
+    )
+    assert prepare_known("mnist_28", tmp_path / "root") == (folder, meta, [ANY])
+    with pytest.raises(UserError, match="--force"):
+        prepare_known("mnist_28", tmp_path / "root", channels=3)
 
 
 def test_script_prints_what_it_did_and_exits_with_2_on_bad_input(tmp_path, capsys):
@@ -805,11 +823,49 @@ def test_script_prints_what_it_did_and_exits_with_2_on_bad_input(tmp_path, capsy
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_every_known_set_can_be_fetched_or_says_where_to_get_it():
+def test_every_known_set_can_be_downloaded_or_says_where_to_get_it():
     for name in known_names():
         known = known_set(name)
         assert known.downloads or known.advice, name
         assert all(len(remote.md5) == 32 and remote.urls for remote in known.downloads), name
+
+
+def test_digests_and_first_mirrors_are_those_of_torchvision():
+    from torchvision import datasets
+
+    expected = {
+        "mnist_28": [(datasets.MNIST.mirrors[0] + name, md5) for name, md5 in datasets.MNIST.resources],
+        "fmnist_28": [
+            (datasets.FashionMNIST.mirrors[0] + name, md5) for name, md5 in datasets.FashionMNIST.resources
+        ],
+        "cifar10_32": [(datasets.CIFAR10.url, datasets.CIFAR10.tgz_md5)],
+        "cifar100_32": [(datasets.CIFAR100.url, datasets.CIFAR100.tgz_md5)],
+        "emnist": [(datasets.EMNIST.url, datasets.EMNIST.md5)],
+    }
+    for name, files in expected.items():
+        assert [(file.urls[0], file.md5) for file in known_set(name).downloads] == files, name
+
+
+def test_facts_of_a_published_set_are_those_of_its_configuration():
+    facts = facts_of("MNIST_28")
+    assert (facts.resolution, facts.channels, facts.class_names) == (28, 1, tuple("0123456789"))
+    assert facts_of("emnist") is None and facts_of("mine") is None
+
+
+@pytest.mark.parametrize("change", [{"resolution": 16}, {"channels": 3}])
+def test_prepared_set_of_another_size_is_not_kept_without_a_message(tmp_path, change):
+    source = write_files(tmp_path / "raw", class_files())
+    prepare("mine", tmp_path / "root", source=source, resolution=8, channels=1)
+    with pytest.raises(UserError, match="--force"):
+        prepare("mine", tmp_path / "root", **change)
+    assert prepare("mine", tmp_path / "root", resolution=8, channels=1)[1].resolution == 8
+
+
+def test_published_public_set_at_another_resolution_does_not_stand_for_the_usual_one(tmp_path):
+    source = write_files(tmp_path / "raw", class_files())
+    prepare("imagenet", tmp_path / "root", source=source)
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        prepare("imagenet", tmp_path / "root", resolution=16)
 
 
 # ------------------------------------------------------------------------------------------------ downloads
@@ -869,7 +925,7 @@ def test_download_lists_what_is_wrong_with_every_mirror(tmp_path, mirror):
     base, _ = mirror
     with pytest.raises(UserError) as raised:
         download(remote(base, "/missing", "/html", "/wrong"), tmp_path)
-    for reason in ("HTTP 404", "HTML page instead of the file", "wrong content", "Fetch it by other means"):
+    for reason in ("HTTP 404", "HTML page", "wrong content", str(tmp_path)):
         assert reason in str(raised.value)
     assert not (tmp_path / "file.bin").exists()
 
@@ -910,16 +966,14 @@ def test_a_complete_partial_file_and_a_finished_file_are_kept(tmp_path, mirror):
 
 def test_known_set_is_downloaded_into_the_cache_and_prepared(tmp_path, mirror, monkeypatch):
     base, _ = mirror
-    archive = write_zip(
-        tmp_path / "e.zip", class_files(known_set("eurosat_32").class_names, 14, "E/", side=4)
-    )
+    archive = write_zip(tmp_path / "e.zip", class_files(facts_of("eurosat_32").class_names, 14, "E/", side=4))
     monkeypatch.setitem(globals(), "CONTENT", archive.read_bytes())
     file = RemoteFile("EuroSAT_RGB.zip", (f"{base}/good",), hashlib.md5(archive.read_bytes()).hexdigest())
     known = known_set("eurosat_32")
     monkeypatch.setattr(
         "data.prepare.known_set", lambda name: type(known)(**{**vars(known), "downloads": (file,)})
     )
-    folder, meta, _ = prepare("eurosat_32", tmp_path / "root")
+    folder, meta, _ = prepare_known("eurosat_32", tmp_path / "root")
     assert meta.num_train + meta.num_test == 140 and folder == tmp_path / "root" / "eurosat_32"
     assert (tmp_path / "root" / ".cache" / "downloads" / "eurosat_32" / "EuroSAT_RGB.zip").is_file()
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.apart import require_no_run
+from data.apart import require_not_from_run
 from data.samples_file import read_samples, write_samples
 from data.spec import Samples
 from evaluation.report import Report
@@ -362,10 +362,10 @@ def test_the_time_of_a_stage_is_of_all_starts_together(tmp_path):
     assert 100 <= times.seconds()["train"] < 200
 
 
-def test_a_public_set_may_lie_beside_a_configuration_of_another_program(tmp_path):
+def test_a_public_set_may_lie_next_to_a_configuration_of_another_program(tmp_path):
     for text in ("- a\n- b\n", "name: other\n", "sensitive_data: {name: null}\n"):
         write_text(tmp_path / "config.yaml", text)
-        require_no_run(tmp_path / "images", "--source")
+        require_not_from_run(tmp_path / "images", "--source")
     write_text(tmp_path / "config.yaml", "sensitive_data: {name: digits_8}\n")
-    with pytest.raises(UserError, match=r"--source: .* its cost would be forgotten"):
-        require_no_run(tmp_path / "images", "--source")
+    with pytest.raises(UserError, match=r"--source: .*private"):
+        require_not_from_run(tmp_path / "images", "--source")

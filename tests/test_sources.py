@@ -552,7 +552,7 @@ PARTITION = b"".join(b"%06d.jpg %d\n" % (number, number // 6 * 2) for number in 
     [
         ("attr", ATTRIBUTES[:-3], "line 8"),  # the last value is missing
         ("attr", ATTRIBUTES[:-5], "line 8"),
-        ("attr", ATTRIBUTES[: ATTRIBUTES.index(b"000006")], "lists 5 images and says 6"),
+        ("attr", ATTRIBUTES[: ATTRIBUTES.index(b"000006")], "5 images and states 6"),
         ("attr", ATTRIBUTES.replace(b"000003.jpg -1", b"000003.jpg -1.0"), "line 5"),
         ("attr", ATTRIBUTES.replace(b"Young", b"\xe9"), "UTF-8"),
         ("attr", ATTRIBUTES.replace(b"000003", b"000002"), "000002.jpg again"),
@@ -689,7 +689,7 @@ def test_class_names_that_do_not_fit_are_an_error(tmp_path, capsys, names, array
     assert not (tmp_path / "root").exists()
 
 
-def test_words_that_are_not_utf8_are_refused_before_anything_is_read(tmp_path, capsys):
+def test_arguments_that_are_not_utf8_are_refused_before_anything_is_read(tmp_path, capsys):
     source = write_files(tmp_path / "caf\udce9", class_files())
     assert prepare_data.main(arguments_of(tmp_path, source)) == 2
     assert r"caf\xe9" in capsys.readouterr().err
@@ -705,7 +705,7 @@ def test_a_folder_that_is_not_utf8_is_refused_where_a_relative_path_leads_there(
         prepare("mine", tmp_path / "root", source=Path("raw"))
 
 
-def test_notes_of_both_sources_are_told(tmp_path):
+def test_notes_of_both_sources_are_reported(tmp_path):
     train = write_files(tmp_path / "a", class_files(prefix="train/") | {"train/README.md": b"hi"})
     test = class_files(prefix="test/") | class_files(prefix="train/") | {"test/LICENSE": b"hi"}
     _, meta, notes = prepare(
@@ -714,7 +714,7 @@ def test_notes_of_both_sources_are_told(tmp_path):
     assert (meta.num_train, meta.num_test) == (6, 6)
     for word in ("README.md", "LICENSE", "6 images of its training part"):
         assert any(word in note for note in notes), word
-    with pytest.raises(UserError, match="test part already"):
+    with pytest.raises(UserError, match="--test_source"):
         prepare("other", tmp_path / "root", source=tmp_path / "b", test_source=tmp_path / "a")
 
 

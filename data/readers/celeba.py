@@ -1,4 +1,4 @@
-"""CelebA as it is published: aligned images, a list of attributes and a list of parts."""
+"""Read CelebA in its published form: aligned images, a list of attributes and a list of parts."""
 
 from pathlib import PurePosixPath
 
@@ -10,15 +10,14 @@ from data.trees.tree import FileTree
 from utils.errors import UserError
 from utils.text import listed
 
-CELEBA_LABEL = "Male"  # of CelebA's 40 attributes the one that is the label
-
+CELEBA_LABEL = "Male"  # the one of the 40 attributes that is the label
 
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 
 
 def read_celeba(tree: FileTree, names: list[str]) -> Source:
-    """Aligned CelebA with one attribute as the label; official parts 0 (train) and 2 (test), 1 is unused. The two lists
-    and the images must name the same files."""
+    """Aligned CelebA with one attribute as the label; official parts 0 (train) and 2 (test), 1 is unused. UserError if
+    the two lists and the images do not name the same files."""
     attributes = find_one(tree, names, r"^list_attr_celeba\.(txt|csv)$")
     labels = _labels(read_one(tree, attributes), f"{tree.path}: {attributes}")
     partition = find_one(tree, names, r"^list_eval_partition\.(txt|csv)$")
@@ -30,10 +29,10 @@ def read_celeba(tree: FileTree, names: list[str]) -> Source:
         images = open_tree(tree.path / archive)
     path_of = _images_by_name(images)
     for one, other in ((parts, labels), (labels, path_of), (path_of, parts)):
-        lacking = [name for name in one if name not in other]
-        if lacking:
+        missing = [name for name in one if name not in other]
+        if missing:
             where = {id(labels): attributes, id(parts): partition, id(path_of): images.path.name}[id(other)]
-            raise UserError(f"{tree.path}: {where} lacks {listed(lacking)}")
+            raise UserError(f"{tree.path}: {where} does not name {listed(missing)}")
 
     def part(code: str) -> FilePart:
         files = [name for name, found in parts.items() if found == code]
@@ -72,7 +71,7 @@ def _labels(content: bytes, where: str) -> dict[str, int]:
     columns = columns[columns[0] == "image_id" :]
     rows = _rows(lines, len(columns), ("-1", "0", "1"), where)
     if count is not None and count != len(rows):
-        raise UserError(f"{where} lists {len(rows):,} images and says {count:,}: cut short or damaged")
+        raise UserError(f"{where} lists {len(rows):,} images and states {count:,}: truncated or damaged")
     column = columns.index(CELEBA_LABEL)
     return {name: int(int(values[column]) > 0) for name, values in rows.items()}
 
@@ -86,13 +85,13 @@ def _parts(content: bytes, where: str) -> dict[str, str]:
 
 
 def _lines(content: bytes, where: str) -> list[tuple[int, list[str]]]:
-    """Number and words of every line that is not empty."""
+    """Number and fields of every line that is not empty."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not text in UTF-8 ({error.reason} at byte {error.start:,})") from error
     numbered = ((number, line.replace(",", " ").split()) for number, line in enumerate(text.splitlines(), 1))
-    return [(number, words) for number, words in numbered if words]
+    return [(number, fields) for number, fields in numbered if fields]
 
 
 def _rows(
@@ -108,7 +107,7 @@ def _rows(
         ):
             raise UserError(
                 f"{where}: line {number} is not a file name with {num_values} values of {', '.join(allowed)}; "
-                f"it is damaged or cut short"
+                f"it is damaged or truncated"
             )
         if name in rows:
             raise UserError(f"{where}: line {number} lists {name} again")

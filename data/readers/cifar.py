@@ -1,4 +1,4 @@
-"""The python pickles of CIFAR-10 and CIFAR-100."""
+"""Read the Python pickles of CIFAR-10 and CIFAR-100. Unlike torchvision's reader, this one runs no code of the file."""
 
 import io
 import pickle
@@ -67,13 +67,13 @@ def _text(name: object, where: str) -> str:
 
 
 def _require_all(tree: FileTree, batches: list[str]) -> None:
-    """UserError if a batch is missing or there twice. A batch says of how many it is one ("training batch 1 of 5")."""
+    """UserError if a batch is missing or repeated. A batch states their number ("training batch 1 of 5")."""
     numbers = [int(name.rpartition("_")[2]) for name in batches]
-    said = re.search(r" of (\d+)$", _text(_unpickle(tree, batches[0]).get("batch_label", b""), batches[0]))
-    wanted = range(1, max(int(said[1]) if said else _NUM_BATCHES, *numbers) + 1)
-    missing = [f"data_batch_{number}" for number in wanted if number not in numbers]
+    stated = re.search(r" of (\d+)$", _text(_unpickle(tree, batches[0]).get("batch_label", b""), batches[0]))
+    expected = range(1, max(int(stated[1]) if stated else _NUM_BATCHES, *numbers) + 1)
+    missing = [f"data_batch_{number}" for number in expected if number not in numbers]
     if missing:
-        raise UserError(f"{tree.path}: lacks {listed(missing)} of the {len(wanted)} training batches")
+        raise UserError(f"{tree.path}: {listed(missing)} of the {len(expected)} training batches missing")
     if len(set(numbers)) < len(numbers):
         raise UserError(f"{tree.path}: holds a training batch more than once: {listed(batches, 10)}")
 

@@ -1,4 +1,4 @@
-"""The idx files of MNIST and its relatives."""
+"""Read the idx files of MNIST and similar sets. Unlike torchvision's reader, this one refuses truncated files."""
 
 import gzip
 import re

@@ -13,12 +13,12 @@ from data.trees.tree import FileTree, is_document
 from utils.errors import UserError
 from utils.text import listed
 
-_MOST_LABEL = 1 << 31  # no label is near it; larger ones do not fit into an array
+_MOST_LABEL = 1 << 31  # far above any label; larger numbers do not fit into an array
 
 
 def read_dataset_json(tree: FileTree, names: list[str]) -> Source:
-    """The StyleGAN convention: dataset.json {"labels": [[file, integer], ...]} beside the images; of several, each is
-    that of the part which its folder names."""
+    """The StyleGAN convention: dataset.json {"labels": [[file, integer], ...]} next to the images. If there are
+    several, the folder of each names its part."""
     listings = [name for name in names if PurePosixPath(name).name == "dataset.json"]
     if len(listings) == 1:
         _require_listed(tree, names, listings)
@@ -63,7 +63,7 @@ def _listed_files(tree: FileTree, names: list[str], listing: str) -> FilePart:
     there = {name for name in names if name.startswith(folder) and not is_document(name)}
     missing = sorted(labels.keys() - there)
     if missing:
-        raise UserError(f"{where} lists {listed(missing)}, which is not there")
+        raise UserError(f"{where} lists {listed(missing)}, which is missing")
     unlisted = sorted(there - labels.keys())
     if unlisted and labels:
         raise UserError(
@@ -86,7 +86,7 @@ def read_image_files(tree: FileTree, names: list[str], quirks: SourceQuirks) -> 
         if len(groups) > 1 and "" not in groups:
             raise UserError(
                 f"{tree.path}: its folders are named like the parts {' and '.join(sorted(groups))}, and none like "
-                f"train; rename one, or give one of them alone"
+                f"train; rename one, or give only one of them"
             )
         only_one_part = len(groups) == 1 and "" not in groups  # a test folder passed on its own
         return Source(_labelled_files(tree, names, depth + only_one_part, quirks))
@@ -134,7 +134,7 @@ def _labelled_files(tree: FileTree, names: list[str], depth: int, quirks: Source
 
 
 def _refuse_parts_as_classes(tree: FileTree, folders: list[tuple[str, ...]]) -> None:
-    """UserError where train_set/cat and test_set/cat would become the classes train_set and test_set."""
+    """UserError if train_set/cat and test_set/cat would become the classes train_set and test_set."""
     tops = sorted({parts[0] for parts in folders})
     like_parts = [name for name in tops if name.casefold().startswith(("train", "test", "val"))]
     if like_parts and all(len(parts) > 1 for parts in folders):

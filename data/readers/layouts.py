@@ -1,7 +1,7 @@
-"""Reads what the user already has: recognises the layout by content and lists labelled images, not yet converted.
+"""Read local images: recognise the layout by its content and list labelled images, not yet converted.
 
 Layouts: MNIST-style idx files, CIFAR pickles, npz, CelebA, zip with dataset.json, class folders, flat
-`<class>_<rest>` files. Folders, zips and tars are all looked into (data/trees). Every file is used, or a note names it.
+`<class>_<rest>` files. Folders, zips and tars are searched (data/trees). Every file is used, or a note names it.
 """
 
 from dataclasses import replace
@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from data.labels import alike, composed
+from data.labels import compose_names, lookalikes
 from data.readers.celeba import read_celeba
 from data.readers.cifar import read_cifar
 from data.readers.idx import IDX_NAME, read_idx
@@ -27,7 +27,7 @@ _NO_PART = "no part of this layout"
 
 
 def open_source(path: Path, quirks: SourceQuirks = NO_QUIRKS) -> Source:
-    """Find out what lies at `path` and list its images. Image files are not opened yet. The notes of the source name
+    """Recognise the layout at `path` and list its images. Image files are not opened yet. The notes of the source name
     every file that is not used. UserError for a damaged archive and for whatever cannot be read."""
     if path.suffix.lower() == ".npz" and not path.is_dir():
         source = read_npz(path)
@@ -48,13 +48,13 @@ def _open_tree(path: Path, quirks: SourceQuirks) -> Source:
     notes = [
         *tree.notes,
         *left_out(_unread(tree, names, source), _NO_PART),
-        *(f"no file in the folder {name}: it is no class" for name in tree.empty_folders),
+        *(f"no file in the folder {name}: it is not a class" for name in tree.empty_folders),
     ]
     return replace(source, notes=(*source.notes, *(f"{path.name}: {note}" for note in notes)))
 
 
 def _unwrapped(tree: FileTree) -> FileTree:
-    """A folder that holds a single archive, and texts at most, stands for that archive."""
+    """The archive in a folder that holds a single archive and only texts besides; else the tree itself."""
     names = [name for name in tree.names if not is_document(name)]
     archives = [name for name in names if name.lower().endswith(ARCHIVE_ENDINGS)]
     if not isinstance(tree, FolderTree) or not archives or archives != names or _is_celeba(tree.names):
@@ -74,7 +74,7 @@ def _is_celeba(names: list[str]) -> bool:
 
 
 def _read_layout(tree: FileTree, names: list[str], images: list[str], quirks: SourceQuirks) -> Source:
-    """`images`: the names that are no texts or tables."""
+    """Read the tree with the reader of its layout. `images`: the names except texts and tables."""
     base_names = {PurePosixPath(name).name for name in names}
     if all(name.lower().endswith(".npz") for name in images):
         return read_npz_folder(tree, images)
@@ -99,25 +99,25 @@ def _unread(tree: FileTree, names: list[str], source: Source) -> list[str]:
 
 
 def _with_composed_names(source: Source, path: Path) -> Source:
-    """Class names in one form of Unicode, so that the same name from two programs is one class."""
+    """The source with class names in one form of Unicode, so that equal names from two programs are one class."""
     parts = {"train": source.train, "test": source.test}
     notes: dict[str, None] = {}
     names: set[str] = set()
     for key, part in parts.items():
         if part is None or part.labels.dtype.kind != "U":
             continue
-        labels, merged = composed(part.labels)
+        labels, merged = compose_names(part.labels)
         parts[key] = replace(part, labels=labels)
         names.update(np.unique(labels).tolist())
         notes |= {f"{path.name}: the class {name} is written in two forms of Unicode; both are one class": None
                   for name in merged}  # fmt: skip
     stated = source.class_names
     if stated is not None:
-        stated = tuple(composed(np.array(stated, str))[0].tolist())
+        stated = tuple(compose_names(np.array(stated, str))[0].tolist())
         names.update(stated)
         twice = next((name for name in stated if stated.count(name) > 1), None)
         if twice is not None:
             raise UserError(f"{path}: two classes are named '{twice}'; each class needs a name of its own")
     notes |= {f"{path.name}: the classes {group} look alike; each is a class of its own": None
-              for group in alike(names)}  # fmt: skip
+              for group in lookalikes(names)}  # fmt: skip
     return replace(source, **parts, class_names=stated, notes=(*source.notes, *notes))

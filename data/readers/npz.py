@@ -1,4 +1,4 @@
-"""Arrays of images and labels: one npz, or a folder of train.npz, test.npz and val.npz."""
+"""Read arrays of images and labels: one npz, or a folder of train.npz, test.npz and val.npz."""
 
 import re
 from dataclasses import replace
@@ -90,10 +90,10 @@ def _role(key: str) -> tuple[str, str] | None:
         return "classes", "names"
     if folded in _UNNAMED:
         return "train", _UNNAMED[folded]
-    words = re.split(r"[_\-. ]", folded)
-    kinds = ["images" if word in _IMAGES else "labels" for word in words if word in _IMAGES | _LABELS]
-    parts = [part for word in words if (part := part_of(word)) is not None]
-    if len(kinds) != 1 or len(kinds) + len(parts) < len(words) or len(parts) > 1:
+    tokens = re.split(r"[_\-. ]", folded)
+    kinds = ["images" if word in _IMAGES else "labels" for word in tokens if word in _IMAGES | _LABELS]
+    parts = [part for word in tokens if (part := part_of(word)) is not None]
+    if len(kinds) != 1 or len(kinds) + len(parts) < len(tokens) or len(parts) > 1:
         return None
     return (parts or ["train"])[0], kinds[0]
 
@@ -146,8 +146,8 @@ def _as_uint8(images: np.ndarray, where: str) -> np.ndarray:
 
 
 def as_nhwc(images: np.ndarray, where: str) -> np.ndarray:
-    """(N, H, W) or (N, H, W, 3) from NHW, NCHW or NHWC; the channel axis is the one of size 1 or 3. Where two are
-    (a side has 1 or 3 pixels), it is the earlier one, as in the samples of a run. UserError for images of 0 pixels."""
+    """(N, H, W) or (N, H, W, 3) from NHW, NCHW or NHWC; the channel axis is the one of size 1 or 3. If two are (a
+    side has 1 or 3 pixels), it is the earlier one, as in the samples of a run. UserError for images of 0 pixels."""
     if 0 in images.shape[1:]:
         raise UserError(f"{where}: shape {images.shape}; images have at least one pixel")
     if images.ndim == 3:
@@ -193,11 +193,11 @@ def read_npz_folder(tree: FileTree, names: list[str]) -> Source:
     found = {part: read_npz(path) for part, path in files.items()}
     for part, source in found.items():
         if source.test is not None:
-            raise UserError(
-                f"{files[part]}: has several parts itself; give it alone, without the files beside it"
-            )
+            raise UserError(f"{files[part]}: has several parts itself; give it without the other files")
         if source.class_names != found["train"].class_names:
-            raise UserError(f"{files[part]}: its classes are not stated like those of {files['train'].name}")
+            raise UserError(
+                f"{files[part]}: its classes are given in another form than those of {files['train'].name}"
+            )
     joined = with_parts(tree.path, {part: source.train for part, source in found.items()})
     notes = [*joined.notes, *(note for source in found.values() for note in source.notes)]
     return replace(joined, class_names=found["train"].class_names, notes=tuple(notes))

@@ -1,4 +1,4 @@
-"""What the readers return: labelled images, not yet converted, and the helpers that several readers share."""
+"""The result of a reader: labelled images, not yet converted; and helpers that several readers share."""
 
 import re
 from collections.abc import Iterator
@@ -92,7 +92,7 @@ class FilePart:
 
 
 def _form(picture) -> Form:
-    """Of a grey or RGB picture."""
+    """The form of a grey or RGB picture."""
     return picture.width, picture.height, 1 if picture.mode == "L" else 3
 
 
@@ -101,7 +101,7 @@ Part = ArrayPart | FilePart
 
 @dataclass(frozen=True)
 class Source:
-    """What was found at one path. `class_names` is in label order if the files state it, else None."""
+    """The labelled images at one path. `class_names` is in label order if the files state it, else None."""
 
     train: Part
     test: Part | None = None
@@ -117,16 +117,16 @@ def find_one(tree: FileTree, names: list[str], pattern: str) -> str:
     """The one file whose base name matches; UserError if there is none."""
     found = [name for name in names if re.search(pattern, PurePosixPath(name).name)]
     if not found:
-        raise UserError(f"{tree.path}: lacks a file named like '{pattern.strip('^$')}'")
+        raise UserError(f"{tree.path}: no file named like '{pattern.strip('^$')}'")
     if len({PurePosixPath(name).name for name in found}) < len(found):
         raise UserError(
-            f"{tree.path}: holds {listed(found)}; only one of them can be read, move the others away"
+            f"{tree.path}: holds {listed(found)}; only one of them can be read; move the others away"
         )
     return found[0]
 
 
 def with_parts(path: Path, found: dict[str, Part]) -> Source:
-    """The source of these parts by name: train, and perhaps test and val."""
+    """The source with these parts by name: train, optionally test and val."""
     train, test, val = found["train"], found.get("test"), found.get("val")
     if val is None:
         return Source(train, test)

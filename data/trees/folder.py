@@ -80,7 +80,7 @@ class _Walk:
     def _is_folder(self, entry: os.DirEntry, name: str) -> bool:
         try:
             return entry.is_dir()
-        except OSError:  # _add says why
+        except OSError:  # _add reports the reason
             return False
 
     def _add(self, entry: os.DirEntry, name: str, device: int) -> None:

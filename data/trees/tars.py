@@ -82,7 +82,7 @@ class TarTree(FileTree):
 
 
 def is_tar(path: Path) -> bool:
-    """Does the file begin like a tar? One that is compressed and damaged counts as one, for reading it says more."""
+    """True if the file begins like a tar, or is compressed and damaged: reading it then reports the damage."""
     with path.open("rb") as file:
         stream = _decompressed(file)
         try:
@@ -128,7 +128,7 @@ def _add(entries: Entries, number: int, member: _Member, path: Path) -> None:
 
 
 def _checked_info() -> type[tarfile.TarInfo]:
-    """A TarInfo for one archive that refuses what `tarfile` takes for the end: a damaged header, and an end of the file
+    """A TarInfo for one archive that refuses what `tarfile` treats as the end: a damaged header, and an end of the file
     without a block of zeros before it."""
 
     class CheckedInfo(tarfile.TarInfo):
@@ -155,7 +155,7 @@ def _checked_info() -> type[tarfile.TarInfo]:
         def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
             _check_pax_records(archive.fileobj)
             info = super().fromtarfile(archive)
-            if info.size < 0:  # tarfile would go back and read the same header for ever
+            if info.size < 0:  # tarfile would go back and read the same header forever
                 raise tarfile.ReadError("damaged header: a negative size")
             return info
 
@@ -170,7 +170,7 @@ def _check_pax_records(stream: BinaryIO) -> None:
         return
     try:
         size = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape").size
-    except tarfile.HeaderError as error:  # tarfile would take it for the end of the archive
+    except tarfile.HeaderError as error:  # tarfile would treat it as the end of the archive
         raise tarfile.ReadError(f"damaged header: {error}") from error
     if not 0 <= size <= _LARGEST_PAX_HEADER:
         raise tarfile.ReadError(f"damaged header: {size:,} bytes of pax records")
@@ -245,7 +245,7 @@ class _Decompressed:
                 return bool(self._file.peek(1))
             self._decompressor = self._new()
         elif not chunk:
-            raise EOFError("the compressed data are cut short")
+            raise EOFError("the compressed data are truncated")
         self._buffer += self._decompressor.decompress(chunk)
         if self._decompressor.eof:
             self._rest, self._decompressor = self._decompressor.unused_data, None

@@ -26,8 +26,11 @@ _DOCUMENT_ENDINGS = {
 
 
 class FileTree(ABC):
-    """`names` are sorted paths relative to the top, with forward slashes; `notes` say what is not among them, and why.
-    `opened` collects the names that were read."""
+    """Named files below one path.
+
+    `names`: sorted paths relative to the top, with forward slashes. `notes`: the files that are not among them, with
+    the reason. `opened`: the names that were read.
+    """
 
     def __init__(self, path: Path, entries: "Entries") -> None:
         self.path = path
@@ -38,7 +41,7 @@ class FileTree(ABC):
         self.empty_folders = _without_files(entries.folders, self.names)
 
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
-        """Each wanted file once with its bytes, in whatever order is quick."""
+        """Yield each wanted file once with its bytes, in the order that is fastest."""
         self.opened.update(wanted)
         return self._read(wanted)
 
@@ -47,7 +50,7 @@ class FileTree(ABC):
 
 
 class Entries:
-    """Collects what a folder or an archive holds. A place is whatever the tree reads a file by."""
+    """Collects the content of a folder or an archive. A place is the handle by which the tree reads a file."""
 
     def __init__(self) -> None:
         self.files: dict[str, object] = {}  # name -> place
@@ -83,8 +86,8 @@ class Entries:
             self.links.pop(name, None)
 
     def settle(self, path: Path, notes: list[str]) -> dict[str, object]:
-        """Name -> place of every file that is wanted, links resolved. UserError for links to nothing, and for names
-        that are not UTF-8. `notes` gets a line for each kind of file that is left out or counted twice."""
+        """Name -> place of every file except litter, with links resolved. UserError for links to nothing, and for names
+        that are not UTF-8. `notes` gets a line for each kind of file that is skipped or counted twice."""
         visible = {name: target for name, target in self.links.items() if not litter_in(name)}
         linked = resolve_links(self.files, visible, path, notes)
         linked = {name: real for name, real in linked.items() if not litter_in(name)}
@@ -130,7 +133,7 @@ def litter_in(name: str) -> str | None:
 
 
 def is_document(name: str) -> bool:
-    """Texts and tables, by their names: files that accompany images."""
+    """True for texts and tables, which accompany images, by their names."""
     path = PurePosixPath(name.casefold())
     return path.suffix in _DOCUMENT_ENDINGS or path.name.partition(".")[0] in _DOCUMENT_NAMES
 
@@ -145,7 +148,7 @@ def refuse_unreadable_text(names: Collection[str], path: Path) -> None:
 
 
 def _without_files(folders: Collection[str], names: Collection[str]) -> list[str]:
-    """Folders in which there is nothing that is wanted."""
+    """Folders without any of `names` below them."""
     parents: set[str] = set()
     for name in names:
         parent = name.rpartition("/")[0]

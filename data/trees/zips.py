@@ -19,8 +19,8 @@ DAMAGED = (
     OverflowError,
 )  # fmt: skip
 _END = struct.Struct(
-    "<4s4H2LH"
-)  # the record at the end: signature, disks, counts, size, offset, length of the comment
+    "<4s4H2LH"  # signature, disks, counts, size, offset, length of the comment
+)
 _KNOWN_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 
 
@@ -66,19 +66,21 @@ def zip_members(path: Path) -> list[zipfile.ZipInfo]:
 
 
 def _fault(path: Path, archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> str | None:
-    """What makes the table of contents incomplete. Readers of zip files search for it from the end of the file, so
-    one that is cut short, or stands behind another one, may show the table of another zip."""
+    """Why the table of contents is incomplete; None if it is complete. Readers of zip files search for it from
+    the end of the file, so one that is truncated, or follows another one, may show the table of another zip."""
     end = path.stat().st_size - _END.size - len(archive.comment)
     with path.open("rb") as file:
         file.seek(end)
         signature, _, _, _, count, _, _, comment = _END.unpack(file.read(_END.size))
     if signature != b"PK\5\6" or comment != len(archive.comment):
-        return "corrupt or truncated zip: it goes on behind its end"
+        return "corrupt or truncated zip: data follow its end record"
     if count != min(len(members), 0xFFFF) and count != len(members) & 0xFFFF:
         return f"corrupt zip: its table has {len(members):,} of {count:,} files"
     before = min((member.header_offset for member in members), default=0)
     if before:
-        return f"{before:,} bytes stand before its first file: several zips in one, or damaged; pack the files again"
+        return (
+            f"{before:,} bytes precede its first file: several zips in one, or damaged; pack the files again"
+        )
     encrypted = next((member.filename for member in members if member.flag_bits & 1), None)
     if encrypted is not None:
         return f"{printable(encrypted)} is encrypted; pack the files without a password"
@@ -97,9 +99,8 @@ def _add(entries: Entries, archive: zipfile.ZipFile, member: zipfile.ZipInfo, pa
     unread = [member] if raw.endswith(("/", "\\")) or litter_in(name) else []
     if name in entries.files:
         unread += [entries.files[name], member]
-    for other in (
-        unread
-    ):  # a damaged name must not hide an image: opening compares it with the name at the file itself
+    # A damaged name must not hide an image: opening compares it with the name at the file itself.
+    for other in unread:
         archive.open(other).close()
     if stat.S_ISLNK(member.external_attr >> 16):
         entries.add_link(name, link_target(name, archive.read(member).decode("utf-8", "surrogateescape")))

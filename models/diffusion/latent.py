@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from data.public import has_public_images
+from data.locations import has_public_images
 from data.spec import DataSpec, PublicData
 from models.diffusion.autoencoder_training import AutoencoderConfig
 from models.diffusion.checkpoint import read_checkpoint

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.public import has_public_images
+from data.locations import has_public_images
 from data.spec import DataSpec, PublicData, Samples
 from models.diffusion.config import ModelConfig, PretrainConfig, TrainConfig
 from models.diffusion.cost import generation_cost, seconds_per_image, training_cost, warm_up_cost

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from data.convert import resized, to_channels
-from data.public import has_public_images
+from data.locations import has_public_images
 from data.spec import DataSpec, PublicData, Samples
 from models.embeddings import Embedding, build_embedding
 from models.evolution.apis.api import Candidates, ImageAPI, checked

@@ -3,7 +3,7 @@ images of the private set."""
 
 import numpy as np
 
-from data.public import has_public_images
+from data.locations import has_public_images
 from data.spec import DataSpec, PublicData
 from models.public.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
 from models.public.semantic_query import QueryConfig, SemanticQuery, words_per_class

@@ -1,0 +1,36 @@
+"""Where the images of a run lie: the folder of the private set, and the prepared folders of the public set."""
+
+from pathlib import Path
+
+from data.prepared import is_prepared
+from data.registry import EMBEDDED_SENSITIVE
+from utils.sections import PublicDataConfig, SensitiveDataConfig
+
+
+def is_embedded(section: SensitiveDataConfig) -> bool:
+    """True for a sensitive set that comes with the toolkit."""
+    return section.path is None and section.name is not None and section.name in EMBEDDED_SENSITIVE
+
+
+def sensitive_folder(section: SensitiveDataConfig, data_root: Path) -> Path:
+    """The folder of the prepared private set, which need not exist."""
+    return Path(section.path) if section.path is not None else data_root / str(section.name)
+
+
+def has_public_images(section: PublicDataConfig) -> bool:
+    """False without public data, and for central_*, whose images the method makes from private queries."""
+    return section.name is not None and not section.name.startswith("central_")
+
+
+def public_folders(section: PublicDataConfig, data_root: Path) -> list[Path]:
+    """Prepared folders of the public set: train_path, or <data_root>/<name> and <name>_<resolution>."""
+    if section.train_path is not None:
+        candidates = [Path(section.train_path)]
+    else:
+        candidates = [data_root / section.name, *sorted(data_root.glob(f"{section.name}_*"))]
+        candidates = [path for path in candidates if _is_size_variant(path.name, section.name)]
+    return [path for path in candidates if is_prepared(path)]
+
+
+def _is_size_variant(folder_name: str, name: str) -> bool:
+    return folder_name == name or folder_name.removeprefix(f"{name}_").isdecimal()
