@@ -10,6 +10,8 @@ EXTRACTORS = Registry(
     {
         "inception": "extractors.inception:InceptionExtractor",
         "random_conv": "extractors.random_conv:RandomConvExtractor",
+        "efficientnet_lite0": "extractors.efficientnet:EfficientNetLite0Extractor",
+        "scattering": "extractors.scattering:ScatteringExtractor",
         "dinov2": "extractors.vision_transformer:Dinov2Extractor",
         "clip": "extractors.vision_transformer:ClipExtractor",
     },
