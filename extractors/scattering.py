@@ -1,4 +1,4 @@
-"""Scattering features: fixed wavelets, no weights and nothing learnt (Bruna and Mallat 2013, arXiv:1203.1513)."""
+"""Scattering features: fixed wavelets, no weights, no training (Bruna and Mallat 2013, arXiv:1203.1513)."""
 
 import functools
 import math
@@ -41,7 +41,7 @@ class ScatteringExtractor:
 
     @classmethod
     def check(cls, weights_root: Path) -> None:
-        """Nothing can be missing."""
+        """Always available."""
 
     def __call__(self, images: "torch.Tensor") -> "tuple[torch.Tensor, None]":
         import torch
@@ -58,9 +58,8 @@ class ScatteringExtractor:
         padded = torch.nn.functional.pad(images, (STEP, STEP + extra, STEP, STEP + extra), mode="reflect")
         spectrum = torch.fft.fft2(padded)
         coefficients = [self._average(spectrum)[:, :, None]]
-        first = [
-            torch.fft.fft2(self._modulus(spectrum, band)) for band in self._bands
-        ]  # (B, C, L, H, W) each
+        # (B, C, L, H, W) each
+        first = [torch.fft.fft2(self._modulus(spectrum, band)) for band in self._bands]
         coefficients += [self._average(order) for order in first]
         second = torch.fft.fft2(self._modulus(first[0], self._bands[1]))  # (B, C, L, L, H, W)
         coefficients.append(self._average(second).flatten(2, 3))
