@@ -156,17 +156,19 @@ def show_parts(config: Config) -> int:
 def evaluate_images(config: Config) -> int:
     """Judge the images of --images against all training and test images; returns the exit code."""
     from data.sensitive import load_sensitive, private_cache, require_prepared, spec_of
-    from evaluation.earlier import earlier_report, facts_of
-    from evaluation.evaluator import Evaluator
+    from evaluation.evaluator import Evaluator, EvaluatorSettings
     from evaluation.images import read_images
     from evaluation.page import REPORT
+    from evaluation.report import earlier_report, facts_of
     from utils.device import prepare_device
 
     config = as_images(config)
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
     evaluator = Evaluator(
-        config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed,
-        private_cache(config.sensitive_data, config.data_root), config.sensitive_data.prompt,
+        EvaluatorSettings(
+            config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed,
+            private_cache(config.sensitive_data, config.data_root), config.sensitive_data.prompt,
+        )
     )  # fmt: skip
     require_prepared(config.sensitive_data, config.data_root)  # before images are read, which takes time
     samples, notes = read_images(config.images, spec)
@@ -278,7 +280,7 @@ def samples_of(config: Config, split: str):
     """The samples of the run, the DataSpec of what it was trained on, and lines to tell the user."""
     from data.samples_file import read_samples
     from data.sensitive import spec_of
-    from evaluation.earlier import earlier_report, facts_of
+    from evaluation.report import earlier_report, facts_of
 
     path = config.exp_path / SAMPLES
     samples = read_samples(path)

@@ -210,7 +210,7 @@ def compose(config: Config, plan: list | None = None) -> Parts:
     from data.cache import CACHE_NAME
     from data.public import misfit, num_public_classes
     from data.sensitive import require_apart, spec_of
-    from evaluation.evaluator import Evaluator
+    from evaluation.evaluator import Evaluator, EvaluatorSettings
     from opacus_ext.ledger import Budget, Ledger, default_delta, weak_delta
     from utils.device import prepare_device
     from utils.memory import require_memory
@@ -233,7 +233,8 @@ def compose(config: Config, plan: list | None = None) -> Parts:
         cache_dir=config.data_root / CACHE_NAME,
         weights_root=config.weights_root,
     )
-    Evaluator(config.eval, spec, config.weights_root, runtime.device, config.seed)  # unknown names fail now
+    # Unknown names fail now.
+    Evaluator(EvaluatorSettings(config.eval, spec, config.weights_root, runtime.device, config.seed))
     method_config = config.method_config
     if hasattr(method_config, "public_data"):
         known = num_public_classes(method_config.public_data, config.data_root)

@@ -42,15 +42,17 @@ def judge(
     report of the training ledger, with what is known of the samples.
     """
     from data.sensitive import private_cache
-    from evaluation.earlier import facts_of
-    from evaluation.evaluator import Evaluator
+    from evaluation.evaluator import Evaluator, EvaluatorSettings
     from evaluation.page import GALLERY, REPORT
+    from evaluation.report import facts_of
     from evaluation.sample_checks import sample_warnings
     from opacus_ext.card import privacy_card, privacy_summary
 
     evaluator = Evaluator(
-        config.eval, spec, config.weights_root, runtime.device, config.seed,
-        private_cache(config.sensitive_data, config.data_root), config.sensitive_data.prompt,
+        EvaluatorSettings(
+            config.eval, spec, config.weights_root, runtime.device, config.seed,
+            private_cache(config.sensitive_data, config.data_root), config.sensitive_data.prompt,
+        )
     )  # fmt: skip
     start = time.perf_counter()
     selection = None
@@ -104,10 +106,9 @@ def write_down(
     """Write report.html and (last) results.json about `report`, and what an earlier evaluation of the same samples
     found; returns both as one Report, with warnings. `account` says what the samples cost, `facts` by what they are
     recognised."""
-    from evaluation.earlier import earlier_report
     from evaluation.page import write_page
+    from evaluation.report import earlier_report, evaluation_settings
     from evaluation.sample_checks import accuracy_warnings, sample_warnings
-    from evaluation.settings import evaluation_settings
     from opacus_ext.card import copies_of_public
     from pipeline.results import results_of
 
