@@ -15,8 +15,9 @@ from data.cache import PrivateCache
 from data.digits import load_digits_8
 from data.spec import DataSpec, Samples
 from evaluation.ceiling import with_ceiling
+from evaluation.cost import evaluation_costs
 from evaluation.evaluator import Evaluator, EvaluatorSettings
-from evaluation.registry import check_metrics, needs_of
+from evaluation.registry import check_metrics, memorisation_metrics, need_classifiers, needs_of
 from evaluation.report import Report, spread
 from evaluation.selection import split_samples
 from extractors import inception, random_conv
@@ -206,6 +207,11 @@ def test_each_metric_of_classifiers_needs_one(digits):
     assert "classifiers" not in needs_of(["fid", "kid"])
 
 
+def test_lists_of_metrics_come_from_the_registry():
+    assert need_classifiers(["fid", "AUROC", "kid", "accuracy"]) == ["auroc", "accuracy"]
+    assert set(memorisation_metrics()) == {"authpct", "nn_ratio", "fld_gap"}
+
+
 @pytest.mark.parametrize("name", ["Accuracy", "balanced_accuracy", "auroc", "calibration_error"])
 def test_every_metric_of_classifiers_gets_the_noisy_choice_that_it_needs(digits, name):
     """However the metric and the classifier are spelled."""
@@ -248,6 +254,23 @@ def test_large_classifiers_have_a_ceiling_only_if_it_is_asked_for(choice, expect
     classifiers = ["Logistic_Regression", "WRN"]
     assert with_ceiling(config(classifiers=classifiers, ceiling=choice)) == expected
     assert with_ceiling(config(classifiers=classifiers, ceiling=choice, metrics=["fid"])) == []
+
+
+def test_the_estimated_cost_counts_one_training_on_real_images_per_ceiling(monkeypatch):
+    monkeypatch.setattr("evaluation.cost.seconds_of", lambda work: 1.0)
+    monkeypatch.setattr("evaluation.cost.batch_rows", lambda resolution: 2)  # 0.5 seconds per image
+
+    def costs(ceiling: str) -> dict[str, float]:
+        wanted = config(classifiers=["Small_CNN", "resnet"], ceiling=ceiling)
+        found = evaluation_costs(wanted, SPEC, 100, 10, Path("absent"), "cpu")
+        return {cost.name: cost.seconds for cost in found}
+
+    trained = {"classifier small_cnn", "classifier resnet"}
+    assert set(costs("none")) == trained
+    assert set(costs("auto")) == trained | {"ceiling small_cnn"}
+    assert set(costs("all")) == trained | {"ceiling small_cnn", "ceiling resnet"}
+    # The quick recipe trains 20 epochs on 1,437 images; the last one is tested on 10.
+    assert costs("auto")["ceiling small_cnn"] == pytest.approx((20 * 1437 + 10) / 2)
 
 
 def test_a_mean_has_a_ceiling_if_all_its_classifiers_have(digits, monkeypatch):
