@@ -1,1 +1,1 @@
-"""Judge labelled images: classifiers trained on them, and fidelity against the real images."""
+"""Evaluation of labelled images: accuracy of classifiers that are trained on them, and fidelity to real images."""

@@ -1,17 +1,17 @@
-"""What the classifiers of an evaluation reach if they are trained on the real training images: its ceiling.
+"""The ceiling of an evaluation: what its classifiers reach when trained on the real training images.
 
-That is computed from private images without noise, so it is as private as other results that compare with them.
+It is computed from private images without noise, so it is as private as any other comparison with them.
 """
 
 from pathlib import Path
 
 import numpy as np
 
-from data.cache import PrivateCache
-from data.spec import DataSpec, Samples
+from data.spec import Samples
 from evaluation.classifiers.recipe import RECIPE_VERSIONS, recipe_for
 from evaluation.features import UNREADABLE
-from evaluation.registry import SMALL_CLASSIFIERS, check_classifiers, needs_of
+from evaluation.inputs import EvaluatorSettings
+from evaluation.registry import SMALL_CLASSIFIERS, check_classifiers, need_classifiers
 from evaluation.selection import Choice
 from utils.files import atomic
 from utils.runtime import log
@@ -20,45 +20,49 @@ from utils.sections import EvalConfig
 
 def with_ceiling(config: EvalConfig) -> list[str]:
     """The classifiers of `config` whose ceiling is measured; none if no metric needs classifiers."""
-    if "classifiers" not in needs_of(config.metrics):
+    if not need_classifiers(config.metrics):
         return []
     names = check_classifiers(config.classifiers)
     wanted = {"auto": SMALL_CLASSIFIERS, "all": names, "none": ()}[config.ceiling]
     return [name for name in names if name in wanted]
 
 
-def trained_on_real(
-    name: str, train: Samples, test: Samples, *, spec: DataSpec, config: EvalConfig, device: str, seed: int,
-    cache: PrivateCache | None,
-) -> Choice:  # fmt: skip
-    """The last epoch of classifier `name`, trained on all of `train` as on samples, and its logits on `test`.
+def train_on_real(name: str, train: Samples, test: Samples, settings: EvaluatorSettings) -> Choice:
+    """The last epoch of classifier `name`, trained on all of `train` like on samples, and its logits on `test`.
 
-    With `cache` the logits are kept there: per prepared dataset, numbers of images, recipe and seed. Raises
+    With a cache the logits are kept there, per prepared dataset, numbers of images, recipe and seed. Raises
     Unavailable if the training fails.
     """
     from evaluation.classifiers.training import train_classifier
 
+    config, spec = settings.config, settings.spec
     recipe = recipe_for(config.recipe, spec, len(train))
-    path, shape = None, (len(test), spec.num_classes)
-    if cache is not None and cache.folder is not None:
-        # A prepared folder has a random name in `identity`; the file's name says nothing about the images.
-        facts = (spec.identity or spec.name, len(train), len(test), name, spec.protocol, config.recipe)
-        version = RECIPE_VERSIONS[config.recipe]
-        path = cache.folder / f"ceiling-{'-'.join(map(str, facts))}-v{version}-seed{seed}.npz"
-    logits = None if path is None else _kept(path, shape)
+    path, shape = _cache_path(name, train, test, settings), (len(test), spec.num_classes)
+    logits = None if path is None else _read_logits(path, shape)
     if logits is None:
-        log.info(f"ceiling: {name} is trained on the {len(train):,} real training images")
+        log.info(f"ceiling: training {name} on {len(train):,} real images")
         trained = train_classifier(
-            name, train, np.arange(len(train)), spec=spec, recipe=recipe, device=device, seed=seed,
-            batch_size=config.batch_size,
+            name, train, np.arange(len(train)), spec=spec, recipe=recipe, device=settings.device,
+            seed=settings.seed, batch_size=config.batch_size,
         )  # fmt: skip
         logits = trained.logits(len(trained.states) - 1, test.images)
         if path is not None:
-            _keep(path, logits)
+            _write_logits(path, logits)
     return Choice(recipe.num_epochs, logits)
 
 
-def _kept(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+def _cache_path(name: str, train: Samples, test: Samples, settings: EvaluatorSettings) -> Path | None:
+    """The file of these logits; None if nothing is cached."""
+    if settings.cache is None or settings.cache.folder is None:
+        return None
+    spec, recipe = settings.spec, settings.config.recipe
+    # `identity` is a random name of the prepared folder, so the file name reveals nothing about the images.
+    facts = (spec.identity or spec.name, len(train), len(test), name, spec.protocol, recipe)
+    version = RECIPE_VERSIONS[recipe]
+    return settings.cache.folder / f"ceiling-{'-'.join(map(str, facts))}-v{version}-seed{settings.seed}.npz"
+
+
+def _read_logits(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     """The logits in `path`; None if there are none that can be used."""
     try:
         with np.load(path) as stored:
@@ -66,17 +70,17 @@ def _kept(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except UNREADABLE as error:
-        log.warning(f"{path}: cannot be read and is computed again ({type(error).__name__})")
+        log.warning(f"{path}: unreadable, computing the ceiling again ({type(error).__name__})")
         return None
     if logits.shape != shape or not np.isfinite(logits).all():
-        log.warning(f"{path}: is not the result of this dataset and is computed again")
+        log.warning(f"{path}: not a ceiling of this dataset, computing it again")
         return None
     return logits
 
 
-def _keep(path: Path, logits: np.ndarray) -> None:
+def _write_logits(path: Path, logits: np.ndarray) -> None:
     try:
         with atomic(path, private=True) as temporary:
             np.savez(temporary, logits=logits)
     except OSError as error:
-        log.warning(f"{path}: the ceiling is not kept ({error.strerror or error})")
+        log.warning(f"{path}: the ceiling is not cached ({error.strerror or error})")

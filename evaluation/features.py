@@ -1,4 +1,4 @@
-"""Features of the images that are judged: what a frozen network (extractors/) makes of them, with a cache."""
+"""Features of evaluated images: one pass through an extractor, cached on disk."""
 
 import zipfile
 import zlib
@@ -12,13 +12,14 @@ from extractors.extractor import Extractor
 from utils.files import atomic
 from utils.progress import progress
 from utils.runtime import log
+from utils.seeding import numpy_rng
 
-# What NumPy raises for a damaged npz file, by where the damage is.
+# What NumPy raises for a damaged npz file; it depends on where the damage is.
 UNREADABLE = (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
 class Features(NamedTuple):
-    """Features (N, D) float32; class logits (N, 1008) float32, or None where the extractor has no classes."""
+    """Features (N, D) float32; class logits (N, K) float32, or None if the extractor has no classes."""
 
     features: np.ndarray
     logits: np.ndarray | None
@@ -32,26 +33,36 @@ def extract(
     description: str,
     cache: PrivateCache | None = None,
 ) -> Features:
-    """One pass of uint8 images (N, C, H, W).
+    """Features of uint8 images (N, C, H, W), in one pass.
 
-    With `cache` the result is kept there, under a name that depends on the images and the extractor. Features tell
-    exactly which images they are of, so those of private images, and of images of unknown origin, are as private as
-    these. A cache that cannot be used costs time and a warning, no more.
+    With `cache` the result is kept there, under a name that depends on the images and the extractor. Features identify
+    the exact images, so features of private images, and of images of unknown origin, are as private as the images. An
+    unusable cache costs time and a warning, nothing else.
     """
-    path = None if cache is None else _place(cache, extractor, images)
+    path = None if cache is None else _cache_path(cache, extractor, images)
     if path is None:
         return _forward(extractor, images, batch_size, description)
-    result = _cached(path)
+    result = _read(path)
     if result is None:
         result = _forward(extractor, images, batch_size, description)
         try:
             _write(path, result)
         except OSError as error:
-            log.warning(f"{path}: features are not kept ({error.strerror or error})")
+            log.warning(f"{path}: features are not cached ({error.strerror or error})")
     return result
 
 
-def _cached(path: Path) -> Features | None:
+def in_fixed_order(points: np.ndarray) -> np.ndarray:
+    """The rows (N, D) in a fixed pseudo-random order that depends on their values alone, not on the order in which they
+    came: for metrics that draw subsets.
+
+    Rows are sorted, then shuffled by a fixed permutation, so that consecutive rows are not alike.
+    """
+    ordered = np.lexsort(points.T[::-1][-16:])  # rows that are equal in 16 features are copies, or nearly
+    return points[ordered[numpy_rng(0, "order of points").permutation(len(points))]]
+
+
+def _read(path: Path) -> Features | None:
     """The features in `path`; None if there are none, or none that can be read."""
     try:
         with np.load(path) as stored:
@@ -60,7 +71,7 @@ def _cached(path: Path) -> Features | None:
         return None
     except UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        log.warning(f"{path}: kept features cannot be read and are computed again ({reason})")
+        log.warning(f"{path}: cached features are unreadable, computing them again ({reason})")
         return None
 
 
@@ -79,9 +90,9 @@ def _forward(extractor: Extractor, images: np.ndarray, batch_size: int, descript
     return Features(np.concatenate(features), None if logits[0] is None else np.concatenate(logits))
 
 
-def _place(cache: PrivateCache, extractor: Extractor, images: np.ndarray) -> Path | None:
-    """The file of these features: its name changes with any value of the images, their shape and the extractor's
-    weights. None if nothing can be kept."""
+def _cache_path(cache: PrivateCache, extractor: Extractor, images: np.ndarray) -> Path | None:
+    """The file of these features; its name depends on every value of the images, their shape and the extractor's
+    weights. None if nothing can be cached."""
     folder = cache.folder
     if folder is None:
         return None

@@ -1,5 +1,6 @@
-"""What metrics can ask for by name; each thing is computed at most once per evaluation."""
+"""The inputs of metrics by name. Each one is computed at most once per evaluation."""
 
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from evaluation.neighbours import NUM_NEIGHBOURS, CentredPoints, centre_of, near
 from evaluation.registry import CLASSIFIERS, EXTRACTOR_NEEDS, check_classifiers
 from evaluation.selection import (
     Choice,
-    JudgedClassifier,
+    ClassifierResult,
     NoisySelection,
     References,
-    judge,
+    select_epochs,
     selections,
     split_samples,
 )
@@ -26,76 +27,107 @@ from utils.runtime import log
 from utils.sections import EvalConfig
 
 
+@dataclass(frozen=True)
+class EvaluatorSettings:
+    """What an evaluation depends on, apart from images.
+
+    `weights_root` holds the weights of extractors. `cache` keeps features of all images on disk; None keeps none.
+    `prompt` describes an image for text-based metrics; {} stands for the class name.
+    """
+
+    config: EvalConfig
+    spec: DataSpec
+    weights_root: Path
+    device: str
+    seed: int
+    cache: PrivateCache | None = None
+    prompt: str = "an image of a {}"
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of one evaluation.
+
+    `train` is None if nothing compares with the training images. `select` queries the private validation records
+    through a booked mechanism; `validation` holds these records themselves, for the oracle.
+    """
+
+    samples: Samples
+    train: Samples | None
+    test: Samples
+    select: NoisySelection | None
+    validation: Samples | None
+
+
 class Inputs:
-    """Images, features and classifiers of one evaluation."""
+    """Images, features and classifiers of one evaluation: the attributes that metrics name in `needs`."""
 
-    def __init__(
-        self, config: EvalConfig, spec: DataSpec, *, samples: Samples, train: Samples | None, test: Samples,
-        select: NoisySelection | None, validation: Samples | None, prompt: str, weights_root: Path, device: str,
-        seed: int, cache: PrivateCache | None,
-    ) -> None:  # fmt: skip
-        self.config, self.spec, self.prompt = config, spec, prompt
-        self.samples, self.train, self.test = samples, train, test
-        self.select, self.validation = select, validation
-        self.weights_root, self.device, self.seed, self.cache = weights_root, device, seed, cache
-        self._passes: dict[str, Passes] = {}
+    def __init__(self, settings: EvaluatorSettings, images: Images) -> None:
+        self.settings, self.images = settings, images
+        self.samples, self.train, self.test = images.samples, images.train, images.test
+        self.spec, self.prompt, self.weights_root = settings.spec, settings.prompt, settings.weights_root
+        self.device, self.seed = settings.device, settings.seed
+        self._features: dict[str, FeatureSets] = {}
 
-    def passes(self, extractor: str) -> "Passes":
-        """What the extractor of this name makes of the images."""
-        return self._passes.setdefault(extractor, Passes(self, extractor))
+    def features(self, extractor: str) -> "FeatureSets":
+        """The features that this extractor computes."""
+        return self._features.setdefault(extractor, FeatureSets(self, extractor))
 
-    def given(self, need: str, extractor: str) -> object:
-        """What a metric that uses `extractor` gets for `need`. Raises Unavailable."""
-        return getattr(self.passes(extractor) if need in EXTRACTOR_NEEDS else self, need)
+    def get(self, need: str, extractor: str) -> object:
+        """The value of `need` for a metric that uses `extractor`. Raises Unavailable."""
+        return getattr(self.features(extractor) if need in EXTRACTOR_NEEDS else self, need)
 
     @cached_property
-    def classifiers(self) -> list[JudgedClassifier]:
-        """Every classifier of the config, trained on the samples. One that cannot be has Unavailable choices."""
-        return [self._judged(CLASSIFIERS.canonical(name)) for name in self.config.classifiers]
+    def classifiers(self) -> list[ClassifierResult]:
+        """Every classifier of the config, trained on the samples. All choices of one whose training fails are
+        Unavailable."""
+        return [
+            self._train_on_samples(CLASSIFIERS.canonical(name)) for name in self.settings.config.classifiers
+        ]
 
-    def _judged(self, name: str) -> JudgedClassifier:
+    def _train_on_samples(self, name: str) -> ClassifierResult:
         from evaluation.classifiers.recipe import recipe_for
         from evaluation.classifiers.training import train_classifier
 
-        chosen, held_out = split_samples(len(self.samples), self.config.num_val)
-        recipe = recipe_for(self.config.recipe, self.spec, len(chosen))
-        wanted = selections(self.config.mode, self.config.oracles)
+        config = self.settings.config
+        chosen, held_out = split_samples(len(self.samples), config.num_val)
+        recipe = recipe_for(config.recipe, self.spec, len(chosen))
+        wanted = selections(config.mode, config.oracles)
         try:
             trained = train_classifier(
                 name, self.samples, chosen, spec=self.spec, recipe=recipe, device=self.device, seed=self.seed,
-                batch_size=self.config.batch_size,
+                batch_size=config.batch_size,
             )  # fmt: skip
         except Unavailable as reason:
-            return JudgedClassifier(name, len(chosen), recipe.num_epochs, dict.fromkeys(wanted, reason))
-        references = References(self.samples.take(held_out), self.test, self.select, self.validation)
-        return judge(trained, wanted, references)
+            return ClassifierResult(name, len(chosen), recipe.num_epochs, dict.fromkeys(wanted, reason))
+        held_out = self.samples.take(held_out)
+        references = References(held_out, self.test, self.images.select, self.images.validation)
+        return select_epochs(trained, wanted, references)
 
     @cached_property
-    def real_classifiers(self) -> list[JudgedClassifier]:
-        """Every classifier of the config, trained on the real training images, at its last epoch whatever selects the
-        others'. One that is not measured has Unavailable choices."""
-        from evaluation.ceiling import trained_on_real, with_ceiling
+    def real_classifiers(self) -> list[ClassifierResult]:
+        """Every classifier of the config, trained on the real training images, at its last epoch for every selection.
+        One whose ceiling is not measured has Unavailable choices."""
+        from evaluation.ceiling import train_on_real, with_ceiling
 
-        judged, measured = [], with_ceiling(self.config)
-        for name in check_classifiers(self.config.classifiers):
-            choice: Choice | Unavailable = Unavailable(f"eval.ceiling={self.config.ceiling}")
+        config = self.settings.config
+        results, measured = [], with_ceiling(config)
+        for name in check_classifiers(config.classifiers):
+            choice: Choice | Unavailable = Unavailable(f"eval.ceiling={config.ceiling}")
             if name in measured:
                 try:
-                    choice = trained_on_real(
-                        name, self.train, self.test, spec=self.spec, config=self.config, device=self.device,
-                        seed=self.seed, cache=self.cache,
-                    )  # fmt: skip
+                    choice = train_on_real(name, self.train, self.test, self.settings)
                 except Unavailable as reason:
-                    log.warning(f"the ceiling of {name} is left out: {reason}")
+                    log.warning(f"the ceiling of {name} is not available: {reason}")
                     choice = reason
-            choices = dict.fromkeys(selections(self.config.mode, self.config.oracles), choice)
+            choices = dict.fromkeys(selections(config.mode, config.oracles), choice)
             epochs = choice.epoch if isinstance(choice, Choice) else 0
-            judged.append(JudgedClassifier(name, len(self.train), epochs, choices))
-        return judged
+            results.append(ClassifierResult(name, len(self.train), epochs, choices))
+        return results
 
 
-class Passes:
-    """The features of one extractor: each set of images passes through it once, and only when it is asked for."""
+class FeatureSets:
+    """Features of the images of one evaluation by one extractor. Each set of images is extracted once, on first use."""
 
     def __init__(self, inputs: Inputs, name: str) -> None:
         self._inputs, self._name = inputs, name
@@ -120,23 +152,23 @@ class Passes:
 
     @property
     def sample_logits(self) -> np.ndarray:
-        return self._with_logits(self._samples)
+        return self._require_logits(self._samples)
 
     @property
     def test_logits(self) -> np.ndarray:
-        return self._with_logits(self._test)
+        return self._require_logits(self._test)
 
     @cached_property
     def train_neighbours(self):
         """Squared distances of the training images to their nearest others: tensor (N, NUM_NEIGHBOURS).
 
-        Smaller sets have as many columns as others exist.
+        A set of at most NUM_NEIGHBOURS images has N - 1 columns.
         """
         features = self.train_features
         points = CentredPoints(features, centre_of(features), self._inputs.device)
         return nearest_others(points, min(NUM_NEIGHBOURS, len(points) - 1), "neighbours of real images")
 
-    def _with_logits(self, found: Features) -> np.ndarray:
+    def _require_logits(self, found: Features) -> np.ndarray:
         if found.logits is None:
             raise Unavailable(
                 f"extractor {self.extractor.name} has no class probabilities; use eval.extractor=inception"
@@ -145,18 +177,19 @@ class Passes:
 
     @cached_property
     def _train(self) -> Features:
-        return self._pass(self._inputs.train, "real images")
+        return self._extract(self._inputs.train, "real images")
 
     @cached_property
     def _test(self) -> Features:
-        return self._pass(self._inputs.test, "test images")
+        return self._extract(self._inputs.test, "test images")
 
     @cached_property
     def _samples(self) -> Features:
-        return self._pass(self._inputs.samples, "samples")
+        return self._extract(self._inputs.samples, "samples")
 
-    def _pass(self, samples: Samples, what: str) -> Features:
+    def _extract(self, samples: Samples, what: str) -> Features:
+        settings = self._inputs.settings
         return extract(
-            self.extractor, samples.images, batch_size=self._inputs.config.batch_size,
-            description=f"{self.extractor.name} features of {what}", cache=self._inputs.cache,
+            self.extractor, samples.images, batch_size=settings.config.batch_size,
+            description=f"{self.extractor.name} features of {what}", cache=settings.cache,
         )  # fmt: skip

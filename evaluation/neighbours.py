@@ -1,4 +1,4 @@
-"""Distances between feature sets, in blocks of bounded memory, for the metrics that look at nearest neighbours.
+"""Distances between feature sets, in blocks of bounded memory, for nearest-neighbour metrics and the gallery.
 
 Legend: N, M points, D features.
 """
@@ -10,15 +10,16 @@ import numpy as np
 
 from utils.progress import progress
 
-NUM_NEIGHBOURS = 5  # the most that a metric asks for
+NUM_NEIGHBOURS = 5  # the most that a metric needs
+PER_CLASS, GALLERY_NEIGHBOURS, GALLERY_ROWS = 2, 4, 40
 MAX_DISTANCES = 2**21  # distances held at a time: 8 MiB each copy
-# Squared float32 distances below this share of the squared norms are rounding: the two points count as equal.
+# Squared float32 distances below this share of the squared norms are rounding error: the points count as equal.
 ROUNDING = 1e-6
 
 
 class CentredPoints:
-    """Points (N, D) that are shifted by a centre where they are sliced, into float32 tensors: a shifted copy of all
-    would be as large as they are. Distances do not change, and less of them is lost to cancellation."""
+    """Points (N, D), shifted by a centre when they are sliced into float32 tensors: a shifted copy of all would need as
+    much memory as the points. The shift does not change distances and reduces cancellation."""
 
     def __init__(self, points: np.ndarray, centre: np.ndarray, device: str) -> None:
         import torch
@@ -43,7 +44,7 @@ def centre_of(points: np.ndarray) -> np.ndarray:
 
 
 def nearest_others(points, k: int, description: str):
-    """Squared distances of every point to its k nearest other points of the set, the nearest first: (N, k)."""
+    """Squared distances of every point to its k nearest other points of the set, nearest first: (N, k)."""
     import torch
 
     found = torch.full((len(points), k), torch.inf, device=points.device)
@@ -58,8 +59,8 @@ def nearest_others(points, k: int, description: str):
 
 
 def nearest(first: np.ndarray, second, centre: np.ndarray, description: str):
-    """Of every point of `first` (N, D) the nearest of `second` (M, D), which `centre` has shifted: squared distances
-    (N,) and indices (N,)."""
+    """The nearest point of `second` (M, D) for every point of `first` (N, D): squared distances (N,) and indices (N,).
+    `second` is already shifted by `centre`."""
     import torch
 
     distances = torch.full((len(first),), torch.inf, device=second.device)
@@ -73,10 +74,8 @@ def nearest(first: np.ndarray, second, centre: np.ndarray, description: str):
 
 
 def distance_blocks(first: np.ndarray, second, centre: np.ndarray, description: str) -> Iterator[tuple]:
-    """Slices of rows of `first` (N, D) and of `second` (M, D), which `centre` has shifted, and their squared distances.
-
-    The points of `first` are shifted block by block: a copy of all would be as large as they are.
-    """
+    """Slices of rows of `first` (N, D) and of `second` (M, D), and their squared distances. `second` is already shifted
+    by `centre`; `first` is shifted block by block, to save memory."""
     for rows, columns in blocks(len(first), len(second), description):
         if columns.start == 0:
             points = CentredPoints(first[rows], centre, second.device)[:]
@@ -87,7 +86,7 @@ def squared_distances(first, second):
     """(N, D), (M, D) -> (N, M)."""
     import torch
 
-    # Norms without a temporary array of squares, which would be as large as the points.
+    # vector_norm needs no temporary array of squares.
     lengths = [torch.linalg.vector_norm(points, dim=1) for points in (first, second)]
     norms = lengths[0][:, None] ** 2 + lengths[1] ** 2
     squared = norms.addmm(first, second.T, alpha=-2)
@@ -97,10 +96,10 @@ def squared_distances(first, second):
 def blocks(
     num_rows: int, num_columns: int, description: str, *, mirrored: bool = False
 ) -> Iterable[tuple[slice, slice]]:
-    """Slices of rows and of columns of a matrix of distances, so that one block holds at most MAX_DISTANCES.
+    """Slices of rows and columns of a distance matrix, so that one block holds at most MAX_DISTANCES.
 
-    Blocks are square, since a product of flat ones waits for memory. `mirrored`: of a symmetric matrix those on and
-    above the diagonal; the others are their mirror images.
+    Blocks are square, since products of flat blocks are limited by memory bandwidth. `mirrored`: for a symmetric
+    matrix, only the blocks on and above the diagonal.
     """
     side = math.isqrt(MAX_DISTANCES)
     found = [
@@ -111,8 +110,26 @@ def blocks(
     return progress(found, description, unit="block") if len(found) > 1 else found
 
 
+def nearest_training(
+    train: np.ndarray, samples: np.ndarray, labels: np.ndarray, device: str
+) -> dict[int, list[int]]:
+    """Rows of the gallery, from features (N, D) and (M, D): sample -> its nearest training images, nearest first.
+
+    For each class the PER_CLASS samples that are nearest to a training image, since copies are among them.
+    """
+    centre = centre_of(train)
+    train = CentredPoints(train, centre, device)
+    squared = nearest(samples, train, centre, "gallery")[0].cpu().numpy()
+    rows = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    rows = [of_class[np.argsort(squared[of_class], kind="stable")[:PER_CLASS]] for of_class in rows]
+    chosen = np.concatenate(rows)[:GALLERY_ROWS]
+    distances = squared_distances(CentredPoints(samples[chosen], centre, device)[:], train[:])
+    found = distances.topk(min(GALLERY_NEIGHBOURS, len(train)), largest=False).indices
+    return {int(row): neighbours for row, neighbours in zip(chosen, found.tolist(), strict=True)}
+
+
 def _keep_nearest(found, squared) -> None:
-    """Put the smallest of `found` (B, k) and of new distances (B, M) into `found`, the smallest first."""
+    """Update `found` (B, k) with the smallest of its values and of new distances (B, M), smallest first."""
     import torch
 
     k = found.shape[1]

@@ -1,4 +1,4 @@
-"""Tables of metrics and classifiers. Nothing here imports torch, so names can be checked early.
+"""Tables of metrics and classifiers. Nothing here imports torch, so names can be checked before a run starts.
 
 A new metric is a new file in evaluation/metrics with one decorated function:
 
@@ -27,7 +27,7 @@ CLASSIFIERS = Registry(
     },
 )
 
-# Quick to train, on all real training images too: eval.ceiling=auto measures their ceiling.
+# Fast enough to train on all real training images too: eval.ceiling=auto measures their ceiling.
 SMALL_CLASSIFIERS = ("logistic_regression", "small_cnn")
 
 METRICS = Registry("eval.metrics", {})
@@ -41,8 +41,7 @@ TRAINING_NEEDS = {"train", "train_features", "train_neighbours"}
 
 @dataclass(frozen=True)
 class Value:
-    """A metric's value with facts about this one number that go into the report's `metric_info`, and tables that are
-    too large for it, which go into its `details`."""
+    """A metric's value. `info` goes into the report's `metric_info`; `details` are tables that are too large for it."""
 
     value: float
     info: dict = field(default_factory=dict)
@@ -59,25 +58,30 @@ class Metric:
     min_images: int
     extractor: str | None
     check: Callable | None
+    memorisation: dict[str, str]
     compute: Callable
 
     @property
     def uses_extractor(self) -> bool:
         return any(need in EXTRACTOR_NEEDS for need in self.needs)
 
+    @property
+    def uses_classifiers(self) -> bool:
+        return "classifiers" in self.needs
+
 
 def metric(
     name: str, *, better: str | dict[str, str], needs: tuple[str, ...], min_images: int = 1,
-    extractor: str | None = None, check: Callable | None = None,
+    extractor: str | None = None, check: Callable | None = None, memorisation: dict[str, str] | None = None,
 ):  # fmt: skip
     """Register a function as the metric `name`.
 
     `needs` names the attributes of evaluation.inputs.Inputs that the function receives, in this order. It returns
-    a float or a Value, or a dict of several named ones, in which an Unavailable stands for a value that is missing;
-    `better` is then a dict too ("higher" or "lower" for every first part of the names). Values of metrics that need
-    an extractor get "/<extractor>" appended to their names; `extractor` fixes which one, else eval.extractor does.
-    Image sets smaller than `min_images` are refused. `check(weights_root)` raises Unavailable where something that
-    this metric alone needs is not installed.
+    a float or a Value, or a dict of several named ones, in which an Unavailable stands for a missing value; `better`
+    is then a dict too ("higher" or "lower" per first part of the names). Values of metrics that need an extractor get
+    "/<extractor>" appended to their names; `extractor` fixes the extractor, otherwise eval.extractor does. Image sets
+    smaller than `min_images` are refused. `check(weights_root)` raises Unavailable if something that only this metric
+    needs is not installed. `memorisation`: how to read each value that indicates copies of training images.
     """
     unknown_needs = set(needs) - set(NEEDS)
     if unknown_needs:
@@ -88,7 +92,7 @@ def metric(
     assert set(better.values()) <= {"higher", "lower"}, better
 
     def register(compute: Callable) -> Callable:
-        entry = Metric(name, better, needs, min_images, extractor, check, compute)
+        entry = Metric(name, better, needs, min_images, extractor, check, memorisation or {}, compute)
         for known_as in {name, *better}:
             METRICS.register(known_as, entry)
         return compute
@@ -105,7 +109,7 @@ def load_metrics() -> None:
 
 
 def check_metrics(names: Iterable[str]) -> list[str]:
-    """The canonical names of the values that are asked for, each once; a group ("precision_recall") is spelled out.
+    """The canonical names of the requested values, each once; a group ("precision_recall") is expanded.
 
     Raises UserError for an unknown name.
     """
@@ -118,14 +122,26 @@ def check_metrics(names: Iterable[str]) -> list[str]:
 
 
 def needs_of(names: Iterable[str]) -> set[str]:
-    """What these metrics need together, of NEEDS. Raises UserError for an unknown name."""
+    """The union of the needs of these metrics. Raises UserError for an unknown name."""
     load_metrics()
     return {need for name in names for need in METRICS.resolve(name).needs}
 
 
 def comparing_with_training(names: Iterable[str]) -> list[str]:
-    """Those of these metrics that look at the private training images, by their canonical names."""
+    """Those of these values that are computed from the private training images, by their canonical names."""
     return [name for name in check_metrics(names) if TRAINING_NEEDS & needs_of([name])]
+
+
+def need_classifiers(names: Iterable[str]) -> list[str]:
+    """Those of these values that need trained classifiers, by their canonical names."""
+    return [name for name in check_metrics(names) if METRICS.resolve(name).uses_classifiers]
+
+
+def memorisation_metrics() -> dict[str, str]:
+    """All values that indicate copies of training images -> how to read them."""
+    load_metrics()
+    entries = dict.fromkeys(METRICS.resolve(name) for name in sorted(METRICS))
+    return {name: text for entry in entries for name, text in entry.memorisation.items()}
 
 
 def check_classifiers(names: Iterable[str]) -> list[str]:

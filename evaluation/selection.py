@@ -1,4 +1,4 @@
-"""Which epoch of a classifier is reported, and what it says about the test images."""
+"""Choose the reported epochs of a classifier, and keep its logits on the test images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,13 +29,13 @@ NOT_PRIVATE = {
 
 
 class NoisySelection(Protocol):
-    """Asks private validation records, through a booked mechanism, which candidate they prefer."""
+    """Queries private validation records, through a booked mechanism, for the candidate that they prefer."""
 
     def choose(self, name: str, correct: "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]") -> int:
         """The index of the noisy best candidate. Called once per classifier, as "selection/<classifier>".
 
         `correct(images (B, C, H, W) float32 in [-1, 1], labels (B,)) -> (B, candidates)` of 0 and 1: the votes of each
-        record, computed from that record alone. B may be 0, which tells the number of candidates.
+        record, computed from that record alone. B may be 0, to learn the number of candidates.
         """
         ...
 
@@ -49,8 +49,8 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class JudgedClassifier:
-    """One trained classifier: what each selection chose, or why it could not choose."""
+class ClassifierResult:
+    """One trained classifier: the choice of each selection, or the reason why there is none."""
 
     name: str
     num_train: int
@@ -60,7 +60,8 @@ class JudgedClassifier:
 
 @dataclass(frozen=True)
 class References:
-    """What epochs are chosen by. `validation`: the private validation images, for the oracle; None: not given."""
+    """What the choice of epochs is based on. `validation`: the private validation images, for the oracle; None: not
+    given."""
 
     held_out: Samples
     test: Samples
@@ -69,7 +70,7 @@ class References:
 
 
 def selections(mode: str, oracles: bool = False) -> tuple[str, ...]:
-    """The selections reported in a mode: its own, and the free ones; with `oracles` the non-private ones too."""
+    """The selections that a mode reports: its own and the free ones; with `oracles` the non-private ones too."""
     extra = ((BEST_VAL,) if mode == "val" else ()) + (BEST_TEST,) if oracles else ()
     return tuple(dict.fromkeys(SELECTIONS_OF_MODE[mode] + extra))
 
@@ -84,10 +85,12 @@ def split_samples(num_samples: int, num_val: int) -> tuple[np.ndarray, np.ndarra
     return order[:num_train], order[num_train:]
 
 
-def judge(trained: "TrainedClassifier", wanted: tuple[str, ...], references: References) -> JudgedClassifier:
-    """Make the `wanted` selections of epochs of `trained` and compute the chosen one's logits on the test images.
+def select_epochs(
+    trained: "TrainedClassifier", wanted: tuple[str, ...], references: References
+) -> ClassifierResult:
+    """Apply the `wanted` selections to `trained`, and compute the logits of each chosen epoch on the test images.
 
-    Only the selection BEST_TEST looks at the test images before the choice, and its number is marked non-private.
+    Only the selection BEST_TEST uses the test images for the choice, and its value is marked non-private.
     """
     choices: dict[str, Choice | Unavailable] = {}
     for selection in wanted:
@@ -97,7 +100,7 @@ def judge(trained: "TrainedClassifier", wanted: tuple[str, ...], references: Ref
             choices[selection] = reason
             continue
         choices[selection] = Choice(trained.epochs[chosen], trained.logits(chosen, references.test.images))
-    return JudgedClassifier(trained.name, trained.num_train, trained.num_epochs, choices)
+    return ClassifierResult(trained.name, trained.num_train, trained.num_epochs, choices)
 
 
 def _choose(selection: str, trained: "TrainedClassifier", references: References) -> int:
@@ -109,12 +112,12 @@ def _choose(selection: str, trained: "TrainedClassifier", references: References
         return _best(trained, references.test)
     if selection == BEST_VAL:
         if references.validation is None:
-            raise Unavailable("the private validation images of a run are not given")
+            raise Unavailable("needs the private validation images of a run")
         return _best(trained, references.validation)
     if selection == SYN_VAL:
         if len(held_out) == 0:
             raise Unavailable(
-                "no synthetic image is left for validation; give at least 10 and eval.num_val > 0"
+                "no samples are held out for validation; give at least 10 samples and eval.num_val > 0"
             )
         return _best(trained, held_out)
     if noisy is None:
@@ -125,9 +128,9 @@ def _choose(selection: str, trained: "TrainedClassifier", references: References
 
 
 def _best(trained: "TrainedClassifier", samples: Samples) -> int:
-    """The candidate with most right answers; the latest of equals."""
-    right = [
+    """The candidate with most correct predictions; the latest of equals."""
+    correct = [
         (trained.logits(candidate, samples.images).argmax(axis=1) == samples.labels).sum()
         for candidate in range(len(trained.states))
     ]
-    return len(right) - 1 - int(np.argmax(right[::-1]))
+    return len(correct) - 1 - int(np.argmax(correct[::-1]))

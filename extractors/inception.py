@@ -18,7 +18,7 @@ INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 class InceptionExtractor:
     """InceptionV3 with the TensorFlow weights of 2015, by torch-fidelity: 2048 features of the last pooling.
 
-    Grey images are replicated to three channels. The logits have no bias, as in the original Inception score.
+    Grey images are replicated to three channels. The 1008 logits have no bias, as in the original Inception score.
     """
 
     name = "inception"
@@ -35,24 +35,24 @@ class InceptionExtractor:
 
     @classmethod
     def check(cls, weights_root: Path) -> Path:
-        """The weights file; raises Unavailable with the fix where it, or a package, is missing."""
+        """The path of the weights file. Raises Unavailable with the fix if it or a package is missing."""
         _inception_network()
         return find_weights(cls.name, INCEPTION_WEIGHTS, weights_root)
 
-    def __call__(self, images: "torch.Tensor") -> tuple:
+    def __call__(self, images: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
         return self._network(images.expand(-1, 3, -1, -1))
 
 
 def _inception_network() -> type:
-    """torch-fidelity's class; Unavailable, with the fix, where the torchvision that it needs cannot be imported."""
+    """torch-fidelity's class. Raises Unavailable with the fix if torchvision, which it needs, cannot be imported."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError, OSError) as error:
         import torch
 
-        # torchvision from the registry is built for CUDA; beside a CPU-only torch its operators do not load.
+        # torchvision from PyPI is built for CUDA; next to a CPU-only torch its operators do not load.
         reason = (
-            f"torchvision cannot be imported beside torch {torch.__version__} ({str(error).splitlines()[0]})"
+            f"torchvision cannot be imported with torch {torch.__version__}: {str(error).splitlines()[0]}"
         )
         fix = "pip install --force-reinstall torch torchvision"
         raise Unavailable(f"{reason}; install a matching pair from one index: {fix}") from error

@@ -1,4 +1,4 @@
-"""A feature extractor that needs no weights file."""
+"""Features of a small random network: no weights file, no dependency."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class RandomConvExtractor:
     """Three fixed random convolutions; means and deviations of 64 channels at full and half resolution: 256 features.
 
-    It needs no weights file and takes any size: a yardstick for small images, not comparable with any other extractor.
+    It needs no weights file and accepts any size. Its values can only be compared with each other.
     """
 
     name = "random_conv"
@@ -38,9 +38,9 @@ class RandomConvExtractor:
 
     @classmethod
     def check(cls, weights_root: Path) -> None:
-        """Nothing can be missing."""
+        """Always available."""
 
-    def __call__(self, images: "torch.Tensor") -> tuple:
+    def __call__(self, images: "torch.Tensor") -> "tuple[torch.Tensor, None]":
         import torch
 
         images = to_float(images, self.device)

@@ -10,10 +10,8 @@ from utils.errors import MissingWeights, Unavailable
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS_FILES = (
-    "model.safetensors",
-    "pytorch_model.bin",
-)  # a publisher has one or both; the first is preferred
+# A model repository has one or both; the first is preferred.
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class TransformersExtractor:
@@ -21,7 +19,7 @@ class TransformersExtractor:
 
     name: str
     MODEL: str  # class of transformers
-    SOURCE: str  # where its weights are published
+    SOURCE: str  # repository of its published weights
     RESOLUTION: int
     MEAN: tuple[float, float, float]
     STD: tuple[float, float, float]
@@ -45,7 +43,7 @@ class TransformersExtractor:
 
     @classmethod
     def check(cls, weights_root: Path) -> Path:
-        """The weights file. Raises Unavailable with what to install or fetch; nothing is downloaded here."""
+        """The path of the weights file. Raises Unavailable with what to install or fetch; downloads nothing."""
         try:
             import transformers  # noqa: F401
         except ImportError as error:
@@ -59,16 +57,17 @@ class TransformersExtractor:
             raise MissingWeights(f"no weights file {folder / WEIGHTS_FILES[0]}; fetch it: {fix}")
         return found[0]
 
-    def __call__(self, images: "torch.Tensor") -> tuple:
+    def __call__(self, images: "torch.Tensor") -> "tuple[torch.Tensor, None]":
         import torch
 
         pixels = images.expand(-1, 3, -1, -1).float() / 255
         size = (self.RESOLUTION, self.RESOLUTION)
         pixels = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
-        return self._features(self._network((pixels - self._mean) / self._std)), None
+        with torch.no_grad():
+            return self._features(self._network((pixels - self._mean) / self._std)), None
 
     def _features(self, output) -> "torch.Tensor":
-        """The (B, D) embedding in what the network returns."""
+        """The (B, D) embedding among the outputs of the network."""
         raise NotImplementedError
 
 
@@ -85,12 +84,8 @@ class Dinov2Extractor(TransformersExtractor):
 class ClipExtractor(TransformersExtractor):
     """ViT-L/14 at 336 pixels, its projected embedding: 768 features (Radford et al. 2021, arXiv:2103.00020)."""
 
-    name, MODEL, SOURCE, RESOLUTION = (
-        "clip",
-        "CLIPVisionModelWithProjection",
-        "openai/clip-vit-large-patch14-336",
-        336,
-    )
+    name, MODEL, RESOLUTION = "clip", "CLIPVisionModelWithProjection", 336
+    SOURCE = "openai/clip-vit-large-patch14-336"
     MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
     def _features(self, output) -> "torch.Tensor":

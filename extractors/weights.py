@@ -1,4 +1,4 @@
-"""Weights files, known by the hash in their names."""
+"""Weights files that carry their hash in their names."""
 
 import shlex
 from pathlib import Path
@@ -8,9 +8,9 @@ from utils.errors import MissingWeights
 
 
 def find_weights(name: str, file_name: str, weights_root: Path) -> Path:
-    """The weights file, if it is there and its SHA-256 starts with the hex digits at the end of its name.
+    """The path of the weights file, if its SHA-256 starts with the hex digits at the end of its name.
 
-    Raises MissingWeights with the command that fetches it otherwise; nothing is downloaded here.
+    Otherwise raises MissingWeights with the command that fetches it; downloads nothing.
     """
     path = weights_root / file_name
     root = shlex.quote(str(weights_root))
@@ -26,5 +26,5 @@ def find_weights(name: str, file_name: str, weights_root: Path) -> Path:
 
 
 def expected_hash(file_name: str) -> str:
-    """The first hex digits of the SHA-256 that a weights file carries at the end of its name."""
+    """The first hex digits of the SHA-256, which a weights file carries at the end of its name."""
     return Path(file_name).stem.rsplit("-", 1)[-1]

@@ -24,7 +24,7 @@ class ModelConfig:
     api: str  # a name of models/evolution/apis/__init__.py, or "module:Class"
     api_params: ApiParams  # a section per generator; that of `api` is used
     api_options: list[str]  # settings of a generator given as "module:Class": [key=value, ...]
-    feature_extractor: str  # where distances are measured: a name of models/embeddings
+    feature_extractor: str  # features that distances are measured in: an extractor or auto
 
 
 class PE(PrivateEvolution):

@@ -12,7 +12,7 @@ from utils.sections import GenConfig, PublicDataConfig
 @dataclass(frozen=True)
 class ModelConfig:
     api_params: DiffusionAPIConfig
-    feature_extractor: str  # where distances are measured: a name of models/embeddings
+    feature_extractor: str  # features that distances are measured in: an extractor or auto
 
 
 class PESD(PrivateEvolution):

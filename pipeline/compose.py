@@ -2,11 +2,12 @@
 
 import dataclasses
 
+from data.apart import require_apart
 from data.cache import CACHE_NAME
 from data.public import misfit, num_public_classes
-from data.sensitive import private_cache, require_apart, spec_of
+from data.sensitive import private_cache, spec_of
 from data.spec import DataSpec
-from evaluation.evaluator import Evaluator
+from evaluation.evaluator import Evaluator, EvaluatorSettings
 from models import METHODS
 from models.synthesizer import Synthesizer
 from opacus_ext.accounting import Release
@@ -71,7 +72,9 @@ def _evaluator(config: Config, spec: DataSpec, device: str) -> Evaluator:
     if config.sensitive_data.name is not None:
         cache = private_cache(config.sensitive_data, config.data_root)
     return Evaluator(
-        config.eval, spec, config.weights_root, device, config.seed, cache, config.sensitive_data.prompt
+        EvaluatorSettings(
+            config.eval, spec, config.weights_root, device, config.seed, cache, config.sensitive_data.prompt
+        )
     )
 
 

@@ -17,13 +17,11 @@ import numpy as np
 from data.sensitive import SensitiveData
 from data.spec import DataSpec, Samples
 from evaluation.ceiling import with_ceiling
-from evaluation.earlier import earlier_report, facts_of
 from evaluation.evaluator import Evaluator
 from evaluation.page import GALLERY, REPORT, write_page
 from evaluation.registry import check_classifiers, comparing_with_training, needs_of
-from evaluation.report import Report
+from evaluation.report import Report, earlier_report, evaluation_settings, facts_of
 from evaluation.sample_checks import accuracy_warnings, sample_warnings
-from evaluation.settings import evaluation_settings
 from opacus_ext.accounting import noisy_max_release
 from opacus_ext.card import copies_of_public, privacy_card, privacy_summary
 from opacus_ext.disclosure import Disclosure
@@ -67,7 +65,7 @@ class Evaluation:
     evaluator: Evaluator
     folder: Path
     samples: Samples
-    facts: dict  # what results.json states about the samples (evaluation.earlier.facts_of)
+    facts: dict  # what results.json states about the samples (evaluation.report.facts_of)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 from data.samples_file import read_samples
 from data.sensitive import load_sensitive, private_cache, require_prepared, spec_of
 from data.spec import DataSpec, Samples
-from evaluation.earlier import earlier_report, facts_of
-from evaluation.evaluator import Evaluator
+from evaluation.evaluator import Evaluator, EvaluatorSettings
 from evaluation.images import read_images
 from evaluation.listing import evaluation_line, lacking
 from evaluation.page import REPORT
+from evaluation.report import earlier_report, facts_of
 from opacus_ext.noise import NoiseSource
 from pipeline.configuration import FIXED
 from pipeline.evaluation import (
@@ -50,8 +50,10 @@ def evaluate_existing(config: Config) -> int:
 
 def _evaluator(config: Config, spec: DataSpec) -> Evaluator:
     return Evaluator(
+        EvaluatorSettings(
         config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed,
         private_cache(config.sensitive_data, config.data_root), config.sensitive_data.prompt,
+        )
     )  # fmt: skip
 
 

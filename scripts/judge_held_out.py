@@ -73,7 +73,7 @@ def judge(config: Config):
     """The report on the run's samples, with the images that it held out in the place of the test images."""
     from data.samples_file import read_samples
     from data.sensitive import load_sensitive, spec_of
-    from evaluation.evaluator import Evaluator
+    from evaluation.evaluator import Evaluator, EvaluatorSettings
     from utils.device import prepare_device
 
     folder = config.exp_path
@@ -87,7 +87,8 @@ def judge(config: Config):
     train, _, reasons = reveal(config, RealImages(disclose(sensitive.train), shown, None))
     training = read_json(folder / PRIVACY)
     write_account(folder, {**training, "revealed": [*training["revealed"], *reasons, REASON]})
-    evaluator = Evaluator(config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed)
+    device = prepare_device(config.setup)
+    evaluator = Evaluator(EvaluatorSettings(config.eval, spec, config.weights_root, device, config.seed))
     return evaluator.evaluate(read_samples(folder / SAMPLES), train=train, test=shown, select=None)
 
 

@@ -48,13 +48,14 @@ def non_private(config: Config) -> Config:
 def measure(config: Config) -> int:
     """Train on the real training images, test on the real test images, write results.json; the exit code."""
     from data.sensitive import load_sensitive, spec_of
-    from evaluation.evaluator import Evaluator
-    from evaluation.settings import evaluation_settings
+    from evaluation.evaluator import Evaluator, EvaluatorSettings
+    from evaluation.report import evaluation_settings
     from pipeline.record import results_of
     from utils.device import prepare_device
 
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
-    evaluator = Evaluator(config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed)
+    device = prepare_device(config.setup)
+    evaluator = Evaluator(EvaluatorSettings(config.eval, spec, config.weights_root, device, config.seed))
     for line in (*config.notes, *lines):
         log.info(line)
     names = ", ".join(config.eval.classifiers)

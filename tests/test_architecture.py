@@ -145,7 +145,6 @@ def test_a_method_imports_no_other_method():
         "models.synthesizer",
         "models.diffusion",
         "models.embedding",
-        "models.embeddings",
         "models.evolution",
         "models.fitting",
         "models.nn",

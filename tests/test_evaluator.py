@@ -15,8 +15,9 @@ from data.cache import PrivateCache
 from data.digits import load_digits_8
 from data.spec import DataSpec, Samples
 from evaluation.ceiling import with_ceiling
-from evaluation.evaluator import Evaluator
-from evaluation.registry import check_metrics, needs_of
+from evaluation.cost import evaluation_costs
+from evaluation.evaluator import Evaluator, EvaluatorSettings
+from evaluation.registry import check_metrics, memorisation_metrics, need_classifiers, needs_of
 from evaluation.report import Report, spread
 from evaluation.selection import split_samples
 from extractors import inception, random_conv
@@ -60,7 +61,7 @@ def evaluate(
     **changes,
 ):
     train, own_test = digits
-    evaluator = Evaluator(config(**changes), SPEC, Path(root), "cpu", 0, cache=cache)
+    evaluator = Evaluator(EvaluatorSettings(config(**changes), SPEC, Path(root), "cpu", 0, cache))
     return evaluator.evaluate(
         train if samples is None else samples, train=train, test=test or own_test, select=select,
         validation=validation,
@@ -200,10 +201,15 @@ def test_no_auroc_without_a_second_class(digits):
 
 def test_each_metric_of_classifiers_needs_one(digits):
     for name in ("accuracy", "balanced_accuracy", "auroc", "calibration_error"):
-        with pytest.raises(UserError, match=f"eval.classifiers .* {name} needs"):
+        with pytest.raises(UserError, match=f"eval.classifiers.*{name}"):
             evaluate(digits, metrics=[name], classifiers=[])
         assert "classifiers" in needs_of(["fid", name.upper()])
     assert "classifiers" not in needs_of(["fid", "kid"])
+
+
+def test_lists_of_metrics_come_from_the_registry():
+    assert need_classifiers(["fid", "AUROC", "kid", "accuracy"]) == ["auroc", "accuracy"]
+    assert set(memorisation_metrics()) == {"authpct", "nn_ratio", "fld_gap"}
 
 
 @pytest.mark.parametrize("name", ["Accuracy", "balanced_accuracy", "auroc", "calibration_error"])
@@ -250,6 +256,23 @@ def test_large_classifiers_have_a_ceiling_only_if_it_is_asked_for(choice, expect
     assert with_ceiling(config(classifiers=classifiers, ceiling=choice, metrics=["fid"])) == []
 
 
+def test_the_estimated_cost_counts_one_training_on_real_images_per_ceiling(monkeypatch):
+    monkeypatch.setattr("evaluation.cost.seconds_of", lambda work: 1.0)
+    monkeypatch.setattr("evaluation.cost.batch_rows", lambda resolution: 2)  # 0.5 seconds per image
+
+    def costs(ceiling: str) -> dict[str, float]:
+        wanted = config(classifiers=["Small_CNN", "resnet"], ceiling=ceiling)
+        found = evaluation_costs(wanted, SPEC, 100, 10, Path("absent"), "cpu")
+        return {cost.name: cost.seconds for cost in found}
+
+    trained = {"classifier small_cnn", "classifier resnet"}
+    assert set(costs("none")) == trained
+    assert set(costs("auto")) == trained | {"ceiling small_cnn"}
+    assert set(costs("all")) == trained | {"ceiling small_cnn", "ceiling resnet"}
+    # The quick recipe trains 20 epochs on 1,437 images; the last one is tested on 10.
+    assert costs("auto")["ceiling small_cnn"] == pytest.approx((20 * 1437 + 10) / 2)
+
+
 def test_a_mean_has_a_ceiling_if_all_its_classifiers_have(digits, monkeypatch):
     monkeypatch.setattr("evaluation.classifiers.recipe.QUICK_EPOCHS", (1, 1))
     monkeypatch.setattr("evaluation.ceiling.SMALL_CLASSIFIERS", ("small_cnn",))
@@ -267,7 +290,9 @@ def test_a_ceiling_is_trained_once_per_dataset_recipe_and_seed(digits, tmp_path,
 
     def ceiling(spec=SPEC, seed=0, train=digits[0]) -> float:
         settings = config(classifiers=["logistic_regression"], ceiling="auto")
-        evaluator = Evaluator(settings, spec, Path("absent"), "cpu", seed, cache=PrivateCache(tmp_path))
+        evaluator = Evaluator(
+            EvaluatorSettings(settings, spec, Path("absent"), "cpu", seed, PrivateCache(tmp_path))
+        )
         report = evaluator.evaluate(small, train=train, test=digits[1], select=None)
         return report.metric_info[name]["ceiling"]
 
@@ -345,7 +370,8 @@ def test_too_few_test_images_leave_the_comparison_out(digits):
     assert "real_floor" not in report.metric_info["nn_ratio/random_conv"]  # 7 images in a half, 10 are needed
     assert "real_floor" in report.metric_info["precision/random_conv"]
     report = evaluate(digits, test=digits[1].take(np.arange(9)), metrics=["nn_ratio"])
-    assert report.missing["nn_ratio/random_conv"] == "needs at least 10 test images, there are 9"
+    reason = report.missing["nn_ratio/random_conv"]
+    assert "at least 10 test images" in reason and reason.endswith("9")
 
 
 def test_copies_show_in_the_memorisation_metrics(digits):
@@ -407,9 +433,10 @@ def test_damaged_weights_are_refused(digits, tmp_path):
 
 def test_too_few_images_are_refused_with_the_number_needed(digits):
     report = evaluate(digits, digits[0].take(np.arange(4)), metrics=["precision", "fid", "accuracy"])
-    assert report.missing["precision/random_conv"] == "needs at least 5 samples, there are 4"
+    reason = report.missing["precision/random_conv"]
+    assert "at least 5 samples" in reason and reason.endswith("4")
     assert "fid/random_conv" in report.metrics
-    assert "no synthetic image is left" in report.missing["accuracy/small_cnn/syn_val"]
+    assert "eval.num_val" in report.missing["accuracy/small_cnn/syn_val"]
     assert np.isfinite(report.metrics["accuracy/small_cnn/last_epoch"])
 
 
@@ -441,13 +468,13 @@ def test_a_value_stands_where_that_of_real_images_fails(digits, monkeypatch, cap
     def broken(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("evaluation.evaluator.real_floor", broken)
+    monkeypatch.setattr("evaluation.evaluator.real_values", broken)
     monkeypatch.setattr(log, "propagate", True)
     with caplog.at_level("WARNING"):
         report = evaluate(digits, metrics=["fid"])
     assert np.isfinite(report.metrics["fid/random_conv"]) and report.missing == {}
     assert "real_floor" not in report.metric_info["fid/random_conv"]
-    assert "metric fid of real images is left out: failed with RuntimeError: out of memory" in caplog.text
+    assert "metric fid of real images" in caplog.text and "RuntimeError: out of memory" in caplog.text
 
 
 def test_a_failure_of_the_private_selection_ends_the_run(digits):
@@ -542,8 +569,8 @@ def test_damaged_features_are_computed_again_and_replaced(digits, tmp_path, monk
     monkeypatch.setattr(log, "propagate", True)
     with caplog.at_level("WARNING"):
         assert evaluate(digits, **arguments) == first
-    told = {line.partition(": kept features cannot be read")[0] for line in caplog.messages}
-    assert told == set(map(str, paths)) and paths
+    paths_in_log = {line.partition(": cached features")[0] for line in caplog.messages}
+    assert paths_in_log == set(map(str, paths)) and paths
     assert {path: path.read_bytes() for path in paths} == whole
 
 
@@ -563,7 +590,7 @@ def test_features_that_cannot_be_kept_cost_a_warning_alone(digits, tmp_path, mon
     cache = PrivateCache(tmp_path / "full")
     caplog.clear()
     assert "fid/random_conv" in evaluate(digits, metrics=["fid"], cache=cache).metrics
-    assert len({line for line in caplog.messages if "features are not kept" in line}) == 2
+    assert len({line for line in caplog.messages if "not cached" in line}) == 2
     assert [path.name for path in cache.folder.iterdir()] == ["key"]
 
 
@@ -594,7 +621,7 @@ def test_labels_outside_the_classes_are_refused(digits):
 )
 def test_unknown_names_are_refused_before_anything_runs(changes, words):
     with pytest.raises(UserError, match=words):
-        Evaluator(config(**changes), SPEC, Path("absent"), "cpu", 0)
+        Evaluator(EvaluatorSettings(config(**changes), SPEC, Path("absent"), "cpu", 0))
 
 
 def test_what_is_missing_is_said_of_this_evaluation_alone():
@@ -632,9 +659,8 @@ def test_a_value_that_other_settings_gave_is_kept_beside_the_new_one():
         "value": 50.0, "with": "recipe=quick", "evaluation": None
     }  # fmt: skip
     lines = written.table().splitlines()
-    assert (
-        "  accuracy/a: 50 with recipe=quick" in lines
-        and "  accuracy/b: found earlier with recipe=quick" in lines
+    assert "  accuracy/a: 50 with recipe=quick" in lines and any(
+        line.startswith("  accuracy/b: ") and "recipe=quick" in line for line in lines
     )
     assert "  fid" not in written.table(), "classifiers have nothing to do with it"
     third = judged({"accuracy/a": 71.0, "accuracy/b": 61.0}).after(read_again(written, paper), paper)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data.spec import DataSpec, Samples
-from evaluation.evaluator import Evaluator
+from evaluation.evaluator import Evaluator, EvaluatorSettings
 from evaluation.listing import evaluation_line
 from models import METHODS
 from opacus_ext.noise import NoiseSource
@@ -88,12 +88,12 @@ def test_every_reason_is_listed():
 def test_a_metric_of_classifiers_needs_one(metric):
     config = config_with(f"eval.metrics=[{metric}]", "eval.classifiers=[]")
     with pytest.raises(UserError, match=r"eval\.classifiers"):
-        Evaluator(config.eval, SPEC, "absent", "cpu", 0)
+        Evaluator(EvaluatorSettings(config.eval, SPEC, "absent", "cpu", 0))
 
 
 def test_an_evaluation_without_training_images_works():
     config = config_with("eval.metrics=[calibration_error]", "eval.ceiling=none")
-    evaluator = Evaluator(config.eval, SPEC, "absent", "cpu", 0)
+    evaluator = Evaluator(EvaluatorSettings(config.eval, SPEC, "absent", "cpu", 0))
     images = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
     samples = Samples(images, np.arange(40, dtype=np.int64) % 10)
     report = evaluator.evaluate(samples, train=None, test=samples, select=None)

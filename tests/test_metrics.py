@@ -37,7 +37,7 @@ from evaluation.metrics.mind import mind
 from evaluation.metrics.neighbour_ratio import nn_ratio
 from evaluation.metrics.precision_recall import precision_recall
 from evaluation.neighbours import CentredPoints, centre_of, nearest, nearest_others
-from evaluation.selection import Choice, JudgedClassifier
+from evaluation.selection import Choice, ClassifierResult
 
 
 def gaussian(num: int, mean: np.ndarray, root: np.ndarray, seed: int) -> np.ndarray:
@@ -561,7 +561,7 @@ def test_metrics_of_classifiers_match_scikit_learn(num_classes, scale):
     logits[np.arange(len(labels)), labels] += 0.7
     logits = (scale * logits).astype(np.float32)
     choice = Choice(1, logits)
-    judged = [JudgedClassifier("a", 10, 1, {"last_epoch": choice})]
+    judged = [ClassifierResult("a", 10, 1, {"last_epoch": choice})]
     blank = np.zeros((len(labels), 1, 2, 2), np.uint8)
     test, spec = Samples(blank, labels.astype(np.int64)), SimpleNamespace(num_classes=num_classes)
     predicted, constant = logits.argmax(axis=1), np.full(len(labels), np.bincount(labels).argmax())
@@ -587,7 +587,7 @@ def test_metrics_of_classifiers_match_scikit_learn(num_classes, scale):
 def test_a_class_without_test_images_counts_for_neither_balanced_accuracy_nor_auroc():
     labels = np.array([0, 0, 0, 2, 2])
     logits = np.array([[3.0, 0, 0], [3, 0, 0], [0, 0, 3], [0, 3, 0], [0, 0, 3]], np.float32)
-    judged = [JudgedClassifier("a", 10, 1, {"last_epoch": Choice(1, logits)})]
+    judged = [ClassifierResult("a", 10, 1, {"last_epoch": Choice(1, logits)})]
     test = Samples(np.zeros((5, 1, 2, 2), np.uint8), labels)
     found = balanced_accuracy(judged, test, SimpleNamespace(num_classes=3))["balanced_accuracy/a/last_epoch"]
     assert found.value == pytest.approx(100 * (2 / 3 + 1 / 2) / 2)

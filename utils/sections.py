@@ -142,7 +142,7 @@ class EvalConfig:
     recipe: str  # paper: the published training recipes; quick: a few epochs
     num_val: int  # synthetic images held out for selection
     batch_size: int  # images per forward pass of feature extractors and of testing
-    extractor: str  # feature extractor of the fidelity metrics: inception, random_conv, dinov2 or clip
+    extractor: str  # of the fidelity metrics: a name of extractors/__init__.py
     oracles: bool  # also report the epochs that are best on validation and test images, which is not private
     gallery: str | None  # samples beside their nearest training images: private, a page of its own, or report
     ceiling: str  # classifiers that are also trained on the real training images: auto (small), all or none

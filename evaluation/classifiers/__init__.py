@@ -1,1 +1,1 @@
-"""Classifiers that are trained on samples and tested on real images: one file per architecture, and the recipes."""
+"""Classifiers that are trained on samples and tested on real images: one file per architecture, recipes, training."""

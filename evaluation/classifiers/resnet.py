@@ -4,11 +4,10 @@ import torch
 from torch import nn
 
 from data.spec import DataSpec
-from evaluation.classifiers.initialise import he_normal
 
 
 def build(spec: DataSpec) -> nn.Module:
-    """The published classifier: depth 164 for the protocol "cifar", 110 for "standard"."""
+    """The published network: depth 164 for the protocol "cifar", 110 for "standard"."""
     depth = 164 if spec.protocol == "cifar" else 110
     return ResNet(depth, spec.channels, spec.num_classes)
 
@@ -36,7 +35,7 @@ class ResNet(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a skip; the skip is a strided 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions with a skip, which is a strided 1x1 convolution if the shape changes."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -54,3 +53,13 @@ class BasicBlock(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return torch.relu(self.residual(hidden) + self.skip(hidden))
+
+
+def he_normal(network: nn.Module, mode: str) -> None:
+    """Draw the weights of every convolution from a normal of variance 2 / fan (He et al. 2015, arXiv:1502.01852).
+
+    `mode` is "fan_in" or "fan_out"; other layers keep PyTorch's defaults.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")

@@ -4,13 +4,13 @@ import torch
 from torch import nn
 
 from data.spec import DataSpec
-from evaluation.classifiers.initialise import he_normal
+from evaluation.classifiers.resnet import he_normal
 
 CARDINALITY = 8
 
 
 def build(spec: DataSpec) -> nn.Module:
-    """The published classifier: depth 28, widening 10 for the protocol "cifar"; 29 and 4 for "standard"."""
+    """The published network: depth 28, widening 10 for the protocol "cifar"; 29 and 4 for "standard"."""
     depth, widen_factor = (28, 10) if spec.protocol == "cifar" else (29, 4)
     return ResNeXt(depth, widen_factor, spec.channels, spec.num_classes)
 
@@ -26,7 +26,7 @@ class ResNeXt(nn.Module):
         for base, first_stride in ((64, 1), (128, 2), (256, 2)):
             width = base * widen_factor
             for block in range((depth - 2) // 9):
-                # The grouped convolution is CARDINALITY * base wide, whatever the widening factor.
+                # The grouped convolution is CARDINALITY * base wide, independent of the widening factor.
                 inner, stride = CARDINALITY * base, first_stride if block == 0 else 1
                 layers.append(Bottleneck(width_in, inner, width, stride))
                 width_in = width

@@ -1,4 +1,4 @@
-"""A small convolutional network for quick runs: minutes on a CPU become seconds."""
+"""A small convolutional network that trains in seconds on a CPU."""
 
 from torch import nn
 
@@ -8,7 +8,7 @@ from data.spec import DataSpec
 def build(spec: DataSpec) -> nn.Module:
     """(B, C, H, W) float32 in [-1, 1] -> logits (B, num_classes). About 26,000 parameters.
 
-    Images above 32 pixels are first averaged down to 32.
+    Images of more than 32 pixels are averaged down to 32 first.
     """
     return nn.Sequential(
         nn.AvgPool2d(max(1, spec.resolution // 32)),

@@ -1,4 +1,4 @@
-"""Train a classifier on samples and keep its averaged weights at a few epochs, the candidates for selection.
+"""Train a classifier on samples and keep its averaged weights after a few epochs: the candidates for selection.
 
 Legend: B batch, C channels, H W pixels, K classes.
 """
@@ -22,17 +22,17 @@ from utils.seeding import numpy_rng, seeded
 
 # Weights of at most this many epochs are kept: 10 x 36 million parameters are 1.5 GB.
 MAX_CANDIDATES = 10
-# Smaller images are one pixel in the last layers, where batch normalisation cannot do with a single image.
+# Smaller images are one pixel in the last layers, and batch normalisation of one value per channel fails.
 SIZE_FOR_ONE_IMAGE = 8
 STEPS_TO_COMPILE_FOR = 5000
-TRITON_NEEDS = (7, 0)  # compute capability of the oldest GPU that torch.compile can generate code for
+TRITON_NEEDS = (7, 0)  # the lowest compute capability that torch.compile supports
 
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """A network and its candidate weights: `states[j]` was reached at the end of epoch `epochs[j]`, the last included.
+    """A network and its candidate weights: `states[j]` are the weights after epoch `epochs[j]`, the last included.
 
-    A state holds the moving average of the parameters beside the batch normalisation statistics of training.
+    A state holds the moving average of the parameters and the batch normalisation statistics of training.
     """
 
     name: str
@@ -52,7 +52,7 @@ class TrainedClassifier:
         return np.concatenate([self._forward(to_float(images[chunk], self.device)) for chunk in chunks])
 
     def correct(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Is candidate j right about image i? (B, C, H, W) float32 in [-1, 1], (B,) -> (B, candidates) of 0 and 1.
+        """Is candidate j correct about image i? (B, C, H, W) float32 in [-1, 1], (B,) -> (B, candidates) of 0 and 1.
 
         A row depends on its own image and label only; B may be 0. The result is on the device of `images`.
         """
@@ -74,8 +74,8 @@ def train_classifier(
 ) -> TrainedClassifier:  # fmt: skip
     """Train classifier `name` on the images `chosen` (indices) of `samples`.
 
-    Equal arguments give equal weights on the same machine. `batch_size` is that of later testing. Raises Unavailable
-    when the weights are no longer finite, and for a single image of less than SIZE_FOR_ONE_IMAGE pixels.
+    Equal arguments give equal weights on the same machine. `batch_size` applies to testing. Raises Unavailable if
+    the weights become non-finite, and for a single image of less than SIZE_FOR_ONE_IMAGE pixels.
     """
     if len(chosen) == 1 and spec.resolution < SIZE_FOR_ONE_IMAGE:
         raise Unavailable(f"needs at least 2 training images of {spec.resolution} pixels, there is 1")
@@ -110,14 +110,14 @@ def candidate_epochs(num_epochs: int) -> list[int]:
 
 
 def num_batches(num_images: int, batch_size: int) -> int:
-    """Of an epoch. A single image that is left over has no batch of its own, but joins the one before."""
+    """Batches per epoch. A single remaining image joins the previous batch."""
     whole, rest = divmod(num_images, batch_size)
     return max(1, whole + (rest > 1))
 
 
 def _batches(chosen: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Index arrays of all batches of all epochs, every epoch in a new order; the last one may be smaller, or larger by
-    one image."""
+    """Index arrays of all batches of all epochs; every epoch has a new order. The last batch of an epoch may be
+    smaller, or larger by one image."""
     ends = recipe.batch_size * np.arange(1, num_batches(len(chosen), recipe.batch_size))
     for _ in range(recipe.num_epochs):
         yield from np.split(rng.permutation(chosen), ends)
@@ -126,8 +126,8 @@ def _batches(chosen: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> It
 def accelerated(network: nn.Module, device: str, num_steps: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """The forward pass of training, (B, C, H, W) -> float32 logits (B, K).
 
-    On a GPU it is in bfloat16 where the GPU computes in it, and compiled where so many steps make up for the minute
-    that compiling takes; weights and optimizer stay float32. Testing never uses it.
+    On a GPU it runs in bfloat16 if the GPU supports it, and is compiled if there are enough steps to make up for the
+    minute of compilation. Weights and optimizer stay float32. Testing never uses it.
     """
     if torch.device(device).type != "cuda":
         return network
@@ -142,10 +142,10 @@ def accelerated(network: nn.Module, device: str, num_steps: int) -> Callable[[to
     return forward
 
 
-def with_noise(images: torch.Tensor, most: float) -> torch.Tensor:
-    """(B, C, H, W) with Gaussian noise of standard deviation most * u^2, u uniform in [0, 1) for each image: half of
-    the images get less than a quarter of `most`. Draws from PyTorch's global generator."""
-    deviation = most * torch.rand(len(images), 1, 1, 1, device=images.device).square()
+def with_noise(images: torch.Tensor, max_std: float) -> torch.Tensor:
+    """Images (B, C, H, W) plus Gaussian noise of standard deviation max_std * u^2, u uniform in [0, 1) per image: half
+    of the images get less than a quarter of `max_std`. Draws from PyTorch's global generator."""
+    deviation = max_std * torch.rand(len(images), 1, 1, 1, device=images.device).square()
     return images + deviation * torch.randn_like(images)
 
 
@@ -170,7 +170,7 @@ def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _scheduler(optimizer, recipe: Recipe, steps_per_epoch: int):
-    """A schedule that is stepped after every batch."""
+    """A schedule with one step per batch."""
     if recipe.decay_every is None:
         total = recipe.num_epochs * steps_per_epoch
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=total + 1)
@@ -179,14 +179,14 @@ def _scheduler(optimizer, recipe: Recipe, steps_per_epoch: int):
 
 @torch.no_grad()
 def _average(averaged: nn.Module, network: nn.Module, step: int) -> None:
-    """Move the averaged parameters; the decay warms up so that the first weights are soon forgotten."""
+    """Move the averaged parameters; the decay warms up so that the initial weights fade quickly."""
     decay = min(0.9999, (1 + step) / (10 + step))
     for mean, parameter in zip(averaged.parameters(), network.parameters(), strict=True):
         mean.lerp_(parameter, 1 - decay)
 
 
 def _candidate(averaged: nn.Module, network: nn.Module, name: str, epoch: int) -> dict[str, torch.Tensor]:
-    """Averaged parameters beside the trained network's own batch normalisation statistics, on the CPU."""
+    """Averaged parameters with the batch normalisation statistics of the trained network, on the CPU."""
     state = {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
     state |= {key: value.detach().cpu().clone() for key, value in averaged.named_parameters()}
     if not all(torch.isfinite(value).all() for value in state.values()):

@@ -4,13 +4,13 @@ import torch
 from torch import nn
 
 from data.spec import DataSpec
-from evaluation.classifiers.initialise import he_normal
+from evaluation.classifiers.resnet import he_normal
 
 DROPOUT = 0.3
 
 
 def build(spec: DataSpec) -> nn.Module:
-    """The published classifier: WRN 28-10 for the protocol "cifar", WRN 40-4 for "standard"."""
+    """The published network: WRN 28-10 for the protocol "cifar", WRN 40-4 for "standard"."""
     depth, widen_factor = (28, 10) if spec.protocol == "cifar" else (40, 4)
     return WideResNet(depth, widen_factor, spec.channels, spec.num_classes)
 
@@ -41,7 +41,7 @@ class WideResNet(nn.Module):
 class WideBlock(nn.Module):
     """Batch norm and ReLU before each of two 3x3 convolutions, dropout between them.
 
-    Where the width changes, the 1x1 skip takes the activated input, as in the authors' code.
+    If the width changes, the 1x1 skip takes the activated input, like the authors' code.
     """
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:

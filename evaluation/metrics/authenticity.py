@@ -11,6 +11,7 @@ from evaluation.registry import metric
     better="higher",
     needs=("train_features", "sample_features", "device", "train_neighbours"),
     min_images=2,
+    memorisation={"authpct": "about 50 for fresh images, 0 for copies of training images"},
 )
 def authpct(real: np.ndarray, fake: np.ndarray, device: str = "cpu", real_neighbours=None) -> float:
     """Percent of fake points (M, D) that are farther from their nearest training point than that one is from its

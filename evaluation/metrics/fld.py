@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 
+from evaluation.features import in_fixed_order
 from evaluation.neighbours import MAX_DISTANCES, CentredPoints, squared_distances
-from evaluation.ordering import in_own_order
 from evaluation.registry import Value, metric
 from utils.progress import progress
 
@@ -27,6 +27,7 @@ MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = math.log(1e-6), 40.0
     better={"fld": "lower", "fld_train": "lower", "fld_gap": "higher"},
     needs=("train_features", "test_features", "sample_features", "device"),
     min_images=20,
+    memorisation={"fld_gap": "about 0 for fresh images, far below 0 for copies"},
 )
 def fld(train: np.ndarray, test: np.ndarray, fake: np.ndarray, device: str = "cpu") -> dict[str, Value]:
     """100 times the negative log-likelihood per feature under a mixture that is centred on the samples, less that of
@@ -39,7 +40,7 @@ def fld(train: np.ndarray, test: np.ndarray, fake: np.ndarray, device: str = "cp
     scale[scale == 0] = 1
     width = scale.astype(np.float32)
     train, test, fake = (
-        CentredPoints(in_own_order(points) / width, centre / scale, device)[:]
+        CentredPoints(in_fixed_order(points) / width, centre / scale, device)[:]
         for points in (train, test, fake)
     )
     half = len(train) // 2

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from evaluation.ordering import in_own_order
+from evaluation.features import in_fixed_order
 from evaluation.registry import Value, metric
 from utils.progress import progress
 from utils.seeding import numpy_rng
@@ -20,7 +20,7 @@ def kid(
     are no larger than the smaller set.
     """
     subset_size = min(subset_size, len(real), len(fake))
-    real, fake = in_own_order(real), in_own_order(fake)
+    real, fake = in_fixed_order(real), in_fixed_order(fake)
     rng = numpy_rng(0, "KID subsets")
     values = []
     for _ in progress(range(num_subsets), "KID", unit="subset"):

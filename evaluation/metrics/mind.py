@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from evaluation.ordering import in_own_order
+from evaluation.features import in_fixed_order
 from evaluation.registry import Value, metric
 from utils.seeding import numpy_rng
 
@@ -20,7 +20,7 @@ def mind(real: np.ndarray, fake: np.ndarray, *, num_projections: int = NUM_PROJE
     over other random directions and other subsets of the larger set; both image sets are taken as given.
     """
     count, dim = min(len(real), len(fake)), real.shape[1]
-    real, fake = in_own_order(real), in_own_order(fake)
+    real, fake = in_fixed_order(real), in_fixed_order(fake)
     directions = numpy_rng(0, "MIND directions").standard_normal((num_projections, dim), dtype=np.float32)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     distances = np.concatenate(

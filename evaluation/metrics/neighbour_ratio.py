@@ -1,9 +1,9 @@
-"""Are samples nearer to the training images than to images that the generator has never seen?"""
+"""nn_ratio: are samples nearer to the training images than to images that the generator has never seen?"""
 
 import numpy as np
 
+from evaluation.features import in_fixed_order
 from evaluation.neighbours import CentredPoints, centre_of, nearest
-from evaluation.ordering import in_own_order
 from evaluation.registry import Value, metric
 
 
@@ -12,18 +12,19 @@ from evaluation.registry import Value, metric
     better="higher",
     needs=("train_features", "test_features", "sample_features", "device"),
     min_images=10,
+    memorisation={"nn_ratio": "1 if the training images left no trace, lower for copies"},
 )
 def nn_ratio(train: np.ndarray, test: np.ndarray, fake: np.ndarray, device: str = "cpu") -> Value:
     """Mean distance of fake points to the nearest training point, divided by that to the nearest test point.
 
-    Features (N, D), (H, D), (M, D). Both references are equally large, since a larger set is nearer by its size alone:
-    the larger one is cut into blocks of the size of the smaller, and the mean over the blocks counts. 1 in expectation
-    where the training images left no trace; copies are at distance 0 from one block, which gives 1 - 1 / blocks.
+    Features (N, D), (H, D), (M, D). Both references have equal size, since a larger set is nearer by its size alone:
+    the larger one is split into blocks of the size of the smaller, and the mean over the blocks counts. 1 in
+    expectation if the training images left no trace. Copies are at distance 0 from one block: 1 - 1 / blocks.
     """
     centre, size = centre_of(train), min(len(train), len(test))
     means, num_blocks = [], []
     for name, points in (("training", train), ("test", test)):
-        points = CentredPoints(in_own_order(points), centre, device)
+        points = CentredPoints(in_fixed_order(points), centre, device)
         starts = range(0, len(points) - size + 1, size)
         each = [
             nearest(fake, points[start : start + size], centre, f"nearest {name} images")[0]

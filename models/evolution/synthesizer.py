@@ -16,7 +16,8 @@ import torch
 from data.convert import resized, to_channels
 from data.locations import has_public_images
 from data.spec import DataSpec, PublicData, Samples
-from models.embeddings import Embedding, build_embedding
+from extractors import build_extractor
+from extractors.extractor import Extractor
 from models.evolution.apis.api import Candidates, ImageAPI, checked
 from models.evolution.population import class_labels, class_sizes, consecutive, survivors
 from models.evolution.voting import NearestCandidates, ballots, choose_backend
@@ -83,10 +84,12 @@ class PrivateEvolution(Synthesizer, abc.ABC):
         """The generator that the method steers."""
 
     @functools.cached_property
-    def embedding(self) -> Embedding:
+    def extractor(self) -> Extractor:
         """Built when pretraining starts: planning a run needs no weights."""
         name = self.config.model.feature_extractor
-        return build_embedding(name, self.spec, self.runtime.weights_root, self.runtime.device)
+        return build_extractor(
+            "model.feature_extractor", name, self.spec, self.runtime.weights_root, self.runtime.device
+        )
 
     @property
     def uses_public_images(self) -> bool:
@@ -104,7 +107,7 @@ class PrivateEvolution(Synthesizer, abc.ABC):
         return self.api.releases()
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
-        self.embedding  # noqa: B018 - what is missing shows now
+        self.extractor  # noqa: B018 - what is missing shows now
         for release in self.api.releases():
             private.ledger.book(release.name, release.num_steps - private.ledger.executed(release.name))
         self.api.prepare(public)
@@ -155,7 +158,7 @@ class PrivateEvolution(Synthesizer, abc.ABC):
 
     def lacking(self) -> list[str]:
         lines = []
-        for require in (self.api.require_ready, lambda: self.embedding):
+        for require in (self.api.require_ready, lambda: self.extractor):
             try:
                 require()
             except UserError as error:
@@ -318,7 +321,7 @@ class PrivateEvolution(Synthesizer, abc.ABC):
     def _embed_bytes(self, images: torch.Tensor) -> torch.Tensor:
         parts = images.to(self.runtime.device).split(self.config.train.feature_extractor_batch_size)
         with torch.no_grad():
-            return torch.cat([self.embedding(part).float() for part in parts])
+            return torch.cat([self.extractor(part)[0].float() for part in parts])
 
     def _as_spec(self, images: np.ndarray) -> np.ndarray:
         return resized(to_channels(images, self.spec.channels), self.spec.resolution)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data.spec import DataSpec, PublicData
-from models.embeddings import build_embedding
+from extractors import build_extractor
 from models.evolution.apis.api import Candidates, ImageAPI
 from utils.errors import UserError
 from utils.progress import progress
@@ -25,7 +25,9 @@ ASSUMED_IMAGES = 20000  # of a public set of any size, for an estimate of time
 
 @dataclass(frozen=True)
 class NearestConfig:
-    embedding: str  # in which images are near: a name of models/embeddings
+    embedding: (
+        str  # features that define which images are near: an extractor (extractors/__init__.py) or auto
+    )
     max_images: (
         int | None
     )  # a random subset of the public set of at most this size; None: all. They are in checkpoints
@@ -45,7 +47,9 @@ class NearestAPI(ImageAPI):
 
     def __init__(self, config: NearestConfig, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
-        self.embedding = build_embedding(config.embedding, spec, runtime.weights_root, runtime.device)
+        self.extractor = build_extractor(
+            "model.api_params.nearest.embedding", config.embedding, spec, runtime.weights_root, runtime.device
+        )
         self.images: np.ndarray | None = None  # (n, C, H, W) uint8
         self._features: torch.Tensor | None = None  # (n, D), when first needed
         self._neighbors: dict[int, np.ndarray] = {}  # degree -> (n, degree) int32, -1 where not looked up yet
@@ -77,7 +81,7 @@ class NearestAPI(ImageAPI):
 
     def _features_of(self, images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return self.embedding(images.to(self.runtime.device))
+            return self.extractor(images.to(self.runtime.device))[0].float()
 
     def prepare(self, public: PublicData | None) -> None:
         if self.images is not None:
