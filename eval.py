@@ -26,7 +26,6 @@ from pipeline.judging import (
     write_down,
 )
 from utils.artefacts import CONFIG, ENVIRONMENT, PRIVACY, RESULTS, SAMPLES
-from utils.bounds import at_most
 from utils.command_line import read_command_line, short_help
 from utils.config import COMMAND_LINE, Config, format_config, load_config
 from utils.config_files import flatten
@@ -36,6 +35,7 @@ from utils.log import also_to, to_terminal
 from utils.places import path_of
 from utils.program import MISTAKE, program, run_process
 from utils.runtime import Runtime, log
+from utils.text import at_most
 
 RUN_FLAGS = {
     "method": "method",

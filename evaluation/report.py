@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from utils.table import aligned
+from utils.text import aligned
 
 # What a table for a person shows in columns of the row of accuracy, not in rows of their own: name -> title.
 BESIDE_ACCURACY = {"balanced_accuracy": "balanced", "auroc": "AUROC"}

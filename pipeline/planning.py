@@ -1,8 +1,7 @@
 """Lines for a person about a run that has not begun: its privacy plan, its networks, what it will cost."""
 
-from utils.bounds import at_most
 from utils.progress import duration
-from utils.table import aligned
+from utils.text import aligned, at_most
 from utils.timing import Cost
 
 LONG = 86400  # seconds after which a shorter way is pointed out
