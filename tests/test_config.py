@@ -13,7 +13,7 @@ import pytest
 from models import METHODS
 from models.diffusion.samplers import MAX_GAMMA
 from utils.config import EVERY_METHOD, Config, format_config, load_config, parser
-from utils.config_files import CONFIG_FOLDER, ConfigFiles, file_values, flatten
+from utils.config_files import CONFIG_FOLDER, ConfigFiles, compose, flatten, written_values
 from utils.errors import UserError
 from utils.presets import TIERS, load_presets, nearest_tier
 from utils.registry import Registry
@@ -205,11 +205,22 @@ def shipped_tables() -> list[str]:
     return [EVERY_METHOD, *(name for name in SHIPPED.names("presets") if name in SHIPPED_METHODS)]
 
 
+def shipped_parts(**names: str) -> list:
+    """The files of a configuration from the shipped folder; `names` replaces some of the choices."""
+    names = {
+        "data": "digits_8",
+        "public_data": "none",
+        "eval": "none",
+        "setup": "cpu",
+        "method": "Noise",
+    } | names
+    return SHIPPED.parts({group: SHIPPED.require(group, name) for group, name in names.items()})
+
+
 def values_before_presets(method: str, data: str, preset: str) -> dict[str, object]:
     from omegaconf import OmegaConf
 
-    names = {"data": data, "public_data": "none", "eval": preset, "setup": "cpu", "method": method}
-    composed = SHIPPED.compose({group: SHIPPED.require(group, name) for group, name in names.items()})
+    composed = compose(shipped_parts(data=data, eval=preset, method=method))
     return flatten(OmegaConf.to_container(composed, resolve=True))
 
 
@@ -274,8 +285,11 @@ def test_published_commands_compose(command):
 
 def test_shipped_groups_have_the_same_keys():
     for group in ("data", "public_data", "eval", "setup"):
-        files = [SHIPPED.require(group, name) for name in SHIPPED.names(group)]
-        assert len({frozenset(key for key, _, _ in file_values(path, "")) for path in files}) == 1, group
+        keys = {
+            frozenset(key for key, _, _ in written_values(shipped_parts(**{group: name})))
+            for name in SHIPPED.names(group)
+        }
+        assert len(keys) == 1, group
 
 
 def test_a_file_that_includes_another_says_which_of_them_wrote_a_value():
@@ -287,6 +301,31 @@ def test_a_file_that_includes_another_says_which_of_them_wrote_a_value():
     }  # fmt: skip
     for key, name in written.items():
         assert config.provenance[key] == f"base configs/{key.split('.')[0]}/{name}.yaml"
+
+
+def test_provenance_follows_any_defaults_list_that_hydra_accepts(load, toy_folder):
+    """A file included with a package of its own, and one from another group."""
+    write(toy_folder / "parts" / "network.yaml", "{ch_mult: [3, 5], channels: 2}\n")
+    included = "defaults: [/parts/network@model.network, _self_]\n"
+    lines = [line for line in TOY_YAML.splitlines() if "ch_mult" not in line]
+    write(toy_folder / "method" / "Toy.yaml", "\n".join([lines[1], included, *lines[2:]]))
+    config = load("-dn mnist_28")
+    assert config.method_config.model.network == NetworkConfig([3, 5], 2)
+    assert config.provenance["model.network.channels"].endswith("/parts/network.yaml")
+    assert config.provenance["train.lr"] == "preset Toy paper rule 2"
+    assert config.provenance["model.s_max"].endswith("/method/Toy.yaml")
+
+
+def test_a_section_that_a_rule_sets_as_a_whole_has_the_rule_as_its_layer(load, toy_folder):
+    write(toy_folder / "presets" / "Toy.yaml", "paper:\n  - set: {model.warm_up: {rate: 0.5}}\n")
+    assert load("").provenance["model.warm_up.rate"] == "preset Toy paper rule 1"
+
+
+def test_a_changed_defaults_list_is_read_again(load, toy_folder):
+    load("-m Plain")
+    write(toy_folder / "method" / "_small.yaml", "gen: {data_num: 6, batch_size: 1}\n")
+    write(toy_folder / "method" / "Plain.yaml", "defaults: [_small]\n")
+    assert load("-m Plain").gen == GenConfig(6, 1)
 
 
 # --- layers --------------------------------------------------------------------------------------------------------
@@ -334,7 +373,7 @@ def test_provenance_names_the_layer_of_every_value(load):
     assert provenance["model.network.channels"].startswith("derived ${sensitive_data.num_channels} ")
     assert provenance["model.network.ch_mult"] == "preset Toy paper rule 1"
     assert provenance["train.n_epochs"] == "preset Toy quick rule 1"
-    assert provenance["train.extra"] == "base, included file or class default"
+    assert provenance["train.extra"] == "default of the class"
     for key in ("eval.mode", "preset", "privacy.epsilon", "data_name"):
         assert provenance[key] == "command line"
     assert load("").provenance["privacy.epsilon"] == "default of --epsilon"

@@ -18,7 +18,14 @@ import typing
 from pathlib import Path
 
 from utils.command_line import parse_epsilon, parse_value, parser, read_command_line
-from utils.config_files import ConfigFiles, config_folders, file_values, flatten, readable_errors
+from utils.config_files import (
+    ConfigFiles,
+    compose,
+    config_folders,
+    flatten,
+    readable_errors,
+    written_values,
+)
 from utils.errors import UserError, unknown
 from utils.places import data_root, path_of, weights_root
 from utils.presets import PRESETS, Rule, load_presets, nearest_tier
@@ -52,6 +59,7 @@ EVERY_METHOD = (
     "_every_method"  # presets/_every_method.yaml holds for all methods, before the method's own rules
 )
 COMMAND_LINE = "command line"
+CLASS_DEFAULT = "default of the class"  # the layer of a value that no file and no flag sets
 LONGEST_VALUE = 30  # characters of the column of values in --print_config
 
 
@@ -151,10 +159,8 @@ def load_config(argv: list[str], methods: Registry, program: str = "run") -> Con
     command = _parse_settings(settings, schema.types)
     cell = _choose_cell(files, schema, flags, choices, command)
     layers = _value_layers(files, cell, schema, given, command, data_root(flags.data_root))
-    written = files.written_values(
-        cell.files
-    )  # before Hydra composes them: the reader refuses what it would misread
-    typed = _typed_values(files.compose(cell.files), schema, layers)
+    parts = files.parts(cell.files)
+    typed = _typed_values(compose(parts), schema, layers)
     check(typed["seed"] >= 0, "seed", typed["seed"], "0 or more")
     plain = {name: _plain(value) for name, value in typed.items()}
     snapshot = {"method": method, "data_name": cell.data_name, **plain}
@@ -168,7 +174,7 @@ def load_config(argv: list[str], methods: Registry, program: str = "run") -> Con
         **{name: typed[name] for name in (*RUN_KEYS, *SHARED_SECTIONS)},
         method_config=schema.method_type(**{name: typed[name] for name in schema.own}),
         provenance={
-            **_provenance(snapshot, written, layers),
+            **_provenance(snapshot, [*written_values(parts), *layers]),
             **{flag: _flag_layer(flag, given) for flag in ("method", "data_name")},
         },
         snapshot=snapshot,
@@ -253,7 +259,17 @@ def _choose_cell(
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     tier = nearest_tier(epsilon)
-    facts = _facts_of_own_images(data_file, data_name, data_root(flags.data_root), command)
+    chosen = {
+        "data": data_file,
+        "public_data": files.require("public_data", "none"),  # until the other files have named one
+        "eval": files.require("eval", choices.get("eval", preset)),
+        "setup": files.require("setup", choices.get("setup", files.default("setup"))),
+        "method": files.require("method", schema.method),
+    }
+    written = {key: value for key, value, _ in written_values(files.parts(chosen))}
+    facts = None
+    if data_file.stem == OWN_IMAGES:
+        facts = _facts_of_own_images(data_name, written, data_root(flags.data_root), command)
     # A file chosen on the command line (eval=none) belongs to that layer: no rule changes its section.
     rules = [
         rule.without(choices).evaluated(facts)
@@ -261,15 +277,7 @@ def _choose_cell(
         for rule in table.chosen(preset)
         if rule.matches(data_name, tier, facts)
     ]
-    method_file = files.require("method", schema.method)
-    public_name, public_file = _choose_public_data(files, method_file, rules, command)
-    chosen = {
-        "data": data_file,
-        "public_data": public_file,
-        "eval": files.require("eval", choices.get("eval", preset)),
-        "setup": files.require("setup", choices.get("setup", files.default("setup"))),
-        "method": method_file,
-    }
+    public_name, chosen["public_data"] = _choose_public_data(files, written, rules, command)
     return _Cell(data_name, epsilon, preset, tier, table_path is not None, rules, public_name, chosen)
 
 
@@ -308,10 +316,12 @@ def _prepared_sets(root: Path) -> set[str]:
 
 
 def _choose_public_data(
-    files: ConfigFiles, method_file: Path, rules: list[Rule], command: dict[str, object]
+    files: ConfigFiles, written: dict[str, object], rules: list[Rule], command: dict[str, object]
 ) -> tuple[str | None, Path]:
-    """The public set that the latest layer names, and its YAML file: `custom` for a folder given as train_path."""
-    written = {key: value for key, value, _ in file_values(method_file, "")}
+    """The public set that the latest layer names, and its YAML file: `custom` for a folder given as train_path.
+
+    `written` are the values of the YAML files with the file for no public data.
+    """
     layers = [written, *(rule.values for rule in rules), command]
     early = {key: value for layer in layers for key, value in layer.items()}
     name, folder = early.get("public_data.name"), early.get("public_data.train_path")
@@ -376,20 +386,17 @@ def _written_facts(meta: Path) -> dict[str, int]:
 
 
 def _facts_of_own_images(
-    data_file: Path, data_name: str, root: Path, command: dict[str, object]
+    data_name: str, written: dict[str, object], root: Path, command: dict[str, object]
 ) -> dict[str, int] | None:
-    """What rules for the user's own images may depend on; None for the toolkit's data sets, and for images that are
-    neither prepared nor described in full, which no run accepts."""
-    if data_file.stem != OWN_IMAGES:
-        return None
+    """The public facts that preset rules for the user's own images may depend on; None for images that are neither
+    prepared nor described in full, which no run accepts. `written` are the values of the YAML files."""
     meta = _meta_of_own_images(data_name, root, command)
     facts = {} if meta is None else _written_facts(meta)
     described = {
         "N": "num_train", "resolution": "resolution", "channels": "num_channels", "classes": "n_classes"
     }  # fmt: skip
-    written = {key: value for key, value, _ in file_values(data_file, "")}
     for fact, key in described.items():
-        value = command.get(f"sensitive_data.{key}", facts.get(fact, written.get(key)))
+        value = command.get(f"sensitive_data.{key}", facts.get(fact, written.get(f"sensitive_data.{key}")))
         if not isinstance(value, int) or value < 1:
             return None
         facts[fact] = value
@@ -415,13 +422,14 @@ def _flag_layer(flag: str, given: set[str]) -> str:
     return COMMAND_LINE if flag in given else f"default of --{flag}"
 
 
-def _provenance(
-    snapshot: dict, written: list[tuple[str, object, str]], layers: list[tuple[str, object, str]]
-) -> dict[str, str]:
+def _provenance(snapshot: dict, layers: list[tuple[str, object, str]]) -> dict[str, str]:
     """Dotted key -> the last layer that set it, for every value of the snapshot."""
-    latest = {key: layer for key, _, layer in [*written, *layers]}
-    # A value that no chosen file writes comes from a file that one of them includes, or from the class.
-    return {key: latest.get(key, "base, included file or class default") for key in flatten(snapshot)}
+    latest = {
+        leaf: layer
+        for key, value, layer in layers
+        for leaf in (flatten(value, key) if isinstance(value, dict) else [key])
+    }
+    return {key: latest.get(key, CLASS_DEFAULT) for key in flatten(snapshot)}
 
 
 def _plain(value: object) -> object:
