@@ -1,12 +1,12 @@
-"""From a command line to a typed, frozen configuration in which every value knows the layer that set it.
+"""Turn a command line into a typed, frozen configuration that records the layer that set each value.
 
-Four layers, the later one wins:
+There are four layers; a later one overrides an earlier one:
   1. base          configs/config.yaml and one file per group (data, public_data, eval, setup, method)
   2. derived       interpolations in these files, such as ${sensitive_data.resolution}
   3. preset        rules of configs/presets/<Method>.yaml that match the dataset and the tuned epsilon
   4. command line  flags and key=value
 The composed values are then checked against the classes of utils/sections.py and the method's own `Config`.
-Nothing heavy is imported before a config is loaded: `run.py --help` must answer at once.
+Nothing heavy is imported before a config is loaded, so that `run.py --help` is fast.
 """
 
 import argparse
@@ -65,7 +65,7 @@ LONGEST_VALUE = 30  # characters of the column of values in --print_config
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    method: str  # as it is registered
+    method: str  # its registered spelling
     data_name: str
     epsilon: float  # inf: non-private
     seed: int
@@ -74,10 +74,10 @@ class Config:
     borrowed: bool  # True: preset_tier is not the requested epsilon
     description: str
     resume: str | None  # name of the run to continue
-    exp_path: Path | None  # eval.py only: the run to judge
-    images: Path | None  # eval.py only: the images to judge
-    out: Path | None  # eval.py only: where the results of `images` go
-    list_parts: bool  # eval.py only: show what there is
+    exp_path: Path | None  # eval.py only: the run to evaluate
+    images: Path | None  # eval.py only: the images to evaluate
+    out: Path | None  # eval.py only: folder of the results of `images`
+    list_parts: bool  # eval.py only: list metrics, extractors and classifiers
     dry_run: bool
     print_config: bool
     data_root: Path
@@ -92,13 +92,13 @@ class Config:
     method_config: object  # instance of the method class's Config
     provenance: dict[str, str]  # dotted key -> layer that set it
     snapshot: dict  # all values as plain containers; a run writes them to its config.yaml
-    notes: tuple[str, ...]  # lines that the program must print
-    words: tuple[str, ...] = dataclasses.field(compare=False)  # the command line that asked for all this
+    notes: tuple[str, ...]  # lines for the program to print
+    words: tuple[str, ...] = dataclasses.field(compare=False)  # the command line
 
 
 @dataclasses.dataclass(frozen=True)
 class _Schema:
-    """What may be set: the shared sections, and those that the method's Config names."""
+    """The sections that a run can set: the shared ones, and those of the method's Config."""
 
     method: str
     method_type: type
@@ -119,7 +119,7 @@ class _Schema:
 
 @dataclasses.dataclass(frozen=True)
 class _Cell:
-    """Which files and rules a run uses."""
+    """The files and rules of a run."""
 
     data_name: str
     epsilon: float
@@ -138,18 +138,18 @@ class _Cell:
         lines = []
         if self.borrowed:
             lines.append(
-                f"epsilon {self.epsilon:g}: there is no tuned setting, that of epsilon {self.tier} is used"
+                f"epsilon {self.epsilon:g}: there is no tuned setting; using that of epsilon {self.tier}"
             )
         if self.preset == "quick":
-            lines.append("preset quick: sizes are scaled down; for the published setting give preset=paper")
+            lines.append("preset quick: sizes are scaled down; use preset=paper for the published setting")
         lines += [rule.note for rule in self.rules if rule.note is not None]
         return tuple(lines)
 
 
 def load_config(argv: list[str], methods: Registry, program: str = "run") -> Config:
-    """Compose the configuration that `argv` (without the program's name) asks for; writes and prints nothing.
+    """Compose the configuration of `argv` (without the program's name); writes and prints nothing.
 
-    Plugins that `argv` names are imported. Raises UserError for whatever the user can repair.
+    Imports the plugins that `argv` names. Raises UserError for every mistake that the user can correct.
     """
     flags, settings, given = read_command_line(argv, program)
     files = ConfigFiles(config_folders(flags))
@@ -184,8 +184,8 @@ def load_config(argv: list[str], methods: Registry, program: str = "run") -> Con
 
 
 def format_config(config: Config) -> str:
-    """Every value with the layer that set it, in three columns, section by section. A value that is too long for its
-    column is followed by a line with the layer alone."""
+    """A table of key, value and the layer that set it, section by section. If a value is too long for its column, the
+    layer is on the next line."""
     rows = [
         (key, _as_yaml(value), config.provenance[key])
         for key, value in sorted(flatten(config.snapshot).items(), key=lambda item: ("." in item[0], item[0]))
@@ -205,11 +205,11 @@ def format_config(config: Config) -> str:
 
 
 def _run_options(flags: argparse.Namespace) -> dict[str, object]:
-    """The fields of Config that are flags and nothing else."""
+    """The fields of Config that come directly from flags."""
     description = flags.exp_description
     if re.search(r"[/\\\n]", description):
         raise UserError(
-            f"--exp_description: '{description}' is not allowed; it must be usable in a folder's name"
+            f"--exp_description: '{description}' is not allowed; it becomes part of a folder's name"
         )
     places = {  # flags of eval.py
         name: path_of(given, f"--{name}") if (given := getattr(flags, name, None)) else None
@@ -229,7 +229,7 @@ def _run_options(flags: argparse.Namespace) -> dict[str, object]:
 
 
 def _parse_settings(settings: dict[str, str], types: dict[str, object]) -> dict[str, object]:
-    """Values of the command line, read according to the type of their key; an unknown key is an error."""
+    """The values of the command line, parsed by the type of their key. Raises UserError for an unknown key."""
     for key in settings:
         if key not in types:
             if any(known.startswith(key + ".") for known in types):
@@ -238,7 +238,7 @@ def _parse_settings(settings: dict[str, str], types: dict[str, object]) -> dict[
     values = {key: parse_value(text, types[key], key) for key, text in settings.items()}
     for key, value in values.items():
         interpolated = isinstance(value, str) and re.search(r"\$\{.*\}", value)
-        if not interpolated:  # its type is known only after composing
+        if not interpolated:  # the type of an interpolation is known only after composing
             build(types[key], value, key)
     return values
 
@@ -284,7 +284,8 @@ def _choose_cell(
 def _choose_data(
     files: ConfigFiles, flags: argparse.Namespace, command: dict[str, object]
 ) -> tuple[str, Path]:
-    """The dataset's name and YAML file. A name without a file is the user's own, if there is a trace of it."""
+    """The dataset's name and YAML file. A name without a file means the user's own images, which must be prepared or
+    described."""
     found = files.find("data", flags.data_name)
     if found is not None and found.stem != OWN_IMAGES:
         name, chosen = found.stem, found
@@ -311,7 +312,7 @@ def _check_own_data(files: ConfigFiles, name: str, root: Path, command: dict[str
 
 
 def _prepared_sets(root: Path) -> set[str]:
-    """The sets that scripts/prepare_data.py has written below `root`."""
+    """Names of the datasets that scripts/prepare_data.py has written to `root`."""
     return {meta.parent.name for meta in root.glob("[!.]*/meta.json")}
 
 
@@ -320,7 +321,7 @@ def _choose_public_data(
 ) -> tuple[str | None, Path]:
     """The public set that the latest layer names, and its YAML file: `custom` for a folder given as train_path.
 
-    `written` are the values of the YAML files with the file for no public data.
+    `written` holds the values of the YAML files, with public_data=none.
     """
     layers = [written, *(rule.values for rule in rules), command]
     early = {key: value for layer in layers for key, value in layer.items()}
@@ -339,7 +340,7 @@ def _choose_public_data(
 def _value_layers(
     files: ConfigFiles, cell: _Cell, schema: _Schema, given: set[str], command: dict[str, object], root: Path
 ) -> list[tuple[str, object, str]]:
-    """(dotted key, value, layer) of all that goes on top of the YAML files, in the order in which it applies."""
+    """(dotted key, value, layer) of everything that overrides the YAML files, in the order in which it applies."""
     result = [(key, value, rule.layer) for rule in cell.rules for key, value in rule.values.items()]
     for key, _, layer in result:
         if key not in schema.types:
@@ -351,19 +352,19 @@ def _value_layers(
         result.append(("sensitive_data.name", cell.data_name, COMMAND_LINE))
         meta = _meta_of_own_images(cell.data_name, root, command)
         result += [] if meta is None else _size_of_own_images(meta)
-    if "public_data.name" in command:  # as its file spells it
+    if "public_data.name" in command:  # with the spelling of its file
         command = {**command, "public_data.name": cell.public_name}
     return result + [(key, value, COMMAND_LINE) for key, value in command.items()]
 
 
 def _meta_of_own_images(data_name: str, root: Path, command: dict[str, object]) -> Path | None:
-    """The meta.json that scripts/prepare_data.py wrote; None where nothing is prepared."""
+    """The meta.json that scripts/prepare_data.py wrote; None if nothing is prepared."""
     meta = Path(command.get("sensitive_data.path") or root / data_name) / "meta.json"
     return meta if meta.is_file() else None
 
 
 def _size_of_own_images(meta: Path) -> list[tuple[str, object, str]]:
-    """Resolution and channels as scripts/prepare_data.py wrote them, so that nobody has to repeat them."""
+    """Resolution and channels from meta.json, so that the user need not repeat them."""
     facts = _written_facts(meta)
     sizes = {"resolution": facts["resolution"], "num_channels": facts["channels"]}
     return [(f"sensitive_data.{key}", value, f"prepared data {meta}") for key, value in sizes.items()]
@@ -389,7 +390,7 @@ def _facts_of_own_images(
     data_name: str, written: dict[str, object], root: Path, command: dict[str, object]
 ) -> dict[str, int] | None:
     """The public facts that preset rules for the user's own images may depend on; None for images that are neither
-    prepared nor described in full, which no run accepts. `written` are the values of the YAML files."""
+    prepared nor fully described, which no run accepts. `written` holds the values of the YAML files."""
     meta = _meta_of_own_images(data_name, root, command)
     facts = {} if meta is None else _written_facts(meta)
     described = {
@@ -437,7 +438,7 @@ def _plain(value: object) -> object:
 
 
 def _as_yaml(value: object) -> str:
-    """As it is given on the command line."""
+    """A value in the syntax of the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):

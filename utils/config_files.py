@@ -1,4 +1,4 @@
-"""The YAML files of a configuration: where they are found, and how Hydra composes them."""
+"""Find the YAML files of a configuration and compose them by Hydra's defaults list."""
 
 import argparse
 import contextlib
@@ -18,9 +18,9 @@ REPLACEABLE = "presets"  # the one group in which a file of an added folder repl
 
 
 def config_folders(flags: argparse.Namespace) -> list[Path]:
-    """Where YAML files are looked for: the main folder, then what --config_dir and the plugins add.
+    """The folders of YAML files: the main folder, then those that --config_dir and the plugins add.
 
-    Imports the plugins. A --config_dir with a config.yaml of its own takes the place of configs/.
+    Imports the plugins. A --config_dir with its own config.yaml replaces configs/.
     """
     main, added = CONFIG_FOLDER, []
     if flags.config_dir is not None:
@@ -36,7 +36,7 @@ def config_folders(flags: argparse.Namespace) -> list[Path]:
 
 
 def _plugin_folder(name: str) -> Path:
-    """Import the plugin, which registers its methods; returns the configs folder beside it, which need not exist."""
+    """Import the plugin, which registers its methods; returns the configs folder next to it, which need not exist."""
     try:
         module = importlib.import_module(name)
     except ImportError as error:
@@ -58,14 +58,14 @@ class ConfigFiles:
         return read_yaml(self.folders[0] / "config.yaml")
 
     def names(self, group: str) -> list[str]:
-        """What can be chosen in a group; files whose name starts with "_" are parts of others."""
+        """The choices of a group; files whose name starts with "_" are included by others and cannot be chosen."""
         found = {path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")}
         return sorted(name for name in found if not name.startswith("_"))
 
     def find(self, group: str, name: str) -> Path | None:
-        """The file <group>/<name>.yaml, without regard to case; two of them are an error that shows both.
+        """The file <group>/<name>.yaml, ignoring case; None if there is none. Two such files raise UserError.
 
-        Presets are no group of Hydra's: there a folder of --config_dir or of a plugin replaces the toolkit's table.
+        Presets are no Hydra group: a file of --config_dir or of a plugin replaces the toolkit's table.
         """
         by_folder = [
             [
@@ -86,7 +86,7 @@ class ConfigFiles:
         found = self.find(group, name)
         if found is None and group == "method":  # a registered one
             places = " or ".join(str(folder / group / f"{name}.yaml") for folder in self.folders)
-            raise UserError(f"--method: {name} has no file of settings; write {places}")
+            raise UserError(f"--method: {name} has no config file; create {places}")
         if found is None:
             raise unknown(f"configs/{group} file", name, self.names(group))
         return found
@@ -189,7 +189,7 @@ def _quoted(text: str) -> str:
 
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn what Hydra, OmegaConf and the YAML reader raise into a UserError of one line."""
+    """Turn an error of Hydra, OmegaConf or the YAML reader into a UserError of one line."""
     import yaml
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -204,13 +204,13 @@ def readable_errors() -> Iterator[None]:
 
 
 def read_yaml(path: Path) -> dict:
-    """A YAML file as plain containers, by OmegaConf's reader (plain YAML reads 1e-3 as text)."""
+    """A YAML file as plain containers, by OmegaConf's reader because plain YAML reads 1e-3 as text."""
     return copy.deepcopy(_read_yaml(path, path.stat().st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=1024)
 def _read_yaml(path: Path, changed: int) -> dict:
-    """The reader is slow, and composing one configuration reads some files several times."""
+    """Cached: the reader is slow, and composing reads some files several times. `changed` is the modification time."""
     from omegaconf import OmegaConf
 
     with readable_errors():
@@ -224,7 +224,7 @@ def _read_yaml(path: Path, changed: int) -> dict:
 
 
 def flatten(content: dict, section: str = "") -> dict[str, object]:
-    """Nested dictionaries as one of dotted keys; a list is a value, an empty dictionary is nothing."""
+    """Nested dictionaries as one dictionary of dotted keys. A list is a value; an empty dictionary has no keys."""
     result = {}
     for name, value in content.items():
         key = f"{section}.{name}" if section else str(name)
