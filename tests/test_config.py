@@ -772,28 +772,31 @@ def test_config_dir_must_exist(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "parts"),
     [
         (
             TOY_YAML.replace("ckpt: null", ""),
-            "model.ckpt has no value: no YAML file sets it; give model.ckpt=<value>",
+            ("model.ckpt has no value", "model.ckpt=<value>"),
         ),
-        (TOY_YAML.replace("ckpt: null", "ckpt: ???"), "model.ckpt has no value"),
+        (TOY_YAML.replace("ckpt: null", "ckpt: ???"), ("model.ckpt has no value",)),
         (
             TOY_YAML.replace("n_epochs", "n_epoch"),
-            "unknown key 'train.n_epoch' in the YAML files; did you mean",
+            ("'train.n_epoch'", "YAML", "'train.n_epochs'?"),
         ),
-        (TOY_YAML + "trian: {lr: 1}\n", "unknown key 'trian' in the YAML files; did you mean 'train'?"),
-        (TOY_YAML.replace("1e-3", "'1e-3'"), "train.lr: '1e-3' is not allowed; it must be float"),
-        (TOY_YAML.replace("{n_epochs: 10", "{n_epochs: [10"), "Toy.yaml"),
-        (TOY_YAML.replace("num_channels", "channels"), "model.network.channels: Interpolation key"),
+        (TOY_YAML + "trian: {lr: 1}\n", ("'trian'", "YAML", "'train'?")),
+        (TOY_YAML.replace("1e-3", "'1e-3'"), ("train.lr: '1e-3'", "float")),
+        (TOY_YAML.replace("{n_epochs: 10", "{n_epochs: [10"), ("Toy.yaml",)),
+        (
+            TOY_YAML.replace("num_channels", "channels"),
+            ("model.network.channels", "'sensitive_data.channels'"),
+        ),
     ],
 )
-def test_an_error_in_a_method_file_is_one_line(load, toy_folder, text, message):
+def test_an_error_in_a_method_file_is_one_line(load, toy_folder, text, parts):
     write(toy_folder / "method" / "Toy.yaml", text)
     with pytest.raises(UserError) as error:
         load("-e 1")
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
 
 
 def test_a_method_without_a_config_file_is_refused(load, toy_folder):
