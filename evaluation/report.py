@@ -16,7 +16,7 @@ from utils.artefacts import RESULTS
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import read_json
-from utils.table import aligned
+from utils.text import aligned
 
 DETAILS = "details.json"
 # Values that tables show in columns of the accuracy's row, not in rows of their own: name -> title.

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from opacus_ext.ledger import weak_delta
-from utils.bounds import at_most
+from utils.text import at_most
 
 _RELATION = {
     "add_or_remove_one": "one record more or less",

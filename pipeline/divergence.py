@@ -10,11 +10,11 @@ from opacus_ext.ledger import Ledger
 from pipeline.checkpoints import Checkpoints
 from utils import distributed
 from utils.artefacts import DIVERGED
-from utils.bounds import at_most
 from utils.config import Config
 from utils.config_files import flatten
 from utils.errors import Diverged, UserError
 from utils.files import read_json, write_json
+from utils.text import at_most
 
 LEARNING_RATE = re.compile(r"(^|[._])lr$")
 WHAT = {"pretrain": "pretraining", "train": "private training", "generate": "sampling"}

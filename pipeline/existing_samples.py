@@ -29,7 +29,6 @@ from pipeline.evaluation import (
 from pipeline.folder import discarded_on_failure, new_folder, working_in
 from pipeline.record import values_of
 from utils.artefacts import CONFIG, PRIVACY, RESULTS, SAMPLES
-from utils.bounds import at_most
 from utils.config import COMMAND_LINE, FLAG_KEYS, Config
 from utils.config_files import flatten
 from utils.device import prepare_device
@@ -37,6 +36,7 @@ from utils.errors import UserError
 from utils.files import read_json, require_writable
 from utils.log import also_to
 from utils.runtime import log
+from utils.text import at_most
 
 
 def evaluate_existing(config: Config) -> int:

@@ -13,11 +13,10 @@ from pipeline.compose import Parts, compose
 from pipeline.folder import is_finished
 from pipeline.record import find_resumable
 from utils.artefacts import SAMPLES
-from utils.bounds import at_most
 from utils.config import Config
 from utils.errors import UserError
 from utils.progress import duration
-from utils.table import aligned
+from utils.text import aligned, at_most
 from utils.timing import Cost
 
 LONG = 86400  # seconds after which a shorter way is pointed out

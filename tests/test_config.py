@@ -13,7 +13,7 @@ import pytest
 from models import METHODS
 from models.diffusion.samplers import MAX_GAMMA
 from utils.config import EVERY_METHOD, Config, format_config, load_config, parser
-from utils.config_files import CONFIG_FOLDER, ConfigFiles, file_values, flatten
+from utils.config_files import CONFIG_FOLDER, ConfigFiles, compose, flatten, written_values
 from utils.errors import UserError
 from utils.presets import TIERS, load_presets, nearest_tier
 from utils.registry import Registry
@@ -205,11 +205,22 @@ def shipped_tables() -> list[str]:
     return [EVERY_METHOD, *(name for name in SHIPPED.names("presets") if name in SHIPPED_METHODS)]
 
 
+def shipped_parts(**names: str) -> list:
+    """The files of a configuration from the shipped folder; `names` replaces some of the choices."""
+    names = {
+        "data": "digits_8",
+        "public_data": "none",
+        "eval": "none",
+        "setup": "cpu",
+        "method": "Noise",
+    } | names
+    return SHIPPED.parts({group: SHIPPED.require(group, name) for group, name in names.items()})
+
+
 def values_before_presets(method: str, data: str, preset: str) -> dict[str, object]:
     from omegaconf import OmegaConf
 
-    names = {"data": data, "public_data": "none", "eval": preset, "setup": "cpu", "method": method}
-    composed = SHIPPED.compose({group: SHIPPED.require(group, name) for group, name in names.items()})
+    composed = compose(shipped_parts(data=data, eval=preset, method=method))
     return flatten(OmegaConf.to_container(composed, resolve=True))
 
 
@@ -274,11 +285,14 @@ def test_published_commands_compose(command):
 
 def test_shipped_groups_have_the_same_keys():
     for group in ("data", "public_data", "eval", "setup"):
-        files = [SHIPPED.require(group, name) for name in SHIPPED.names(group)]
-        assert len({frozenset(key for key, _, _ in file_values(path, "")) for path in files}) == 1, group
+        keys = {
+            frozenset(key for key, _, _ in written_values(shipped_parts(**{group: name})))
+            for name in SHIPPED.names(group)
+        }
+        assert len(keys) == 1, group
 
 
-def test_a_file_that_includes_another_says_which_of_them_wrote_a_value():
+def test_provenance_names_the_included_file_that_set_a_value():
     config = load_config(["-m", "Noise", "eval=none", "setup=multi_gpu"], METHODS)
     assert config.eval.extractor == "inception" and config.setup.n_gpus_per_node == 4
     written = {
@@ -289,10 +303,35 @@ def test_a_file_that_includes_another_says_which_of_them_wrote_a_value():
         assert config.provenance[key] == f"base configs/{key.split('.')[0]}/{name}.yaml"
 
 
+def test_provenance_follows_any_defaults_list_that_hydra_accepts(load, toy_folder):
+    """A file included with a package of its own, and one from another group."""
+    write(toy_folder / "parts" / "network.yaml", "{ch_mult: [3, 5], channels: 2}\n")
+    included = "defaults: [/parts/network@model.network, _self_]\n"
+    lines = [line for line in TOY_YAML.splitlines() if "ch_mult" not in line]
+    write(toy_folder / "method" / "Toy.yaml", "\n".join([lines[1], included, *lines[2:]]))
+    config = load("-dn mnist_28")
+    assert config.method_config.model.network == NetworkConfig([3, 5], 2)
+    assert config.provenance["model.network.channels"].endswith("/parts/network.yaml")
+    assert config.provenance["train.lr"] == "preset Toy paper rule 2"
+    assert config.provenance["model.s_max"].endswith("/method/Toy.yaml")
+
+
+def test_a_section_that_a_rule_sets_as_a_whole_has_the_rule_as_its_layer(load, toy_folder):
+    write(toy_folder / "presets" / "Toy.yaml", "paper:\n  - set: {model.warm_up: {rate: 0.5}}\n")
+    assert load("").provenance["model.warm_up.rate"] == "preset Toy paper rule 1"
+
+
+def test_a_changed_defaults_list_is_read_again(load, toy_folder):
+    load("-m Plain")
+    write(toy_folder / "method" / "_small.yaml", "gen: {data_num: 6, batch_size: 1}\n")
+    write(toy_folder / "method" / "Plain.yaml", "defaults: [_small]\n")
+    assert load("-m Plain").gen == GenConfig(6, 1)
+
+
 # --- layers --------------------------------------------------------------------------------------------------------
 
 
-def test_defaults_of_the_toy(load):
+def test_defaults_of_the_toy_method(load):
     config = load("")
     assert (config.method, config.data_name, config.epsilon, config.seed) == ("Toy", "digits_8", 10.0, 0)
     assert (config.preset, config.preset_tier, config.borrowed) == ("quick", 10, False)
@@ -334,7 +373,7 @@ def test_provenance_names_the_layer_of_every_value(load):
     assert provenance["model.network.channels"].startswith("derived ${sensitive_data.num_channels} ")
     assert provenance["model.network.ch_mult"] == "preset Toy paper rule 1"
     assert provenance["train.n_epochs"] == "preset Toy quick rule 1"
-    assert provenance["train.extra"] == "base, included file or class default"
+    assert provenance["train.extra"] == "default of the class"
     for key in ("eval.mode", "preset", "privacy.epsilon", "data_name"):
         assert provenance[key] == "command line"
     assert load("").provenance["privacy.epsilon"] == "default of --epsilon"
@@ -352,7 +391,7 @@ def test_print_config_shows_every_value_once(load):
     assert len(setup) > 1 and len({line.index("base configs") for line in setup}) == 1
 
 
-def test_print_config_keeps_its_columns_beside_a_long_value(load):
+def test_print_config_keeps_its_columns_next_to_a_long_value(load):
     long = "[" + ", ".join(f"tag{number}" for number in range(12)) + "]"
     lines = format_config(load(f"train.tags={long.replace(' ', '')}")).splitlines()
     number = next(n for n, line in enumerate(lines) if line.startswith("train.tags"))
@@ -397,13 +436,12 @@ def test_nearest_tier_is_by_ratio():
 @pytest.mark.parametrize(
     ("epsilon", "tier", "borrowed"), [("1.0", 1, False), ("3", 1, True), ("inf", 10, True)]
 )
-def test_other_budgets_borrow_a_tier_and_say_so(load, epsilon, tier, borrowed):
+def test_other_budgets_borrow_a_tier_and_report_it(load, epsilon, tier, borrowed):
     config = load(f"-e {epsilon} -dn mnist_28")
     assert (config.preset_tier, config.borrowed) == (tier, borrowed)
     assert config.method_config.train.n_epochs == {1: 20, 10: 10}[tier]
-    assert config.notes == (
-        (f"epsilon {epsilon}: there is no tuned setting, that of epsilon {tier} is used",) if borrowed else ()
-    )
+    notes = [f"epsilon {epsilon}" in note and f"epsilon {tier}" in note for note in config.notes]
+    assert notes == ([True] if borrowed else [])
 
 
 def test_without_a_preset_table_nothing_is_borrowed(load):
@@ -418,7 +456,7 @@ def test_quick_is_the_default_of_the_embedded_digits_only(load):
     assert "quick" in load("").notes[0]
 
 
-def test_file_choices(load):
+def test_eval_and_setup_files_are_chosen_by_name(load):
     assert load("eval=none").eval.metrics == []
     assert load("setup=multi_gpu setup.n_gpus_per_node=2").setup.n_gpus_per_node == 2
     assert load("setup=gpu").setup.device == "cuda"
@@ -429,24 +467,24 @@ def test_file_choices(load):
     [
         (
             "{when: {epsilon: 5}, set: {train.lr: 1}}",
-            r"epsilon: 5 is not allowed; it must be one of the tiers",
+            r"epsilon: 5.*1.*10",
         ),
         (
             "{when: {dataset: [x]}, set: {train.lr: 1}}",
-            r"unknown condition .* 'dataset'; did you mean 'data'",
+            r"'dataset'.*'data'",
         ),
         (
             "{when: {data: mnist_28}, set: {train.lr: 1}}",
-            r"data: 'mnist_28' is not allowed; it must be a list",
+            r"data: 'mnist_28'.* list",
         ),
         (
             "{set: {train.lrr: 1}}",
-            r"unknown key 'train.lrr' in preset Toy paper rule 1; did you mean 'train.lr'",
+            r"'train.lrr'.*preset Toy paper rule 1.*'train.lr'",
         ),
-        ("{when: {epsilon: 1}}", r"preset Toy paper rule 1: .* is not a rule"),
+        ("{when: {epsilon: 1}}", r"preset Toy paper rule 1"),
     ],
 )
-def test_a_wrong_rule_is_named(load, toy_folder, rule, message):
+def test_an_error_in_a_rule_names_the_rule(load, toy_folder, rule, message):
     write(toy_folder / "presets" / "Toy.yaml", f"paper:\n  - {rule}\n")
     with pytest.raises(UserError, match=message):
         load("")
@@ -477,27 +515,27 @@ def test_the_latest_layer_chooses_the_public_set(load, arguments, name, n_classe
     assert config.public_data.selective.ratio == 0.1
 
 
-def test_a_folder_can_be_the_public_set(load):
+def test_a_folder_can_be_the_public_dataset(load):
     config = load("public_data.name=kittens public_data.train_path='my kittens'")
     assert (config.public_data.name, config.public_data.train_path) == ("kittens", "my kittens")
 
 
-def test_own_dataset_by_its_description(load):
+def test_own_images_can_be_described_on_the_command_line(load):
     config = load("-dn my-cats sensitive_data.n_classes=4")
     assert config.data_name == config.sensitive_data.name == "my-cats"
     assert config.sensitive_data.n_classes == 4
 
 
-def test_own_dataset_by_its_prepared_folder(load, tmp_path, monkeypatch):
+def test_own_images_are_found_in_their_prepared_folder(load, tmp_path, monkeypatch):
     (tmp_path / "dataset" / "cats").mkdir(parents=True)
     assert load("-dn cats").sensitive_data.name == "cats"
-    with pytest.raises(UserError, match="unknown dataset 'cats'"):
+    with pytest.raises(UserError, match="'cats'"):
         load("-dn cats --data_root elsewhere")
     monkeypatch.setenv("DPIB_DATA_ROOT", str(tmp_path / "dataset"))
     assert load("-dn cats").data_root == tmp_path / "dataset"
 
 
-def test_no_private_stage(load):
+def test_without_sensitive_data_there_is_no_private_stage(load):
     config = load("-dn mnist_28 sensitive_data.name=null")
     assert config.sensitive_data.name is None and config.sensitive_data.resolution == 28
     assert config.data_name == "mnist_28"
@@ -558,11 +596,11 @@ def test_numbers_that_yaml_misreads_are_refused(load, text):
 @pytest.mark.parametrize(
     ("text", "value"), [("0", 0), ("-3", -3), ("1_000", 1000), ("0x10", 16), ("01.5e1", 15)]
 )
-def test_numbers_that_mean_what_they_look_like(load, text, value):
+def test_numbers_that_yaml_reads_correctly_are_accepted(load, text, value):
     assert load(f"train.n_epochs={text}").method_config.train.n_epochs == value
 
 
-def test_texts_in_lists_are_taken_as_they_stand(load):
+def test_texts_in_lists_are_taken_literally(load):
     assert load("'train.tags=[010, no, 1e3, \"a, b\"]'").method_config.train.tags == [
         "010",
         "no",
@@ -605,7 +643,7 @@ def test_order_does_not_matter(load):
         assert load(" ".join(words)) == reference
 
 
-def test_flags(load, tmp_path, monkeypatch):
+def test_flags_set_their_fields(load, tmp_path, monkeypatch):
     config = load("-e 1.0 -ed 80M -re run-1 --data_root d --exp_root e --weights_root w --print_config")
     assert (config.description, config.resume, config.print_config, config.dry_run) == (
         "80M",
@@ -626,84 +664,84 @@ def test_epsilon_inf_is_non_private(load):
     assert load("--epsilon inf").privacy.epsilon == math.inf
 
 
-def test_aliases(load):
+def test_keys_of_the_published_benchmark_are_aliases(load):
     config = load("train.accountant=prv train.dp.delta=1e-6")
     assert (config.privacy.accountant, config.privacy.delta) == ("prv", 1e-6)
     assert config.provenance["privacy.accountant"] == "command line"
 
 
-ERRORS = {
-    "--seed 1": "--seed: settings have no dashes; write seed=<value>",
-    "--train.n_epochs=3": "--train.n_epochs: settings have no dashes; write train.n_epochs=<value>",
-    "--dataset_name mnist_28": "unknown flag '--dataset_name'; did you mean '--data_name'?",
-    "--data_nam mnist_28": "unknown flag '--data_nam'; did you mean '--data_name'?",
-    "-e10": "unknown flag '-e10'; did you mean '-e'?",
-    "--exp_path x": "unknown flag '--exp_path'; did you mean '--exp_root'?",
-    "--epsilon": "argument --epsilon/-e: expected one argument",
-    "-e 1 --epsilon 10": "--epsilon is given twice",
-    "mnist_28": "cannot read 'mnist_28': expected key=value or a flag",
-    "=3": "cannot read '=3': expected key=value",
-    "train.n_epoch=3": "unknown key 'train.n_epoch'; did you mean 'train.n_epochs'?",
-    "model.networks.ch_multi=[1]": "unknown key 'model.networks.ch_multi'; did you mean 'model.network.ch_mult'?",
-    "network.ch_mult=[1]": "unknown key 'network.ch_mult'; did you mean 'model.network.ch_mult'?",
-    "delta=1e-5": "unknown key 'delta'; did you mean 'privacy.delta'?",
-    "train.zzz=3": "unknown key 'train.zzz'; known: train.extra, train.lr, train.n_epochs, train.tags",
-    "zzz.y=3": "unknown key 'zzz.y'; known: eval, gen, model,",
-    "model.network=3": "model.network=3: this is a section, set one of its keys",
-    "train.lr=1 train.lr=2": "train.lr is given twice: 1 and 2",
-    "train.accountant=prv privacy.accountant=rdp": "privacy.accountant is given twice",
-    "train.n_epochs=ten": "train.n_epochs: 'ten' is not allowed; it must be int",
-    "train.n_epochs=2.5": "train.n_epochs: 2.5 is not allowed; it must be int",
-    "train.n_epochs=true": "train.n_epochs: True is not allowed; it must be int",
-    "train.n_epochs=inf": "train.n_epochs: inf is not allowed; it must be int",
-    "train.n_epochs=null": "train.n_epochs: None is not allowed; it must be int",
-    "train.lr=fast": "train.lr: 'fast' is not allowed; it must be float",
-    "train.tags=x": "train.tags: 'x' is not allowed; it must be a list of str, written [a,b]",
-    "train.tags=[?]": "train.tags: '[?]' is not allowed; it must be a list of str",
-    "train.n_epochs=?": "train.n_epochs: '?' is not allowed; it must be int",
-    "train.n_epochs='3 # or 4'": "train.n_epochs: '3 # or 4' is not allowed; it must be int",
-    "train.n_epochs=": "train.n_epochs: '' is not allowed; it must be int",
-    "setup.omp_n_threads=": "setup.omp_n_threads: '' is not allowed; it must be int or null",
-    "train.lr=.nan": "train.lr: nan is not allowed; it must be float",
-    "model.network.ch_mult=[1,b]": "model.network.ch_mult[1]: 'b' is not allowed; it must be int",
-    "model.network.ch_mult=[1,2": "model.network.ch_mult: '[1,2' is not allowed; it must be a list of int",
-    "model.attention=1": "model.attention: 1 is not allowed; it must be bool",
-    "setup.omp_n_threads=all": "setup.omp_n_threads: 'all' is not allowed; it must be int or null",
-    "gen.batch_size=\\${train.no}": "gen.batch_size: Interpolation key 'train.no' not found",
-    "seed=\\${a": "seed: '${a' is not allowed; it must be int",
-    "--method PrivImge": "unknown method 'PrivImge'. Known: Plain, Toy",
-    "--method Tox": "unknown method 'Tox'; did you mean 'Toy'?",
-    "-dn mnist28": "unknown dataset 'mnist28'; did you mean 'mnist_28'?",
-    "-dn cats": "to use your own images: python scripts/prepare_data.py --data_name cats --source <folder>",
-    "-dn ../x sensitive_data.n_classes=2": "--data_name: '../x' is not allowed",
-    "sensitive_data.name=mnist_28": "sensitive_data.name=mnist_28: choose it with --data_name, or null",
-    "public_data.name=imagenett": "unknown public set 'imagenett'; did you mean 'imagenet'?",
-    "public_data.name=null public_data.train_path=x": "public_data.train_path=x needs a name",
-    "--epsilon 0": "--epsilon: 0 is not allowed; it must be a number greater than 0 and at most 1000, or inf",
-    "--epsilon -1": "--epsilon: -1 is not allowed",
-    "--epsilon nan": "--epsilon: nan is not allowed",
-    "--epsilon ten": "--epsilon: ten is not allowed",
-    "privacy.delta=1": "privacy.delta: 1.0 is not allowed; it must be null or in (0, 1)",
-    "privacy.delta=0": "privacy.delta: 0.0 is not allowed; it must be null or in (0, 1)",
-    "privacy.epsilon=3": "privacy.epsilon=3: this is a flag, use --epsilon 3",
-    "train.dp.epsilon=3": "train.dp.epsilon=3: this is a flag, use --epsilon 3",
-    "epsilon=3": "epsilon=3: this is a flag, use --epsilon 3",
-    "method=DPDM": "method=DPDM: this is a flag, use --method DPDM",
-    "privacy.accountant=rpd": "privacy.accountant: rpd is not allowed; it must be pld, rdp or prv; did you mean 'rdp'?",
-    "eval.mode=vall": "eval.mode: vall is not allowed; it must be val, syn or sen; did you mean 'val'?",
-    "preset=fast": "unknown preset 'fast'. Known: paper, quick",
-    "eval=papr": "unknown configs/eval file 'papr'; did you mean 'paper'?",
-    "setup=multigpu": "unknown configs/setup file 'multigpu'; did you mean 'multi_gpu'?",
-    "--plugin no_such_module": "--plugin: cannot import 'no_such_module'",
-    "-ed a/b": "--exp_description: 'a/b' is not allowed",
+ERRORS = {  # command line -> parts of the message: key, value, what is allowed, suggestion
+    "--seed 1": ("--seed", "seed=<value>"),
+    "--train.n_epochs=3": ("--train.n_epochs", "train.n_epochs=<value>"),
+    "--dataset_name mnist_28": ("'--dataset_name'", "'--data_name'"),
+    "--data_nam mnist_28": ("'--data_nam'", "'--data_name'"),
+    "-e10": ("'-e10'", "'-e'"),
+    "--exp_path x": ("'--exp_path'", "'--exp_root'"),
+    "--epsilon": ("--epsilon/-e", "one argument"),
+    "-e 1 --epsilon 10": ("--epsilon",),
+    "mnist_28": ("'mnist_28'", "key=value", "a flag"),
+    "=3": ("'=3'", "key=value"),
+    "train.n_epoch=3": ("'train.n_epoch'", "'train.n_epochs'"),
+    "model.networks.ch_multi=[1]": ("'model.networks.ch_multi'", "'model.network.ch_mult'"),
+    "network.ch_mult=[1]": ("'network.ch_mult'", "'model.network.ch_mult'"),
+    "delta=1e-5": ("'delta'", "'privacy.delta'"),
+    "train.zzz=3": ("'train.zzz'", "train.extra, train.lr, train.n_epochs, train.tags"),
+    "zzz.y=3": ("'zzz.y'", "eval, gen, model"),
+    "model.network=3": ("model.network=3",),
+    "train.lr=1 train.lr=2": ("train.lr", "1", "2"),
+    "train.accountant=prv privacy.accountant=rdp": ("privacy.accountant",),
+    "train.n_epochs=ten": ("train.n_epochs: 'ten'", "int"),
+    "train.n_epochs=2.5": ("train.n_epochs: 2.5", "int"),
+    "train.n_epochs=true": ("train.n_epochs: True", "int"),
+    "train.n_epochs=inf": ("train.n_epochs: inf", "int"),
+    "train.n_epochs=null": ("train.n_epochs: None", "int"),
+    "train.lr=fast": ("train.lr: 'fast'", "float"),
+    "train.tags=x": ("train.tags: 'x'", "str, written [a,b]"),
+    "train.tags=[?]": ("train.tags: '[?]'", "str"),
+    "train.n_epochs=?": ("train.n_epochs: '?'", "int"),
+    "train.n_epochs='3 # or 4'": ("train.n_epochs: '3 # or 4'", "int"),
+    "train.n_epochs=": ("train.n_epochs: ''", "int"),
+    "setup.omp_n_threads=": ("setup.omp_n_threads: ''", "int", "null"),
+    "train.lr=.nan": ("train.lr: nan", "float"),
+    "model.network.ch_mult=[1,b]": ("model.network.ch_mult[1]: 'b'", "int"),
+    "model.network.ch_mult=[1,2": ("model.network.ch_mult: '[1,2'", "int"),
+    "model.attention=1": ("model.attention: 1", "bool"),
+    "setup.omp_n_threads=all": ("setup.omp_n_threads: 'all'", "int", "null"),
+    "gen.batch_size=\\${train.no}": ("gen.batch_size", "'train.no'"),
+    "seed=\\${a": ("seed: '${a'", "int"),
+    "--method PrivImge": ("'PrivImge'", "Plain, Toy"),
+    "--method Tox": ("'Tox'", "'Toy'"),
+    "-dn mnist28": ("'mnist28'", "'mnist_28'"),
+    "-dn cats": ("python scripts/prepare_data.py --data_name cats --source <folder>",),
+    "-dn ../x sensitive_data.n_classes=2": ("--data_name: '../x'",),
+    "sensitive_data.name=mnist_28": ("sensitive_data.name=mnist_28", "--data_name", "null"),
+    "public_data.name=imagenett": ("'imagenett'", "'imagenet'"),
+    "public_data.name=null public_data.train_path=x": ("public_data.train_path=x",),
+    "--epsilon 0": ("--epsilon: 0", "0", "1000", "inf"),
+    "--epsilon -1": ("--epsilon: -1",),
+    "--epsilon nan": ("--epsilon: nan",),
+    "--epsilon ten": ("--epsilon: ten",),
+    "privacy.delta=1": ("privacy.delta: 1.0", "null", "in (0, 1)"),
+    "privacy.delta=0": ("privacy.delta: 0.0", "null", "in (0, 1)"),
+    "privacy.epsilon=3": ("privacy.epsilon=3", "--epsilon 3"),
+    "train.dp.epsilon=3": ("train.dp.epsilon=3", "--epsilon 3"),
+    "epsilon=3": ("epsilon=3", "--epsilon 3"),
+    "method=DPDM": ("method=DPDM", "--method DPDM"),
+    "privacy.accountant=rpd": ("privacy.accountant: rpd", "pld, rdp", "prv", "'rdp'"),
+    "eval.mode=vall": ("eval.mode: vall", "val, syn", "sen", "'val'"),
+    "preset=fast": ("'fast'", "paper, quick"),
+    "eval=papr": ("eval", "'papr'", "'paper'"),
+    "setup=multigpu": ("setup", "'multigpu'", "'multi_gpu'"),
+    "--plugin no_such_module": ("--plugin", "'no_such_module'"),
+    "-ed a/b": ("--exp_description: 'a/b'",),
 }
 
 
 @pytest.mark.parametrize("arguments", ERRORS)
-def test_bad_input_is_one_line_that_names_it(load, arguments):
+def test_bad_input_is_one_line_with_key_value_and_suggestion(load, arguments):
     with pytest.raises(UserError) as error:
         load(arguments)
-    assert ERRORS[arguments] in str(error.value)
+    assert all(part in str(error.value) for part in ERRORS[arguments])
     assert "\n" not in str(error.value)
 
 
@@ -719,56 +757,57 @@ def test_bad_input_is_one_line_that_names_it(load, arguments):
         ("DPDM", "lr", "'pretrain.optim.params.lr' or 'pretrain.query.lr' or 'train.optim.params.lr'?"),
     ],
 )
-def test_an_unknown_key_is_told_the_nearest_one_that_means_the_same(method, key, suggestion):
+def test_an_unknown_key_suggests_the_nearest_key_of_the_same_meaning(method, key, suggestion):
     with pytest.raises(UserError) as error:
         load_config(["--method", method, f"{key}=3"], METHODS)
     assert suggestion in str(error.value)
 
 
 def test_config_dir_must_exist(tmp_path):
-    with pytest.raises(UserError, match="--config_dir: 'nowhere' is not a folder"):
+    with pytest.raises(UserError, match="--config_dir: 'nowhere'"):
         load_config(["--config_dir", "nowhere"], Registry("method", {"Toy": Toy}))
 
 
-# --- YAML files of others ------------------------------------------------------------------------------------------
+# --- YAML files of users ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "parts"),
     [
         (
             TOY_YAML.replace("ckpt: null", ""),
-            "model.ckpt has no value: no YAML file sets it; give model.ckpt=<value>",
+            ("model.ckpt has no value", "model.ckpt=<value>"),
         ),
-        (TOY_YAML.replace("ckpt: null", "ckpt: ???"), "model.ckpt has no value"),
+        (TOY_YAML.replace("ckpt: null", "ckpt: ???"), ("model.ckpt has no value",)),
         (
             TOY_YAML.replace("n_epochs", "n_epoch"),
-            "unknown key 'train.n_epoch' in the YAML files; did you mean",
+            ("'train.n_epoch'", "YAML", "'train.n_epochs'?"),
         ),
-        (TOY_YAML + "trian: {lr: 1}\n", "unknown key 'trian' in the YAML files; did you mean 'train'?"),
-        (TOY_YAML.replace("1e-3", "'1e-3'"), "train.lr: '1e-3' is not allowed; it must be float"),
-        (TOY_YAML.replace("{n_epochs: 10", "{n_epochs: [10"), "Toy.yaml"),
-        (TOY_YAML.replace("num_channels", "channels"), "model.network.channels: Interpolation key"),
+        (TOY_YAML + "trian: {lr: 1}\n", ("'trian'", "YAML", "'train'?")),
+        (TOY_YAML.replace("1e-3", "'1e-3'"), ("train.lr: '1e-3'", "float")),
+        (TOY_YAML.replace("{n_epochs: 10", "{n_epochs: [10"), ("Toy.yaml",)),
+        (
+            TOY_YAML.replace("num_channels", "channels"),
+            ("model.network.channels", "'sensitive_data.channels'"),
+        ),
     ],
 )
-def test_a_wrong_method_file_is_one_line(load, toy_folder, text, message):
+def test_an_error_in_a_method_file_is_one_line(load, toy_folder, text, parts):
     write(toy_folder / "method" / "Toy.yaml", text)
     with pytest.raises(UserError) as error:
         load("-e 1")
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
 
 
-def test_a_method_without_a_file_is_named(load, toy_folder):
+def test_a_method_without_a_config_file_is_refused(load, toy_folder):
     (toy_folder / "method" / "Plain.yaml").unlink()
-    with pytest.raises(
-        UserError, match=r"--method: Plain has no file of settings; write .*method/Plain.yaml"
-    ):
+    with pytest.raises(UserError, match=r"--method: Plain .*method/Plain.yaml"):
         load("-m Plain")
 
 
 def test_two_files_of_one_name_are_refused(load, toy_folder):
     write(toy_folder / "data" / "MNIST_28.yaml", "name: mnist_28\n")
-    with pytest.raises(UserError, match=r"data 'mnist_28' has two files: .*rename one"):
+    with pytest.raises(UserError, match=r"'mnist_28'.*mnist_28.yaml"):
         load("-dn mnist_28")
 
 
@@ -786,7 +825,7 @@ def test_a_complete_config_dir_replaces_the_shipped_one(tmp_path):
     assert config.provenance["seed"] == config.provenance["preset"] == "base mine/config.yaml"
 
 
-def test_a_plugin_brings_its_class_and_its_files(tmp_path, monkeypatch):
+def test_a_plugin_adds_its_class_and_its_config_files(tmp_path, monkeypatch):
     write(
         tmp_path / "shelf" / "my_plugin.py",
         "from test_config import Plain, PLUGIN_METHODS\nPLUGIN_METHODS.register('Mine', Plain)\n",

@@ -20,6 +20,7 @@ from data.sensitive import load_sensitive, spec_of
 from data.spec import DataSpec
 from data.splits import stratified_test_rows, validation_split
 from scripts.prepare_data import facts_of
+from utils.config_files import read_yaml
 from utils.errors import UserError
 from utils.sections import CentralConfig, PublicDataConfig, SelectiveConfig, SensitiveDataConfig
 
@@ -49,7 +50,9 @@ def sensitive_section(file: str = "custom", **changes) -> SensitiveDataConfig:
 
 
 def public_section(file: str, **changes) -> PublicDataConfig:
-    fields = OmegaConf.to_container(OmegaConf.load(REPOSITORY / "configs" / "public_data" / f"{file}.yaml"))
+    folder = REPOSITORY / "configs" / "public_data"
+    fields = read_yaml(folder / "_queries.yaml") | read_yaml(folder / f"{file}.yaml")
+    del fields["defaults"]
     nested = {
         "selective": SelectiveConfig(**fields["selective"]),
         "central": CentralConfig(**fields["central"]),

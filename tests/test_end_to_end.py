@@ -503,7 +503,7 @@ def test_a_method_of_a_plugin_is_listed_run_and_judged_again(tmp_path):
         str(tmp_path / "exp"),
     ]
     refused = program("run.py", *argv)
-    assert refused.refusal.startswith("error: --method: Mine has no file of settings; write ")
+    assert refused.refusal.startswith("error: --method: Mine ")
     settings = tmp_path / "configs" / "method"
     settings.mkdir(parents=True)
     shutil.copy(ROOT / "configs" / "method" / "Noise.yaml", settings / "Mine.yaml")

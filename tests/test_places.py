@@ -1,4 +1,4 @@
-"""utils/places.py: every program finds data and weights in the same place."""
+"""utils/places.py: all programs use the same folders of data and weights."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from utils.config import load_config
 
 
 def roots_of_all_programs() -> set[tuple[Path, Path]]:
-    """(data root, weights root) as each program understands them."""
+    """(data root, weights root) of each program."""
     config = load_config(["--method", "Noise"], METHODS)
     data = prepare_data.parse_arguments(["--data_name", "mnist_28"]).data_root
     weights = prepare_weights.parse_arguments(["--name", "inception"]).weights_root
@@ -25,13 +25,13 @@ def roots_of_all_programs() -> set[tuple[Path, Path]]:
         (None, Path("dataset"), Path.home() / ".cache" / "dp-image-bench"),
     ],
 )
-def test_programs_agree_on_the_usual_places(variable, data, weights, monkeypatch):
+def test_all_programs_have_the_same_default_folders(variable, data, weights, monkeypatch):
     for name in ("DPIB_DATA_ROOT", "DPIB_WEIGHTS_ROOT"):
         monkeypatch.delenv(name, raising=False) if variable is None else monkeypatch.setenv(name, variable)
     assert roots_of_all_programs() == {(data, weights)}
 
 
-def test_a_flag_wins_and_its_tilde_is_the_home_folder(monkeypatch):
+def test_a_flag_overrides_the_variable_and_its_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("DPIB_DATA_ROOT", "/elsewhere")
     given = prepare_data.parse_arguments(["--data_name", "mnist_28", "--data_root", "~/zz"])
     assert given.data_root == Path.home() / "zz"

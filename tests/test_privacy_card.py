@@ -14,9 +14,9 @@ from opacus_ext.card import privacy_card, privacy_summary, unprotected_group
 from opacus_ext.ledger import Budget, Ledger
 from opacus_ext.noise import NoiseSource
 from opacus_ext.private_data import PrivateData
-from utils.bounds import at_most
 from utils.config import load_config
 from utils.files import read_json, write_json
+from utils.text import at_most
 
 NUM_RECORDS = 50
 

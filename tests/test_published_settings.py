@@ -24,7 +24,7 @@ LATENT = ["DP-LDM", "DP-LoRA"]
 
 
 def composed(*argv: str):
-    """The parts of a run that command lines lead to: the network built, the noise calibrated."""
+    """The parts of a run for a command line, with its network and calibrated noise."""
     return compose(load_config(list(argv), METHODS))
 
 
@@ -82,7 +82,7 @@ def test_the_command_line_reaches_the_sizes_of_the_size_study(nf, ch_mult, atten
     [(64, [1, 2, 2], 11.9), (64, [1, 2, 2, 4], 23.6), (96, [1, 2, 2, 3], 39.7), (128, [1, 1, 2, 4], 77.4)],
 )
 def test_the_command_line_reaches_the_sizes_of_the_latent_size_study(nf, ch_mult, millions):
-    """Its table leaves the class embedder out."""
+    """The published table does not count the class embedder."""
     settings = [f"model.network.nf={nf}", f"model.network.ch_mult={ch_mult}".replace(" ", "")]
     parts = composed("--method", "DP-LoRA", "--data_name", "cifar10_32", "-e", "inf", *settings)
     embedder = 1001 * 512
@@ -117,7 +117,7 @@ def test_dp_ldm_sd_trains_the_published_number_of_parameters(data):
         assert sum(network.get_parameter(name).numel() for name in names) == published
 
 
-def test_a_dry_run_tells_what_is_trained():
+def test_a_dry_run_prints_the_number_of_trained_parameters():
     outcome = call(
         run_program.main, ["--method", "DP-LDM-SD", "--data_name", "mnist_28", "--dry_run", "-e", "inf"]
     )
@@ -215,8 +215,8 @@ def test_noise_multipliers_are_the_published_ones(method, data, epsilon, publish
 
 @pytest.mark.slow
 def test_the_published_search_stops_below_epsilon():
-    """DP-FETA on CelebA at epsilon 1 is 1.3 % above what the budget asks for, and by no difference of the plans: the
-    published bisection is content with any noise that costs between 0.99 and 1."""
+    """The published noise of DP-FETA on CelebA at epsilon 1 is 1.3 % above the calibrated one, although the plans are
+    equal: the published bisection accepts any noise that costs between 0.99 and 1."""
     ledger = published_cell("DP-FETA", "celeba_male_32", 1)
     assert ledger.planned("dp-sgd").noise_multiplier == pytest.approx(12.188, rel=0.014)
     plan = [replace(r, noise_multiplier=12.188) if r.name == "dp-sgd" else r for r in ledger.releases()]
@@ -266,19 +266,20 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def with_checkpoint(command: str, folder: Path) -> list[str]:
-    """The command's words after the program, with the user's checkpoint replaced by one that exists. The run that one
-    command resumes does not: see test_end_to_end.py for that."""
+    """The command's arguments, with the user's checkpoint replaced by one that exists. --resume_exp is removed, because
+    its run does not exist: test_end_to_end.py tests resuming."""
     words = shlex.split(command.removesuffix(" --resume_exp <run>"))[1:]
     return [re.sub(r"^model\.ckpt=.*/<run>", f"model.ckpt={folder}", word) for word in words]
 
 
-def test_published_commands_are_all_here():
+def test_all_published_commands_of_these_methods_are_tested():
     assert len(COMMANDS) == 12
 
 
 def published_noise(words: list[str]) -> float | None:
-    """What the tables say of a command at epsilon 10: 150 epochs in all methods, and a semantic query changes nothing.
-    None where they say nothing: they hold out validation images, and have neither 64 px nor runs without training."""
+    """The published noise multiplier of a command at epsilon 10: 150 epochs in all methods, and a semantic query has no
+    effect on it. None if the tables lack the command: they hold out validation images, and have neither 64 px nor runs
+    without training."""
     if not {"eval.mode=sen", "train.n_epochs=0", "sensitive_data.name=null"}.isdisjoint(words):
         return None
     if "train.accountant=prv" in words:
@@ -298,15 +299,15 @@ def test_published_commands_calibrate(command, checkpoint):
         words += [f"{key}={value}" for key, value in defaults.items() if key not in given]
     outcome = call(run_program.main, [*words, "--dry_run"])
     assert outcome.code == 0, outcome.err
-    told = re.search(r"\n  dp-sgd +([\d.]+|none) ", outcome.out)
-    assert (told is not None) == ("sensitive_data.name=null" not in command), outcome.out
+    printed = re.search(r"\n  dp-sgd +([\d.]+|none) ", outcome.out)
+    assert (printed is not None) == ("sensitive_data.name=null" not in command), outcome.out
     if published is not None:
-        assert float(told[1]) == pytest.approx(published, rel=0.01)
+        assert float(printed[1]) == pytest.approx(published, rel=0.01)
     if "<run>" in command:
         assert "UNet 1,516,897" in outcome.out
 
 
-def test_the_tables_know_most_of_the_published_commands():
+def test_most_published_commands_have_a_published_noise():
     known = [published_noise(shlex.split(command)) for command in COMMANDS]
     assert sorted(noise for noise in known if noise) == [1.899, *[1.995] * 5, 2.206, 2.206]
 

@@ -1,7 +1,7 @@
-"""preset=quick on the user's own images: at most 20 minutes on two cores, for every number, size and kind of them.
+"""preset=quick on the user's own images takes at most 20 minutes on two cores, for any number and size of images.
 
-Times are counted, not measured (work_clock.py), as if on one core. The second core shortens a step by a third at least
-(docs/bench_dpsgd.md has 1.9 times); of that not all is used up here.
+Times are computed, not measured (work_clock.py), for one core. A second core shortens a step by at least a third
+(docs/bench_dpsgd.md: 1.9 times faster); the limit below uses only part of that.
 """
 
 import pytest
@@ -34,7 +34,7 @@ CORNERS = [
 def own_images(
     method: str, number: int, resolution: int, channels: int, classes: int, *more: str
 ) -> list[str]:
-    """The command line of a run on images that are described, not prepared."""
+    """The command line of a run on images that are described by settings, without prepared data."""
     sizes = {"num_train": number, "resolution": resolution, "num_channels": channels, "n_classes": classes}
     settings = [f"sensitive_data.{key}={value}" for key, value in sizes.items()]
     return [
@@ -51,7 +51,7 @@ def own_images(
 
 
 def stages(argv: list[str], tmp_path, monkeypatch) -> list:
-    """Costs of the whole run."""
+    """Costs of all stages of a run."""
     work_clock.use(monkeypatch)
     parts = compose(load_config([*argv, "--data_root", str(tmp_path)], METHODS))
     costs, synthesizer = [], parts.synthesizer

@@ -15,7 +15,7 @@ class Second:
     pass
 
 
-def test_names_match_without_regard_to_case_and_keep_their_spelling():
+def test_names_match_regardless_of_case_and_keep_their_spelling():
     registry = Registry("method", {"DP-LoRA": First})
     assert registry.canonical("dp-lora") == "DP-LoRA"
     assert registry.resolve("DP-LORA") is First
@@ -27,10 +27,12 @@ def test_an_unknown_name_suggests_the_nearest_and_lists_all():
     registry = Registry("method", {"PrivImage": First, "DPDM": Second})
     with pytest.raises(UserError) as error:
         registry.resolve("privimge")
-    assert str(error.value) == "unknown method 'privimge'; did you mean 'PrivImage'? Known: DPDM, PrivImage"
+    assert all(
+        part in str(error.value) for part in ("method", "'privimge'", "'PrivImage'?", "DPDM, PrivImage")
+    )
 
 
-def test_a_text_entry_is_imported_on_first_use_only():
+def test_a_module_path_is_imported_on_first_use():
     program = (
         "import sys; from utils.registry import Registry; r = Registry('thing', {'Wave': 'wave:open'});"
         "list(r); r.canonical('wave'); before = 'wave' in sys.modules;"
@@ -49,8 +51,8 @@ def test_registering_the_same_object_again_is_allowed():
     assert list(registry) == ["Toy", "Other"]
 
 
-def test_a_collision_shows_both():
+def test_a_second_registration_of_a_name_shows_both_objects():
     registry = Registry("method", {"Toy": First})
-    with pytest.raises(UserError, match=r"'TOY' is registered twice: .*First.* and .*Second"):
+    with pytest.raises(UserError, match=r"'TOY'.*First.*Second"):
         registry.register("TOY", Second)
     assert registry.resolve("Toy") is First

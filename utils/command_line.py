@@ -1,6 +1,6 @@
 """The strict command line: flags and key=value settings, in any order.
 
-Nothing is guessed: an unknown flag, a stray word, and a setting that is given twice are errors.
+Nothing is guessed: an unknown flag, an argument that is neither, and a setting that is given twice are errors.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from utils.sections import check
 from utils.typed import without_none
 from utils.yaml_numbers import ADVICE, misread_numbers
 
-# Names from other places -> the name here; a target that starts with "--" is a flag, and the error says so.
+# Names of the published benchmark -> the name here; if the target is a flag, the error names the flag.
 ALIASES = {
     "train.accountant": "privacy.accountant",
     "train.dp.delta": "privacy.delta",
@@ -23,142 +23,13 @@ ALIASES = {
     "public_data": "public_data.name",
 }
 
-# Option strings, the programs that have the flag, and what argparse needs to know.
-FLAGS = (
-    (
-        ("--method", "-m"),
-        "run test_classifier",
-        {
-            "default": "PrivImage",
-            "help": "synthesizer; run.py without a word lists them (default: %(default)s)",
-        },
-    ),
-    (
-        ("--method", "-m"),
-        "eval",
-        {"default": "PrivImage", "help": "with --exp_path: the run's, if not given"},
-    ),
-    (
-        ("--data_name", "-dn"),
-        "run test_classifier",
-        {
-            "default": "digits_8",
-            "help": "dataset: the name of a file in configs/data, or of images that you have prepared (default: "
-            "%(default)s)",
-        },
-    ),
-    (
-        ("--data_name", "-dn"),
-        "eval",
-        {
-            "default": "digits_8",
-            "help": "dataset; if not given, the run's with --exp_path, %(default)s with --images",
-        },
-    ),
-    (
-        ("--epsilon", "-e"),
-        "run test_classifier",
-        {"default": "10", "help": "privacy budget; inf: non-private (default: %(default)s)"},
-    ),
-    (("--epsilon", "-e"), "eval", {"default": "10", "help": "with --exp_path: the run's, if not given"}),
-    (
-        ("--exp_description", "-ed"),
-        "run eval test_classifier",
-        {"default": "", "metavar": "TEXT", "help": "is added to the name of the folder that is made"},
-    ),
-    (
-        ("--resume_exp", "-re"),
-        "run",
-        {
-            "metavar": "RUN",
-            "help": "continue this run (its folder or the name of it); given alone, with the run's own settings",
-        },
-    ),
-    (
-        ("--exp_path", "-ep"),
-        "eval",
-        {"metavar": "RUN", "help": "judge the samples of this finished run (its folder) again"},
-    ),
-    (
-        ("--images",),
-        "eval",
-        {
-            "metavar": "PATH",
-            "help": "judge these labelled images, whoever made them: an npz, a folder or zip of class folders, or of "
-            "files <class>_<rest>.png; no --method and no --epsilon is needed",
-        },
-    ),
-    (
-        ("--out",),
-        "eval",
-        {"metavar": "FOLDER", "help": "with --images: where results go (default: below --exp_root)"},
-    ),
-    (("--metrics",), "eval", {"metavar": "A,B", "help": "short for eval.metrics=[A,B]"}),
-    (
-        ("--list",),
-        "eval",
-        {"action": "store_true", "help": "show metrics, extractors and classifiers, and what is missing"},
-    ),
-    (
-        ("--config_dir",),
-        "run eval test_classifier",
-        {"metavar": "FOLDER", "help": "more YAML files; with a config.yaml of its own it replaces configs/"},
-    ),
-    (
-        ("--plugin",),
-        "run eval test_classifier",
-        {
-            "action": "append",
-            "default": [],
-            "metavar": "MODULE",
-            "help": "import this module, which registers its methods; its configs/ is searched too (repeatable)",
-        },
-    ),
-    (
-        ("--data_root",),
-        "run eval test_classifier",
-        {"metavar": "FOLDER", "help": "prepared datasets (default: $DPIB_DATA_ROOT, else dataset)"},
-    ),
-    (
-        ("--exp_root",),
-        "run eval test_classifier",
-        {"default": "exp", "metavar": "FOLDER", "help": "folder of all runs (default: %(default)s)"},
-    ),
-    (
-        ("--weights_root",),
-        "run eval test_classifier",
-        {
-            "metavar": "FOLDER",
-            "help": "downloaded weights (default: $DPIB_WEIGHTS_ROOT, else ~/.cache/dp-image-bench)",
-        },
-    ),
-    (
-        ("--dry_run",),
-        "run",
-        {
-            "action": "store_true",
-            "help": "print the privacy plan, the networks, the time and what is missing, and stop",
-        },
-    ),
-    (
-        ("--dry_run",),
-        "eval test_classifier",
-        {"action": "store_true", "help": "check what is given, and stop"},
-    ),
-    (
-        ("--print_config",),
-        "run eval test_classifier",
-        {"action": "store_true", "help": "print every value with the layer that set it, and stop"},
-    ),
-)
-
 REPEATABLE = ("plugin",)
-LARGEST_EPSILON = 1000  # more bounds nothing, and takes the accountants minutes
+LARGEST_EPSILON = 1000  # a larger one is no guarantee, and takes the accountants minutes
 PURPOSE = {
     "run": "Train one synthesizer on one dataset at one privacy budget, generate, and evaluate.",
-    "eval": "Judge a finished run, or any labelled images, against a dataset.",
+    "eval": "Evaluate a finished run, or any labelled images, against a dataset.",
     "test_classifier": "Accuracy of the configured classifiers when they are trained on the real images. Not private; "
-    "takes the settings of run.py, of which method and epsilon change nothing else.",
+    "accepts the settings of run.py; method and epsilon have no other effect than to choose them.",
 }
 FILES = {"run": "run.py", "eval": "eval.py", "test_classifier": "scripts/test_classifier.py"}
 SETTINGS_HELP = (
@@ -177,13 +48,21 @@ class CommandLine(NamedTuple):
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are UserErrors."""
+    """An ArgumentParser that raises UserError, and knows its flags."""
+
+    def __init__(self, **options) -> None:
+        self.flags: dict[str, str] = {}  # option string -> name of the flag
+        super().__init__(**options)
+
+    def add_argument(self, *names: str, **options) -> argparse.Action:
+        self.flags.update(dict.fromkeys(names, max(names, key=len).lstrip("-")))
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> None:
         raise UserError(message)
 
 
-def parser(program: str) -> argparse.ArgumentParser:
+def parser(program: str) -> _Parser:
     """The flags of `program`, a key of FILES."""
     result = _Parser(
         prog=FILES[program],
@@ -192,41 +71,134 @@ def parser(program: str) -> argparse.ArgumentParser:
         epilog=SETTINGS_HELP,
         allow_abbrev=False,
     )
-    for names, programs, options in FLAGS:
-        if program in programs.split():
-            result.add_argument(*names, **options)
+    if program == "eval":
+        _add_evaluation_flags(result)
+    else:
+        _add_training_flags(result, resumes=program == "run")
+    _add_common_flags(result)
     return result
+
+
+def _add_training_flags(result: _Parser, resumes: bool) -> None:
+    add = result.add_argument
+    add(
+        "--method",
+        "-m",
+        default="PrivImage",
+        help="synthesizer; run.py without arguments lists them (default: %(default)s)",
+    )
+    add(
+        "--data_name",
+        "-dn",
+        default="digits_8",
+        help="dataset: the name of a file in configs/data, or of images that you have prepared (default: %(default)s)",
+    )
+    add("--epsilon", "-e", default="10", help="privacy budget; inf: non-private (default: %(default)s)")
+    if resumes:
+        add(
+            "--resume_exp",
+            "-re",
+            metavar="RUN",
+            help="continue this run (its folder or its name); given alone, with the run's own settings",
+        )
+        add(
+            "--dry_run",
+            action="store_true",
+            help="print the privacy plan, the networks, the time and what is missing, and stop",
+        )
+    else:
+        add("--dry_run", action="store_true", help="check the command line, and stop")
+
+
+def _add_evaluation_flags(result: _Parser) -> None:
+    add = result.add_argument
+    add(
+        "--exp_path",
+        "-ep",
+        metavar="RUN",
+        help="evaluate the samples of this finished run (its folder) again",
+    )
+    add(
+        "--images",
+        metavar="PATH",
+        help="evaluate these labelled images, of any origin: an npz, a folder or zip of class folders, or of files "
+        "<class>_<rest>.png; needs neither --method nor --epsilon",
+    )
+    add("--out", metavar="FOLDER", help="with --images: folder of the results (default: below --exp_root)")
+    add("--metrics", metavar="A,B", help="short for eval.metrics=[A,B]")
+    add("--list", action="store_true", help="show metrics, extractors and classifiers, and what is missing")
+    add("--method", "-m", default="PrivImage", help="with --exp_path: default is the run's method")
+    add(
+        "--data_name",
+        "-dn",
+        default="digits_8",
+        help="dataset; default is the run's with --exp_path, %(default)s with --images",
+    )
+    add("--epsilon", "-e", default="10", help="with --exp_path: default is the run's epsilon")
+    add("--dry_run", action="store_true", help="check the command line, and stop")
+
+
+def _add_common_flags(result: _Parser) -> None:
+    add = result.add_argument
+    add(
+        "--exp_description",
+        "-ed",
+        default="",
+        metavar="TEXT",
+        help="is appended to the name of the new folder",
+    )
+    add(
+        "--config_dir",
+        metavar="FOLDER",
+        help="more YAML files; with a config.yaml of its own it replaces configs/",
+    )
+    add(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import this module, which registers its methods; its configs/ is searched too (repeatable)",
+    )
+    add("--data_root", metavar="FOLDER", help="prepared datasets (default: $DPIB_DATA_ROOT, else dataset)")
+    add("--exp_root", default="exp", metavar="FOLDER", help="folder of all runs (default: %(default)s)")
+    add(
+        "--weights_root",
+        metavar="FOLDER",
+        help="downloaded weights (default: $DPIB_WEIGHTS_ROOT, else ~/.cache/dp-image-bench)",
+    )
+    add("--print_config", action="store_true", help="print every value with the layer that set it, and stop")
 
 
 EXAMPLES = {
     "run": (
-        ("--method PrivImage --data_name digits_8 --epsilon 10", "a whole run, minutes on a CPU"),
-        ("--method DPDM --data_name mnist_28 --dry_run", "its privacy plan and its time"),
+        ("--method PrivImage --data_name digits_8 --epsilon 10", "a complete run, minutes on a CPU"),
+        ("--method DPDM --data_name mnist_28 --dry_run", "only print its privacy plan and its time"),
         ("--method DPDM --data_name mnist_28 --print_config", "all settings"),
         ("--help", "all flags"),
     ),
     "eval": (
-        ("--exp_path exp/privimage/<run>", "a finished run again"),
-        ("--exp_path exp/privimage/<run> --metrics fid,kid", "more metrics of it"),
-        ("--images my_samples.zip --data_name digits_8 --out judged", "images of any origin"),
-        ("--list", "all metrics, and what they need"),
+        ("--exp_path exp/privimage/<run>", "evaluate a finished run again"),
+        ("--exp_path exp/privimage/<run> --metrics fid,kid", "with more metrics"),
+        ("--images my_samples.zip --data_name digits_8 --out results", "evaluate images of any origin"),
+        ("--list", "list all metrics and their requirements"),
         ("--help", "all flags"),
     ),
 }
 
 
 def short_help(program: str) -> str:
-    """What `program` says to a command line without a word."""
-    width = max(len(words) for words, _ in EXAMPLES[program])
-    lines = [f"  python {program}.py {words:<{width}}    {what}" for words, what in EXAMPLES[program]]
+    """What `program` prints for an empty command line."""
+    width = max(len(arguments) for arguments, _ in EXAMPLES[program])
+    lines = [f"  python {program}.py {arguments:<{width}}    {what}" for arguments, what in EXAMPLES[program]]
     return "\n".join((f"usage: python {program}.py [flags] [key=value ...]", "", *lines))
 
 
 def read_command_line(argv: list[str], program: str) -> CommandLine:
     """Read the arguments of `program`, a key of FILES. Raises UserError for a mistake in them."""
-    given = _given_flags(argv, program)
-    flags, rest = parser(program).parse_known_args(argv)
-    settings = _split_settings(rest)
+    reader = parser(program)
+    given = _given_flags(argv, reader.flags)
+    flags, rest = reader.parse_known_args(argv)
+    settings = _split_settings(rest, reader.flags)
     if "metrics" in given:
         if "eval.metrics" in settings:
             raise UserError("--metrics and eval.metrics are both given; they mean the same")
@@ -234,17 +206,13 @@ def read_command_line(argv: list[str], program: str) -> CommandLine:
     return CommandLine(flags, settings, given, tuple(argv))
 
 
-def _given_flags(argv: list[str], program: str) -> set[str]:
+def _given_flags(argv: list[str], known: dict[str, str]) -> set[str]:
     """Names of the flags in `argv`; raises UserError for an unknown flag and for one that is given twice."""
-    known = {"--help": "help", "-h": "help"}
-    for names, programs, _ in FLAGS:
-        if program in programs.split():
-            known.update(dict.fromkeys(names, names[0].lstrip("-")))
     given = set()
-    for word in argv:
-        if not word.startswith("-") or re.match(r"-\.?\d", word):  # a negative number is a value
+    for argument in argv:
+        if not argument.startswith("-") or re.match(r"-\.?\d", argument):  # a negative number is a value
             continue
-        flag = word.partition("=")[0]
+        flag = argument.partition("=")[0]
         if flag not in known:
             key = flag.lstrip("-")
             if "." in key or key in ("seed", "preset"):
@@ -257,16 +225,15 @@ def _given_flags(argv: list[str], program: str) -> set[str]:
     return given
 
 
-def _split_settings(words: list[str]) -> dict[str, str]:
-    flag_names = {names[0] for names, _, _ in FLAGS}
+def _split_settings(arguments: list[str], flags: dict[str, str]) -> dict[str, str]:
     settings = {}
-    for word in words:
-        key, equals, text = word.partition("=")
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
         if not equals or not re.fullmatch(r"[\w.]+", key):
             raise UserError(
-                f"cannot read '{word}': expected key=value or a flag (see --help); of several values write a,b"
+                f"cannot read '{argument}': expected key=value or a flag (see --help); write several values as a,b"
             )
-        target = f"--{key}" if f"--{key}" in flag_names else ALIASES.get(key, key)
+        target = f"--{key}" if f"--{key}" in flags else ALIASES.get(key, key)
         if target.startswith("--"):
             raise UserError(f"{key}={text}: this is a flag, use {target} {text}")
         if target in settings:
@@ -287,9 +254,9 @@ def parse_epsilon(text: str) -> float:
 
 
 def parse_value(text: str, annotation: object, key: str) -> object:
-    """The value of key=`text` for a setting of this type, read as YAML (1e-3, [1, 2], null, True).
+    """The value of the setting key=`text`, read as YAML (1e-3, [1, 2], null, True) according to its type.
 
-    Text settings, and the entries of lists of them, are taken as they stand, whatever characters a path may hold; one
+    Text settings, and the entries of lists of texts, are taken literally, since a path may hold any character; one
     pair of quotes around them is removed, and null means None where None is allowed. The type itself is checked later
     (utils/typed.py). Raises UserError for a number that YAML reads as another one, such as 010.
     """
@@ -305,7 +272,7 @@ def parse_value(text: str, annotation: object, key: str) -> object:
 
 
 def _read_yaml(text: str, key: str, is_texts: bool) -> object:
-    """`text` as YAML; as it stands where it is anything else than a scalar or a list of them."""
+    """`text` as YAML if it is a scalar or a list of scalars, else `text` itself."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -316,14 +283,14 @@ def _read_yaml(text: str, key: str, is_texts: bool) -> object:
     )  # fmt: skip
     try:
         tokens = list(yaml.scan(text, Loader=yaml.SafeLoader))
-        # A comment is no token, and what comes after it would be left out in silence.
+        # A comment is no token, so that the text after it would be dropped in silence.
         if not text.strip() or " #" in text or not all(isinstance(token, allowed) for token in tokens):
             return text
         if is_texts and text.startswith("["):
             return yaml.load(text, Loader=yaml.BaseLoader)
         for _, number in misread_numbers(text):
             raise UserError(f"{key}: {text} is not allowed: YAML reads {number} as another number; {ADVICE}")
-        # OmegaConf's reader and no other: plain YAML reads 1e-3 as text
+        # OmegaConf's reader, because plain YAML reads 1e-3 as text
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     except (yaml.YAMLError, OmegaConfBaseException):
         return text  # no setting of this type accepts a text

@@ -1,13 +1,13 @@
-"""From a command line to a typed, frozen configuration in which every value knows the layer that set it.
+"""Turn a command line into a typed, frozen configuration that records the layer that set each value.
 
-Five layers, the later one wins:
+There are five layers; a later one overrides an earlier one:
   1. base          configs/config.yaml and one file per group (data, public_data, eval, setup, method)
   2. derived       interpolations in these files, such as ${sensitive_data.resolution}
   3. preset        rules of configs/presets/<Method>.yaml that match the dataset and the tuned epsilon
   4. past run      the values of a run that is resumed, or whose samples are evaluated again
   5. command line  flags and key=value
 The composed values are then checked against the classes of utils/sections.py and the method's own `Config`.
-Nothing heavy is imported before a config is loaded: `run.py --help` must answer at once.
+Nothing heavy is imported before a config is loaded, so that `run.py --help` is fast.
 """
 
 import argparse
@@ -20,7 +20,14 @@ import typing
 from pathlib import Path
 
 from utils.command_line import CommandLine, parse_epsilon, parse_value, parser, read_command_line
-from utils.config_files import ConfigFiles, config_folders, file_values, flatten, readable_errors
+from utils.config_files import (
+    ConfigFiles,
+    compose,
+    config_folders,
+    flatten,
+    readable_errors,
+    written_values,
+)
 from utils.errors import UserError, unknown
 from utils.places import data_root, path_of, weights_root
 from utils.presets import PRESETS, Rule, load_presets, nearest_tier
@@ -56,12 +63,13 @@ EVERY_METHOD = (
 COMMAND_LINE = "command line"
 PAST_RUN = "past run"
 FLAG_KEYS = {"method": "method", "data_name": "data_name", "epsilon": "privacy.epsilon"}  # flag -> key
+CLASS_DEFAULT = "default of the class"  # the layer of a value that no file and no flag sets
 LONGEST_VALUE = 30  # characters of the column of values in --print_config
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    method: str  # as it is registered
+    method: str  # its registered spelling
     data_name: str
     epsilon: float  # inf: non-private
     seed: int
@@ -70,10 +78,10 @@ class Config:
     borrowed: bool  # True: preset_tier is not the requested epsilon
     description: str
     resume: str | None  # name of the run to continue
-    exp_path: Path | None  # eval.py only: the run to judge
-    images: Path | None  # eval.py only: the images to judge
-    out: Path | None  # eval.py only: where the results of `images` go
-    list_parts: bool  # eval.py only: show what there is
+    exp_path: Path | None  # eval.py only: the run to evaluate
+    images: Path | None  # eval.py only: the images to evaluate
+    out: Path | None  # eval.py only: folder of the results of `images`
+    list_parts: bool  # eval.py only: list metrics, extractors and classifiers
     dry_run: bool
     print_config: bool
     data_root: Path
@@ -88,13 +96,13 @@ class Config:
     method_config: object  # instance of the method class's Config
     provenance: dict[str, str]  # dotted key -> layer that set it
     snapshot: dict  # all values as plain containers; a run writes them to its config.yaml
-    notes: tuple[str, ...]  # lines that the program must print
-    words: tuple[str, ...] = dataclasses.field(compare=False)  # the command line that asked for all this
+    notes: tuple[str, ...]  # lines for the program to print
+    words: tuple[str, ...] = dataclasses.field(compare=False)  # the command line
 
 
 @dataclasses.dataclass(frozen=True)
 class _Schema:
-    """What may be set: the shared sections, and those that the method's Config names."""
+    """The sections that a run can set: the shared ones, and those of the method's Config."""
 
     method: str
     method_type: type
@@ -115,7 +123,7 @@ class _Schema:
 
 @dataclasses.dataclass(frozen=True)
 class _Cell:
-    """Which files and rules a run uses."""
+    """The files and rules of a run."""
 
     data_name: str
     epsilon: float
@@ -134,18 +142,18 @@ class _Cell:
         lines = []
         if self.borrowed:
             lines.append(
-                f"epsilon {self.epsilon:g}: there is no tuned setting, that of epsilon {self.tier} is used"
+                f"epsilon {self.epsilon:g}: there is no tuned setting; using that of epsilon {self.tier}"
             )
         if self.preset == "quick":
-            lines.append("preset quick: sizes are scaled down; for the published setting give preset=paper")
+            lines.append("preset quick: sizes are scaled down; use preset=paper for the published setting")
         lines += [rule.note for rule in self.rules if rule.note is not None]
         return tuple(lines)
 
 
 def load_config(argv: list[str], methods: Registry, program: str = "run") -> Config:
-    """Compose the configuration that `argv` (without the program's name) asks for; writes and prints nothing.
+    """Compose the configuration of `argv` (without the program's name); writes and prints nothing.
 
-    Plugins that `argv` names are imported. Raises UserError for whatever the user can repair.
+    Imports the plugins that `argv` names. Raises UserError for every mistake that the user can correct.
     """
     return compose_config(read_command_line(argv, program), methods)
 
@@ -178,13 +186,12 @@ def compose_config(
     cell = _choose_cell(files, schema, flags, choices, early)
     layers = _value_layers(files, cell, schema, flag_layers["epsilon"], early, data_root(flags.data_root))
     layers += [(key, value, PAST_RUN) for key, value in base.items()]
-    if "public_data.name" in command:  # as its file spells it
+    if "public_data.name" in command:  # with the spelling of its file
         command = {**command, "public_data.name": cell.public_name}
     layers += [(key, value, COMMAND_LINE) for key, value in command.items()]
-    written = files.written_values(
-        cell.files
-    )  # before Hydra composes them: the reader refuses what it would misread
-    typed = _typed_values(files.compose(cell.files), schema, layers)
+    parts = files.parts(cell.files)
+    written = written_values(parts)  # before Hydra composes them: the reader refuses what Hydra would misread
+    typed = _typed_values(compose(parts), schema, layers)
     check(typed["seed"] >= 0, "seed", typed["seed"], "0 or more")
     plain = {name: _plain(value) for name, value in typed.items()}
     snapshot = {"method": method, "data_name": cell.data_name, **plain}
@@ -198,7 +205,7 @@ def compose_config(
         **{name: typed[name] for name in (*RUN_KEYS, *SHARED_SECTIONS)},
         method_config=schema.method_type(**{name: typed[name] for name in schema.own}),
         provenance={
-            **_provenance(snapshot, written, layers),
+            **_provenance(snapshot, [*written, *layers]),
             **{flag: flag_layers[flag] for flag in ("method", "data_name")},
         },
         snapshot=snapshot,
@@ -208,8 +215,8 @@ def compose_config(
 
 
 def format_config(config: Config) -> str:
-    """Every value with the layer that set it, in three columns, section by section. A value that is too long for its
-    column is followed by a line with the layer alone."""
+    """A table of key, value and the layer that set it, section by section. If a value is too long for its column, the
+    layer is on the next line."""
     rows = [
         (key, _as_yaml(value), config.provenance[key])
         for key, value in sorted(flatten(config.snapshot).items(), key=lambda item: ("." in item[0], item[0]))
@@ -229,11 +236,11 @@ def format_config(config: Config) -> str:
 
 
 def _run_options(flags: argparse.Namespace) -> dict[str, object]:
-    """The fields of Config that are flags and nothing else."""
+    """The fields of Config that come directly from flags."""
     description = flags.exp_description
     if re.search(r"[/\\\n]", description):
         raise UserError(
-            f"--exp_description: '{description}' is not allowed; it must be usable in a folder's name"
+            f"--exp_description: '{description}' is not allowed; it becomes part of a folder's name"
         )
     places = {  # flags of eval.py
         name: path_of(given, f"--{name}") if (given := getattr(flags, name, None)) else None
@@ -253,7 +260,7 @@ def _run_options(flags: argparse.Namespace) -> dict[str, object]:
 
 
 def _parse_settings(settings: dict[str, str], types: dict[str, object]) -> dict[str, object]:
-    """Values of the command line, read according to the type of their key; an unknown key is an error."""
+    """The values of the command line, parsed by the type of their key. Raises UserError for an unknown key."""
     for key in settings:
         if key not in types:
             if any(known.startswith(key + ".") for known in types):
@@ -262,7 +269,7 @@ def _parse_settings(settings: dict[str, str], types: dict[str, object]) -> dict[
     values = {key: parse_value(text, types[key], key) for key, text in settings.items()}
     for key, value in values.items():
         interpolated = isinstance(value, str) and re.search(r"\$\{.*\}", value)
-        if not interpolated:  # its type is known only after composing
+        if not interpolated:  # the type of an interpolation is known only after composing
             build(types[key], value, key)
     return values
 
@@ -283,7 +290,17 @@ def _choose_cell(
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     tier = nearest_tier(epsilon)
-    facts = _facts_of_own_images(data_file, data_name, data_root(flags.data_root), command)
+    chosen = {
+        "data": data_file,
+        "public_data": files.require("public_data", "none"),  # until the other files have named one
+        "eval": files.require("eval", choices.get("eval", preset)),
+        "setup": files.require("setup", choices.get("setup", files.default("setup"))),
+        "method": files.require("method", schema.method),
+    }
+    written = {key: value for key, value, _ in written_values(files.parts(chosen))}
+    facts = None
+    if data_file.stem == OWN_IMAGES:
+        facts = _facts_of_own_images(data_name, written, data_root(flags.data_root), command)
     # A file chosen on the command line (eval=none) belongs to that layer: no rule changes its section.
     rules = [
         rule.without(choices).evaluated(facts)
@@ -291,22 +308,15 @@ def _choose_cell(
         for rule in table.chosen(preset)
         if rule.matches(data_name, tier, facts)
     ]
-    method_file = files.require("method", schema.method)
-    public_name, public_file = _choose_public_data(files, method_file, rules, command)
-    chosen = {
-        "data": data_file,
-        "public_data": public_file,
-        "eval": files.require("eval", choices.get("eval", preset)),
-        "setup": files.require("setup", choices.get("setup", files.default("setup"))),
-        "method": method_file,
-    }
+    public_name, chosen["public_data"] = _choose_public_data(files, written, rules, command)
     return _Cell(data_name, epsilon, preset, tier, table_path is not None, rules, public_name, chosen)
 
 
 def _choose_data(
     files: ConfigFiles, flags: argparse.Namespace, command: dict[str, object]
 ) -> tuple[str, Path]:
-    """The dataset's name and YAML file. A name without a file is the user's own, if there is a trace of it."""
+    """The dataset's name and YAML file. A name without a file means the user's own images, which must be prepared or
+    described."""
     found = files.find("data", flags.data_name)
     if found is not None and found.stem != OWN_IMAGES:
         name, chosen = found.stem, found
@@ -333,15 +343,17 @@ def _check_own_data(files: ConfigFiles, name: str, root: Path, command: dict[str
 
 
 def _prepared_sets(root: Path) -> set[str]:
-    """The sets that scripts/prepare_data.py has written below `root`."""
+    """Names of the datasets that scripts/prepare_data.py has written to `root`."""
     return {meta.parent.name for meta in root.glob("[!.]*/meta.json")}
 
 
 def _choose_public_data(
-    files: ConfigFiles, method_file: Path, rules: list[Rule], command: dict[str, object]
+    files: ConfigFiles, written: dict[str, object], rules: list[Rule], command: dict[str, object]
 ) -> tuple[str | None, Path]:
-    """The public set that the latest layer names, and its YAML file: `custom` for a folder given as train_path."""
-    written = {key: value for key, value, _ in file_values(method_file, "")}
+    """The public set that the latest layer names, and its YAML file: `custom` for a folder given as train_path.
+
+    `written` holds the values of the YAML files, with public_data=none.
+    """
     layers = [written, *(rule.values for rule in rules), command]
     early = {key: value for layer in layers for key, value in layer.items()}
     name, folder = early.get("public_data.name"), early.get("public_data.train_path")
@@ -364,7 +376,7 @@ def _value_layers(
     command: dict[str, object],
     root: Path,
 ) -> list[tuple[str, object, str]]:
-    """(dotted key, value, layer) of all that goes on top of the YAML files and below past run and command line, in the
+    """(dotted key, value, layer) of everything that overrides the YAML files, below past run and command line, in the
     order in which it applies."""
     result = [(key, value, rule.layer) for rule in cell.rules for key, value in rule.values.items()]
     for key, _, layer in result:
@@ -381,13 +393,13 @@ def _value_layers(
 
 
 def _meta_of_own_images(data_name: str, root: Path, command: dict[str, object]) -> Path | None:
-    """The meta.json that scripts/prepare_data.py wrote; None where nothing is prepared."""
+    """The meta.json that scripts/prepare_data.py wrote; None if nothing is prepared."""
     meta = Path(command.get("sensitive_data.path") or root / data_name) / "meta.json"
     return meta if meta.is_file() else None
 
 
 def _size_of_own_images(meta: Path) -> list[tuple[str, object, str]]:
-    """Resolution and channels as scripts/prepare_data.py wrote them, so that nobody has to repeat them."""
+    """Resolution and channels from meta.json, so that the user need not repeat them."""
     facts = _written_facts(meta)
     sizes = {"resolution": facts["resolution"], "num_channels": facts["channels"]}
     return [(f"sensitive_data.{key}", value, f"prepared data {meta}") for key, value in sizes.items()]
@@ -410,20 +422,17 @@ def _written_facts(meta: Path) -> dict[str, int]:
 
 
 def _facts_of_own_images(
-    data_file: Path, data_name: str, root: Path, command: dict[str, object]
+    data_name: str, written: dict[str, object], root: Path, command: dict[str, object]
 ) -> dict[str, int] | None:
-    """What rules for the user's own images may depend on; None for the toolkit's data sets, and for images that are
-    neither prepared nor described in full, which no run accepts."""
-    if data_file.stem != OWN_IMAGES:
-        return None
+    """The public facts that preset rules for the user's own images may depend on; None for images that are neither
+    prepared nor fully described, which no run accepts. `written` holds the values of the YAML files."""
     meta = _meta_of_own_images(data_name, root, command)
     facts = {} if meta is None else _written_facts(meta)
     described = {
         "N": "num_train", "resolution": "resolution", "channels": "num_channels", "classes": "n_classes"
     }  # fmt: skip
-    written = {key: value for key, value, _ in file_values(data_file, "")}
     for fact, key in described.items():
-        value = command.get(f"sensitive_data.{key}", facts.get(fact, written.get(key)))
+        value = command.get(f"sensitive_data.{key}", facts.get(fact, written.get(f"sensitive_data.{key}")))
         if not isinstance(value, int) or value < 1:
             return None
         facts[fact] = value
@@ -449,13 +458,14 @@ def _flag_layer(flag: str, given: set[str]) -> str:
     return COMMAND_LINE if flag in given else f"default of --{flag}"
 
 
-def _provenance(
-    snapshot: dict, written: list[tuple[str, object, str]], layers: list[tuple[str, object, str]]
-) -> dict[str, str]:
+def _provenance(snapshot: dict, layers: list[tuple[str, object, str]]) -> dict[str, str]:
     """Dotted key -> the last layer that set it, for every value of the snapshot."""
-    latest = {key: layer for key, _, layer in [*written, *layers]}
-    # A value that no chosen file writes comes from a file that one of them includes, or from the class.
-    return {key: latest.get(key, "base, included file or class default") for key in flatten(snapshot)}
+    latest = {
+        leaf: layer
+        for key, value, layer in layers
+        for leaf in (flatten(value, key) if isinstance(value, dict) else [key])
+    }
+    return {key: latest.get(key, CLASS_DEFAULT) for key in flatten(snapshot)}
 
 
 def _plain(value: object) -> object:
@@ -463,7 +473,7 @@ def _plain(value: object) -> object:
 
 
 def _as_yaml(value: object) -> str:
-    """As it is given on the command line."""
+    """A value in the syntax of the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The YAML files of a configuration: where they are found, and how Hydra composes them."""
+"""Find the YAML files of a configuration and compose them by Hydra's defaults list."""
 
 import argparse
 import contextlib
@@ -14,25 +14,13 @@ from utils.places import path_of
 from utils.yaml_numbers import ADVICE, misread_numbers
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
-
-# Group of YAML files -> the package that its file fills, in the order in which config.yaml lists them. Method files
-# come last and fill the whole config, so a method may set what it needs in public_data.
-GROUPS = {
-    "data": "sensitive_data",
-    "public_data": "public_data",
-    "eval": "eval",
-    "setup": "setup",
-    "method": "_global_",
-}
-
-
-REPLACEABLE = "presets"  # of which an added folder may hold a file of the same name
+REPLACEABLE = "presets"  # the one group in which a file of an added folder replaces a file of the same name
 
 
 def config_folders(flags: argparse.Namespace) -> list[Path]:
-    """Where YAML files are looked for: the main folder, then what --config_dir and the plugins add.
+    """The folders of YAML files: the main folder, then those that --config_dir and the plugins add.
 
-    Imports the plugins. A --config_dir with a config.yaml of its own takes the place of configs/.
+    Imports the plugins. A --config_dir with its own config.yaml replaces configs/.
     """
     main, added = CONFIG_FOLDER, []
     if flags.config_dir is not None:
@@ -48,7 +36,7 @@ def config_folders(flags: argparse.Namespace) -> list[Path]:
 
 
 def _plugin_folder(name: str) -> Path:
-    """Import the plugin, which registers its methods; returns the configs folder beside it, which need not exist."""
+    """Import the plugin, which registers its methods; returns the configs folder next to it, which need not exist."""
     try:
         module = importlib.import_module(name)
     except ImportError as error:
@@ -70,14 +58,14 @@ class ConfigFiles:
         return read_yaml(self.folders[0] / "config.yaml")
 
     def names(self, group: str) -> list[str]:
-        """What can be chosen in a group; files whose name starts with "_" are parts of others."""
+        """The choices of a group; files whose name starts with "_" are included by others and cannot be chosen."""
         found = {path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")}
         return sorted(name for name in found if not name.startswith("_"))
 
     def find(self, group: str, name: str) -> Path | None:
-        """The file <group>/<name>.yaml, without regard to case; two of them are an error that shows both.
+        """The file <group>/<name>.yaml, ignoring case; None if there is none. Two such files raise UserError.
 
-        Presets are no group of Hydra's: there a folder of --config_dir or of a plugin replaces the toolkit's table.
+        Presets are no Hydra group: a file of --config_dir or of a plugin replaces the toolkit's table.
         """
         by_folder = [
             [
@@ -98,43 +86,100 @@ class ConfigFiles:
         found = self.find(group, name)
         if found is None and group == "method":  # a registered one
             places = " or ".join(str(folder / group / f"{name}.yaml") for folder in self.folders)
-            raise UserError(f"--method: {name} has no file of settings; write {places}")
+            raise UserError(f"--method: {name} has no config file; create {places}")
         if found is None:
             raise unknown(f"configs/{group} file", name, self.names(group))
         return found
 
-    def default(self, group: str) -> str:
-        """The choice that the defaults list of config.yaml makes for a group."""
+    def choices(self) -> dict[str, str]:
+        """The defaults list of config.yaml: group, with its package if it has one (data@sensitive_data) -> file."""
         entries = [entry for entry in self.main().get("defaults", []) if isinstance(entry, dict)]
-        choices = {key.partition("@")[0]: name for entry in entries for key, name in entry.items()}
-        if group not in choices:
+        return {key: name for entry in entries for key, name in entry.items()}
+
+    def default(self, group: str) -> str:
+        """The choice of the defaults list of config.yaml for a group."""
+        by_group = {key.partition("@")[0]: name for key, name in self.choices().items()}
+        if group not in by_group:
             raise UserError(f"{self.folders[0] / 'config.yaml'}: the defaults list does not name '{group}'")
-        return choices[group]
+        return by_group[group]
 
-    def compose(self, files: dict[str, Path]):
-        """config.yaml with the chosen file of every group, as an OmegaConf container; interpolations stay open."""
-        from hydra import compose, initialize_config_dir
-        from omegaconf import OmegaConf
-
-        overrides = [f"{_package_key(group)}={_quoted(files[group].stem)}" for group in GROUPS]
+    def parts(self, chosen: dict[str, Path]) -> list["Part"]:
+        """config.yaml, the chosen file of every group, and the files that these include, in the order of merging."""
+        names = {group: path.stem for group, path in chosen.items()}
+        overrides = [f"{key}={_quoted(names[key.partition('@')[0]])}" for key in self.choices()]
         if len(self.folders) > 1:
             added = ",".join(_quoted(f"file://{folder}") for folder in self.folders[1:])
             overrides.append(f"hydra.searchpath=[{added}]")
-        with readable_errors(), initialize_config_dir(str(self.folders[0]), version_base="1.3"):
-            config = compose("config", overrides)
-        OmegaConf.set_struct(config, False)
-        return config
+        files = sorted(path for folder in self.folders for path in folder.glob("**/*.yaml"))
+        changed = tuple((path, path.stat().st_mtime_ns) for path in files)
+        return [
+            Part(self._locate(name), package)
+            for name, package in _defaults_list(self.folders[0], tuple(overrides), changed)
+        ]
 
-    def written_values(self, files: dict[str, Path]) -> list[tuple[str, object, str]]:
-        """(dotted key, value as written, layer) of every value in the chosen files, in the order of merging."""
-        result = file_values(self.folders[0] / "config.yaml", "")
-        for group, package in GROUPS.items():
-            result += file_values(files[group], "" if package == "_global_" else package)
-        return result
+    def _locate(self, name: str) -> Path:
+        """The file behind an entry of the defaults list: the first one along the search path, as for Hydra."""
+        name = name if name.endswith(".yaml") else f"{name}.yaml"
+        return next(folder / name for folder in self.folders if (folder / name).is_file())
 
 
-def _package_key(group: str) -> str:
-    return group if GROUPS[group] == group else f"{group}@{GROUPS[group]}"
+@dataclass(frozen=True)
+class Part:
+    """One file of a composition."""
+
+    path: Path
+    package: str  # the section that it fills; "": the whole configuration
+
+    def content(self) -> dict:
+        """The values of the file, below their section."""
+        content = read_yaml(self.path)
+        content.pop("defaults", None)
+        for section in reversed(self.package.split(".") if self.package else []):
+            content = {section: content}
+        return content
+
+    def layer(self, value: object) -> str:
+        """How provenance names this file as the source of `value`."""
+        name = self.path.relative_to(
+            self.path.parents[1 if self.path.name == "config.yaml" else 2]
+        ).as_posix()
+        derived = isinstance(value, str) and "${" in value
+        return f"derived {value} {name}" if derived else f"base {name}"
+
+
+def written_values(parts: list[Part]) -> list[tuple[str, object, str]]:
+    """(dotted key, value as written, layer) of every value in these files, in the order of merging."""
+    return [
+        (key, value, part.layer(value)) for part in parts for key, value in flatten(part.content()).items()
+    ]
+
+
+def compose(parts: list[Part]):
+    """These files merged to one OmegaConf container; interpolations stay open."""
+    from omegaconf import OmegaConf
+
+    with readable_errors():
+        return OmegaConf.merge(*(OmegaConf.create(part.content()) for part in parts))
+
+
+@functools.lru_cache(maxsize=1024)
+def _defaults_list(folder: Path, overrides: tuple[str, ...], changed: tuple) -> list[tuple[str, str]]:
+    """(file name in the folder of configs without ending, package) of each file, from Hydra's own defaults list.
+
+    Hydra takes 0.1 s for it. `changed` holds the modification times of all files, so that the cache is never stale.
+    """
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    with readable_errors(), initialize_config_dir(str(folder), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        entries = loader.compute_defaults_list("config", list(overrides), RunMode.RUN).defaults
+    return [
+        (entry.config_path, entry.package or "")
+        for entry in entries
+        if entry.config_path is not None and not entry.config_path.startswith("hydra/")
+    ]
 
 
 def _quoted(text: str) -> str:
@@ -142,25 +187,9 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "\\'") + "'"
 
 
-def file_values(path: Path, section: str) -> list[tuple[str, object, str]]:
-    """Of a file, after those of the files beside it that its defaults list includes."""
-    content = read_yaml(path)
-    included = [
-        entry for entry in content.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"
-    ]
-    before = [value for entry in included for value in file_values(path.with_name(f"{entry}.yaml"), section)]
-    name = path.relative_to(path.parents[1 if path.name == "config.yaml" else 2]).as_posix()
-    return before + [(key, value, _layer(value, name)) for key, value in flatten(content, section).items()]
-
-
-def _layer(value: object, file_name: str) -> str:
-    derived = isinstance(value, str) and "${" in value
-    return f"derived {value} {file_name}" if derived else f"base {file_name}"
-
-
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn what Hydra, OmegaConf and the YAML reader raise into a UserError of one line."""
+    """Turn an error of Hydra, OmegaConf or the YAML reader into a UserError of one line."""
     import yaml
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -175,13 +204,13 @@ def readable_errors() -> Iterator[None]:
 
 
 def read_yaml(path: Path) -> dict:
-    """A YAML file as plain containers, by OmegaConf's reader (plain YAML reads 1e-3 as text)."""
+    """A YAML file as plain containers, by OmegaConf's reader because plain YAML reads 1e-3 as text."""
     return copy.deepcopy(_read_yaml(path, path.stat().st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=1024)
 def _read_yaml(path: Path, changed: int) -> dict:
-    """The reader is slow, and composing one configuration reads some files several times."""
+    """Cached: the reader is slow, and composing reads some files several times. `changed` is the modification time."""
     from omegaconf import OmegaConf
 
     with readable_errors():
@@ -195,7 +224,7 @@ def _read_yaml(path: Path, changed: int) -> dict:
 
 
 def flatten(content: dict, section: str = "") -> dict[str, object]:
-    """Nested dictionaries as one of dotted keys; a list is a value, an empty dictionary is nothing."""
+    """Nested dictionaries as one dictionary of dotted keys. A list is a value; an empty dictionary has no keys."""
     result = {}
     for name, value in content.items():
         key = f"{section}.{name}" if section else str(name)

@@ -1,4 +1,4 @@
-"""What a user can cause and repair."""
+"""Errors that a user can cause and correct."""
 
 import difflib
 import re
@@ -6,35 +6,35 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave. The programs print it as one line and exit with code 2.
+    """A mistake in the user's input. The programs print it as one line and exit with code 2.
 
     The message names the thing, its value and what is allowed.
     """
 
 
 class FieldError(UserError):
-    """A mistake in a section that stands at several places of the configuration. The message starts with the field's
-    name; utils/typed.py, which knows the place, puts the section's key before it."""
+    """A wrong value of a section that occurs at several keys. The message starts with the field's name; utils/typed.py
+    puts the section's key before it."""
 
 
 class Diverged(UserError):
-    """Weights or samples of a network are NaN or infinite. The message names them; run.py adds what helps."""
+    """Weights or samples of a network are NaN or infinite. The message names them; run.py adds advice."""
 
 
 class Unavailable(UserError):
-    """Something that cannot be had here and now: a package, weights, enough images. The text says what would help.
+    """A package, weights or enough images are missing. The text says what helps.
 
-    The report lists a metric that raises it as missing, with this text.
+    A metric that raises it is reported as missing, with this text.
     """
 
 
 class MissingWeights(Unavailable):
-    """Weights of a network are absent or damaged; the text holds the command that fetches them."""
+    """Weights of a network are missing or damaged; the text contains the command that fetches them."""
 
 
 def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
-    """The error for a name that is in no table: names the nearest entry and lists what exists. `kind` is the key that
-    has the name as its value, or what such a name stands for."""
+    """The error for an unknown name: suggests the nearest entry and lists all. `kind` is the key of the name, or a
+    noun."""
     names = sorted(known)
     near = nearest(str(value), names)
     hint = f"; did you mean '{near}'?" if near else "."
@@ -42,8 +42,8 @@ def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
 
 
 def nearest(value: str, names: Iterable[str]) -> str | None:
-    """The name that `value` probably stands for, without regard to case: its beginning, its letters in another order,
-    the initials of its words, else the most alike; None if none is alike."""
+    """The name that `value` probably means, ignoring case: a name that starts with it, has the same letters in another
+    order, or has it as initials, else the most similar one; None if none is similar."""
     asked, by_folded = value.casefold(), {name.casefold(): name for name in names}
 
     def initials(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Arithmetic in preset rules, such as "min(30, 60000 / N)", on the public facts of a data set. No code is run."""
+"""Arithmetic in preset rules, such as "min(30, 60000 / N)", on the public facts of a data set. Runs no code."""
 
 import ast
 import math
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from utils.errors import UserError
 
-MARK = "="  # a value of a rule that starts with it is a formula
+MARK = "="  # first character of a value that is a formula
 FUNCTIONS: dict[str, Callable] = {
     "min": min,
     "max": max,
@@ -33,8 +33,8 @@ OPERATORS: dict[type, Callable] = {
 
 
 def evaluate(text: str, names: Mapping[str, float]) -> float | bool:
-    """The value of a formula. UserError, with the formula, for anything but arithmetic, comparisons joined by `and`,
-    the functions above and these names."""
+    """The value of a formula. Raises UserError, which quotes the formula, for anything but arithmetic, comparisons
+    joined by `and`, the functions above and these names."""
     try:
         return _value(ast.parse(text.strip(), mode="eval").body, names)
     except (SyntaxError, TypeError, ArithmeticError, ValueError) as error:

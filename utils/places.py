@@ -1,4 +1,4 @@
-"""Where prepared data and fetched weights lie: as a flag says, else an environment variable, else a usual folder."""
+"""Folders of prepared data and weights: from a flag, else an environment variable, else a default."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ def weights_root(given: str | None = None) -> Path:
 
 
 def user_cache() -> Path | None:
-    """The user's own folder for what can be computed again; None for a user without a home folder."""
+    """The user's cache folder; None for a user without a home folder."""
     try:
         return Path.home() / ".cache" / "dp-image-bench"
     except RuntimeError:
@@ -27,15 +27,15 @@ def user_cache() -> Path | None:
 
 
 def path_of(text: str, key: str) -> Path:
-    """The path that `text`, the value of `key`, names; "~" and "~user" are home folders."""
+    """The value `text` of `key` as a path; "~" and "~user" are expanded to home folders."""
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{key}: {text} names the home folder of a user that is not known here") from error
+        raise UserError(f"{key}: {text} names the home folder of an unknown user") from error
 
 
 def _place(given: str | None, variable: str) -> Path | None:
-    """An empty flag or variable counts as absent."""
+    """The folder of a flag or an environment variable; None if both are empty or missing."""
     found = os.environ.get(variable)
     require_utf8([given or found or ""], f"${variable}")
     if given:

@@ -1,7 +1,7 @@
-"""Preset tables: where a (dataset, epsilon) cell deviates from a method's base setting.
+"""Preset tables: how a (dataset, epsilon) cell deviates from a method's base setting.
 
-A table is configs/presets/<Method>.yaml. The rules below `paper` are the published settings; those below `quick` come
-on top of them and scale a cell down to minutes on a CPU. Within a table later rules win.
+A table is configs/presets/<Method>.yaml. The rules below `paper` are the published settings; those below `quick`
+override them and scale a cell down to minutes on a CPU. Within a table a later rule overrides an earlier one.
 
     paper:
       - when: {data: [mnist_28, fmnist_28], epsilon: 1}     # both optional; epsilon is a tier, 1 or 10
@@ -10,8 +10,8 @@ on top of them and scale a cell down to minutes on a CPU. Within a table later r
         set: {train.n_epochs: "= min(30, 60000 / N)"}
         note: one line that a run under this rule prints          # optional
 
-`data: own` are the user's own images. Only there, `if` is a condition on their public facts (FACTS below, and `pace`:
-how many of them cost as much as one image of 32 px), and a value that starts with "=" is a formula of these
+`data: own` matches the user's own images. Only with it, `if` is a condition on their public facts (FACTS below, and
+`pace`: how many of them cost as much as one image of 32 px), and a value that starts with "=" is a formula of these
 (utils/formula.py). `include: _diffusion` puts the rules of
 presets/_diffusion.yaml before those of the table.
 """
@@ -28,26 +28,26 @@ from utils.formula import evaluate, resolved
 PRESETS = ("paper", "quick")
 TABLE_KEYS = (*PRESETS, "quick_by_default", "include")
 CONDITIONS = ("data", "epsilon", "if")
-TIERS = (1, 10)  # the budgets that the published settings were tuned for
+TIERS = (1, 10)  # the budgets of the published, tuned settings
 OWN = "own"  # `data` of a rule for the user's own images
 FACTS = ("N", "resolution", "channels", "classes")  # N: private training images
 Facts = Mapping[str, int]
-MOST_PACE = 4  # below 16 px an image costs a step's fixed work rather than its pixels
+MOST_PACE = 4  # below 16 px the fixed work of a step dominates, not the pixels
 
 
 def nearest_tier(epsilon: float) -> int:
-    """The tuned budget that is nearer to `epsilon` on a log scale; the boundary sqrt(10) and inf belong to 10."""
+    """The tuned budget nearest to `epsilon` on a log scale; the boundary sqrt(10) and inf belong to 10."""
     return 1 if epsilon < math.sqrt(10) else 10
 
 
 @dataclass(frozen=True)
 class Rule:
-    layer: str  # how provenance names it
+    layer: str  # its name in the provenance
     data: list[str] | str | None  # None: every dataset; OWN: the user's own images
     epsilon: int | None  # None: both tiers
     values: dict[str, object]  # dotted key -> value
     condition: str | None = None  # a formula of FACTS
-    note: str | None = None  # what a run under this rule prints
+    note: str | None = None  # what a run that uses this rule prints
 
     def matches(self, data_name: str, tier: int, facts: Facts | None = None) -> bool:
         """`facts` are those of the user's own images, and None for the toolkit's data sets."""
@@ -60,20 +60,20 @@ class Rule:
         return self.data is None or data_name in self.data
 
     def evaluated(self, facts: Facts | None) -> "Rule":
-        """The rule with numbers in the place of its formulas."""
+        """The rule with its formulas replaced by numbers."""
         if self.data != OWN:
             return self
         names = _names(facts)
         return replace(self, values={key: resolved(value, names) for key, value in self.values.items()})
 
     def without(self, sections: Iterable[str]) -> "Rule":
-        """The rule less its values in these sections."""
+        """The rule without its values in these sections."""
         kept = {key: value for key, value in self.values.items() if key.split(".")[0] not in sections}
         return replace(self, values=kept)
 
 
 def _names(facts: Facts) -> dict[str, float]:
-    """What formulas may use."""
+    """The names that formulas may use, with their values."""
     return {**facts, "pace": min(MOST_PACE, (32 / facts["resolution"]) ** 2)}
 
 
@@ -108,13 +108,11 @@ def load_presets(path: Path | None) -> PresetTable:
 
 
 def _included(path: Path, name: str) -> Path:
-    """The table that `path` includes: beside it, or else the toolkit's."""
+    """The table that `path` includes: from the same folder, or else from the toolkit."""
     places = [folder / f"{name}.yaml" for folder in (path.parent, CONFIG_FOLDER / "presets")]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise UserError(
-            f"{path}: include: '{name}' is not there; there is neither {places[0]} nor {places[1]}"
-        )
+        raise UserError(f"{path}: include: '{name}' is missing; there is neither {places[0]} nor {places[1]}")
     return found
 
 

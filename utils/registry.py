@@ -1,4 +1,4 @@
-"""Tables of names that are resolved on first use, so that listing them imports nothing heavy."""
+"""Tables of names whose modules are imported on first use, so that listing the names is fast."""
 
 import importlib
 from collections.abc import Iterator
@@ -7,10 +7,10 @@ from utils.errors import UserError, unknown
 
 
 class Registry:
-    """A table name -> object, or name -> "module:attribute" imported when first asked for.
+    """A table name -> object, or name -> "module:attribute" imported on first use.
 
-    Names match without regard to case. `kind` is what messages call an entry: the key that chooses one
-    ("eval.extractor"), or a word where there is no key ("method").
+    Names match regardless of case. `kind` names an entry in messages: the key that chooses one ("eval.extractor"), or a
+    noun if there is no key ("method").
     """
 
     def __init__(self, kind: str, entries: dict[str, object]) -> None:
@@ -40,7 +40,7 @@ class Registry:
         return target
 
     def register(self, name: str, target: object) -> None:
-        """Add an entry. A name that is taken by something else is an error that shows both."""
+        """Add an entry. Raises UserError, which shows both objects, if the name is taken by another one."""
         found = self._find(name)
         if found is not None and self._entries[found] is not target:
             raise UserError(

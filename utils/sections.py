@@ -1,6 +1,6 @@
-"""The typed sections of the configuration that every method shares. Values live in configs/*.yaml, never here.
+"""The typed sections of the configuration that all methods share. Their values are in configs/, never here.
 
-A field without a value in YAML is an error (OmegaConf's MISSING); `None` means what the comment says.
+A field without a value in YAML is an error. Comments explain what `None` means.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from utils.errors import FieldError, UserError, nearest
 
-MOST_PROCESSES = 4096  # and threads: more are a mistake, and starting them would bring the machine down
+MOST_PROCESSES = 4096  # also of threads; more is a mistake that would overload the machine
 
 
 def check(condition: bool, key: str, value: object, allowed: str) -> None:
@@ -19,13 +19,13 @@ def check(condition: bool, key: str, value: object, allowed: str) -> None:
 
 
 def check_field(condition: bool, field: str, value: object, allowed: str) -> None:
-    """`check` for a section whose key is known only where it is built: `field` gets it as its prefix."""
+    """`check` for a section that does not know its own key: utils/typed.py puts the key before `field`."""
     if not condition:
         raise FieldError(f"{field}: {value} is not allowed; it must be {allowed}")
 
 
 def check_choice(field: str, value: object, known: Sequence[str]) -> None:
-    """`check_field` that the value is one of these."""
+    """`check_field` that the value is one of `known`; suggests the nearest."""
     near = nearest(str(value), known)
     hint = f"; did you mean '{near}'?" if near else ""
     check_field(value in known, field, value, f"{', '.join(known[:-1])} or {known[-1]}{hint}")
@@ -37,7 +37,7 @@ class SensitiveDataConfig:
     resolution: int  # pixels, square
     num_channels: int  # 1 or 3
     n_classes: int | None  # None: read from the prepared data (custom sets)
-    num_train: int | None  # most training images that are used, validation included; None: all
+    num_train: int | None  # upper limit of training images, validation included; None: all
     num_val: int  # images held out of the training part when eval.mode=val
     class_names: list[str] | None  # in label order; None: from the prepared data
     path: str | None  # folder of prepared data; None: <data_root>/<name>
@@ -56,10 +56,10 @@ class SensitiveDataConfig:
 
 @dataclass(frozen=True)
 class SelectiveConfig:
-    ratio: float  # share of the public classes that are kept; 1.0 keeps all and asks nothing
+    ratio: float  # share of the public classes that are kept; 1.0 keeps all, without a query
     sigma: float  # noise multiplier of the semantic query
     batch_size: int  # images per forward pass of the query classifier
-    semantic_path: str | None  # saved query to reuse; its cost is booked again
+    semantic_path: str | None  # file of an earlier query to reuse; its privacy cost is booked again
 
     def __post_init__(self) -> None:
         check_field(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
@@ -114,7 +114,7 @@ class PrivacyConfig:
     delta: float | None  # None: 1 / (N ln N)
     relation: str
     accountant: str
-    noise_seed: int | None  # tests only; stamps the report
+    noise_seed: int | None  # tests only; it voids the guarantee, and the report states it
 
     def __post_init__(self) -> None:
         check_field(self.epsilon > 0, "epsilon", self.epsilon, "greater than 0 (inf: non-private)")
@@ -136,7 +136,7 @@ class GenConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     mode: str  # how a classifier's epoch is chosen: val, syn or sen
-    selection_epsilon: float  # budget of all noisy selections together (mode val), on the validation records
+    selection_epsilon: float  # budget of all noisy selections (mode val) on the validation records
     classifiers: list[str]
     metrics: list[str]
     recipe: str  # paper: the published training recipes; quick: a few epochs
@@ -144,7 +144,7 @@ class EvalConfig:
     batch_size: int  # images per forward pass of feature extractors and of testing
     extractor: str  # of the fidelity metrics: a name of extractors/__init__.py
     oracles: bool  # also report the epochs that are best on validation and test images, which is not private
-    gallery: str | None  # samples beside their nearest training images: private, a page of its own, or report
+    gallery: str | None  # samples next to their nearest training images: private (a separate page) or report
     ceiling: str  # classifiers that are also trained on the real training images: auto (small), all or none
 
     def __post_init__(self) -> None:

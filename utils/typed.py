@@ -1,6 +1,6 @@
-"""From plain containers, as YAML gives them, to frozen dataclasses; every mistake is one line that names the key.
+"""Build frozen dataclasses from the plain containers of YAML; every error is one line that names the key.
 
-Annotations that are understood: int, float, Number, bool, str, list[...] of these, `X | None`, and nested
+Supported annotations: int, float, Number, bool, str, list[...] of these, `X | None`, and nested
 dataclasses.
 """
 
@@ -13,9 +13,9 @@ from collections.abc import Iterable
 
 from utils.errors import FieldError, UserError
 
-LARGEST_INT = 2**63  # the libraries count in 64 bits
-MISSING = "???"  # how YAML files written for OmegaConf mark a value that somebody else must give
-Number = int | float  # a whole number stays an int, so that 30 epochs are not written as 30.0
+LARGEST_INT = 2**63  # the libraries use 64-bit integers
+MISSING = "???"  # OmegaConf's mark of a value that the user must give
+Number = int | float  # keeps a whole number an int, so that 30 epochs are not printed as 30.0
 
 
 def without_none(annotation: object) -> tuple[object, bool]:
@@ -49,8 +49,8 @@ def leaf_types(sections: dict[str, object]) -> dict[str, object]:
 
 
 def unknown_key(key: str, known: Iterable[str], source: str = "") -> UserError:
-    """The error for a dotted key that is no setting; names the nearest one: in the same section, of the same last name
-    elsewhere, or else the one that is spelled most alike."""
+    """The error for an unknown dotted key. Suggests the nearest key of the same section, else keys with the same last
+    part, else the most similar key; lists the known keys if there is none."""
     known = sorted(known)
     parent, _, last = key.rpartition(".")
     siblings = {name: f"{parent}.{name}" for name in _children(parent, known)}
@@ -81,12 +81,12 @@ def _same_last(key: str, known: list[str]) -> list[str]:
 
 
 def _deeper(section: str, found: list[str]) -> list[str]:
-    """Those that have all of `section` within their path, such as model.network.nf for network.nf."""
+    """The keys that contain `section` in their path, such as model.network.nf for network.nf."""
     return [name for name in found if f".{section}." in name]
 
 
 def _children(parent: str, known: list[str]) -> set[str]:
-    """Names of the values and sections right below the section `parent`; none for the top level."""
+    """Names of the values and sections directly below the section `parent`; none for the top level."""
     prefix = parent + "."
     return {name.removeprefix(prefix).split(".")[0] for name in known if parent and name.startswith(prefix)}
 
@@ -94,7 +94,7 @@ def _children(parent: str, known: list[str]) -> set[str]:
 def build(annotation: object, value: object, key: str) -> object:
     """`value` as an instance of `annotation`; raises UserError naming the full dotted key.
 
-    An int is taken for a float, a float for an int only where it is a whole number, and a bool never for a number.
+    Converts int to float, and a whole float to int. A bool is never a number, and a text is never converted.
     """
     inner, optional = without_none(annotation)
     if value is None and optional:
@@ -130,7 +130,7 @@ def _build_dataclass(kind: type, value: object, key: str) -> object:
         raise UserError(f"{key}.{error}") from error
     except UserError:
         raise
-    except ValueError as error:  # a check of a class outside this repository
+    except ValueError as error:  # raised by a class of a plugin
         raise UserError(f"{key}: {error}") from error
 
 

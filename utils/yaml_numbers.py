@@ -1,4 +1,4 @@
-"""Numbers that YAML 1.1 reads as another number than the one that is written: 010 is octal, 1:30 is base 60."""
+"""Find numbers that YAML 1.1 misreads: 010 is octal, 1:30 is base 60."""
 
 import re
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ ADVICE = "write a decimal number without leading zeros or colons, or put quotes 
 
 
 def misread_numbers(text: str) -> Iterator[tuple[int, str]]:
-    """(line, scalar) of every unquoted scalar in the YAML `text` that looks like such a number. Raises yaml.YAMLError
-    where `text` is no YAML."""
+    """(line, scalar) of every unquoted scalar in the YAML `text` that is misread. Raises yaml.YAMLError if `text` is
+    not YAML."""
     import yaml
 
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
