@@ -20,7 +20,7 @@ from models.nn.discriminator import Discriminator
 from models.nn.ema import EMA
 from models.nn.generator import Generator, GeneratorConfig
 from models.public.batches import public_batches, randomly_flipped
-from models.public.pretraining import PretrainingImages
+from models.public.pretraining import Pretraining
 from models.public.semantic_query import QueryConfig
 from models.synthesizer import Synthesizer, balanced_labels, preview_labels
 from opacus_ext.accounting import Release
@@ -128,10 +128,10 @@ class DPGAN(Synthesizer):
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
         pretrain = config.pretrain
-        self.images = PretrainingImages(
+        self.pretraining = Pretraining(
             config.public_data, pretrain.query, pretrain.n_epochs > 0, spec, runtime
         )
-        num_labels = self.images.num_labels
+        num_labels = self.pretraining.num_labels
         with runtime.seeded("generator"):
             generator = Generator(config.model.Generator, spec.resolution, spec.channels, num_labels)
         with runtime.seeded("discriminator"):
@@ -146,13 +146,13 @@ class DPGAN(Synthesizer):
         return [*self.pretraining_plan(), dpsgd_release(DP_SGD, *sizes)]
 
     def pretraining_plan(self) -> list[Release]:
-        return self.images.plan()
+        return self.pretraining.plan()
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
         """The same GAN on public images, without noise."""
         if self.stage == "train":
             return
-        public = self.images.ask(public, private)
+        public = self.pretraining.obtain(public, private)
         if public is None or not self.config.pretrain.n_epochs:
             return
         config = self.config.pretrain
@@ -172,8 +172,8 @@ class DPGAN(Synthesizer):
         self.d_optimizer.zero_grad(set_to_none=True)
         if own.start < own.stop:
             rng = draws[own]
-            images = to_float(self.images.augmented(batch.images[own], rng), self.runtime.device)
-            if self.images.flip:
+            images = to_float(self.pretraining.augmented(batch.images[own], rng), self.runtime.device)
+            if self.pretraining.flip:
                 images = randomly_flipped(images, rng)
             labels = torch.from_numpy(batch.labels[own]).to(self.runtime.device) % loss.num_labels
             loss(self.discriminator, images, labels, rng).sum().div(len(batch)).backward()
@@ -264,7 +264,7 @@ class DPGAN(Synthesizer):
             "ema": self.ema.state_dict(),
             "d_optimizer": self.d_optimizer.state_dict()["state"],
             "g_optimizer": self.g_optimizer.state_dict()["state"],
-            "central": self.images.state_dict(),
+            "central": self.pretraining.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -275,7 +275,7 @@ class DPGAN(Synthesizer):
         self.ema.load_state_dict(state["ema"])
         for name in ("d_optimizer", "g_optimizer"):
             restore_moments(getattr(self, name), state[name])
-        self.images.load_state_dict(state["central"])
+        self.pretraining.load_state_dict(state["central"])
 
     # --dry_run
 
@@ -284,12 +284,12 @@ class DPGAN(Synthesizer):
         return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
     def idle_settings(self) -> dict[str, str]:
-        return self.images.idle_settings()
+        return self.pretraining.idle_settings()
 
     def public_costs(self, num_images: int) -> list[Cost]:
         if not self.config.pretrain.n_epochs:
             return []
-        query, left = self.images.costs(num_images)
+        query, left = self.pretraining.costs(num_images)
         return [*query, self._pretraining_cost(left)]
 
     def _pretraining_cost(self, num_images: int) -> Cost:
@@ -298,7 +298,7 @@ class DPGAN(Synthesizer):
         return self._cost("pretrain", config, config.n_epochs * (num_images // size), size)
 
     def costs(self) -> list[Cost]:
-        release, central = self.privacy_plan()[-1], self.images.central
+        release, central = self.privacy_plan()[-1], self.pretraining.central
         images = round(self.spec.num_train * release.sample_rate)
         answers = self.config.public_data.central.sample_num * self.spec.num_classes
         labels = balanced_labels(16, self.spec.num_classes)

@@ -16,7 +16,7 @@ from models.nn.shard_critics import BETAS, CriticLoss, CriticSchedule, ShardCrit
 from models.nn.sn_gan import ConvCritic, ResNetGenerator
 from models.nn.stack import Stack
 from models.public.batches import randomly_flipped
-from models.public.pretraining import PretrainingImages
+from models.public.pretraining import Pretraining
 from models.public.semantic_query import QueryConfig
 from models.synthesizer import Synthesizer, balanced_labels, preview_labels
 from opacus_ext.accounting import Release
@@ -119,10 +119,10 @@ class GSWGAN(Synthesizer):
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
         pretrain = config.pretrain
-        self.images = PretrainingImages(
+        self.pretraining = Pretraining(
             config.public_data, pretrain.query, pretrain.iterations > 0, spec, runtime
         )
-        self.num_labels = self.images.num_labels
+        self.num_labels = self.pretraining.num_labels
         self.generator = self._new_generator("generator")
         with runtime.seeded("critic"):
             width = config.model.Discriminator.d_conv_dim
@@ -145,13 +145,13 @@ class GSWGAN(Synthesizer):
         return [*self.pretraining_plan(), sanitised_release(SANITISED, shards, steps)]
 
     def pretraining_plan(self) -> list[Release]:
-        return self.images.plan()
+        return self.pretraining.plan()
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
         """Generator and critic on public images, without noise: an ordinary Wasserstein GAN."""
         if self.stage == "train":
             return
-        public = self.images.ask(public, private)
+        public = self.pretraining.obtain(public, private)
         config = self.config.pretrain
         if public is None or not config.iterations:
             return
@@ -181,8 +181,8 @@ class GSWGAN(Synthesizer):
         chosen = numpy_rng(self.runtime.seed, stream).integers(len(public), size=config.batch_size)
         batch = public.samples.take(np.sort(chosen))
         rng = self.runtime.draws(f"{stream} changes", len(batch))
-        images = (to_float(self.images.augmented(batch.images, rng), self.runtime.device) + 1) / 2
-        if self.images.flip:
+        images = (to_float(self.pretraining.augmented(batch.images, rng), self.runtime.device) + 1) / 2
+        if self.pretraining.flip:
             images = randomly_flipped(images, rng)
         labels = torch.from_numpy(batch.labels * config.cond).to(self.runtime.device)
         return images[None], labels[None]
@@ -279,7 +279,7 @@ class GSWGAN(Synthesizer):
             "critic_moments": self._critic_moments,
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],
-            "central": self.images.state_dict(),
+            "central": self.pretraining.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -290,7 +290,7 @@ class GSWGAN(Synthesizer):
         self.step = state["step"]
         self.ema.load_state_dict(state["ema"])
         restore_moments(self.optimizer, state["optimizer"])
-        self.images.load_state_dict(state["central"])
+        self.pretraining.load_state_dict(state["central"])
 
     # --dry_run
 
@@ -300,10 +300,10 @@ class GSWGAN(Synthesizer):
 
     def idle_settings(self) -> dict[str, str]:
         # Critics are warmed up on shards of the private images, without a public set too.
-        return {key: why for key, why in self.images.idle_settings().items() if key != "pretrain"}
+        return {key: why for key, why in self.pretraining.idle_settings().items() if key != "pretrain"}
 
     def public_costs(self, num_images: int) -> list[Cost]:
-        query, _ = self.images.costs(num_images)
+        query, _ = self.pretraining.costs(num_images)
         return [*query, *self._pretraining_cost()]
 
     def _pretraining_cost(self) -> list[Cost]:
@@ -324,7 +324,7 @@ class GSWGAN(Synthesizer):
         learnt = config.iterations * config.critic_iters + refreshes
         labels = balanced_labels(16, self.spec.num_classes)
         return [
-            *(self._pretraining_cost() if self.images.central is not None else []),
+            *(self._pretraining_cost() if self.pretraining.central is not None else []),
             Cost(
                 "critics' warm-up",
                 f"{count} critics x {steps // count} steps x {warm_up.batch_size} images",

@@ -382,7 +382,7 @@ def test_gans_see_central_images_changed_a_little_at_every_look(name, make_trial
 @pytest.mark.parametrize("name", ["DPGAN", "GS-WGAN", "DP-MERF", "DP-FETA"])
 def test_central_images_are_never_mirrored(name, make_method):
     method = make_method(name, "public_data.name=central_mean", "public_data.flip=true")
-    assert not method.images.flip and "public_data.flip" in method.idle_settings()
+    assert not method.pretraining.flip and "public_data.flip" in method.idle_settings()
 
 
 def test_mean_embeddings_say_that_they_change_no_central_image(make_method):

@@ -24,7 +24,7 @@ from models.diffusion.samplers import SamplerConfig, sample
 from models.diffusion.staged import StagedNetwork
 from models.fitting.batches import in_batches
 from models.public.batches import public_batches, randomly_flipped
-from models.public.pretraining import NO_FLIP, NO_IMAGES, NO_SELECTION, SELECTIVE, PretrainingImages
+from models.public.pretraining import NO_FLIP, NO_IMAGES, NO_SELECTION, SELECTIVE, Pretraining
 from models.synthesizer import balanced_labels, preview_labels
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import dpsgd_release, dpsgd_steps
@@ -61,12 +61,12 @@ class DiffusionSynthesizer(StagedNetwork):
 
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
-        self.images = self._pretraining_images()
+        self.pretraining = self._make_pretraining()
         self._make_network()
 
-    def _pretraining_images(self) -> PretrainingImages:
+    def _make_pretraining(self) -> Pretraining:
         pretrain = self.config.pretrain
-        return PretrainingImages(
+        return Pretraining(
             self.config.public_data,
             pretrain.query,
             pretrain.n_epochs > 0,
@@ -82,7 +82,7 @@ class DiffusionSynthesizer(StagedNetwork):
 
     def _require_labels(self, checkpoint: dict, source: str) -> None:
         public, pretrain = self.config.public_data, self.config.pretrain
-        by_label = self.images.query is None and pretrain.n_epochs and pretrain.cond
+        by_label = self.pretraining.query is None and pretrain.n_epochs and pretrain.cond
         if by_label and (public.n_classes or 0) > checkpoint["label_dim"]:
             raise UserError(
                 f"{source} knows {checkpoint['label_dim']} labels; {public.name} has {public.n_classes} classes; use "
@@ -94,12 +94,12 @@ class DiffusionSynthesizer(StagedNetwork):
         idle = {} if has_public_images(self.config.public_data) else without
         if self.config.pretrain.n_epochs == 0:
             return idle
-        if self.images.central is None:
+        if self.pretraining.central is None:
             idle["pretrain.warm_up"] = "this run has no warm-up on central images"
         if has_public_images(self.config.public_data):
             return idle
         why = NO_IMAGES
-        if self.images.central is not None:
+        if self.pretraining.central is not None:
             why = "pretrain.warm_up has those of the warm-up on central images"
         return idle | {"pretrain.n_epochs": why, "pretrain.batch_size": why}
 
@@ -111,13 +111,13 @@ class DiffusionSynthesizer(StagedNetwork):
 
     def _label_dim(self) -> int:
         """Rows of the label table without the null row: private classes, or public ones where those are trained."""
-        return self.images.num_labels
+        return self.pretraining.num_labels
 
     def privacy_plan(self) -> list[Release]:
         return [*self.pretraining_plan(), self._training_release()]
 
     def pretraining_plan(self) -> list[Release]:
-        return [*self.inherited, *self.images.plan()]
+        return [*self.inherited, *self.pretraining.plan()]
 
     def _training_release(self) -> Release:
         train = self.config.train
@@ -171,18 +171,18 @@ class DiffusionSynthesizer(StagedNetwork):
         self._book_inherited(private)
         if public is not None and self.config.pretrain.n_epochs and not self._is_past("pretrain"):
             self._pretrain_publicly(public, private)
-        if self.images.central is not None and not self._is_past(WARM_UP):
+        if self.pretraining.central is not None and not self._is_past(WARM_UP):
             self._warm_up(private)
 
     def _pretrain_publicly(self, public: PublicData, private: PrivateData | None) -> None:
-        samples = self.images.select(public, private).samples
+        samples = self.pretraining.select(public, private).samples
         self._fit_public("pretrain", samples, self._pretraining_loss(), flip=self._flips())
 
     def _pretraining_loss(self) -> EDMLoss:
         return self._make_loss(self.config.pretrain.loss, not self.config.pretrain.cond)
 
     def _warm_up(self, private: PrivateData | None) -> None:
-        central = self.images.central
+        central = self.pretraining.central
         if central.answer is None:
             images = central.ask(private)
             self.runtime.snapshot("pretrain")  # first: the images must not outlive their booking
@@ -194,7 +194,7 @@ class DiffusionSynthesizer(StagedNetwork):
         section = replace(
             pretrain, batch_size=pretrain.warm_up.batch_size, n_epochs=pretrain.warm_up.n_epochs
         )
-        return {} if self.images.central is None else {WARM_UP: section}
+        return {} if self.pretraining.central is None else {WARM_UP: section}
 
     def _fit_public(
         self,
@@ -279,15 +279,15 @@ class DiffusionSynthesizer(StagedNetwork):
             self.runtime.preview(self.stage, self.step, images, labels)
 
     def _has_private_labels(self) -> bool:
-        selected = self.images.query is not None and self.config.pretrain.cond
+        selected = self.pretraining.query is not None and self.config.pretrain.cond
         return super()._has_private_labels() or selected
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "central": self.images.state_dict()}
+        return {**super().state_dict(), "central": self.pretraining.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.images.load_state_dict(state["central"])
+        self.pretraining.load_state_dict(state["central"])
 
     # --dry_run
 
@@ -300,12 +300,12 @@ class DiffusionSynthesizer(StagedNetwork):
     def _warm_ups(self) -> list[tuple[str, int]]:
         """The stages on images that noise has made public, and the number of these images."""
         images = self.config.public_data.central.sample_num * self.spec.num_classes
-        return [] if self.images.central is None else [(WARM_UP, images)]
+        return [] if self.pretraining.central is None else [(WARM_UP, images)]
 
     def public_costs(self, num_images: int) -> list[Cost]:
         if not self.config.pretrain.n_epochs:
             return []
-        query, left = self.images.costs(num_images)
+        query, left = self.pretraining.costs(num_images)
         section = self._stages()["pretrain"]
         return [*query, warm_up_cost("pretrain", section, left, self._seconds_of_pretraining())]
 
@@ -326,7 +326,7 @@ class DiffusionSynthesizer(StagedNetwork):
         if stage != WARM_UP:
             return 0.0
         blank, draws = np.zeros((4, *self.spec.image_shape), np.uint8), self.runtime.draws("cost", 4)
-        return seconds_of(lambda: self.images.augmented(blank, draws)) / len(blank)
+        return seconds_of(lambda: self.pretraining.augmented(blank, draws)) / len(blank)
 
     def costs(self) -> list[Cost]:
         config = self.config

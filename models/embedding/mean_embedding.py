@@ -19,7 +19,7 @@ from data.spec import PublicData, Samples
 from models.fitting.batches import in_batches
 from models.fitting.optimizers import restore_moments
 from models.nn.generator import Generator, GeneratorConfig
-from models.public.pretraining import PretrainingImages
+from models.public.pretraining import Pretraining
 from models.synthesizer import Synthesizer, balanced_labels, preview_labels
 from opacus_ext.accounting import Release
 from opacus_ext.outer_products import OuterProducts
@@ -283,14 +283,14 @@ class EmbeddingSynthesizer(Synthesizer):
     def __init__(self, config, spec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
         pretrains = self._pretraining(1).num_steps > 0
-        self.images = PretrainingImages(config.public_data, config.pretrain.query, pretrains, spec, runtime)
+        self.pretraining = Pretraining(config.public_data, config.pretrain.query, pretrains, spec, runtime)
         self.embedding = self._embedding()
         self.fitted = EmbeddingGenerator(
             config.model.Generator,
             self.embedding,
             spec.resolution,
             spec.channels,
-            self.images.num_labels,
+            self.pretraining.num_labels,
             runtime,
         )
         self.noisy_embedding: torch.Tensor | None = None  # (num_classes, D)
@@ -311,12 +311,12 @@ class EmbeddingSynthesizer(Synthesizer):
         return [*self.pretraining_plan(), Release(MEAN_EMBEDDING, None)]
 
     def pretraining_plan(self) -> list[Release]:
-        return self.images.plan()
+        return self.pretraining.plan()
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
-        public = self.images.ask(public, private)
+        public = self.pretraining.obtain(public, private)
         if public is not None and self._pretraining(len(public)).num_steps:
-            target = self.fitted.public_mean(public, self.config.pretrain.cond, self.images.flip)
+            target = self.fitted.public_mean(public, self.config.pretrain.cond, self.pretraining.flip)
             self._fit("pretrain", target, self._pretraining(len(public)))
 
     def train(self, private: PrivateData) -> None:
@@ -347,18 +347,18 @@ class EmbeddingSynthesizer(Synthesizer):
         return {
             "fit": self.fitted.state_dict(),
             "noisy_embedding": self.noisy_embedding,
-            "central": self.images.state_dict(),
+            "central": self.pretraining.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.fitted.load_state_dict(state["fit"])
         embedding = state["noisy_embedding"]
         self.noisy_embedding = None if embedding is None else embedding.to(self.runtime.device)
-        self.images.load_state_dict(state["central"])
+        self.pretraining.load_state_dict(state["central"])
 
     def idle_settings(self) -> dict[str, str]:
-        idle = self.images.idle_settings()
-        if self.images.central is not None:
+        idle = self.pretraining.idle_settings()
+        if self.pretraining.central is not None:
             why = "a mean embedding takes each central image once, as it is"
             idle |= {f"public_data.central.{key}": why for key in ("num_ops", "max_magnitude")}
         return idle
@@ -367,7 +367,7 @@ class EmbeddingSynthesizer(Synthesizer):
         return {"generator": self.fitted.num_parameters()}
 
     def public_costs(self, num_images: int) -> list[Cost]:
-        query, left = self.images.costs(num_images)
+        query, left = self.pretraining.costs(num_images)
         schedule = self._pretraining(left)
         return [*query, self.fitted.cost("pretrain", schedule, left)] if schedule.num_steps else query
 

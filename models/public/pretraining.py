@@ -23,7 +23,7 @@ SELECTIVE, NO_SELECTION = (
 )
 
 
-class PretrainingImages:
+class Pretraining:
     """Plan, ask, keep. `used`: there is a pretraining that may ask; nothing is asked for one that takes no step, and
     then `public` and `query` may be None.
 
@@ -74,7 +74,7 @@ class PretrainingImages:
     def plan(self) -> list[Release]:
         return [query.release() for query in (self.query, self.central) if query is not None]
 
-    def ask(self, public: PublicData | None, private: PrivateData | None) -> PublicData | None:
+    def obtain(self, public: PublicData | None, private: PrivateData | None) -> PublicData | None:
         """The images, from the public set or none; labelled with private classes where those were asked."""
         if self.central is not None:
             images = PublicData(CENTRAL_IMAGES, self.central.ask(private), self.spec.class_names)
