@@ -7,23 +7,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
-from data.spec import DataSpec, PublicData, Samples
-from models.fitting.batches import in_batches
-from models.fitting.optimizers import restore_moments
-from models.nn.ema import EMA
+from data.spec import DataSpec, PublicData
+from models.fitting.gan import GAN
+from models.fitting.stages import restore_moments
+from models.nn.layers import num_parameters
 from models.nn.shard_critics import BETAS, CriticLoss, CriticSchedule, ShardCritics, WarmUpConfig
 from models.nn.sn_gan import ConvCritic, ResNetGenerator
 from models.nn.stack import Stack
 from models.public.batches import randomly_flipped
-from models.public.pretraining import Pretraining
 from models.public.semantic_query import QueryConfig
-from models.synthesizer import Synthesizer, balanced_labels, preview_labels
+from models.synthesizer import balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from opacus_ext.sanitize import SanitisedGradients, sanitised_release
 from utils.draws import Draws
-from utils.images import to_float, to_uint8
+from utils.images import to_float
 from utils.progress import progress
 from utils.runtime import Runtime
 from utils.sections import GenConfig, PublicDataConfig, check_field
@@ -105,9 +105,7 @@ class TrainConfig(Stage):
         check_field(self.refresh_every > 0, "refresh_every", self.refresh_every, "at least 1")
 
 
-class GSWGAN(Synthesizer):
-    selects_public_classes = True
-
+class GSWGAN(GAN):
     @dataclass(frozen=True)
     class Config:
         model: ModelConfig
@@ -117,11 +115,7 @@ class GSWGAN(Synthesizer):
         public_data: PublicDataConfig
 
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
-        super().__init__(config, spec, runtime)
-        pretrain = config.pretrain
-        self.pretraining = Pretraining(
-            config.public_data, pretrain.query, pretrain.iterations > 0, spec, runtime
-        )
+        super().__init__(config, spec, runtime, pretrains=config.pretrain.iterations > 0)
         self.num_labels = self.pretraining.num_labels
         self.generator = self._new_generator("generator")
         with runtime.seeded("critic"):
@@ -144,9 +138,6 @@ class GSWGAN(Synthesizer):
         shards, steps = self.config.model.num_discriminators, self.config.train.iterations
         return [*self.pretraining_plan(), sanitised_release(SANITISED, shards, steps)]
 
-    def pretraining_plan(self) -> list[Release]:
-        return self.pretraining.plan()
-
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
         """Generator and critic on public images, without noise: an ordinary Wasserstein GAN."""
         if self.stage == "train":
@@ -155,7 +146,7 @@ class GSWGAN(Synthesizer):
         config = self.config.pretrain
         if public is None or not config.iterations:
             return
-        self._begin("pretrain")
+        self._enter_stage("pretrain")
         critic = Stack.copies(self.first_critic.train(), 1)
         optimizer = config.optimizer(critic.parameters())
         restore_moments(optimizer, self._critic_moments)
@@ -172,7 +163,7 @@ class GSWGAN(Synthesizer):
             self._generator_step(images, gradient)
             self.first_critic.load_state_dict(next(iter(critic)))
             self._critic_moments = optimizer.state_dict()["state"]
-            self._finish_step(config)
+            self._finish_step(config.snapshot_freq)
         self._critic_moments = {}
 
     def _public_batch(self, public: PublicData, stream: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,7 +186,7 @@ class GSWGAN(Synthesizer):
 
     def train(self, private: PrivateData) -> None:
         config, count = self.config.train, self.config.model.num_discriminators
-        self._begin("train")
+        self._enter_stage("train")
         schedule = CriticSchedule(
             config.batch_size, config.critic_iters, config.refresh_iters, config.refresh_every
         )
@@ -210,7 +201,7 @@ class GSWGAN(Synthesizer):
         for _ in progress(range(done, planned), "train", total=planned, initial=done):
             images, labels = self._fakes(config.batch_size, self.spec.num_classes)
             self._generator_step(images, sanitised.answer(images.detach(), labels) / config.batch_size)
-            self._finish_step(config)
+            self._finish_step(config.snapshot_freq)
 
     def _fakes(self, count: int, num_labels: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, C, H, W) in [0, 1], with their graph, of uniform labels (B,). Public randomness."""
@@ -231,76 +222,38 @@ class GSWGAN(Synthesizer):
         self.optimizer.step()
         self.ema.update(self.generator)
 
-    def _finish_step(self, config: Stage) -> None:
-        self.step += 1
-        if self.step % config.snapshot_freq == 0:
-            self.runtime.snapshot(self.stage)  # first: a preview must not outlive the booking of its steps
-            labels = preview_labels(self.spec.num_classes)
-            self.runtime.preview(self.stage, self.step, self._sample(labels, f"preview {self.step}"), labels)
+    def _draw(self, generator: nn.Module, labels: torch.Tensor, stream: str) -> torch.Tensor:
+        noise = self._latent(self.runtime.draws(stream, 1), len(labels))[0]
+        return generator(noise, labels) * 2 - 1
 
-    def generate(self, num_samples: int) -> Samples:
-        labels = balanced_labels(num_samples, self.spec.num_classes)
-        return Samples(self._sample(labels, "generate", show=True), labels)
+    # Stages
 
-    def _sample(self, labels: np.ndarray, stream: str, show: bool = False) -> np.ndarray:
-        """One image per label from the averaged weights: (N, C, H, W) uint8."""
-        generator = copy.deepcopy(self.generator).requires_grad_(False).eval()
-        self.ema.copy_to(generator)
+    def _networks(self) -> dict[str, nn.Module]:
+        return {"generator": self.generator, "first_critic": self.first_critic}
 
-        def draw(rows: slice) -> np.ndarray:
-            batch = torch.from_numpy(labels[rows]).to(self.runtime.device)
-            noise = self._latent(self.runtime.draws(f"{stream} {rows.start}", 1), len(batch))[0]
-            return to_uint8(generator(noise, batch) * 2 - 1)
-
-        size, description = self.config.gen.batch_size, "generate" if show else None
-        return in_batches(len(labels), size, draw, self.spec.image_shape, description)
-
-    # State
-
-    def _begin(self, stage: str) -> None:
-        """Enter a stage from the averaged generator of the one before, or where `load_state_dict` left it."""
-        if self.stage != stage:
-            self.ema.copy_to(self.generator)
-            self._start_stage(stage)
-
-    def _start_stage(self, stage: str) -> None:
-        self.stage, self.step = stage, 0
-        self.ema = EMA(self.generator, self.config.model.ema_rate)
+    def _make_optimizers(self, stage: str) -> dict[str, torch.optim.Optimizer]:
         section = self.config.pretrain if stage == "pretrain" else self.config.train
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=section.g_lr, betas=BETAS)
+        return {"optimizer": torch.optim.Adam(self.generator.parameters(), lr=section.g_lr, betas=BETAS)}
 
     def state_dict(self) -> dict:
-        """Everything but the critics, which are private: a resumed run trains new ones."""
-        return {
-            "stage": self.stage,
-            "step": self.step,
-            "generator": self.generator.state_dict(),
-            "first_critic": self.first_critic.state_dict(),
-            "critic_moments": self._critic_moments,
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],
-            "central": self.pretraining.state_dict(),
-        }
+        """Everything except the critics, which are private: a resumed run trains new ones."""
+        return {**super().state_dict(), "critic_moments": self._critic_moments}
 
     def load_state_dict(self, state: dict) -> None:
-        self.generator.load_state_dict(state["generator"])
-        self.first_critic.load_state_dict(state["first_critic"])
+        super().load_state_dict(state)
         self._critic_moments = state["critic_moments"]
-        self._start_stage(state["stage"])
-        self.step = state["step"]
-        self.ema.load_state_dict(state["ema"])
-        restore_moments(self.optimizer, state["optimizer"])
-        self.pretraining.load_state_dict(state["central"])
 
     # --dry_run
 
     def parameter_counts(self) -> dict[str, int]:
-        networks = {"generator": self.generator, "each critic": self.first_critic}
-        return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+        return {
+            "generator": num_parameters(self.generator),
+            "each critic": num_parameters(self.first_critic),
+        }
 
     def idle_settings(self) -> dict[str, str]:
         # Critics are warmed up on shards of the private images, without a public set too.
-        return {key: why for key, why in self.pretraining.idle_settings().items() if key != "pretrain"}
+        return {key: why for key, why in super().idle_settings().items() if key != "pretrain"}
 
     def public_costs(self, num_images: int) -> list[Cost]:
         query, _ = self.pretraining.costs(num_images)

@@ -425,7 +425,7 @@ def test_dpmerf_killed_after_its_release_asks_no_second_time(make_trial, tmp_pat
     whole = make_trial("DP-MERF", epsilon=10, noise_seed=5)
     whole.run()
     with monkeypatch.context() as patch:
-        kill_in(patch, EmbeddingGenerator, "steps", 1)
+        kill_in(patch, EmbeddingGenerator, "fit", 1)
         with pytest.raises(Killed):
             resumed_run(make_trial, tmp_path, "DP-MERF")
     with monkeypatch.context() as patch:

@@ -171,8 +171,8 @@ def test_public_images_come_before_the_warm_up(make_trial, monkeypatch):
 
 def stages_of(trial, monkeypatch) -> list[str]:
     kind, begun = type(trial.synthesizer), []
-    begin = kind._begin
-    monkeypatch.setattr(kind, "_begin", lambda self, stage: begun.append(stage) or begin(self, stage))
+    begin = kind._enter_stage
+    monkeypatch.setattr(kind, "_enter_stage", lambda self, stage: begun.append(stage) or begin(self, stage))
     trial.run()
     return begun
 

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from opacus_ext.accounting import Release
 from utils.errors import UserError
@@ -56,17 +55,3 @@ def require_fit(state: dict, source: str, shape: tuple[int, ...], num_classes: i
 def chosen_weights(state: dict, kind: str) -> dict[str, torch.Tensor]:
     """The weights of a state by name: "raw", or "ema" (which averages parameters; buffers have one value)."""
     return {**state["network"], **state["ema"]["weights"]} if kind == "ema" else state["network"]
-
-
-def load_weights(network: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Copy weights; a different architecture is a UserError that names `source` and the first difference."""
-    own = network.state_dict()
-    for name in [*own, *weights]:
-        have, want = weights.get(name), own.get(name)
-        if have is None or want is None or have.shape != want.shape:
-            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (have, want)]
-            raise UserError(
-                f"{source} has another architecture: '{name}' is {shapes[0]}, the network's {shapes[1]}; give the "
-                f"settings below model that it was trained with (config.yaml of its run has them)"
-            )
-    network.load_state_dict(weights)

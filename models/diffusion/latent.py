@@ -180,8 +180,8 @@ class LatentDiffusion(DiffusionSynthesizer):
             self.latents.fit(public.samples, flip=self._flips())
         super().pretrain(public, private)
 
-    def _begin(self, stage: str) -> int:
-        step = super()._begin(stage)
+    def _enter_stage(self, stage: str) -> int:
+        step = super()._enter_stage(stage)
         self._set_learning_rate()
         return step
 

@@ -6,16 +6,16 @@ checkpoint of another one (`model.ckpt`), whose private cost it takes over.
 
 import abc
 
+import torch
 from torch import nn
 
-from models.diffusion.checkpoint import chosen_weights, load_weights, read_checkpoint, require_fit
-from models.fitting.optimizers import restore_moments
-from models.nn.ema import EMA
+from models.diffusion.checkpoint import chosen_weights, read_checkpoint, require_fit
+from models.fitting.stages import Staged, load_weights
 from models.synthesizer import Synthesizer
 from opacus_ext.private_data import PrivateData
 
 
-class StagedNetwork(Synthesizer, abc.ABC):
+class StagedNetwork(Staged, Synthesizer):
     """The network, its EMA and its optimiser in `stage` after `step` steps. The constructor of a subclass calls
     `_make_network` when what its seams depend on is known."""
 
@@ -70,9 +70,6 @@ class StagedNetwork(Synthesizer, abc.ABC):
         """The labels that the network has been shown are the private classes, not those of a public set."""
         return self.stage not in ("start", "pretrain")
 
-    def _prepare_network(self, stage: str) -> None:
-        """Change the network for a stage that is about to start, or to be restored: put adapters on it."""
-
     # The start
 
     def _start_from(self, checkpoint: dict, source: str) -> None:
@@ -94,55 +91,39 @@ class StagedNetwork(Synthesizer, abc.ABC):
         order = ["start", *self._stages()]
         return order.index(self.stage) > order.index(stage)
 
-    def _begin(self, stage: str) -> int:
-        """Enter a stage from the EMA weights of the one before, or where `load_state_dict` left it; returns the step
-        to go on from."""
-        if self.stage != stage:
-            self.ema.copy_to(self.network)
-            self._prepare_network(stage)
-            self._start_stage(stage)
-        return self.step
-
     def _start_stage(self, stage: str) -> None:
-        """A fresh EMA, and an optimiser of what the stage trains.
+        """Train all parameters, or in the private stage those that the method chooses.
 
-        The EMA holds the frozen parameters too, whose average is their value: so its weights are a whole network,
-        which another method or stage can start from without knowing what was trained here.
+        The average holds the frozen parameters too, whose average is their value: its weights are a whole network,
+        from which another method or stage can start without knowing which parameters were trained.
         """
-        self.stage, self.step = stage, 0
         trained = self._trained_parameters() if stage == "train" else None
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(trained is None or name in trained)
-        self.ema = EMA(self.network, self.config.model.ema_rate)
-        section = self._stages().get(stage)
-        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        self.optimizer = None if section is None else section.optim.make(parameters)
+        super()._start_stage(stage)
 
-    # State
+    def _make_optimizers(self, stage: str) -> dict[str, torch.optim.Optimizer]:
+        section = self._stages().get(stage)
+        if section is None:
+            return {}
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        return {"optimizer": section.optim.make(trained)}
+
+    # Checkpoints
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {"network": self.network}
 
     def state_dict(self) -> dict:
-        """Raw weights ("network") and their average ("ema"), by name; a later stage starts from the latter."""
+        """Raw weights ("network") and their average ("ema"), by name. A later stage starts from the average."""
         return {
-            "stage": self.stage,
-            "step": self.step,
+            **super().state_dict(),
             "label_dim": self.network.null_label,
             "private_labels": self._has_private_labels(),
             "shape": list(self.network_shape),
-            "network": self.network.state_dict(),
-            "ema": self.ema.state_dict(),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        if state["stage"] != self.stage:
-            self._prepare_network(state["stage"])
-        self._restore(state)
-
     def _restore(self, state: dict) -> None:
-        """Weights, average and moments of a state, in its stage."""
-        load_weights(self.network, state["network"], "checkpoint")
-        self._start_stage(state["stage"])
-        self.step = state["step"]
-        self.ema.load_state_dict(state["ema"])
-        if self.optimizer is not None:
-            restore_moments(self.optimizer, state["optimizer"]["state"])
+        moments = None if state["optimizer"] is None else state["optimizer"]["state"]
+        super()._restore({**state, "optimizer": moments})

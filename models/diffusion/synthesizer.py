@@ -213,7 +213,7 @@ class DiffusionSynthesizer(StagedNetwork):
             config.batch_size,
             config.n_epochs,
             self.runtime.seed,
-            start=self._begin(stage),
+            start=self._enter_stage(stage),
             before=self._steps_before if stage == "pretrain" else 0,
         )
         for step, batch in batches:
@@ -239,7 +239,7 @@ class DiffusionSynthesizer(StagedNetwork):
     def train(self, private: PrivateData) -> None:
         config = self.config.train
         self._book_inherited(private)
-        self._begin("train")
+        self._enter_stage("train")
         loss = self._make_loss(config.loss)
         steps = dpsgd_steps(
             DP_SGD, self._encode_private(private), self.network, self.optimizer, loss, config.dp
@@ -268,15 +268,14 @@ class DiffusionSynthesizer(StagedNetwork):
         size, description = self.config.gen.batch_size, "generate" if show else None
         return in_batches(len(labels), size, draw, self.spec.image_shape, description)
 
-    def _finish_step(self, snapshot_freq: int) -> None:
-        self.step += 1
+    def _finish_step(self, snapshot_freq: int | None) -> None:
         self.ema.update(self.network)
-        if self.step % snapshot_freq == 0:
-            # First: a preview must not outlive the booking of its steps.
-            self.runtime.snapshot("train" if self.stage == "train" else "pretrain")
-            labels = preview_labels(self.spec.num_classes)
-            images = self._sample(self.config.model.sampler, labels, f"preview {self.stage} {self.step}")
-            self.runtime.preview(self.stage, self.step, images, labels)
+        super()._finish_step(snapshot_freq)
+
+    def _preview(self) -> Samples:
+        labels = preview_labels(self.spec.num_classes)
+        stream = f"preview {self.stage} {self.step}"
+        return Samples(self._sample(self.config.model.sampler, labels, stream), labels)
 
     def _has_private_labels(self) -> bool:
         selected = self.pretraining.query is not None and self.config.pretrain.cond

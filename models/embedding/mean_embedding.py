@@ -14,11 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from data.spec import PublicData, Samples
 from models.fitting.batches import in_batches
-from models.fitting.optimizers import restore_moments
+from models.fitting.stages import Staged
 from models.nn.generator import Generator, GeneratorConfig
+from models.nn.layers import num_parameters
 from models.public.pretraining import Pretraining
 from models.synthesizer import Synthesizer, balanced_labels, preview_labels
 from opacus_ext.accounting import Release
@@ -101,8 +103,10 @@ class FitConfig:
         return Schedule(math.ceil(self.epochs * period), self.batch_size, self.lr, self.lr_decay, period)
 
 
-class EmbeddingGenerator:
+class EmbeddingGenerator(Staged):
     """A generator of images (C, image_size, image_size) that is fitted to mean embeddings."""
+
+    keeps_average = False
 
     def __init__(
         self,
@@ -119,7 +123,8 @@ class EmbeddingGenerator:
         with runtime.seeded("generator"):
             self.generator = Generator(config, image_size, channels, num_labels)
         self.generator.to(runtime.device)
-        self._start("start")
+        self.num_shown = 1  # classes in a preview
+        self._start_stage("start")
 
     def public_mean(self, public: PublicData, cond: bool, flip: bool) -> torch.Tensor:
         """(public classes, D), or with cond=False (1, D): labels of public images are ignored. `flip`: of all images
@@ -142,20 +147,17 @@ class EmbeddingGenerator:
         seconds += schedule.num_steps * schedule.batch_size * self.seconds_per_image()
         return Cost(stage, text, seconds)
 
-    def fit(self, stage: str, target: torch.Tensor, schedule: Schedule) -> None:
-        """Bring the mean embedding of generated images to `target` (K, D)."""
-        for _ in self.steps(stage, target, schedule):
-            pass
-
-    def steps(self, stage: str, target: torch.Tensor, schedule: Schedule) -> Iterator[int]:
-        """`fit`, which yields the number of steps taken after each; goes on where a restored state was."""
-        if self.stage != stage:
-            self._start(stage)
+    def fit(
+        self, stage: str, target: torch.Tensor, schedule: Schedule, snapshot_freq: int | None = None
+    ) -> None:
+        """Bring the mean embedding of generated images to `target` (K, D); continues from a restored state."""
+        self.num_shown = min(len(target), 16)
         shares = self.embedding.class_shares(target)
-        for _ in progress(range(self.step, schedule.num_steps), stage, schedule.num_steps, initial=self.step):
+        start = self._enter_stage(stage)
+        for step in progress(range(start, schedule.num_steps), stage, schedule.num_steps, initial=start):
             self._take_step(target, shares, schedule)
-            self.step += 1
-            yield self.step
+            is_last = step + 1 == schedule.num_steps  # its checkpoint is written at the end of the stage
+            self._finish_step(None if is_last else snapshot_freq)
 
     def _take_step(self, target: torch.Tensor, shares: torch.Tensor, schedule: Schedule) -> None:
         """One step down the sum of |target_k - share_k E phi(G(z, k))|^2 over labels k."""
@@ -213,7 +215,7 @@ class EmbeddingGenerator:
         return in_batches(len(labels), batch_size, draw, self.image_shape, description)
 
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.generator.parameters())
+        return num_parameters(self.generator)
 
     def seconds_per_image(self) -> float:
         """Of a training step on this machine."""
@@ -237,23 +239,17 @@ class EmbeddingGenerator:
         with torch.no_grad():
             return seconds_of(lambda: self.embedding.mean(images, labels, 1)) / rows
 
-    def _start(self, stage: str) -> None:
-        self.stage, self.step = stage, 0
-        self.optimizer = torch.optim.Adam(self.generator.parameters())
+    # Stages
 
-    def state_dict(self) -> dict:
-        return {
-            "stage": self.stage,
-            "step": self.step,
-            "generator": self.generator.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],
-        }
+    def _networks(self) -> dict[str, nn.Module]:
+        return {"generator": self.generator}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.generator.load_state_dict(state["generator"])
-        self._start(state["stage"])
-        self.step = state["step"]
-        restore_moments(self.optimizer, state["optimizer"])
+    def _make_optimizers(self, stage: str) -> dict[str, torch.optim.Optimizer]:
+        return {"optimizer": torch.optim.Adam(self.generator.parameters())}
+
+    def _preview(self) -> Samples:
+        labels = preview_labels(self.num_shown)
+        return Samples(self.draw(labels, len(labels), "preview"), labels)
 
 
 def _with_the_next(means: Iterator[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -333,11 +329,7 @@ class EmbeddingSynthesizer(Synthesizer):
     def _fit(self, stage: str, target: torch.Tensor, schedule: Schedule) -> None:
         period = schedule.snapshot_period or schedule.period
         period *= -(-schedule.num_steps // (MOST_SNAPSHOTS * period))  # short epochs share one
-        for step in self.fitted.steps(stage, target, schedule):
-            if step % period == 0 and step < schedule.num_steps:
-                self.runtime.snapshot(stage)
-                labels = preview_labels(min(len(target), 16))
-                self.runtime.preview(stage, step, self.fitted.draw(labels, len(labels), "preview"), labels)
+        self.fitted.fit(stage, target, schedule, period)
 
     def generate(self, num_samples: int) -> Samples:
         labels = balanced_labels(num_samples, self.spec.num_classes)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from data.spec import DataSpec, PublicData
-from models.diffusion.checkpoint import chosen_weights, load_weights, read_checkpoint, require_fit
+from models.diffusion.checkpoint import chosen_weights, read_checkpoint, require_fit
 from models.diffusion.config import ModelConfig, NetworkConfig
 from models.diffusion.denoiser import guided
 from models.diffusion.public_pretraining import PublicPretraining, PublicStageConfig
@@ -20,6 +20,7 @@ from models.diffusion.samplers import SamplerConfig, network_calls, noise_levels
 from models.diffusion.timesteps import cosine_schedule, respaced
 from models.evolution.apis.api import Candidates, ImageAPI
 from models.fitting.batches import in_batches
+from models.fitting.stages import load_weights
 from opacus_ext.accounting import Release
 from utils.errors import UserError
 from utils.images import to_float, to_uint8
