@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from data.spec import DataSpec, PublicData, Samples
 from models.diffusion.synthesizer import DiffusionSynthesizer
-from models.embedding.mean_embedding import MEAN_EMBEDDING, EmbeddingGenerator, FitConfig
+from models.embedding.mean_embedding import MEAN_EMBEDDING, EmbeddingGenerator, EpochFitConfig
 from models.embedding.random_fourier import FourierConfig, FourierEmbedding
 from models.nn.generator import GeneratorConfig
 from models.public.central_images import MEAN
@@ -32,7 +32,7 @@ class FrequencyConfig(FourierConfig):
     Generator: GeneratorConfig
     sigma: float  # noise multiplier of the mean embedding
     image_size: int  # pixels that the features and the generator see
-    fit: FitConfig  # of the generator to the noisy embedding
+    fit: EpochFitConfig  # of the generator to the noisy embedding
     data_num: int  # images that the generator draws for the diffusion model
     batch_size: int  # of these images, in training the diffusion model
     n_epochs: int  # passes over them; 0: the embedding is not asked for

@@ -18,8 +18,8 @@ from models.nn.discriminator import Discriminator
 from models.nn.generator import Generator, GeneratorConfig
 from models.nn.layers import num_parameters
 from models.public.batches import public_batches, randomly_flipped
-from models.public.semantic_query import QueryConfig
-from models.synthesizer import balanced_labels
+from models.public.pretraining import PublicLabels
+from models.synthesizer import Sections, balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps
 from opacus_ext.private_data import PrivateData
@@ -28,7 +28,7 @@ from utils.draws import Draws
 from utils.images import to_float
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import GenConfig, PublicDataConfig, check_field
+from utils.sections import check_field
 from utils.timing import Cost, sampling_cost, seconds_of
 from utils.typed import Number
 
@@ -94,9 +94,7 @@ class GANStage:
 
 
 @dataclass(frozen=True)
-class PretrainConfig(GANStage):
-    cond: bool  # False: public labels are ignored
-    query: QueryConfig  # classifier of the semantic query
+class PretrainConfig(GANStage, PublicLabels):
     batch_size: int
 
     def __post_init__(self) -> None:
@@ -113,12 +111,10 @@ class TrainConfig(GANStage):
 
 class DPGAN(GAN):
     @dataclass(frozen=True)
-    class Config:
+    class Config(Sections):
         model: ModelConfig
         pretrain: PretrainConfig
         train: TrainConfig
-        gen: GenConfig
-        public_data: PublicDataConfig
 
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime, pretrains=config.pretrain.n_epochs > 0)

@@ -17,8 +17,8 @@ from models.nn.shard_critics import BETAS, CriticLoss, CriticSchedule, ShardCrit
 from models.nn.sn_gan import ConvCritic, ResNetGenerator
 from models.nn.stack import Stack
 from models.public.batches import randomly_flipped
-from models.public.semantic_query import QueryConfig
-from models.synthesizer import balanced_labels
+from models.public.pretraining import PublicLabels
+from models.synthesizer import Sections, balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from opacus_ext.sanitize import SanitisedGradients, sanitised_release
@@ -26,7 +26,7 @@ from utils.draws import Draws
 from utils.images import to_float
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import GenConfig, PublicDataConfig, check_field
+from utils.sections import check_field
 from utils.seeding import numpy_rng
 from utils.timing import Cost, sampling_cost, seconds_of
 
@@ -86,9 +86,8 @@ class Stage(CriticLoss):
 
 
 @dataclass(frozen=True)
-class PretrainConfig(Stage):
-    cond: bool  # False: public labels are ignored
-    query: QueryConfig  # classifier of the semantic query
+class PretrainConfig(Stage, PublicLabels):
+    """Public training, and the use of public labels."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +106,10 @@ class TrainConfig(Stage):
 
 class GSWGAN(GAN):
     @dataclass(frozen=True)
-    class Config:
+    class Config(Sections):
         model: ModelConfig
         pretrain: PretrainConfig
         train: TrainConfig
-        gen: GenConfig
-        public_data: PublicDataConfig
 
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime, pretrains=config.pretrain.iterations > 0)

@@ -1,6 +1,7 @@
 """The contract of every method."""
 
 import abc
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -9,15 +10,27 @@ from data.spec import DataSpec, PublicData, Samples
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.runtime import Runtime
-from utils.sections import check
+from utils.sections import GenConfig, PublicDataConfig, check
 from utils.timing import Cost
+
+
+@dataclass(frozen=True)
+class Sections:
+    """The sections of the configuration that most methods have. A method's Config states its own types of the first
+    three."""
+
+    model: object
+    pretrain: object
+    train: object
+    gen: GenConfig
+    public_data: PublicDataConfig
 
 
 class Synthesizer(abc.ABC):
     """A method: construct, plan, pretrain, train, generate.
 
-    `Config` is a frozen dataclass whose fields are sections of the composed configuration (model, pretrain, train,
-    gen, public_data). Constructing reads no data; `privacy_plan` depends on config and spec alone.
+    `Config` is a frozen dataclass whose fields are sections of the composed configuration; most methods inherit it from
+    `Sections`. Constructing reads no data; `privacy_plan` depends on config and spec alone.
     """
 
     Config: ClassVar[type]

@@ -22,7 +22,7 @@ from models.nn.unet import level_sizes
 from opacus_ext.private_data import PrivateData
 from utils.errors import UserError
 from utils.runtime import Runtime
-from utils.sections import GenConfig, PublicDataConfig, check, check_field
+from utils.sections import check, check_field
 from utils.timing import Cost
 
 
@@ -95,12 +95,10 @@ class LatentDiffusion(DiffusionSynthesizer):
     """
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(DiffusionSynthesizer.Config):
         model: LatentModelConfig
         pretrain: LatentPretrainConfig
         train: LatentTrainConfig
-        gen: GenConfig
-        public_data: PublicDataConfig
 
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         self._require_autoencoder(config)

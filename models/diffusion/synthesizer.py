@@ -25,7 +25,7 @@ from models.diffusion.staged import StagedNetwork
 from models.fitting.batches import in_batches
 from models.public.batches import public_batches, randomly_flipped
 from models.public.pretraining import NO_FLIP, NO_IMAGES, NO_SELECTION, SELECTIVE, Pretraining
-from models.synthesizer import balanced_labels, preview_labels
+from models.synthesizer import Sections, balanced_labels, preview_labels
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import dpsgd_release, dpsgd_steps
 from opacus_ext.private_data import PrivateData
@@ -35,7 +35,6 @@ from utils.errors import UserError
 from utils.images import to_float, to_uint8
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import GenConfig, PublicDataConfig
 from utils.timing import Cost, batch_rows, seconds_of
 
 DP_SGD = "dp-sgd"
@@ -52,12 +51,10 @@ class DiffusionSynthesizer(StagedNetwork):
     central_kind: ClassVar[str | None] = None
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(Sections):
         model: ModelConfig
         pretrain: PretrainConfig
         train: TrainConfig
-        gen: GenConfig
-        public_data: PublicDataConfig
 
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)

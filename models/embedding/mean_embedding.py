@@ -88,15 +88,24 @@ class Schedule:
 
 @dataclass(frozen=True)
 class FitConfig:
+    """Settings that every fit of a generator has. A method adds how it counts steps, in the keys of its publication."""
+
     batch_size: int  # generated images per step
-    epochs: Number  # of (number of images) // batch_size steps; a fraction ends within one
     lr: float
-    lr_decay: float  # factor per epoch
+    lr_decay: float  # factor per period of the schedule
 
     def __post_init__(self) -> None:
         check_field(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
-        check_field(self.epochs >= 0, "epochs", self.epochs, "0 or more")
         check_field(self.lr > 0, "lr", self.lr, "greater than 0")
+
+
+@dataclass(frozen=True)
+class EpochFitConfig(FitConfig):
+    epochs: Number  # of (number of images) // batch_size steps, with a decay after each; a fraction ends within one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self.epochs >= 0, "epochs", self.epochs, "0 or more")
 
     def schedule(self, num_images: int) -> Schedule:
         period = max(1, num_images // self.batch_size)

@@ -9,6 +9,7 @@ Legend: B images, C H W pixels, n candidates, D features.
 
 import abc
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from data.public import has_public_images
 from data.spec import DataSpec, PublicData, Samples
 from models.embeddings import Embedding, build_embedding
 from models.evolution.apis.api import Candidates, ImageAPI, checked
+from models.evolution.config import EvolutionConfig
 from models.evolution.population import class_labels, class_sizes, consecutive, survivors
 from models.evolution.voting import NearestCandidates, ballots, choose_backend
 from models.public.central_images import MEAN, MODE
@@ -30,7 +32,7 @@ from utils.images import to_uint8
 from utils.memory import require_memory
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import check
+from utils.sections import GenConfig, PublicDataConfig, check
 from utils.seeding import numpy_rng
 from utils.timing import Cost, batch_rows, seconds_of
 
@@ -38,10 +40,14 @@ VOTES = "votes"
 
 
 class PrivateEvolution(Synthesizer, abc.ABC):
-    """The population after `iteration` rounds, and the noisy votes of a round that has been asked but not finished.
+    """The population after `iteration` rounds, and the noisy votes of a round that was released but not finished."""
 
-    `Config` has the sections model (with feature_extractor), train (EvolutionConfig), gen and public_data.
-    """
+    @dataclass(frozen=True)
+    class Config:
+        model: object  # with a field feature_extractor
+        train: EvolutionConfig
+        gen: GenConfig
+        public_data: PublicDataConfig
 
     def __init__(self, config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)

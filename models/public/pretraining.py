@@ -1,6 +1,8 @@
 """What a generator is pretrained on: a public set, the part of it that the semantic query selects, or noisy central
 images of the private set."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from data.public import has_public_images
@@ -21,6 +23,14 @@ SELECTIVE, NO_SELECTION = (
     "public_data.selective",
     "there is no public set to select from; give public_data.name",
 )
+
+
+@dataclass(frozen=True)
+class PublicLabels:
+    """How pretraining uses the labels of a public set: part of the section `pretrain`."""
+
+    cond: bool  # False: public labels are ignored
+    query: QueryConfig  # classifier of the semantic query
 
 
 class Pretraining:
