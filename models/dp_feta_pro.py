@@ -35,7 +35,7 @@ class FrequencyConfig(FourierConfig):
     fit: EpochFitConfig  # of the generator to the noisy embedding
     data_num: int  # images that the generator draws for the diffusion model
     batch_size: int  # of these images, in training the diffusion model
-    n_epochs: int  # passes over them; 0: the embedding is not asked for
+    n_epochs: int  # passes over them; 0: no query for the embedding
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +84,7 @@ class DPFETAPro(DiffusionSynthesizer):
         super().pretrain(public, private)
         if not self.has_frequency_stage or self._is_past(FREQUENCY):
             return
-        if self.noisy_embedding is None:  # else a resumed run, whose release is in the checkpoint
+        if self.noisy_embedding is None:  # otherwise a resumed run has it from its checkpoint
             self.noisy_embedding = self.embedding.noisy_mean(private)
             self.runtime.snapshot("pretrain")
         self._fit_public(FREQUENCY, self._generated(), self._pretraining_loss(), self._enlarged)

@@ -3,8 +3,8 @@
 The published method adds a sample of a Gaussian process to the kernel mean of every private batch, 200,002 times. In
 the published code that sample is a constant for the gradient: the generator's direction comes from the noise-free
 kernels, and the noise moves no more than the sign and length of the step, which RMSprop then takes out. If drawing the
-sample fails, training goes on without noise. Generated images have the labels of the private batch. None of that is
-private, at any epsilon.
+sample fails, training continues without noise. Generated images have the labels of the private batch. The method is
+not private at any epsilon.
 
 Here the same kernel, the mean of exp(-|x - x'|^2 / (2 s^2)) over `sigma_list` for images of equal labels, is written in
 random Fourier features. Their mean over all private images is released once, with Gaussian noise; fitting the generator

@@ -6,7 +6,7 @@ One release over all private images. Where the published benchmark's code differ
 - It compares the mean of every micro-batch with the embedding as if it were infinite, so that `n_splits` changes the
   objective. Here the estimate is unbiased: it takes products of images of different parts, as BatchNorm makes those of
   one part depend on each other. A part holds equally many images of every label.
-- Its scheduler is asked when the step is a multiple of `scheduler_interval`, which step 0 is: the learning rate is
+- Its scheduler is called when the step is a multiple of `scheduler_interval`, which step 0 is: the learning rate is
   decayed once after the first step. Here it is decayed after every `scheduler_interval` steps.
 - Its labels of generated images are uniform while the embedding carries the classes' true shares. Here a constant
   feature releases the shares together with the rest.

@@ -240,10 +240,10 @@ class DPGAN(GAN):
     def costs(self) -> list[Cost]:
         release, central = self.privacy_plan()[-1], self.pretraining.central
         images = round(self.spec.num_train * release.sample_rate)
-        answers = self.config.public_data.central.sample_num * self.spec.num_classes
+        num_central = self.config.public_data.central.sample_num * self.spec.num_classes
         labels = balanced_labels(16, self.spec.num_classes)
         return [
-            *([] if central is None else [self._pretraining_cost(answers)]),
+            *([] if central is None else [self._pretraining_cost(num_central)]),
             self._cost("train", self.config.train, release.num_steps, images),
             sampling_cost(self.config.gen.data_num, 16, lambda: self._sample(labels, "cost")),
         ]

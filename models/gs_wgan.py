@@ -1,6 +1,6 @@
 """GS-WGAN: a generator trained by the sanitised gradients of many critics (Chen, Orekondy and Fritz, NeurIPS 2020,
-arXiv:2006.08265). The critics see private records without noise; what they answer is noised in opacus_ext/sanitize.py,
-where it stands what the mechanism is, why it is private, and where it differs from the published code."""
+arXiv:2006.08265). The critics see private records without noise; opacus_ext/sanitize.py adds noise to
+their gradients. It states the mechanism, why it is private, and its differences from the published code."""
 
 import copy
 from dataclasses import dataclass

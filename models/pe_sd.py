@@ -1,4 +1,4 @@
-"""PE-SD: Private Evolution of the samples of a small diffusion network of one's own (Gong et al. 2025)."""
+"""PE-SD: Private Evolution of the samples of a small diffusion network that the user trains (Gong et al. 2025)."""
 
 from dataclasses import dataclass
 

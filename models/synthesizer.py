@@ -53,7 +53,7 @@ class Synthesizer(abc.ABC):
         """Every private query of this run; at most one leaves its noise multiplier open."""
 
     def pretraining_plan(self) -> list[Release]:
-        """The part of the plan that `pretrain` takes; a run without private data must have none of it."""
+        """The private queries of `pretrain`; a run without private data must have none."""
         return []
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
@@ -81,11 +81,11 @@ class Synthesizer(abc.ABC):
         return {}
 
     def lacking(self) -> list[str]:
-        """What a run needs beside data and does not find here, such as weights: one line each, with what helps."""
+        """Requirements other than data that are missing, such as weights: one line each, with what helps."""
         return []
 
     def idle_settings(self) -> dict[str, str]:
-        """Settings that do nothing in this run: dotted key, or section for all in it -> why."""
+        """Settings that have no effect in this run: dotted key, or section for all in it -> why."""
         return {}
 
     @property
@@ -94,11 +94,11 @@ class Synthesizer(abc.ABC):
         return True
 
     def public_costs(self, num_images: int) -> list[Cost]:
-        """What learning from `num_images` public images will take, for --dry_run."""
+        """Costs of learning from `num_images` public images, for --dry_run."""
         return []
 
     def costs(self) -> list[Cost]:
-        """What the other stages will take, for --dry_run."""
+        """Costs of the other stages, for --dry_run."""
         return []
 
 

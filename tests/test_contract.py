@@ -454,7 +454,7 @@ def pretraining(method, count: int, *settings: str) -> list[str]:
 def test_generators_may_pretrain_on_the_public_classes_that_a_query_selects(
     name, make_method, make_trial, tmp_path, monkeypatch
 ):
-    """The query is planned and booked, and its result alone labels the public images. A restart does not query again."""
+    """The query is planned and booked; its result alone labels the public images. A restart does not query again."""
     selected = []
 
     def select(self, public, private):

@@ -44,7 +44,7 @@ def shaded(samples):
 def answered(trial, public, folder=None):
     """The public classes selected for every private class."""
     trial.synthesizer.pretraining.query.runtime.folder = folder
-    return trial.synthesizer.pretraining.query._answered(public, trial.private)
+    return trial.synthesizer.pretraining.query._selected_classes(public, trial.private)
 
 
 # ------------------------------------------------------------------------------------------ selection
@@ -106,13 +106,13 @@ def test_the_price_is_in_the_plan(make_method):
 
 def test_noise_of_the_query_is_sigma_times_root_k(make_trial, public, by_brightness, monkeypatch):
     """Two votes per image: every bin is noisy, also those that nobody votes for."""
-    seen, ask = [], semantic_query.SemanticQuery._ask
+    seen, ask = [], semantic_query.SemanticQuery._query
 
     def watched(self, *rest):
         seen.append(ask(self, *rest))
         return seen[-1]
 
-    monkeypatch.setattr(semantic_query.SemanticQuery, "_ask", watched)
+    monkeypatch.setattr(semantic_query.SemanticQuery, "_query", watched)
     for seed in range(30):
         trial = make_trial(NAME, "public_data.selective.ratio=0.99", noise_seed=seed)
         trial.synthesizer.pretraining.query.words = 2
@@ -136,9 +136,9 @@ def test_a_run_killed_before_its_first_checkpoint_does_not_ask_twice(
     make_trial, public, by_brightness, tmp_path, monkeypatch
 ):
     asked = []
-    ask = semantic_query.SemanticQuery._ask
+    ask = semantic_query.SemanticQuery._query
     monkeypatch.setattr(
-        semantic_query.SemanticQuery, "_ask", lambda self, *rest: (asked.append(1), ask(self, *rest))[1]
+        semantic_query.SemanticQuery, "_query", lambda self, *rest: (asked.append(1), ask(self, *rest))[1]
     )
     saved = []
     for _ in range(2):  # the second run finds the folder of the first, and no checkpoint
@@ -174,7 +174,7 @@ def test_a_saved_answer_that_does_not_say_its_cost_is_refused(
     if cost == "missing":
         del saved["noise_multiplier"]
     path.write_text(json.dumps(saved))
-    with pytest.raises(UserError, match="does not say what it has cost"):
+    with pytest.raises(UserError, match="noise_multiplier"):
         make_trial(NAME, f"public_data.selective.semantic_path={path}", epsilon=10)
 
 

@@ -1,4 +1,4 @@
-"""Starting from a checkpoint of the diffusion family: which weights, and what its own training has spent."""
+"""Starting from a checkpoint of the diffusion family: its weights, and the privacy cost of its own training."""
 
 from dataclasses import replace
 
@@ -23,10 +23,10 @@ def read_checkpoint(path: str) -> tuple[dict, list[Release]]:
 def spent_releases(content: dict, label: str) -> list[Release]:
     """The private releases that were booked up to a file's state, named "<label>: <release>".
 
-    Raises UserError where a file does not say; the ledger of a run without private data is None.
+    Raises UserError if the file does not state them; the ledger of a run without private data is None.
     """
     if "ledger" not in content:
-        raise UserError(f"{label}: the file does not say what it has cost (it has no 'ledger')")
+        raise UserError(f"{label}: the file does not state its privacy cost (it has no 'ledger')")
     ledger = content["ledger"] or {"plan": [], "executed": {}}
     taken = [(Release(**saved), ledger["executed"][saved["name"]]) for saved in ledger["plan"]]
     return [
@@ -43,7 +43,7 @@ def spent_releases(content: dict, label: str) -> list[Release]:
 
 
 def require_fit(state: dict, source: str, shape: tuple[int, ...], num_classes: int) -> None:
-    """Raise UserError where a checkpoint was made for inputs of another shape, or for fewer labels than classes."""
+    """Raise UserError if a checkpoint was made for inputs of another shape, or for fewer labels than classes."""
     if tuple(state["shape"]) != shape:
         raise UserError(f"{source} was made for inputs of shape {tuple(state['shape'])}; these have {shape}")
     if state["label_dim"] < num_classes:

@@ -98,7 +98,7 @@ class LatentSpace:
         return torch.cat(parts)
 
     def fit(self, samples: Samples, flip: bool) -> None:
-        """Train the autoencoder on public images, or what is left of it in a resumed run. `flip`: mirror every other
+        """Train the autoencoder on public images, or continue its training in a resumed run. `flip`: mirror every other
         image."""
         if self.done or not self.config.n_epochs:
             return

@@ -29,8 +29,8 @@ class PublicStageConfig:
 
 
 class PublicPretraining(DiffusionSynthesizer):
-    """The family's first stage and no other: a network trained on all classes of a public set. It asks the private
-    images nothing, and needs of the private data only the shape of the images."""
+    """The first stage of the family alone: a network trained on all classes of a public set. It makes no private
+    query. From the private data it needs only the shape of the images."""
 
     @dataclass(frozen=True)
     class Config:

@@ -1,7 +1,6 @@
-"""A network that passes through stages: where it starts, its average and optimiser, and what a checkpoint holds.
+"""A diffusion network in stages: its start, the parameters that a stage trains, and the content of a checkpoint.
 
-Every stage starts from the EMA weights of the one before, with a fresh EMA and optimiser. A run may start from the
-checkpoint of another one (`model.ckpt`), whose private cost it takes over.
+A run may start from the checkpoint of another run (`model.ckpt`). Its ledger includes the privacy cost of that run.
 """
 
 import abc
@@ -16,8 +15,8 @@ from opacus_ext.private_data import PrivateData
 
 
 class StagedNetwork(Staged, Synthesizer):
-    """The network, its EMA and its optimiser in `stage` after `step` steps. The constructor of a subclass calls
-    `_make_network` when what its seams depend on is known."""
+    """Base of the diffusion family. The constructor of a subclass calls `_make_network` when the attributes that its
+    seams use are set."""
 
     def _make_network(self) -> None:
         """A new network, or that of model.ckpt."""
@@ -31,8 +30,8 @@ class StagedNetwork(Staged, Synthesizer):
         if checkpoint is not None:
             self._start_from(checkpoint, f"model.ckpt: {path}")
         self._start_stage("start")
-        self._steps_before = 0  # of the pretraining that this run goes on with
-        if checkpoint is not None and self._goes_on(checkpoint):
+        self._steps_before = 0  # of the pretraining that this run continues
+        if checkpoint is not None and self._continues(checkpoint):
             self._steps_before = checkpoint["step"]
             self._restore(checkpoint)
 
@@ -41,7 +40,7 @@ class StagedNetwork(Staged, Synthesizer):
     @property
     @abc.abstractmethod
     def network_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the network sees."""
+        """(C, H, W) of the network's input."""
 
     @abc.abstractmethod
     def _label_dim(self) -> int:
@@ -56,38 +55,38 @@ class StagedNetwork(Staged, Synthesizer):
         """Stage -> its section of the configuration, with `optim`; in order, "train" last."""
 
     @abc.abstractmethod
-    def _goes_on(self, checkpoint: dict) -> bool:
+    def _continues(self, checkpoint: dict) -> bool:
         """This run's pretraining is a continuation of the checkpoint's."""
 
     def _require_labels(self, checkpoint: dict, source: str) -> None:
-        """Raise UserError where a stage would show the checkpoint's network labels that it does not know."""
+        """Raise UserError if a stage would use labels that the checkpoint's network does not know."""
 
     def _trained_parameters(self) -> set[str]:
         """Names of the network's parameters that the private stage trains; it freezes all others."""
         return {name for name, _ in self.network.named_parameters()}
 
     def _has_private_labels(self) -> bool:
-        """The labels that the network has been shown are the private classes, not those of a public set."""
+        """The network was trained with private classes as labels, not with those of a public set."""
         return self.stage not in ("start", "pretrain")
 
     # The start
 
     def _start_from(self, checkpoint: dict, source: str) -> None:
-        """Take over the chosen weights; UserError where they were made for other inputs, labels or layers."""
+        """Load the chosen weights. UserError if they were made for other inputs, labels or layers."""
         require_fit(checkpoint, source, self.network_shape, self.spec.num_classes)
         self._require_labels(checkpoint, source)
         load_weights(self.network, chosen_weights(checkpoint, self.config.model.ckpt_weights), source)
 
     def _book_inherited(self, private: PrivateData | None) -> None:
-        """What the checkpoint's own run asked the private images is part of what this run's samples reveal."""
+        """Book the private queries of the checkpoint's run, because this run's samples reveal their results too."""
         for release in self.inherited:
             left = release.num_steps - private.ledger.executed(release.name)
             private.ledger.book(release.name, left)
 
-    # From stage to stage
+    # Stages
 
     def _is_past(self, stage: str) -> bool:
-        """A later stage has begun: a resumed run has this one behind it."""
+        """A later stage has started, so a resumed run skips this one."""
         order = ["start", *self._stages()]
         return order.index(self.stage) > order.index(stage)
 

@@ -1,8 +1,8 @@
 """The family of diffusion methods: a shared network and loops; a method is a choice of stages.
 
 Stages: public pretraining (on all public classes, or on those that a noisy semantic query selects), a warm-up on
-noisy central images of the private set, DP-SGD on the private images, sampling. How a network passes from one to the
-next, and what its checkpoints hold, is in staged.py. What a method may change is below "Seams".
+noisy central images of the private set, DP-SGD on the private images, sampling. Starts and checkpoints are in
+staged.py. A method may override the functions below "Seams".
 """
 
 import copy
@@ -47,7 +47,7 @@ class DiffusionSynthesizer(StagedNetwork):
     """Base of the diffusion methods."""
 
     selects_public_classes = True
-    # Of the central images that warm it up where public_data.name does not say; None: there is no warm-up then.
+    # Kind of the central images for the warm-up unless public_data.name states one; None: no warm-up in that case.
     central_kind: ClassVar[str | None] = None
 
     @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class DiffusionSynthesizer(StagedNetwork):
             why = "pretrain.warm_up has those of the warm-up on central images"
         return idle | {"pretrain.n_epochs": why, "pretrain.batch_size": why}
 
-    def _goes_on(self, checkpoint: dict) -> bool:
+    def _continues(self, checkpoint: dict) -> bool:
         """Pretraining again from a checkpoint of pretraining is one long pretraining: with the raw weights, their
         average and the optimiser as they were left, for n_epochs more."""
         again = has_public_images(self.config.public_data) and self.config.pretrain.n_epochs
@@ -180,11 +180,11 @@ class DiffusionSynthesizer(StagedNetwork):
 
     def _warm_up(self, private: PrivateData | None) -> None:
         central = self.pretraining.central
-        if central.answer is None:
-            images = central.ask(private)
-            self.runtime.snapshot("pretrain")  # first: the images must not outlive their booking
+        if central.result is None:
+            images = central.query(private)
+            self.runtime.snapshot("pretrain")  # before the preview: images must not outlive their booking
             self.runtime.preview(WARM_UP, 0, images.images, images.labels)
-        self._fit_public(WARM_UP, central.answer, self._pretraining_loss(), central.augment)
+        self._fit_public(WARM_UP, central.result, self._pretraining_loss(), central.augment)
 
     def _warm_up_stage(self) -> dict[str, PretrainConfig]:
         pretrain = self.config.pretrain
@@ -201,8 +201,8 @@ class DiffusionSynthesizer(StagedNetwork):
         augment: Augmentation | None = None,
         flip: bool = False,
     ) -> None:
-        """Train all weights, without noise, on images that are public or that noise has made so; or what is left of
-        it in a resumed run. `flip`: mirror every other image; what is made of private images is as they are."""
+        """Train all weights without noise on public images, or on images that a private query has released. A resumed
+        run continues. `flip`: mirror every other image; set it for public images only."""
         config = self._stages()[stage]
         batches = public_batches(
             stage,

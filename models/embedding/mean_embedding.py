@@ -2,7 +2,7 @@
 
 The embedding of a set is the mean of phi(x) (x) onehot(y). The sum over all private records, each of bounded norm, is
 one Gaussian release; dividing it by the public N and fitting a generator to it are post-processing. Its rows carry the
-classes' shares of the records; a constant feature tells these shares, in the same release, and generated images are
+classes' shares of the records; a constant feature carries these shares, in the same release, and generated images are
 weighted by them: classes of any size are fitted at their own scale.
 Legend: B batch, C channels, H W pixels, D size of one phi(x), K labels.
 """
@@ -278,7 +278,7 @@ def _with_the_next(means: Iterator[torch.Tensor]) -> Iterator[tuple[torch.Tensor
 class EmbeddingSynthesizer(Synthesizer):
     """One release over all private images trains a generator; public or noisy central images may train it before.
 
-    A method says with which features, and for how many steps. Sections of its Config: model (with a Generator),
+    A method chooses the features and the number of steps. Sections of its Config: model (with a Generator),
     pretrain (with cond and query), train, gen, public_data.
     """
 
@@ -328,9 +328,9 @@ class EmbeddingSynthesizer(Synthesizer):
         steps = self._training().num_steps
         if 0 < steps < FEW_STEPS:
             log.info(
-                f"train: only {steps} steps, which hardly train a generator; more of them cost no epsilon"
+                f"train: only {steps} training steps, too few for a generator; more steps cost no privacy"
             )
-        if self.noisy_embedding is None:  # else a resumed run, whose one release is in the checkpoint
+        if self.noisy_embedding is None:  # otherwise a resumed run has its only release from the checkpoint
             self.noisy_embedding = self.embedding.noisy_mean(private)
             self.runtime.snapshot("train")
         self._fit("train", self.noisy_embedding, self._training())

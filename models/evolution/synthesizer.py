@@ -116,14 +116,14 @@ class PrivateEvolution(Synthesizer, abc.ABC):
         self.api.prepare(public)
 
     def train(self, private: PrivateData) -> None:
-        records = private.map(self._embed_records)  # once, when the first votes are asked
+        records = private.map(self._embed_records)  # once, at the first query of votes
         if self.population is None:
             self.population = self._first_population()
             self._keep()
         for iteration in range(self.iteration + 1, self.config.train.num_iterations + 1):
             if self.votes is None:
                 self.votes = self._ask(records, self._features(iteration)).cpu()
-                # Before anybody, such as a generator on the network, is told who won.
+                # Before anything outside this process, such as an image API, learns the winners.
                 self.runtime.snapshot("train")
             self.population = self._next_population(iteration, self._selected(iteration))
             self.iteration, self.votes = iteration, None
@@ -246,7 +246,7 @@ class PrivateEvolution(Synthesizer, abc.ABC):
         return checked(found, parents.labels, self.api.image_shape, "variation_api")
 
     def _selected(self, iteration: int) -> Candidates:
-        """The candidates that this round's votes let go on: an equal share of every class."""
+        """The candidates that this round's votes select: an equal share of every class."""
         settings = self.config.train
         sizes = class_sizes(settings.num_samples_schedule[iteration], self.num_blocks)
         chosen = []
@@ -288,14 +288,14 @@ class PrivateEvolution(Synthesizer, abc.ABC):
             NearestCandidates(features[rows], settings.nn_mode, settings.num_nearest_neighbor, self.backend)
             for rows in members
         ]
-        answer = records.noisy_histogram(
+        result = records.noisy_histogram(
             VOTES,
             ballots(nearest, settings.num_nearest_neighbor),
             max(block.stop - block.start for block in members),
             settings.num_nearest_neighbor,
             by_class=self.num_blocks > 1,
         )
-        return answer.view(self.num_blocks, -1)
+        return result.view(self.num_blocks, -1)
 
     def _features(self, iteration: int) -> torch.Tensor:
         """(n, D): the mean embedding of every candidate's lookahead variations; of itself without lookahead."""

@@ -1,4 +1,4 @@
-"""Batches of images that may be looked at as often as one likes: public ones, or those that noise has made public."""
+"""Batches of images that need no accounting: public ones, or the result of a private query."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ def public_batches(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(step, increasing positions of its batch) from step `start` on, of num_epochs passes that follow `before` steps.
 
-    Each pass has an order of its own, which the seed repeats; what is left over at its end is not shown. A set smaller
+    Each pass has an order of its own, which the seed repeats; its remainder is left out. A set smaller
     than batch_size is one batch.
     """
     size = min(batch_size, num_images)
