@@ -17,7 +17,7 @@ from models.fitting.gan import GAN
 from models.nn.discriminator import Discriminator
 from models.nn.generator import Generator, GeneratorConfig
 from models.nn.layers import num_parameters
-from models.public.batches import public_batches, randomly_flipped
+from models.public.batches import public_batches, randomly_flipped, steps_of
 from models.public.pretraining import PublicLabels
 from models.synthesizer import Sections, balanced_labels
 from opacus_ext.accounting import Release
@@ -234,8 +234,7 @@ class DPGAN(GAN):
 
     def _pretraining_cost(self, num_images: int) -> Cost:
         config = self.config.pretrain
-        size = min(config.batch_size, num_images)
-        return self._cost("pretrain", config, config.n_epochs * (num_images // size), size)
+        return self._cost("pretrain", config, *steps_of(num_images, config.batch_size, config.n_epochs))
 
     def costs(self) -> list[Cost]:
         release, central = self.privacy_plan()[-1], self.pretraining.central

@@ -11,6 +11,12 @@ from utils.runtime import log
 from utils.seeding import numpy_rng
 
 
+def steps_of(num_images: int, batch_size: int, num_epochs: int) -> tuple[int, int]:
+    """(steps, images per step) of `public_batches`."""
+    size = min(batch_size, num_images)
+    return num_epochs * (num_images // size), size
+
+
 def public_batches(
     stage: str,
     num_images: int,
@@ -26,11 +32,11 @@ def public_batches(
     Each pass has an order of its own, which the seed repeats; its remainder is left out. A set smaller
     than batch_size is one batch.
     """
-    size = min(batch_size, num_images)
+    num_steps, size = steps_of(num_images, batch_size, num_epochs)
     if size < batch_size:
         log.info(f"{stage}: there are {size} images, fewer than batch_size={batch_size}")
     steps_per_epoch = num_images // size
-    total = before + num_epochs * steps_per_epoch
+    total = before + num_steps
     order, shown = None, None
     for step in progress(range(start, total), stage, total=total, initial=start):
         epoch, position = divmod(step, steps_per_epoch)
