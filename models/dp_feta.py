@@ -6,6 +6,6 @@ from models.public.central_images import MEAN
 
 class DPFETA(DiffusionSynthesizer):
     """The family with the warm-up as a stage of its own: means, or modes with public_data.name=central_mode. A public
-    set, where one is named, comes before it. The central images are a sampled Gaussian release beside DP-SGD."""
+    set, if one is given, comes before it. The central images are a sampled Gaussian release in addition to DP-SGD."""
 
     central_kind = MEAN

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from data.spec import DataSpec, PublicData, Samples
 from models.diffusion.synthesizer import DiffusionSynthesizer
-from models.embedding.mean_embedding import MEAN_EMBEDDING, EmbeddingGenerator, FitConfig
+from models.embedding.mean_embedding import MEAN_EMBEDDING, EmbeddingGenerator, EpochFitConfig
 from models.embedding.random_fourier import FourierConfig, FourierEmbedding
 from models.nn.generator import GeneratorConfig
 from models.public.central_images import MEAN
@@ -32,10 +32,10 @@ class FrequencyConfig(FourierConfig):
     Generator: GeneratorConfig
     sigma: float  # noise multiplier of the mean embedding
     image_size: int  # pixels that the features and the generator see
-    fit: FitConfig  # of the generator to the noisy embedding
+    fit: EpochFitConfig  # of the generator to the noisy embedding
     data_num: int  # images that the generator draws for the diffusion model
     batch_size: int  # of these images, in training the diffusion model
-    n_epochs: int  # passes over them; 0: the embedding is not asked for
+    n_epochs: int  # passes over them; 0: no query for the embedding
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +84,7 @@ class DPFETAPro(DiffusionSynthesizer):
         super().pretrain(public, private)
         if not self.has_frequency_stage or self._is_past(FREQUENCY):
             return
-        if self.noisy_embedding is None:  # else a resumed run, whose release is in the checkpoint
+        if self.noisy_embedding is None:  # otherwise a resumed run has it from its checkpoint
             self.noisy_embedding = self.embedding.noisy_mean(private)
             self.runtime.snapshot("pretrain")
         self._fit_public(FREQUENCY, self._generated(), self._pretraining_loss(), self._enlarged)

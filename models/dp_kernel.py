@@ -3,8 +3,8 @@
 The published method adds a sample of a Gaussian process to the kernel mean of every private batch, 200,002 times. In
 the published code that sample is a constant for the gradient: the generator's direction comes from the noise-free
 kernels, and the noise moves no more than the sign and length of the step, which RMSprop then takes out. If drawing the
-sample fails, training goes on without noise. Generated images have the labels of the private batch. None of that is
-private, at any epsilon.
+sample fails, training continues without noise. Generated images have the labels of the private batch. The method is
+not private at any epsilon.
 
 Here the same kernel, the mean of exp(-|x - x'|^2 / (2 s^2)) over `sigma_list` for images of equal labels, is written in
 random Fourier features. Their mean over all private images is released once, with Gaussian noise; fitting the generator
@@ -13,11 +13,12 @@ to it is post-processing, with labels from a public distribution.
 
 from dataclasses import dataclass
 
-from models.embedding.mean_embedding import EmbeddingSynthesizer, Schedule
+from models.embedding.mean_embedding import EmbeddingSynthesizer, FitConfig, Schedule
 from models.embedding.random_fourier import FeatureConfig, FourierEmbedding
 from models.nn.generator import GeneratorConfig
-from models.public.semantic_query import QueryConfig
-from utils.sections import GenConfig, PublicDataConfig, check_field
+from models.public.pretraining import PublicLabels
+from models.synthesizer import Sections
+from utils.sections import check_field
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,11 @@ class ModelConfig(FeatureConfig):
 
 
 @dataclass(frozen=True)
-class FitConfig:
-    batch_size: int  # generated images per step
-    lr: float
-    lr_decay: float  # factor per vis_step steps
-    vis_step: int  # steps between snapshots, with a grid of samples
+class StepFitConfig(FitConfig):
+    vis_step: int  # steps between decays of the learning rate, snapshots and grids of samples
 
     def __post_init__(self) -> None:
-        check_field(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
-        check_field(self.lr > 0, "lr", self.lr, "greater than 0")
+        super().__post_init__()
         check_field(self.vis_step > 0, "vis_step", self.vis_step, "at least 1")
 
     def schedule(self, num_steps: int) -> Schedule:
@@ -50,10 +47,8 @@ class FitConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig(FitConfig):
+class PretrainConfig(StepFitConfig, PublicLabels):
     n_epochs: int  # of (number of public images) // batch_size steps
-    cond: bool  # False: public labels are ignored
-    query: QueryConfig  # classifier of the semantic query
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +56,7 @@ class PretrainConfig(FitConfig):
 
 
 @dataclass(frozen=True)
-class TrainConfig(FitConfig):
+class TrainConfig(StepFitConfig):
     max_iter: int  # steps
 
     def __post_init__(self) -> None:
@@ -73,12 +68,10 @@ class DPKernel(EmbeddingSynthesizer):
     """The features are those of several Gaussian kernels; training counts in steps."""
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(Sections):
         model: ModelConfig
         pretrain: PretrainConfig
         train: TrainConfig
-        gen: GenConfig
-        public_data: PublicDataConfig
 
     def _embedding(self) -> FourierEmbedding:
         config, spec = self.config.model, self.spec

@@ -6,10 +6,10 @@ published benchmark: what tells classes apart is tuned, what draws textures stay
 
 from dataclasses import dataclass
 
-from models.diffusion.config import ModelConfig, PretrainConfig, TrainConfig
+from models.diffusion.config import TrainConfig
 from models.diffusion.synthesizer import DiffusionSynthesizer
 from models.nn.unet import PARAMETER_GROUPS
-from utils.sections import GenConfig, PublicDataConfig, check_field
+from utils.sections import check_field
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,8 @@ class DPLDMSD(DiffusionSynthesizer):
     interchangeable with PDP-Diffusion's."""
 
     @dataclass(frozen=True)
-    class Config:
-        model: ModelConfig
-        pretrain: PretrainConfig
+    class Config(DiffusionSynthesizer.Config):
         train: PartialTrainConfig
-        gen: GenConfig
-        public_data: PublicDataConfig
 
     def _trained_parameters(self) -> set[str]:
         groups = self.network.parameter_groups()

@@ -51,8 +51,8 @@ class DPLoRA(LatentDiffusion):
     The published code clips the K noise draws of a record one by one, which lets a record move the sum by K bounds;
     here they are averaged first. Its adapters miss the output layers by a misspelt name, and its class embedder starts
     anew.
-    The private stage writes adapters.pt beside its checkpoint and then merges the adapters: the checkpoint holds a
-    network without any, from which every method of the family can go on.
+    The private stage writes adapters.pt next to its checkpoint and then merges the adapters: the checkpoint holds a
+    network without any, from which every method of the family can continue.
     """
 
     @dataclass(frozen=True)

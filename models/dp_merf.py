@@ -9,11 +9,11 @@ Where the published benchmark's code differs:
 
 from dataclasses import dataclass
 
-from models.embedding.mean_embedding import EmbeddingSynthesizer, FitConfig, Schedule
+from models.embedding.mean_embedding import EmbeddingSynthesizer, EpochFitConfig, Schedule
 from models.embedding.random_fourier import FourierConfig, FourierEmbedding
 from models.nn.generator import GeneratorConfig
-from models.public.semantic_query import QueryConfig
-from utils.sections import GenConfig, PublicDataConfig
+from models.public.pretraining import PublicLabels
+from models.synthesizer import Sections
 
 
 @dataclass(frozen=True)
@@ -22,21 +22,18 @@ class ModelConfig(FourierConfig):
 
 
 @dataclass(frozen=True)
-class PretrainConfig(FitConfig):
-    cond: bool  # False: public labels are ignored
-    query: QueryConfig  # classifier of the semantic query
+class PretrainConfig(EpochFitConfig, PublicLabels):
+    """A fit to public images, and the use of their labels."""
 
 
 class DPMERF(EmbeddingSynthesizer):
     """The features are those of one Gaussian kernel; training counts in epochs."""
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(Sections):
         model: ModelConfig
         pretrain: PretrainConfig
-        train: FitConfig
-        gen: GenConfig
-        public_data: PublicDataConfig
+        train: EpochFitConfig
 
     def _embedding(self) -> FourierEmbedding:
         config, spec = self.config.model, self.spec

@@ -6,7 +6,7 @@ One release over all private images. Where the published benchmark's code differ
 - It compares the mean of every micro-batch with the embedding as if it were infinite, so that `n_splits` changes the
   objective. Here the estimate is unbiased: it takes products of images of different parts, as BatchNorm makes those of
   one part depend on each other. A part holds equally many images of every label.
-- Its scheduler is asked when the step is a multiple of `scheduler_interval`, which step 0 is: the learning rate is
+- Its scheduler is called when the step is a multiple of `scheduler_interval`, which step 0 is: the learning rate is
   decayed once after the first step. Here it is decayed after every `scheduler_interval` steps.
 - Its labels of generated images are uniform while the embedding carries the classes' true shares. Here a constant
   feature releases the shares together with the rest.
@@ -14,11 +14,12 @@ One release over all private images. Where the published benchmark's code differ
 
 from dataclasses import dataclass
 
-from models.embedding.mean_embedding import EmbeddingSynthesizer, Schedule
+from models.embedding.mean_embedding import EmbeddingSynthesizer, FitConfig, Schedule
 from models.embedding.ntk import NTKConfig, NTKEmbedding
 from models.nn.generator import GeneratorConfig
-from models.public.semantic_query import QueryConfig
-from utils.sections import GenConfig, PublicDataConfig, check_field
+from models.public.pretraining import PublicLabels
+from models.synthesizer import Sections
+from utils.sections import check_field
 
 
 @dataclass(frozen=True)
@@ -27,22 +28,19 @@ class ModelConfig(NTKConfig):
 
 
 @dataclass(frozen=True)
-class FitConfig:
+class StepFitConfig(FitConfig):
     n_iter: int  # steps
-    batch_size: int  # generated images per step
-    n_splits: int  # equal parts, two in memory at a time; BatchNorm sees one of them
-    lr: float
-    lr_decay: float  # factor per scheduler_interval steps
-    scheduler_interval: int
+    n_splits: int  # equal parts of a step, two in memory at a time; BatchNorm sees one of them
+    scheduler_interval: int  # steps between decays of the learning rate
     snapshot_freq: int  # steps between snapshots, with a grid of samples
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("n_splits", "scheduler_interval", "snapshot_freq"):
             check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
         least = 2 * self.n_splits
         check_field(self.batch_size >= least, "batch_size", self.batch_size, f"at least 2 n_splits = {least}")
         check_field(self.n_iter >= 0, "n_iter", self.n_iter, "0 or more")
-        check_field(self.lr > 0, "lr", self.lr, "greater than 0")
 
     def schedule(self) -> Schedule:
         learning = (self.lr, self.lr_decay, self.scheduler_interval)
@@ -50,21 +48,18 @@ class FitConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig(FitConfig):
-    cond: bool  # False: public labels are ignored
-    query: QueryConfig  # classifier of the semantic query
+class PretrainConfig(StepFitConfig, PublicLabels):
+    """A fit to public images, and the use of their labels."""
 
 
 class DPNTK(EmbeddingSynthesizer):
     """The features are the gradients of a random network; training counts in steps."""
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(Sections):
         model: ModelConfig
         pretrain: PretrainConfig
-        train: FitConfig
-        gen: GenConfig
-        public_data: PublicDataConfig
+        train: StepFitConfig
 
     def _embedding(self) -> NTKEmbedding:
         spec = self.spec

@@ -8,30 +8,27 @@ generator learns from the discriminator alone: post-processing.
 import copy
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from data.spec import DataSpec, PublicData, Samples
-from models.fitting.batches import in_batches
-from models.fitting.optimizers import restore_moments
+from models.fitting.gan import GAN
 from models.nn.discriminator import Discriminator
-from models.nn.ema import EMA
 from models.nn.generator import Generator, GeneratorConfig
-from models.public.batches import public_batches, randomly_flipped
-from models.public.pretraining import PretrainingImages
-from models.public.semantic_query import QueryConfig
-from models.synthesizer import Synthesizer, balanced_labels, preview_labels
+from models.nn.layers import num_parameters
+from models.public.batches import public_batches, randomly_flipped, steps_of
+from models.public.pretraining import PublicLabels
+from models.synthesizer import Sections, balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps
 from opacus_ext.private_data import PrivateData
 from utils import distributed
 from utils.draws import Draws
-from utils.images import to_float, to_uint8
+from utils.images import to_float
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import GenConfig, PublicDataConfig, check_field
+from utils.sections import check_field
 from utils.timing import Cost, sampling_cost, seconds_of
 from utils.typed import Number
 
@@ -97,9 +94,7 @@ class GANStage:
 
 
 @dataclass(frozen=True)
-class PretrainConfig(GANStage):
-    cond: bool  # False: public labels are ignored
-    query: QueryConfig  # classifier of the semantic query
+class PretrainConfig(GANStage, PublicLabels):
     batch_size: int
 
     def __post_init__(self) -> None:
@@ -114,24 +109,16 @@ class TrainConfig(GANStage):
     dp: DPSGDConfig
 
 
-class DPGAN(Synthesizer):
-    selects_public_classes = True
-
+class DPGAN(GAN):
     @dataclass(frozen=True)
-    class Config:
+    class Config(Sections):
         model: ModelConfig
         pretrain: PretrainConfig
         train: TrainConfig
-        gen: GenConfig
-        public_data: PublicDataConfig
 
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
-        super().__init__(config, spec, runtime)
-        pretrain = config.pretrain
-        self.images = PretrainingImages(
-            config.public_data, pretrain.query, pretrain.n_epochs > 0, spec, runtime
-        )
-        num_labels = self.images.num_labels
+        super().__init__(config, spec, runtime, pretrains=config.pretrain.n_epochs > 0)
+        num_labels = self.pretraining.num_labels
         with runtime.seeded("generator"):
             generator = Generator(config.model.Generator, spec.resolution, spec.channels, num_labels)
         with runtime.seeded("discriminator"):
@@ -145,18 +132,15 @@ class DPGAN(Synthesizer):
         sizes = (self.spec.num_train, train.batch_size, train.n_epochs, train.dp.max_batch_size)
         return [*self.pretraining_plan(), dpsgd_release(DP_SGD, *sizes)]
 
-    def pretraining_plan(self) -> list[Release]:
-        return self.images.plan()
-
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
         """The same GAN on public images, without noise."""
         if self.stage == "train":
             return
-        public = self.images.ask(public, private)
+        public = self.pretraining.obtain(public, private)
         if public is None or not self.config.pretrain.n_epochs:
             return
         config = self.config.pretrain
-        self._begin("pretrain")
+        self._enter_stage("pretrain")
         num_labels = public.num_classes if config.cond else 1
         batches = public_batches(
             "pretrain", len(public), config.batch_size, config.n_epochs, self.runtime.seed, start=self.step
@@ -164,146 +148,101 @@ class DPGAN(Synthesizer):
         for _, positions in batches:
             batch = public.samples.take(positions)
             self._discriminate_publicly(batch, PairedLoss(self.generator, num_labels, self.runtime.autocast))
-            self._finish_step(config, num_labels)
+            self._end_discriminator_step(config, num_labels)
 
     def _discriminate_publicly(self, batch: Samples, loss: "PairedLoss") -> None:
         own = distributed.share(len(batch))
         draws = self.runtime.draws(f"pretrain fakes {self.step}", len(batch))
-        self.d_optimizer.zero_grad(set_to_none=True)
+        self.optimizers["d_optimizer"].zero_grad(set_to_none=True)
         if own.start < own.stop:
             rng = draws[own]
-            images = to_float(self.images.augmented(batch.images[own], rng), self.runtime.device)
-            if self.images.flip:
+            images = to_float(self.pretraining.augmented(batch.images[own], rng), self.runtime.device)
+            if self.pretraining.flip:
                 images = randomly_flipped(images, rng)
             labels = torch.from_numpy(batch.labels[own]).to(self.runtime.device) % loss.num_labels
             loss(self.discriminator, images, labels, rng).sum().div(len(batch)).backward()
         distributed.sum_gradients(self.discriminator.parameters())
-        self.d_optimizer.step()
+        self.optimizers["d_optimizer"].step()
 
     def train(self, private: PrivateData) -> None:
         config = self.config.train
-        self._begin("train")
+        self._enter_stage("train")
         loss = PairedLoss(self.generator, self.spec.num_classes, self.runtime.autocast)
-        steps = dpsgd_steps(DP_SGD, private, self.discriminator, self.d_optimizer, loss, config.dp)
+        steps = dpsgd_steps(
+            DP_SGD, private, self.discriminator, self.optimizers["d_optimizer"], loss, config.dp
+        )
         planned = private.ledger.planned(DP_SGD).num_steps
         for _ in progress(steps, "train (DP-SGD)", total=planned, initial=private.ledger.executed(DP_SGD)):
-            self._finish_step(config, self.spec.num_classes)
+            self._end_discriminator_step(config, self.spec.num_classes)
 
-    def _finish_step(self, config: GANStage, num_labels: int) -> None:
-        self.step += 1
-        if self.step % config.d_updates == 0:
+    def _end_discriminator_step(self, config: GANStage, num_labels: int) -> None:
+        if (self.step + 1) % config.d_updates == 0:
             self._generator_step(config, num_labels)
-        if self.step % config.snapshot_freq == 0:
-            self.runtime.snapshot(self.stage)  # first: a preview must not outlive the booking of its steps
-            labels = preview_labels(self.spec.num_classes)
-            self.runtime.preview(self.stage, self.step, self._sample(labels, f"preview {self.step}"), labels)
+        self._finish_step(config.snapshot_freq)
 
     def _generator_step(self, config: GANStage, num_labels: int) -> None:
         """Hinge loss on fakes with uniform labels, in parts that the processes share."""
-        stream = f"{self.stage} generator {self.step}"
+        stream = f"{self.stage} generator {self.step + 1}"
         draws = self.runtime.draws(stream, config.g_batch_size)
         parts = [
             draws[start : start + config.g_part_size]
             for start in range(0, config.g_batch_size, config.g_part_size)
         ]
         self.generator.train()
-        self.g_optimizer.zero_grad(set_to_none=True)
+        self.optimizers["g_optimizer"].zero_grad(set_to_none=True)
         for part in parts[distributed.share(len(parts))]:
             with self.runtime.autocast():
                 noise, labels = _inputs(self.generator, num_labels, part)
                 scores = self.discriminator(self.generator(noise, labels), labels)
             (-scores.float().sum() / config.g_batch_size).backward(inputs=list(self.generator.parameters()))
         distributed.sum_gradients(self.generator.parameters())
-        self.g_optimizer.step()
+        self.optimizers["g_optimizer"].step()
         distributed.copy_from_main(self.generator.buffers())
         self.ema.update(self.generator)
 
-    def generate(self, num_samples: int) -> Samples:
-        labels = balanced_labels(num_samples, self.spec.num_classes)
-        return Samples(self._sample(labels, "generate", show=True), labels)
+    def _draw(self, generator: nn.Module, labels: torch.Tensor, stream: str) -> torch.Tensor:
+        rng = self.runtime.rng(stream)
+        noise = torch.randn(len(labels), generator.z_dim, generator=rng, device=labels.device)
+        with self.runtime.autocast():
+            return generator(noise, labels)
 
-    def _sample(self, labels: np.ndarray, stream: str, show: bool = False) -> np.ndarray:
-        """One image per label from the averaged weights: (N, C, H, W) uint8."""
-        generator = copy.deepcopy(self.generator).requires_grad_(False).eval()
-        self.ema.copy_to(generator)
+    # Stages
 
-        def draw(rows: slice) -> np.ndarray:
-            batch = torch.from_numpy(labels[rows]).to(self.runtime.device)
-            rng = self.runtime.rng(f"{stream} {rows.start}")
-            noise = torch.randn(len(batch), generator.z_dim, generator=rng, device=batch.device)
-            with self.runtime.autocast():
-                return to_uint8(generator(noise, batch))
+    def _networks(self) -> dict[str, nn.Module]:
+        """The discriminator is private through DP-SGD, the generator by post-processing."""
+        return {"generator": self.generator, "discriminator": self.discriminator}
 
-        size, description = self.config.gen.batch_size, "generate" if show else None
-        return in_batches(len(labels), size, draw, self.spec.image_shape, description)
-
-    # State
-
-    def _begin(self, stage: str) -> None:
-        """Enter a stage from the averaged generator of the one before, or where `load_state_dict` left it."""
-        if self.stage != stage:
-            self.ema.copy_to(self.generator)
-            self._start_stage(stage)
-
-    def _start_stage(self, stage: str) -> None:
-        self.stage, self.step = stage, 0
-        self.ema = EMA(self.generator, self.config.model.ema_rate)
+    def _make_optimizers(self, stage: str) -> dict[str, torch.optim.Optimizer]:
         section = self.config.pretrain if stage == "pretrain" else self.config.train
         params = section.optim.params
         betas = (params.beta1, 0.999)
-        self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=params.d_lr, betas=betas)
-        self.g_optimizer = torch.optim.Adam(self.generator.parameters(), lr=params.g_lr, betas=betas)
-
-    def state_dict(self) -> dict:
-        """The discriminator is private through DP-SGD, the generator by post-processing."""
         return {
-            "stage": self.stage,
-            "step": self.step,
-            "generator": self.generator.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
-            "ema": self.ema.state_dict(),
-            "d_optimizer": self.d_optimizer.state_dict()["state"],
-            "g_optimizer": self.g_optimizer.state_dict()["state"],
-            "central": self.images.state_dict(),
+            "d_optimizer": torch.optim.Adam(self.discriminator.parameters(), lr=params.d_lr, betas=betas),
+            "g_optimizer": torch.optim.Adam(self.generator.parameters(), lr=params.g_lr, betas=betas),
         }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.generator.load_state_dict(state["generator"])
-        self.discriminator.load_state_dict(state["discriminator"])
-        self._start_stage(state["stage"])
-        self.step = state["step"]
-        self.ema.load_state_dict(state["ema"])
-        for name in ("d_optimizer", "g_optimizer"):
-            restore_moments(getattr(self, name), state[name])
-        self.images.load_state_dict(state["central"])
 
     # --dry_run
 
     def parameter_counts(self) -> dict[str, int]:
-        networks = {"generator": self.generator, "discriminator": self.discriminator}
-        return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-
-    def idle_settings(self) -> dict[str, str]:
-        return self.images.idle_settings()
+        return {name: num_parameters(network) for name, network in self._networks().items()}
 
     def public_costs(self, num_images: int) -> list[Cost]:
         if not self.config.pretrain.n_epochs:
             return []
-        query, left = self.images.costs(num_images)
+        query, left = self.pretraining.costs(num_images)
         return [*query, self._pretraining_cost(left)]
 
     def _pretraining_cost(self, num_images: int) -> Cost:
         config = self.config.pretrain
-        size = min(config.batch_size, num_images)
-        return self._cost("pretrain", config, config.n_epochs * (num_images // size), size)
+        return self._cost("pretrain", config, *steps_of(num_images, config.batch_size, config.n_epochs))
 
     def costs(self) -> list[Cost]:
-        release, central = self.privacy_plan()[-1], self.images.central
+        release, central = self.privacy_plan()[-1], self.pretraining.central
         images = round(self.spec.num_train * release.sample_rate)
-        answers = self.config.public_data.central.sample_num * self.spec.num_classes
+        num_central = self.config.public_data.central.sample_num * self.spec.num_classes
         labels = balanced_labels(16, self.spec.num_classes)
         return [
-            *([] if central is None else [self._pretraining_cost(answers)]),
+            *([] if central is None else [self._pretraining_cost(num_central)]),
             self._cost("train", self.config.train, release.num_steps, images),
             sampling_cost(self.config.gen.data_num, 16, lambda: self._sample(labels, "cost")),
         ]

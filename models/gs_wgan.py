@@ -1,32 +1,32 @@
 """GS-WGAN: a generator trained by the sanitised gradients of many critics (Chen, Orekondy and Fritz, NeurIPS 2020,
-arXiv:2006.08265). The critics see private records without noise; what they answer is noised in opacus_ext/sanitize.py,
-where it stands what the mechanism is, why it is private, and where it differs from the published code."""
+arXiv:2006.08265). The critics see private records without noise; opacus_ext/sanitize.py adds noise to
+their gradients. It states the mechanism, why it is private, and its differences from the published code."""
 
 import copy
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
-from data.spec import DataSpec, PublicData, Samples
-from models.fitting.batches import in_batches
-from models.fitting.optimizers import restore_moments
-from models.nn.ema import EMA
+from data.spec import DataSpec, PublicData
+from models.fitting.gan import GAN
+from models.fitting.stages import restore_moments
+from models.nn.layers import num_parameters
 from models.nn.shard_critics import BETAS, CriticLoss, CriticSchedule, ShardCritics, WarmUpConfig
 from models.nn.sn_gan import ConvCritic, ResNetGenerator
 from models.nn.stack import Stack
 from models.public.batches import randomly_flipped
-from models.public.pretraining import PretrainingImages
-from models.public.semantic_query import QueryConfig
-from models.synthesizer import Synthesizer, balanced_labels, preview_labels
+from models.public.pretraining import PublicLabels
+from models.synthesizer import Sections, balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from opacus_ext.sanitize import SanitisedGradients, sanitised_release
 from utils.draws import Draws
-from utils.images import to_float, to_uint8
+from utils.images import to_float
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import GenConfig, PublicDataConfig, check_field
+from utils.sections import check_field
 from utils.seeding import numpy_rng
 from utils.timing import Cost, sampling_cost, seconds_of
 
@@ -86,9 +86,8 @@ class Stage(CriticLoss):
 
 
 @dataclass(frozen=True)
-class PretrainConfig(Stage):
-    cond: bool  # False: public labels are ignored
-    query: QueryConfig  # classifier of the semantic query
+class PretrainConfig(Stage, PublicLabels):
+    """Public training, and the use of public labels."""
 
 
 @dataclass(frozen=True)
@@ -105,24 +104,16 @@ class TrainConfig(Stage):
         check_field(self.refresh_every > 0, "refresh_every", self.refresh_every, "at least 1")
 
 
-class GSWGAN(Synthesizer):
-    selects_public_classes = True
-
+class GSWGAN(GAN):
     @dataclass(frozen=True)
-    class Config:
+    class Config(Sections):
         model: ModelConfig
         pretrain: PretrainConfig
         train: TrainConfig
-        gen: GenConfig
-        public_data: PublicDataConfig
 
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
-        super().__init__(config, spec, runtime)
-        pretrain = config.pretrain
-        self.images = PretrainingImages(
-            config.public_data, pretrain.query, pretrain.iterations > 0, spec, runtime
-        )
-        self.num_labels = self.images.num_labels
+        super().__init__(config, spec, runtime, pretrains=config.pretrain.iterations > 0)
+        self.num_labels = self.pretraining.num_labels
         self.generator = self._new_generator("generator")
         with runtime.seeded("critic"):
             width = config.model.Discriminator.d_conv_dim
@@ -144,18 +135,15 @@ class GSWGAN(Synthesizer):
         shards, steps = self.config.model.num_discriminators, self.config.train.iterations
         return [*self.pretraining_plan(), sanitised_release(SANITISED, shards, steps)]
 
-    def pretraining_plan(self) -> list[Release]:
-        return self.images.plan()
-
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
         """Generator and critic on public images, without noise: an ordinary Wasserstein GAN."""
         if self.stage == "train":
             return
-        public = self.images.ask(public, private)
+        public = self.pretraining.obtain(public, private)
         config = self.config.pretrain
         if public is None or not config.iterations:
             return
-        self._begin("pretrain")
+        self._enter_stage("pretrain")
         critic = Stack.copies(self.first_critic.train(), 1)
         optimizer = config.optimizer(critic.parameters())
         restore_moments(optimizer, self._critic_moments)
@@ -172,7 +160,7 @@ class GSWGAN(Synthesizer):
             self._generator_step(images, gradient)
             self.first_critic.load_state_dict(next(iter(critic)))
             self._critic_moments = optimizer.state_dict()["state"]
-            self._finish_step(config)
+            self._finish_step(config.snapshot_freq)
         self._critic_moments = {}
 
     def _public_batch(self, public: PublicData, stream: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,8 +169,8 @@ class GSWGAN(Synthesizer):
         chosen = numpy_rng(self.runtime.seed, stream).integers(len(public), size=config.batch_size)
         batch = public.samples.take(np.sort(chosen))
         rng = self.runtime.draws(f"{stream} changes", len(batch))
-        images = (to_float(self.images.augmented(batch.images, rng), self.runtime.device) + 1) / 2
-        if self.images.flip:
+        images = (to_float(self.pretraining.augmented(batch.images, rng), self.runtime.device) + 1) / 2
+        if self.pretraining.flip:
             images = randomly_flipped(images, rng)
         labels = torch.from_numpy(batch.labels * config.cond).to(self.runtime.device)
         return images[None], labels[None]
@@ -195,7 +183,7 @@ class GSWGAN(Synthesizer):
 
     def train(self, private: PrivateData) -> None:
         config, count = self.config.train, self.config.model.num_discriminators
-        self._begin("train")
+        self._enter_stage("train")
         schedule = CriticSchedule(
             config.batch_size, config.critic_iters, config.refresh_iters, config.refresh_every
         )
@@ -210,7 +198,7 @@ class GSWGAN(Synthesizer):
         for _ in progress(range(done, planned), "train", total=planned, initial=done):
             images, labels = self._fakes(config.batch_size, self.spec.num_classes)
             self._generator_step(images, sanitised.answer(images.detach(), labels) / config.batch_size)
-            self._finish_step(config)
+            self._finish_step(config.snapshot_freq)
 
     def _fakes(self, count: int, num_labels: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, C, H, W) in [0, 1], with their graph, of uniform labels (B,). Public randomness."""
@@ -231,79 +219,41 @@ class GSWGAN(Synthesizer):
         self.optimizer.step()
         self.ema.update(self.generator)
 
-    def _finish_step(self, config: Stage) -> None:
-        self.step += 1
-        if self.step % config.snapshot_freq == 0:
-            self.runtime.snapshot(self.stage)  # first: a preview must not outlive the booking of its steps
-            labels = preview_labels(self.spec.num_classes)
-            self.runtime.preview(self.stage, self.step, self._sample(labels, f"preview {self.step}"), labels)
+    def _draw(self, generator: nn.Module, labels: torch.Tensor, stream: str) -> torch.Tensor:
+        noise = self._latent(self.runtime.draws(stream, 1), len(labels))[0]
+        return generator(noise, labels) * 2 - 1
 
-    def generate(self, num_samples: int) -> Samples:
-        labels = balanced_labels(num_samples, self.spec.num_classes)
-        return Samples(self._sample(labels, "generate", show=True), labels)
+    # Stages
 
-    def _sample(self, labels: np.ndarray, stream: str, show: bool = False) -> np.ndarray:
-        """One image per label from the averaged weights: (N, C, H, W) uint8."""
-        generator = copy.deepcopy(self.generator).requires_grad_(False).eval()
-        self.ema.copy_to(generator)
+    def _networks(self) -> dict[str, nn.Module]:
+        return {"generator": self.generator, "first_critic": self.first_critic}
 
-        def draw(rows: slice) -> np.ndarray:
-            batch = torch.from_numpy(labels[rows]).to(self.runtime.device)
-            noise = self._latent(self.runtime.draws(f"{stream} {rows.start}", 1), len(batch))[0]
-            return to_uint8(generator(noise, batch) * 2 - 1)
-
-        size, description = self.config.gen.batch_size, "generate" if show else None
-        return in_batches(len(labels), size, draw, self.spec.image_shape, description)
-
-    # State
-
-    def _begin(self, stage: str) -> None:
-        """Enter a stage from the averaged generator of the one before, or where `load_state_dict` left it."""
-        if self.stage != stage:
-            self.ema.copy_to(self.generator)
-            self._start_stage(stage)
-
-    def _start_stage(self, stage: str) -> None:
-        self.stage, self.step = stage, 0
-        self.ema = EMA(self.generator, self.config.model.ema_rate)
+    def _make_optimizers(self, stage: str) -> dict[str, torch.optim.Optimizer]:
         section = self.config.pretrain if stage == "pretrain" else self.config.train
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=section.g_lr, betas=BETAS)
+        return {"optimizer": torch.optim.Adam(self.generator.parameters(), lr=section.g_lr, betas=BETAS)}
 
     def state_dict(self) -> dict:
-        """Everything but the critics, which are private: a resumed run trains new ones."""
-        return {
-            "stage": self.stage,
-            "step": self.step,
-            "generator": self.generator.state_dict(),
-            "first_critic": self.first_critic.state_dict(),
-            "critic_moments": self._critic_moments,
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],
-            "central": self.images.state_dict(),
-        }
+        """Everything except the critics, which are private: a resumed run trains new ones."""
+        return {**super().state_dict(), "critic_moments": self._critic_moments}
 
     def load_state_dict(self, state: dict) -> None:
-        self.generator.load_state_dict(state["generator"])
-        self.first_critic.load_state_dict(state["first_critic"])
+        super().load_state_dict(state)
         self._critic_moments = state["critic_moments"]
-        self._start_stage(state["stage"])
-        self.step = state["step"]
-        self.ema.load_state_dict(state["ema"])
-        restore_moments(self.optimizer, state["optimizer"])
-        self.images.load_state_dict(state["central"])
 
     # --dry_run
 
     def parameter_counts(self) -> dict[str, int]:
-        networks = {"generator": self.generator, "each critic": self.first_critic}
-        return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+        return {
+            "generator": num_parameters(self.generator),
+            "each critic": num_parameters(self.first_critic),
+        }
 
     def idle_settings(self) -> dict[str, str]:
         # Critics are warmed up on shards of the private images, without a public set too.
-        return {key: why for key, why in self.images.idle_settings().items() if key != "pretrain"}
+        return {key: why for key, why in super().idle_settings().items() if key != "pretrain"}
 
     def public_costs(self, num_images: int) -> list[Cost]:
-        query, _ = self.images.costs(num_images)
+        query, _ = self.pretraining.costs(num_images)
         return [*query, *self._pretraining_cost()]
 
     def _pretraining_cost(self) -> list[Cost]:
@@ -324,7 +274,7 @@ class GSWGAN(Synthesizer):
         learnt = config.iterations * config.critic_iters + refreshes
         labels = balanced_labels(16, self.spec.num_classes)
         return [
-            *(self._pretraining_cost() if self.images.central is not None else []),
+            *(self._pretraining_cost() if self.pretraining.central is not None else []),
             Cost(
                 "critics' warm-up",
                 f"{count} critics x {steps // count} steps x {warm_up.batch_size} images",

@@ -1,22 +1,33 @@
 """PE: Private Evolution of images that any generator makes (Lin et al., ICLR 2024)."""
 
-import dataclasses
 import importlib
 from dataclasses import dataclass
 
 from models.evolution.apis import APIS
 from models.evolution.apis.api import ImageAPI
-from models.evolution.config import EvolutionConfig
+from models.evolution.apis.diffusion import DiffusionAPIConfig
+from models.evolution.apis.glyphs import GlyphsConfig
+from models.evolution.apis.guided_diffusion import GuidedDiffusionAPIConfig
+from models.evolution.apis.nearest import NearestConfig
+from models.evolution.apis.openai import OpenAIAPIConfig
+from models.evolution.apis.stable_diffusion import StableDiffusionAPIConfig
 from models.evolution.synthesizer import PrivateEvolution
 from utils.command_line import parse_value
 from utils.errors import UserError
-from utils.sections import GenConfig, PublicDataConfig
 from utils.typed import build, leaf_types, unknown_key
 
-# One optional section per generator of the table.
-ApiParams = dataclasses.make_dataclass(
-    "ApiParams", [(name, APIS.resolve(name).Config | None, None) for name in APIS], frozen=True
-)
+
+@dataclass(frozen=True)
+class ApiParams:
+    """One optional section per generator of the table APIS."""
+
+    glyphs: GlyphsConfig | None = None
+    nearest: NearestConfig | None = None
+    diffusion: DiffusionAPIConfig | None = None
+    stable_diffusion: StableDiffusionAPIConfig | None = None
+    openai: OpenAIAPIConfig | None = None
+    improved_diffusion: GuidedDiffusionAPIConfig | None = None
+    guided_diffusion: GuidedDiffusionAPIConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -31,11 +42,8 @@ class PE(PrivateEvolution):
     """Private Evolution with the generator of model.api."""
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(PrivateEvolution.Config):
         model: ModelConfig
-        train: EvolutionConfig
-        gen: GenConfig
-        public_data: PublicDataConfig
 
     def make_api(self) -> ImageAPI:
         model = self.config.model

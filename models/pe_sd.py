@@ -1,12 +1,10 @@
-"""PE-SD: Private Evolution of the samples of a small diffusion network of one's own (Gong et al. 2025)."""
+"""PE-SD: Private Evolution of the samples of a small diffusion network that the user trains (Gong et al. 2025)."""
 
 from dataclasses import dataclass
 
 from models.evolution.apis.api import ImageAPI
 from models.evolution.apis.diffusion import DiffusionAPI, DiffusionAPIConfig
-from models.evolution.config import EvolutionConfig
 from models.evolution.synthesizer import PrivateEvolution
-from utils.sections import GenConfig, PublicDataConfig
 
 
 @dataclass(frozen=True)
@@ -19,11 +17,8 @@ class PESD(PrivateEvolution):
     """Private Evolution with a network that model.api_params.ckpt names, or that is pretrained on the public set."""
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(PrivateEvolution.Config):
         model: ModelConfig
-        train: EvolutionConfig
-        gen: GenConfig
-        public_data: PublicDataConfig
 
     def make_api(self) -> ImageAPI:
         return DiffusionAPI(self.config.model.api_params, self.spec, self.runtime)

@@ -9,7 +9,7 @@ from utils.sections import check
 class PrivImage(DiffusionSynthesizer):
     """The family with the semantic query: a classifier trained on the public set votes, for every private image, on
     the public classes; the noisy histogram picks disjoint classes per private class; their images, relabelled with
-    the private class, pretrain the network. The query is one Gaussian release beside DP-SGD."""
+    the private class, pretrain the network. The query is one Gaussian release in addition to DP-SGD."""
 
     def __init__(self, config: DiffusionSynthesizer.Config, spec: DataSpec, runtime: Runtime) -> None:
         public = config.public_data

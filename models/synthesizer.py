@@ -1,6 +1,7 @@
 """The contract of every method."""
 
 import abc
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -9,15 +10,27 @@ from data.spec import DataSpec, PublicData, Samples
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.runtime import Runtime
-from utils.sections import check
+from utils.sections import GenConfig, PublicDataConfig, check
 from utils.timing import Cost
+
+
+@dataclass(frozen=True)
+class Sections:
+    """The sections of the configuration that most methods have. A method's Config states its own types of the first
+    three."""
+
+    model: object
+    pretrain: object
+    train: object
+    gen: GenConfig
+    public_data: PublicDataConfig
 
 
 class Synthesizer(abc.ABC):
     """A method: construct, plan, pretrain, train, generate.
 
-    `Config` is a frozen dataclass whose fields are sections of the composed configuration (model, pretrain, train,
-    gen, public_data). Constructing reads no data; `privacy_plan` depends on config and spec alone.
+    `Config` is a frozen dataclass whose fields are sections of the composed configuration; most methods inherit it from
+    `Sections`. Constructing reads no data; `privacy_plan` depends on config and spec alone.
     """
 
     Config: ClassVar[type]
@@ -40,7 +53,7 @@ class Synthesizer(abc.ABC):
         """Every private query of this run; at most one leaves its noise multiplier open."""
 
     def pretraining_plan(self) -> list[Release]:
-        """The part of the plan that `pretrain` takes; a run without private data must have none of it."""
+        """The private queries of `pretrain`; a run without private data must have none."""
         return []
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
@@ -68,11 +81,11 @@ class Synthesizer(abc.ABC):
         return {}
 
     def lacking(self) -> list[str]:
-        """What a run needs beside data and does not find here, such as weights: one line each, with what helps."""
+        """Requirements other than data that are missing, such as weights: one line each, with what helps."""
         return []
 
     def idle_settings(self) -> dict[str, str]:
-        """Settings that do nothing in this run: dotted key, or section for all in it -> why."""
+        """Settings that have no effect in this run: dotted key, or section for all in it -> why."""
         return {}
 
     @property
@@ -81,11 +94,11 @@ class Synthesizer(abc.ABC):
         return True
 
     def public_costs(self, num_images: int) -> list[Cost]:
-        """What learning from `num_images` public images will take, for --dry_run."""
+        """Costs of learning from `num_images` public images, for --dry_run."""
         return []
 
     def costs(self) -> list[Cost]:
-        """What the other stages will take, for --dry_run."""
+        """Costs of the other stages, for --dry_run."""
         return []
 
 

@@ -109,7 +109,7 @@ def test_the_discriminator_learns_to_tell_and_the_autoencoder_to_fool():
     assert verdicts() < before
     rebuilt, _ = trained.losses(images(), draws())
     mistaken = fooling_loss(trained.discriminator(rebuilt)).mean().item()
-    trained.optimizer.param_groups[0]["lr"], trained.judging.param_groups[0]["lr"] = 1e-2, 0.0
+    trained.optimizer.param_groups[0]["lr"], trained.discriminator_optimizer.param_groups[0]["lr"] = 1e-2, 0.0
     trained.config = AutoencoderConfig(**{**CONFIG, "adversarial_weight": 100.0})  # against the other terms
     for step in range(5):
         trained.step(step, images(), draws(), 6)

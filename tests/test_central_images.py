@@ -1,4 +1,4 @@
-"""Central images: the question, its answer without and with noise, post-processing and augmentation."""
+"""Central images: the question, its result without and with noise, post-processing and augmentation."""
 
 import math
 
@@ -47,8 +47,8 @@ def random_samples(num=60, resolution=8, channels=1, num_classes=3, seed=0) -> S
 
 
 def coarse(central: CentralImages, samples: Samples, **options) -> torch.Tensor:
-    """The answer of one query, before post-processing."""
-    return central._query(private_of(central, samples, **options)).double()
+    """The result of one query, before post-processing."""
+    return central._query_once(private_of(central, samples, **options)).double()
 
 
 # ------------------------------------------------------------------------------------------ plan
@@ -88,9 +88,9 @@ def test_the_divisor_is_the_expected_count_of_the_sample():
     white = Samples(np.full((600, 1, 8, 8), 255, np.uint8), np.arange(600) % 3)
     central = central_of(spec=spec_of(600), batch_size=300, sample_num=20)
     private = private_of(central, white)
-    answers = torch.stack([central._query(private) for _ in range(20)])
-    assert answers.mean().item() == pytest.approx(1.0, abs=0.05)
-    assert answers.std(0).max().item() > 0.01  # the samples differ, and nothing divides by their size
+    results = torch.stack([central._query_once(private) for _ in range(20)])
+    assert results.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert results.std(0).max().item() > 0.01  # the samples differ, and nothing divides by their size
 
 
 def test_every_second_pixel_is_seen():
@@ -134,9 +134,9 @@ def test_noise_of_a_mean(max_norm, bound):
     central = central_of(max_norm=max_norm, sample_num=40, sigma=7.0)
     black = Samples(np.zeros((30, 1, 8, 8), np.uint8), np.zeros(30, np.int64))
     private = private_of(central, black, epsilon=50.0)
-    answers = torch.stack([central._query(private) for _ in range(40)])
+    results = torch.stack([central._query_once(private) for _ in range(40)])
     for label in (0, 1, 2):
-        assert answers[:, label].std().item() == pytest.approx(7.0 * bound / 20, rel=0.06)
+        assert results[:, label].std().item() == pytest.approx(7.0 * bound / 20, rel=0.06)
     assert private.ledger.complete
 
 
@@ -170,15 +170,15 @@ def test_noise_of_a_mode_covers_every_bin(monkeypatch):
     assert sums[0].std().item() == pytest.approx(9.0 * 8, rel=0.06)
 
 
-# ------------------------------------------------------------------------------------------ answers
+# ------------------------------------------------------------------------------------------ results
 
 
-def test_an_answer_has_sample_num_images_of_every_class():
+def test_a_result_has_sample_num_images_of_every_class():
     central = central_of(spec=spec_of(channels=3), sample_num=4, downscale=2, smooth=True)
     private = private_of(central, random_samples(channels=3))
-    answer = central.ask(private)
-    assert answer.images.shape == (12, 3, 8, 8) and answer.images.dtype == np.uint8
-    assert np.bincount(answer.labels).tolist() == [4, 4, 4]
+    result = central.query(private)
+    assert result.images.shape == (12, 3, 8, 8) and result.images.dtype == np.uint8
+    assert np.bincount(result.labels).tolist() == [4, 4, 4]
     assert private.ledger.executed(CENTRAL_IMAGES) == 4
 
 
@@ -187,28 +187,28 @@ def test_labels_belong_to_their_images():
     labels = np.arange(60, dtype=np.int64) % 3
     images[labels == 1] = 128
     images[labels == 2] = 255
-    answer = central_of(sample_num=2).ask(private_of(central_of(sample_num=2), Samples(images, labels)))
-    brightness = answer.images.mean((1, 2, 3))
-    assert brightness == pytest.approx(np.array([0, 128, 255])[answer.labels], abs=1)
+    result = central_of(sample_num=2).query(private_of(central_of(sample_num=2), Samples(images, labels)))
+    brightness = result.images.mean((1, 2, 3))
+    assert brightness == pytest.approx(np.array([0, 128, 255])[result.labels], abs=1)
 
 
-def test_an_answer_is_asked_once_and_survives_a_checkpoint():
+def test_the_query_runs_once_and_survives_a_checkpoint():
     central = central_of()
     private = private_of(central, random_samples())
-    answer = central.ask(private)
-    assert central.ask(private) is answer
+    result = central.query(private)
+    assert central.query(private) is result
     other = central_of()
     other.load_state_dict(central.state_dict())
-    kept = other.ask(private_of(other, random_samples(seed=9)))
-    assert np.array_equal(kept.images, answer.images) and np.array_equal(kept.labels, answer.labels)
+    kept = other.query(private_of(other, random_samples(seed=9)))
+    assert np.array_equal(kept.images, result.images) and np.array_equal(kept.labels, result.labels)
     empty = central_of()
     empty.load_state_dict(central_of().state_dict())
-    assert empty.answer is None
+    assert empty.result is None
 
 
-def test_without_private_data_there_is_no_answer():
+def test_without_private_data_there_is_no_result():
     with pytest.raises(UserError, match=r"sensitive_data\.name is null"):
-        central_of().ask(None)
+        central_of().query(None)
 
 
 # ------------------------------------------------------------------------------------------ post-processing
@@ -217,7 +217,7 @@ def test_without_private_data_there_is_no_answer():
 def finished(image, **changes) -> np.ndarray:
     values = torch.as_tensor(image, dtype=torch.float32)
     channels, side = values.shape[-3], values.shape[-1] * changes.get("downscale", 1)
-    return central_of(spec=spec_of(resolution=side, channels=channels), **changes)._finished(values)
+    return central_of(spec=spec_of(resolution=side, channels=channels), **changes)._postprocess(values)
 
 
 def test_noise_beyond_black_and_white_is_clamped_before_it_is_enlarged():
@@ -340,7 +340,7 @@ def test_a_divisor_that_counts_is_caught(monkeypatch):
         count = np.bincount(private._records._labels.numpy(), minlength=3)[:, None].clip(1)
         return (total / torch.from_numpy(count)).view(3, 1, 8, 8)
 
-    monkeypatch.setattr(CentralImages, "_query", by_count)
+    monkeypatch.setattr(CentralImages, "_query_once", by_count)
     with pytest.raises(AssertionError):
         test_the_divisor_is_the_expected_count_of_the_sample()
 
@@ -382,7 +382,7 @@ def test_gans_see_central_images_changed_a_little_at_every_look(name, make_trial
 @pytest.mark.parametrize("name", ["DPGAN", "GS-WGAN", "DP-MERF", "DP-FETA"])
 def test_central_images_are_never_mirrored(name, make_method):
     method = make_method(name, "public_data.name=central_mean", "public_data.flip=true")
-    assert not method.images.flip and "public_data.flip" in method.idle_settings()
+    assert not method.pretraining.flip and "public_data.flip" in method.idle_settings()
 
 
 def test_mean_embeddings_say_that_they_change_no_central_image(make_method):

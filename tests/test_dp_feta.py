@@ -75,7 +75,7 @@ def test_only_public_images_are_mirrored(make_trial, monkeypatch):
 )
 def test_central_images_are_a_stage_of_the_method_whatever_is_public(public, kind, make_method):
     method = make_method("DP-FETA", f"public_data.name={public}")
-    assert method.images.central.kind == kind
+    assert method.pretraining.central.kind == kind
     assert method.privacy_plan() == PLANS["DP-FETA"]
 
 
@@ -171,8 +171,8 @@ def test_public_images_come_before_the_warm_up(make_trial, monkeypatch):
 
 def stages_of(trial, monkeypatch) -> list[str]:
     kind, begun = type(trial.synthesizer), []
-    begin = kind._begin
-    monkeypatch.setattr(kind, "_begin", lambda self, stage: begun.append(stage) or begin(self, stage))
+    begin = kind._enter_stage
+    monkeypatch.setattr(kind, "_enter_stage", lambda self, stage: begun.append(stage) or begin(self, stage))
     trial.run()
     return begun
 
@@ -200,7 +200,7 @@ def test_warm_ups_read_the_released_answers_alone(name, make_trial, make_method)
     trial = make_trial(name)
     trial.synthesizer.pretrain(trial.public, trial.private)
     other = make_method(name)
-    other.images.central.load_state_dict(trial.synthesizer.images.central.state_dict())
+    other.pretraining.central.load_state_dict(trial.synthesizer.pretraining.central.state_dict())
     if name == "DP-FETA-Pro":
         other.noisy_embedding = trial.synthesizer.noisy_embedding
     other.pretrain(None, None)
@@ -210,9 +210,9 @@ def test_warm_ups_read_the_released_answers_alone(name, make_trial, make_method)
 def test_warm_up_images_are_augmented_anew_at_every_access(make_trial, monkeypatch):
     seen = []
     trial = make_trial("DP-FETA")
-    augment = trial.synthesizer.images.central.augment
+    augment = trial.synthesizer.pretraining.central.augment
     monkeypatch.setattr(
-        trial.synthesizer.images.central,
+        trial.synthesizer.pretraining.central,
         "augment",
         lambda images, rng: seen.append(augment(images, rng)) or seen[-1],
     )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models import METHODS
-from models.dp_ntk import DPNTK, FitConfig
+from models.dp_ntk import DPNTK, StepFitConfig
 from models.embedding.mean_embedding import EmbeddingGenerator
 from models.embedding.ntk import NTKConfig, NTKEmbedding, NTKFeatures
 from opacus_ext.accounting import Release
@@ -315,7 +315,10 @@ def test_fitting_reads_the_noisy_embedding_alone(make_trial):
 
 
 def test_the_learning_rate_decays_after_every_interval():
-    schedule = FitConfig(10, 4, 2, 0.1, 0.5, scheduler_interval=3, snapshot_freq=1).schedule()
+    config = StepFitConfig(
+        batch_size=4, lr=0.1, lr_decay=0.5, n_iter=10, n_splits=2, scheduler_interval=3, snapshot_freq=1
+    )
+    schedule = config.schedule()
     rates = [schedule.learning_rate(step) for step in range(7)]
     assert rates == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.025])
 

@@ -193,7 +193,7 @@ def test_public_pretraining_needs_no_private_data(cond, make_method, public):
     assert not torch.equal(before, method.generator.first.bias)
     assert method.ema.num_updates == 3
     assert method.generator.embedding.num_embeddings == 6
-    rows = method.d_optimizer.state[method.discriminator.head.embedding.weight]["exp_avg"]
+    rows = method.optimizers["d_optimizer"].state[method.discriminator.head.embedding.weight]["exp_avg"]
     trained = rows.abs().sum(1) > 0
     assert trained[1:].any() == (cond == "true") and trained[0]
 

@@ -437,7 +437,7 @@ def test_killed_between_training_and_generation(tmp_path):
 def test_stopped_from_the_keyboard(tmp_path, monkeypatch):
     argv = arguments("DP-MERF", tmp_path, "eval=none")
     with monkeypatch.context() as patched:
-        patched.setattr("models.embedding.mean_embedding.EmbeddingGenerator.steps", _stop)
+        patched.setattr("models.embedding.mean_embedding.EmbeddingGenerator.fit", _stop)
         stopped = call(run_program.main, argv)
     assert stopped.code == 130 and "Traceback" not in stopped.err
     advice = next(line for line in stopped.out.splitlines() if line.startswith("stopped; to continue from "))

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import typing
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from models.evolution.apis.glyphs import GLYPH, POSE, RANGES, GlyphsAPI, outline
 from models.evolution.apis.nearest import ROW, NearestAPI, NearestConfig
 from models.evolution.population import class_labels, class_sizes, survivors
 from models.evolution.voting import NearestCandidates, ballots, choose_backend
-from models.pe import PE
+from models.pe import PE, ApiParams
 from opacus_ext import private_data
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Budget, Ledger, default_delta
@@ -630,7 +631,11 @@ def test_pe_on_the_nearest_images_from_pretraining_to_samples(make_trial):
 def test_a_generator_of_ones_own_takes_its_options(make_method):
     method = make_method("PE", *SHIFT, "model.api_options=[step=3]")
     assert isinstance(method.api, ShiftAPI) and method.api.config.step == 3
-    assert {"glyphs", "nearest"} <= set(APIS)
+
+
+def test_each_generator_of_the_table_has_its_section():
+    sections = typing.get_type_hints(ApiParams)
+    assert sections == {name: APIS.resolve(name).Config | None for name in APIS}
 
 
 # ------------------------------------------------------------------------------------------ bad input

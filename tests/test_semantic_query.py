@@ -43,8 +43,8 @@ def shaded(samples):
 
 def answered(trial, public, folder=None):
     """The public classes selected for every private class."""
-    trial.synthesizer.images.query.runtime.folder = folder
-    return trial.synthesizer.images.query._answered(public, trial.private)
+    trial.synthesizer.pretraining.query.runtime.folder = folder
+    return trial.synthesizer.pretraining.query._selected_classes(public, trial.private)
 
 
 # ------------------------------------------------------------------------------------------ selection
@@ -106,16 +106,16 @@ def test_the_price_is_in_the_plan(make_method):
 
 def test_noise_of_the_query_is_sigma_times_root_k(make_trial, public, by_brightness, monkeypatch):
     """Two votes per image: every bin is noisy, also those that nobody votes for."""
-    seen, ask = [], semantic_query.SemanticQuery._ask
+    seen, ask = [], semantic_query.SemanticQuery._query
 
     def watched(self, *rest):
         seen.append(ask(self, *rest))
         return seen[-1]
 
-    monkeypatch.setattr(semantic_query.SemanticQuery, "_ask", watched)
+    monkeypatch.setattr(semantic_query.SemanticQuery, "_query", watched)
     for seed in range(30):
         trial = make_trial(NAME, "public_data.selective.ratio=0.99", noise_seed=seed)
-        trial.synthesizer.images.query.words = 2
+        trial.synthesizer.pretraining.query.words = 2
         answered(trial, public)
     assert np.stack(seen).std() == pytest.approx(100.0 * math.sqrt(2), rel=0.15)
 
@@ -136,14 +136,14 @@ def test_a_run_killed_before_its_first_checkpoint_does_not_ask_twice(
     make_trial, public, by_brightness, tmp_path, monkeypatch
 ):
     asked = []
-    ask = semantic_query.SemanticQuery._ask
+    ask = semantic_query.SemanticQuery._query
     monkeypatch.setattr(
-        semantic_query.SemanticQuery, "_ask", lambda self, *rest: (asked.append(1), ask(self, *rest))[1]
+        semantic_query.SemanticQuery, "_query", lambda self, *rest: (asked.append(1), ask(self, *rest))[1]
     )
     saved = []
     for _ in range(2):  # the second run finds the folder of the first, and no checkpoint
         trial = make_trial(NAME, epsilon=10, runtime=Runtime(folder=tmp_path, snapshot=saved.append))
-        trial.synthesizer.images.query.select(public, trial.private)
+        trial.synthesizer.pretraining.query.select(public, trial.private)
         assert trial.private.ledger.executed("semantic query") == 1
         if saved:  # the booking was kept together with the answer
             return
@@ -174,7 +174,7 @@ def test_a_saved_answer_that_does_not_say_its_cost_is_refused(
     if cost == "missing":
         del saved["noise_multiplier"]
     path.write_text(json.dumps(saved))
-    with pytest.raises(UserError, match="does not say what it has cost"):
+    with pytest.raises(UserError, match="noise_multiplier"):
         make_trial(NAME, f"public_data.selective.semantic_path={path}", epsilon=10)
 
 
@@ -221,7 +221,7 @@ def test_the_query_needs_private_data(make_method, public):
 
 def test_the_classifier_is_cached_by_data_and_configuration(make_method, public, tmp_path, monkeypatch):
     def query(*settings, seed=0):
-        return make_method(NAME, *settings, runtime=Runtime(seed=seed, cache_dir=tmp_path)).images.query
+        return make_method(NAME, *settings, runtime=Runtime(seed=seed, cache_dir=tmp_path)).pretraining.query
 
     trained = []
     train = semantic_query.SemanticQuery._train
@@ -248,7 +248,7 @@ def test_the_classifier_follows_from_the_seed(make_method, public):
 
     def trained(seed):
         torch.manual_seed(seed)  # what a run has drawn before must not matter
-        return make_method(NAME).images.query._classifier(public).state_dict().values()
+        return make_method(NAME).pretraining.query._classifier(public).state_dict().values()
 
     assert all(torch.equal(a, b) for a, b in zip(trained(1), trained(2), strict=True))
 
@@ -258,7 +258,7 @@ def test_the_classifier_sees_mirrored_images_where_the_public_set_allows_it(flip
     """As the network that is pretrained on them. All images are white on their left half."""
     images = np.zeros_like(public.samples.images)
     images[..., : images.shape[-1] // 2] = 255
-    query = make_method(NAME, f"public_data.flip={flip}", "pretrain.query.n_epochs=4").images.query
+    query = make_method(NAME, f"public_data.flip={flip}", "pretrain.query.n_epochs=4").pretraining.query
     forwarded = []
     classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(public.num_classes))
     classifier.register_forward_pre_hook(lambda _, inputs: forwarded.append(inputs[0]))

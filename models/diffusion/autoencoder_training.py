@@ -63,7 +63,7 @@ def rebuild(
 
 
 class AutoencoderTraining:
-    """The steps of one autoencoder's training. Raises Unavailable before the first one where LPIPS cannot be had."""
+    """The steps of one autoencoder's training. Raises Unavailable before the first one if LPIPS is not available."""
 
     def __init__(
         self, autoencoder: nn.Module, config: AutoencoderConfig, image_shape: tuple, runtime: Runtime
@@ -78,7 +78,9 @@ class AutoencoderTraining:
         if config.adversarial_weight:
             with runtime.seeded("patch discriminator"):
                 self.discriminator = runtime.place(PatchDiscriminator(size, channels))
-            self.judging = torch.optim.Adam(self.discriminator.parameters(), lr=config.lr, betas=BETAS)
+            self.discriminator_optimizer = torch.optim.Adam(
+                self.discriminator.parameters(), lr=config.lr, betas=BETAS
+            )
 
     def step(self, index: int, images: torch.Tensor, rng: Draws, batch_size: int) -> None:
         """Step number `index`: `images` (B, C, H, W), maybe none, are this process's part of a batch of batch_size."""
@@ -89,8 +91,8 @@ class AutoencoderTraining:
             loss = loss + self._fooling(loss, rebuilt, batch_size)
         self._descend(self.optimizer, loss)
         if adversarial:
-            judged = hinge_loss(self._judge(images), self._judge(rebuilt.detach()))
-            self._descend(self.judging, judged.sum() / batch_size)
+            error = hinge_loss(self._scores(images), self._scores(rebuilt.detach()))
+            self._descend(self.discriminator_optimizer, error.sum() / batch_size)
 
     def losses(self, images: torch.Tensor, rng: Draws) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, C, H, W) -> the images rebuilt, and per image (B,) mean absolute error + perceptual_weight * LPIPS +
@@ -108,13 +110,13 @@ class AutoencoderTraining:
 
         The norms are those of the whole batch, whatever share of it this process has.
         """
-        fooling = fooling_loss(self._judge(rebuilt)).sum() / batch_size
+        fooling = fooling_loss(self._scores(rebuilt)).sum() / batch_size
         last = self.autoencoder.decoder[-1].weight
         own = torch.stack([torch.autograd.grad(term, last, retain_graph=True)[0] for term in (loss, fooling)])
         of_loss, of_fooling = distributed.concatenate(own[None]).sum(0).flatten(1).norm(dim=1)
         return self.config.adversarial_weight * (of_loss / (of_fooling + 1e-4)).clamp(max=1e4) * fooling
 
-    def _judge(self, images: torch.Tensor) -> torch.Tensor:
+    def _scores(self, images: torch.Tensor) -> torch.Tensor:
         with self.runtime.autocast():
             return self.discriminator(images).float()
 
@@ -129,11 +131,14 @@ class AutoencoderTraining:
         """All but the autoencoder's weights."""
         state = {"optimizer": self.optimizer.state_dict()}
         if self.discriminator is not None:
-            state |= {"discriminator": self.discriminator.state_dict(), "judging": self.judging.state_dict()}
+            state |= {
+                "discriminator": self.discriminator.state_dict(),
+                "judging": self.discriminator_optimizer.state_dict(),
+            }
         return state
 
     def load_state_dict(self, state: dict) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"])
-            self.judging.load_state_dict(state["judging"])
+            self.discriminator_optimizer.load_state_dict(state["judging"])

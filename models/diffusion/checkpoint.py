@@ -1,9 +1,8 @@
-"""Starting from a checkpoint of the diffusion family: which weights, and what its own training has spent."""
+"""Starting from a checkpoint of the diffusion family: its weights, and the privacy cost of its own training."""
 
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from opacus_ext.accounting import Release
 from utils.errors import UserError
@@ -24,10 +23,10 @@ def read_checkpoint(path: str) -> tuple[dict, list[Release]]:
 def spent_releases(content: dict, label: str) -> list[Release]:
     """The private releases that were booked up to a file's state, named "<label>: <release>".
 
-    Raises UserError where a file does not say; the ledger of a run without private data is None.
+    Raises UserError if the file does not state them; the ledger of a run without private data is None.
     """
     if "ledger" not in content:
-        raise UserError(f"{label}: the file does not say what it has cost (it has no 'ledger')")
+        raise UserError(f"{label}: the file does not state its privacy cost (it has no 'ledger')")
     ledger = content["ledger"] or {"plan": [], "executed": {}}
     taken = [(Release(**saved), ledger["executed"][saved["name"]]) for saved in ledger["plan"]]
     return [
@@ -44,7 +43,7 @@ def spent_releases(content: dict, label: str) -> list[Release]:
 
 
 def require_fit(state: dict, source: str, shape: tuple[int, ...], num_classes: int) -> None:
-    """Raise UserError where a checkpoint was made for inputs of another shape, or for fewer labels than classes."""
+    """Raise UserError if a checkpoint was made for inputs of another shape, or for fewer labels than classes."""
     if tuple(state["shape"]) != shape:
         raise UserError(f"{source} was made for inputs of shape {tuple(state['shape'])}; these have {shape}")
     if state["label_dim"] < num_classes:
@@ -56,17 +55,3 @@ def require_fit(state: dict, source: str, shape: tuple[int, ...], num_classes: i
 def chosen_weights(state: dict, kind: str) -> dict[str, torch.Tensor]:
     """The weights of a state by name: "raw", or "ema" (which averages parameters; buffers have one value)."""
     return {**state["network"], **state["ema"]["weights"]} if kind == "ema" else state["network"]
-
-
-def load_weights(network: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Copy weights; a different architecture is a UserError that names `source` and the first difference."""
-    own = network.state_dict()
-    for name in [*own, *weights]:
-        have, want = weights.get(name), own.get(name)
-        if have is None or want is None or have.shape != want.shape:
-            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (have, want)]
-            raise UserError(
-                f"{source} has another architecture: '{name}' is {shapes[0]}, the network's {shapes[1]}; give the "
-                f"settings below model that it was trained with (config.yaml of its run has them)"
-            )
-    network.load_state_dict(weights)

@@ -103,7 +103,7 @@ OPTIMIZERS: dict[str, type] = {"Adam": torch.optim.Adam, "AdamW": torch.optim.Ad
 @dataclass(frozen=True)
 class WarmUpConfig:
     batch_size: int
-    n_epochs: int  # passes over the central images; 0: they are not asked for
+    n_epochs: int  # passes over the central images; 0: no query for them
 
     def __post_init__(self) -> None:
         check_field(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")

@@ -5,6 +5,7 @@ from torch import nn
 
 from models.diffusion.config import PretrainConfig, TrainConfig
 from models.diffusion.samplers import SamplerConfig, network_calls
+from models.public.batches import steps_of
 from opacus_ext.accounting import Release
 from utils.sections import GenConfig
 from utils.timing import Cost, batch_rows, seconds_of
@@ -24,8 +25,7 @@ def training_cost(release: Release, num_train: int, config: TrainConfig, seconds
 
 def warm_up_cost(stage: str, config: PretrainConfig, num_images: int, seconds: float) -> Cost:
     """Of a stage without noise on `num_images`; `seconds` per image."""
-    batch_size = min(config.batch_size, num_images)
-    steps = config.n_epochs * (num_images // batch_size)
+    steps, batch_size = steps_of(num_images, config.batch_size, config.n_epochs)
     return Cost(stage, f"{steps} steps x {batch_size} images", steps * batch_size * seconds)
 
 

@@ -22,7 +22,7 @@ from models.nn.unet import level_sizes
 from opacus_ext.private_data import PrivateData
 from utils.errors import UserError
 from utils.runtime import Runtime
-from utils.sections import GenConfig, PublicDataConfig, check, check_field
+from utils.sections import check, check_field
 from utils.timing import Cost
 
 
@@ -95,12 +95,10 @@ class LatentDiffusion(DiffusionSynthesizer):
     """
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(DiffusionSynthesizer.Config):
         model: LatentModelConfig
         pretrain: LatentPretrainConfig
         train: LatentTrainConfig
-        gen: GenConfig
-        public_data: PublicDataConfig
 
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         self._require_autoencoder(config)
@@ -180,8 +178,8 @@ class LatentDiffusion(DiffusionSynthesizer):
             self.latents.fit(public.samples, flip=self._flips())
         super().pretrain(public, private)
 
-    def _begin(self, stage: str) -> int:
-        step = super()._begin(stage)
+    def _enter_stage(self, stage: str) -> int:
+        step = super()._enter_stage(stage)
         self._set_learning_rate()
         return step
 

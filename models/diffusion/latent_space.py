@@ -10,8 +10,8 @@ import torch
 
 from data.spec import DataSpec, Samples
 from models.diffusion.autoencoder_training import AutoencoderConfig, AutoencoderTraining, rebuild
-from models.diffusion.checkpoint import load_weights
 from models.diffusion.cost import warm_up_cost
+from models.fitting.stages import load_weights
 from models.nn.autoencoder import Autoencoder, Pixels
 from models.nn.perceptual import SMALLEST
 from models.nn.unet import level_sizes
@@ -98,7 +98,7 @@ class LatentSpace:
         return torch.cat(parts)
 
     def fit(self, samples: Samples, flip: bool) -> None:
-        """Train the autoencoder on public images, or what is left of it in a resumed run. `flip`: mirror every other
+        """Train the autoencoder on public images, or continue its training in a resumed run. `flip`: mirror every other
         image."""
         if self.done or not self.config.n_epochs:
             return

@@ -6,7 +6,7 @@ from data.spec import DataSpec
 from models.diffusion.config import ModelConfig, OptimConfig
 from models.diffusion.loss import LossConfig
 from models.diffusion.synthesizer import DiffusionSynthesizer
-from models.public.pretraining import PretrainingImages
+from models.public.pretraining import Pretraining
 from opacus_ext.accounting import Release
 from utils.runtime import Runtime
 from utils.sections import GenConfig, check_field
@@ -29,8 +29,8 @@ class PublicStageConfig:
 
 
 class PublicPretraining(DiffusionSynthesizer):
-    """The family's first stage and no other: a network trained on all classes of a public set. It asks the private
-    images nothing, and needs of the private data only the shape of the images."""
+    """The first stage of the family alone: a network trained on all classes of a public set. It makes no private
+    query. From the private data it needs only the shape of the images."""
 
     @dataclass(frozen=True)
     class Config:
@@ -51,8 +51,8 @@ class PublicPretraining(DiffusionSynthesizer):
     def _stages(self) -> dict[str, PublicStageConfig]:
         return {"pretrain": self.config.pretrain}
 
-    def _pretraining_images(self) -> PretrainingImages:
-        return PretrainingImages(None, None, False, self.spec, self.runtime)
+    def _make_pretraining(self) -> Pretraining:
+        return Pretraining(None, None, False, self.spec, self.runtime)
 
     def _flips(self) -> bool:
         return self.config.pretrain.flip

@@ -1,23 +1,22 @@
-"""A network that passes through stages: where it starts, its average and optimiser, and what a checkpoint holds.
+"""A diffusion network in stages: its start, the parameters that a stage trains, and the content of a checkpoint.
 
-Every stage starts from the EMA weights of the one before, with a fresh EMA and optimiser. A run may start from the
-checkpoint of another one (`model.ckpt`), whose private cost it takes over.
+A run may start from the checkpoint of another run (`model.ckpt`). Its ledger includes the privacy cost of that run.
 """
 
 import abc
 
+import torch
 from torch import nn
 
-from models.diffusion.checkpoint import chosen_weights, load_weights, read_checkpoint, require_fit
-from models.fitting.optimizers import restore_moments
-from models.nn.ema import EMA
+from models.diffusion.checkpoint import chosen_weights, read_checkpoint, require_fit
+from models.fitting.stages import Staged, load_weights
 from models.synthesizer import Synthesizer
 from opacus_ext.private_data import PrivateData
 
 
-class StagedNetwork(Synthesizer, abc.ABC):
-    """The network, its EMA and its optimiser in `stage` after `step` steps. The constructor of a subclass calls
-    `_make_network` when what its seams depend on is known."""
+class StagedNetwork(Staged, Synthesizer):
+    """Base of the diffusion family. The constructor of a subclass calls `_make_network` when the attributes that its
+    seams use are set."""
 
     def _make_network(self) -> None:
         """A new network, or that of model.ckpt."""
@@ -31,8 +30,8 @@ class StagedNetwork(Synthesizer, abc.ABC):
         if checkpoint is not None:
             self._start_from(checkpoint, f"model.ckpt: {path}")
         self._start_stage("start")
-        self._steps_before = 0  # of the pretraining that this run goes on with
-        if checkpoint is not None and self._goes_on(checkpoint):
+        self._steps_before = 0  # of the pretraining that this run continues
+        if checkpoint is not None and self._continues(checkpoint):
             self._steps_before = checkpoint["step"]
             self._restore(checkpoint)
 
@@ -41,7 +40,7 @@ class StagedNetwork(Synthesizer, abc.ABC):
     @property
     @abc.abstractmethod
     def network_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the network sees."""
+        """(C, H, W) of the network's input."""
 
     @abc.abstractmethod
     def _label_dim(self) -> int:
@@ -56,93 +55,74 @@ class StagedNetwork(Synthesizer, abc.ABC):
         """Stage -> its section of the configuration, with `optim`; in order, "train" last."""
 
     @abc.abstractmethod
-    def _goes_on(self, checkpoint: dict) -> bool:
+    def _continues(self, checkpoint: dict) -> bool:
         """This run's pretraining is a continuation of the checkpoint's."""
 
     def _require_labels(self, checkpoint: dict, source: str) -> None:
-        """Raise UserError where a stage would show the checkpoint's network labels that it does not know."""
+        """Raise UserError if a stage would use labels that the checkpoint's network does not know."""
 
     def _trained_parameters(self) -> set[str]:
         """Names of the network's parameters that the private stage trains; it freezes all others."""
         return {name for name, _ in self.network.named_parameters()}
 
     def _has_private_labels(self) -> bool:
-        """The labels that the network has been shown are the private classes, not those of a public set."""
+        """The network was trained with private classes as labels, not with those of a public set."""
         return self.stage not in ("start", "pretrain")
-
-    def _prepare_network(self, stage: str) -> None:
-        """Change the network for a stage that is about to start, or to be restored: put adapters on it."""
 
     # The start
 
     def _start_from(self, checkpoint: dict, source: str) -> None:
-        """Take over the chosen weights; UserError where they were made for other inputs, labels or layers."""
+        """Load the chosen weights. UserError if they were made for other inputs, labels or layers."""
         require_fit(checkpoint, source, self.network_shape, self.spec.num_classes)
         self._require_labels(checkpoint, source)
         load_weights(self.network, chosen_weights(checkpoint, self.config.model.ckpt_weights), source)
 
     def _book_inherited(self, private: PrivateData | None) -> None:
-        """What the checkpoint's own run asked the private images is part of what this run's samples reveal."""
+        """Book the private queries of the checkpoint's run, because this run's samples reveal their results too."""
         for release in self.inherited:
             left = release.num_steps - private.ledger.executed(release.name)
             private.ledger.book(release.name, left)
 
-    # From stage to stage
+    # Stages
 
     def _is_past(self, stage: str) -> bool:
-        """A later stage has begun: a resumed run has this one behind it."""
+        """A later stage has started, so a resumed run skips this one."""
         order = ["start", *self._stages()]
         return order.index(self.stage) > order.index(stage)
 
-    def _begin(self, stage: str) -> int:
-        """Enter a stage from the EMA weights of the one before, or where `load_state_dict` left it; returns the step
-        to go on from."""
-        if self.stage != stage:
-            self.ema.copy_to(self.network)
-            self._prepare_network(stage)
-            self._start_stage(stage)
-        return self.step
-
     def _start_stage(self, stage: str) -> None:
-        """A fresh EMA, and an optimiser of what the stage trains.
+        """Train all parameters, or in the private stage those that the method chooses.
 
-        The EMA holds the frozen parameters too, whose average is their value: so its weights are a whole network,
-        which another method or stage can start from without knowing what was trained here.
+        The average holds the frozen parameters too, whose average is their value: its weights are a whole network,
+        from which another method or stage can start without knowing which parameters were trained.
         """
-        self.stage, self.step = stage, 0
         trained = self._trained_parameters() if stage == "train" else None
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(trained is None or name in trained)
-        self.ema = EMA(self.network, self.config.model.ema_rate)
-        section = self._stages().get(stage)
-        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        self.optimizer = None if section is None else section.optim.make(parameters)
+        super()._start_stage(stage)
 
-    # State
+    def _make_optimizers(self, stage: str) -> dict[str, torch.optim.Optimizer]:
+        section = self._stages().get(stage)
+        if section is None:
+            return {}
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        return {"optimizer": section.optim.make(trained)}
+
+    # Checkpoints
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {"network": self.network}
 
     def state_dict(self) -> dict:
-        """Raw weights ("network") and their average ("ema"), by name; a later stage starts from the latter."""
+        """Raw weights ("network") and their average ("ema"), by name. A later stage starts from the average."""
         return {
-            "stage": self.stage,
-            "step": self.step,
+            **super().state_dict(),
             "label_dim": self.network.null_label,
             "private_labels": self._has_private_labels(),
             "shape": list(self.network_shape),
-            "network": self.network.state_dict(),
-            "ema": self.ema.state_dict(),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        if state["stage"] != self.stage:
-            self._prepare_network(state["stage"])
-        self._restore(state)
-
     def _restore(self, state: dict) -> None:
-        """Weights, average and moments of a state, in its stage."""
-        load_weights(self.network, state["network"], "checkpoint")
-        self._start_stage(state["stage"])
-        self.step = state["step"]
-        self.ema.load_state_dict(state["ema"])
-        if self.optimizer is not None:
-            restore_moments(self.optimizer, state["optimizer"]["state"])
+        moments = None if state["optimizer"] is None else state["optimizer"]["state"]
+        super()._restore({**state, "optimizer": moments})

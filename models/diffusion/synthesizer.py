@@ -1,8 +1,8 @@
 """The family of diffusion methods: a shared network and loops; a method is a choice of stages.
 
 Stages: public pretraining (on all public classes, or on those that a noisy semantic query selects), a warm-up on
-noisy central images of the private set, DP-SGD on the private images, sampling. How a network passes from one to the
-next, and what its checkpoints hold, is in staged.py. What a method may change is below "Seams".
+noisy central images of the private set, DP-SGD on the private images, sampling. Starts and checkpoints are in
+staged.py. A method may override the functions below "Seams".
 """
 
 import copy
@@ -24,8 +24,8 @@ from models.diffusion.samplers import SamplerConfig, sample
 from models.diffusion.staged import StagedNetwork
 from models.fitting.batches import in_batches
 from models.public.batches import public_batches, randomly_flipped
-from models.public.pretraining import NO_FLIP, NO_IMAGES, NO_SELECTION, SELECTIVE, PretrainingImages
-from models.synthesizer import balanced_labels, preview_labels
+from models.public.pretraining import NO_FLIP, NO_IMAGES, NO_SELECTION, SELECTIVE, Pretraining
+from models.synthesizer import Sections, balanced_labels, preview_labels
 from opacus_ext.accounting import Release
 from opacus_ext.dpsgd import dpsgd_release, dpsgd_steps
 from opacus_ext.private_data import PrivateData
@@ -35,7 +35,6 @@ from utils.errors import UserError
 from utils.images import to_float, to_uint8
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import GenConfig, PublicDataConfig
 from utils.timing import Cost, batch_rows, seconds_of
 
 DP_SGD = "dp-sgd"
@@ -48,25 +47,23 @@ class DiffusionSynthesizer(StagedNetwork):
     """Base of the diffusion methods."""
 
     selects_public_classes = True
-    # Of the central images that warm it up where public_data.name does not say; None: there is no warm-up then.
+    # Kind of the central images for the warm-up unless public_data.name states one; None: no warm-up in that case.
     central_kind: ClassVar[str | None] = None
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(Sections):
         model: ModelConfig
         pretrain: PretrainConfig
         train: TrainConfig
-        gen: GenConfig
-        public_data: PublicDataConfig
 
     def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
-        self.images = self._pretraining_images()
+        self.pretraining = self._make_pretraining()
         self._make_network()
 
-    def _pretraining_images(self) -> PretrainingImages:
+    def _make_pretraining(self) -> Pretraining:
         pretrain = self.config.pretrain
-        return PretrainingImages(
+        return Pretraining(
             self.config.public_data,
             pretrain.query,
             pretrain.n_epochs > 0,
@@ -82,7 +79,7 @@ class DiffusionSynthesizer(StagedNetwork):
 
     def _require_labels(self, checkpoint: dict, source: str) -> None:
         public, pretrain = self.config.public_data, self.config.pretrain
-        by_label = self.images.query is None and pretrain.n_epochs and pretrain.cond
+        by_label = self.pretraining.query is None and pretrain.n_epochs and pretrain.cond
         if by_label and (public.n_classes or 0) > checkpoint["label_dim"]:
             raise UserError(
                 f"{source} knows {checkpoint['label_dim']} labels; {public.name} has {public.n_classes} classes; use "
@@ -94,16 +91,16 @@ class DiffusionSynthesizer(StagedNetwork):
         idle = {} if has_public_images(self.config.public_data) else without
         if self.config.pretrain.n_epochs == 0:
             return idle
-        if self.images.central is None:
+        if self.pretraining.central is None:
             idle["pretrain.warm_up"] = "this run has no warm-up on central images"
         if has_public_images(self.config.public_data):
             return idle
         why = NO_IMAGES
-        if self.images.central is not None:
+        if self.pretraining.central is not None:
             why = "pretrain.warm_up has those of the warm-up on central images"
         return idle | {"pretrain.n_epochs": why, "pretrain.batch_size": why}
 
-    def _goes_on(self, checkpoint: dict) -> bool:
+    def _continues(self, checkpoint: dict) -> bool:
         """Pretraining again from a checkpoint of pretraining is one long pretraining: with the raw weights, their
         average and the optimiser as they were left, for n_epochs more."""
         again = has_public_images(self.config.public_data) and self.config.pretrain.n_epochs
@@ -111,13 +108,13 @@ class DiffusionSynthesizer(StagedNetwork):
 
     def _label_dim(self) -> int:
         """Rows of the label table without the null row: private classes, or public ones where those are trained."""
-        return self.images.num_labels
+        return self.pretraining.num_labels
 
     def privacy_plan(self) -> list[Release]:
         return [*self.pretraining_plan(), self._training_release()]
 
     def pretraining_plan(self) -> list[Release]:
-        return [*self.inherited, *self.images.plan()]
+        return [*self.inherited, *self.pretraining.plan()]
 
     def _training_release(self) -> Release:
         train = self.config.train
@@ -171,30 +168,30 @@ class DiffusionSynthesizer(StagedNetwork):
         self._book_inherited(private)
         if public is not None and self.config.pretrain.n_epochs and not self._is_past("pretrain"):
             self._pretrain_publicly(public, private)
-        if self.images.central is not None and not self._is_past(WARM_UP):
+        if self.pretraining.central is not None and not self._is_past(WARM_UP):
             self._warm_up(private)
 
     def _pretrain_publicly(self, public: PublicData, private: PrivateData | None) -> None:
-        samples = self.images.select(public, private).samples
+        samples = self.pretraining.select(public, private).samples
         self._fit_public("pretrain", samples, self._pretraining_loss(), flip=self._flips())
 
     def _pretraining_loss(self) -> EDMLoss:
         return self._make_loss(self.config.pretrain.loss, not self.config.pretrain.cond)
 
     def _warm_up(self, private: PrivateData | None) -> None:
-        central = self.images.central
-        if central.answer is None:
-            images = central.ask(private)
-            self.runtime.snapshot("pretrain")  # first: the images must not outlive their booking
+        central = self.pretraining.central
+        if central.result is None:
+            images = central.query(private)
+            self.runtime.snapshot("pretrain")  # before the preview: images must not outlive their booking
             self.runtime.preview(WARM_UP, 0, images.images, images.labels)
-        self._fit_public(WARM_UP, central.answer, self._pretraining_loss(), central.augment)
+        self._fit_public(WARM_UP, central.result, self._pretraining_loss(), central.augment)
 
     def _warm_up_stage(self) -> dict[str, PretrainConfig]:
         pretrain = self.config.pretrain
         section = replace(
             pretrain, batch_size=pretrain.warm_up.batch_size, n_epochs=pretrain.warm_up.n_epochs
         )
-        return {} if self.images.central is None else {WARM_UP: section}
+        return {} if self.pretraining.central is None else {WARM_UP: section}
 
     def _fit_public(
         self,
@@ -204,8 +201,8 @@ class DiffusionSynthesizer(StagedNetwork):
         augment: Augmentation | None = None,
         flip: bool = False,
     ) -> None:
-        """Train all weights, without noise, on images that are public or that noise has made so; or what is left of
-        it in a resumed run. `flip`: mirror every other image; what is made of private images is as they are."""
+        """Train all weights without noise on public images, or on images that a private query has released. A resumed
+        run continues. `flip`: mirror every other image; set it for public images only."""
         config = self._stages()[stage]
         batches = public_batches(
             stage,
@@ -213,7 +210,7 @@ class DiffusionSynthesizer(StagedNetwork):
             config.batch_size,
             config.n_epochs,
             self.runtime.seed,
-            start=self._begin(stage),
+            start=self._enter_stage(stage),
             before=self._steps_before if stage == "pretrain" else 0,
         )
         for step, batch in batches:
@@ -239,7 +236,7 @@ class DiffusionSynthesizer(StagedNetwork):
     def train(self, private: PrivateData) -> None:
         config = self.config.train
         self._book_inherited(private)
-        self._begin("train")
+        self._enter_stage("train")
         loss = self._make_loss(config.loss)
         steps = dpsgd_steps(
             DP_SGD, self._encode_private(private), self.network, self.optimizer, loss, config.dp
@@ -268,26 +265,25 @@ class DiffusionSynthesizer(StagedNetwork):
         size, description = self.config.gen.batch_size, "generate" if show else None
         return in_batches(len(labels), size, draw, self.spec.image_shape, description)
 
-    def _finish_step(self, snapshot_freq: int) -> None:
-        self.step += 1
+    def _finish_step(self, snapshot_freq: int | None) -> None:
         self.ema.update(self.network)
-        if self.step % snapshot_freq == 0:
-            # First: a preview must not outlive the booking of its steps.
-            self.runtime.snapshot("train" if self.stage == "train" else "pretrain")
-            labels = preview_labels(self.spec.num_classes)
-            images = self._sample(self.config.model.sampler, labels, f"preview {self.stage} {self.step}")
-            self.runtime.preview(self.stage, self.step, images, labels)
+        super()._finish_step(snapshot_freq)
+
+    def _preview(self) -> Samples:
+        labels = preview_labels(self.spec.num_classes)
+        stream = f"preview {self.stage} {self.step}"
+        return Samples(self._sample(self.config.model.sampler, labels, stream), labels)
 
     def _has_private_labels(self) -> bool:
-        selected = self.images.query is not None and self.config.pretrain.cond
+        selected = self.pretraining.query is not None and self.config.pretrain.cond
         return super()._has_private_labels() or selected
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "central": self.images.state_dict()}
+        return {**super().state_dict(), "central": self.pretraining.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.images.load_state_dict(state["central"])
+        self.pretraining.load_state_dict(state["central"])
 
     # --dry_run
 
@@ -300,12 +296,12 @@ class DiffusionSynthesizer(StagedNetwork):
     def _warm_ups(self) -> list[tuple[str, int]]:
         """The stages on images that noise has made public, and the number of these images."""
         images = self.config.public_data.central.sample_num * self.spec.num_classes
-        return [] if self.images.central is None else [(WARM_UP, images)]
+        return [] if self.pretraining.central is None else [(WARM_UP, images)]
 
     def public_costs(self, num_images: int) -> list[Cost]:
         if not self.config.pretrain.n_epochs:
             return []
-        query, left = self.images.costs(num_images)
+        query, left = self.pretraining.costs(num_images)
         section = self._stages()["pretrain"]
         return [*query, warm_up_cost("pretrain", section, left, self._seconds_of_pretraining())]
 
@@ -326,7 +322,7 @@ class DiffusionSynthesizer(StagedNetwork):
         if stage != WARM_UP:
             return 0.0
         blank, draws = np.zeros((4, *self.spec.image_shape), np.uint8), self.runtime.draws("cost", 4)
-        return seconds_of(lambda: self.images.augmented(blank, draws)) / len(blank)
+        return seconds_of(lambda: self.pretraining.augmented(blank, draws)) / len(blank)
 
     def costs(self) -> list[Cost]:
         config = self.config

@@ -2,7 +2,7 @@
 
 The embedding of a set is the mean of phi(x) (x) onehot(y). The sum over all private records, each of bounded norm, is
 one Gaussian release; dividing it by the public N and fitting a generator to it are post-processing. Its rows carry the
-classes' shares of the records; a constant feature tells these shares, in the same release, and generated images are
+classes' shares of the records; a constant feature carries these shares, in the same release, and generated images are
 weighted by them: classes of any size are fitted at their own scale.
 Legend: B batch, C channels, H W pixels, D size of one phi(x), K labels.
 """
@@ -14,12 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from data.spec import PublicData, Samples
 from models.fitting.batches import in_batches
-from models.fitting.optimizers import restore_moments
+from models.fitting.stages import Staged
 from models.nn.generator import Generator, GeneratorConfig
-from models.public.pretraining import PretrainingImages
+from models.nn.layers import num_parameters
+from models.public.pretraining import Pretraining
 from models.synthesizer import Synthesizer, balanced_labels, preview_labels
 from opacus_ext.accounting import Release
 from opacus_ext.outer_products import OuterProducts
@@ -86,23 +88,34 @@ class Schedule:
 
 @dataclass(frozen=True)
 class FitConfig:
+    """Settings that every fit of a generator has. A method adds how it counts steps, in the keys of its publication."""
+
     batch_size: int  # generated images per step
-    epochs: Number  # of (number of images) // batch_size steps; a fraction ends within one
     lr: float
-    lr_decay: float  # factor per epoch
+    lr_decay: float  # factor per period of the schedule
 
     def __post_init__(self) -> None:
         check_field(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
-        check_field(self.epochs >= 0, "epochs", self.epochs, "0 or more")
         check_field(self.lr > 0, "lr", self.lr, "greater than 0")
+
+
+@dataclass(frozen=True)
+class EpochFitConfig(FitConfig):
+    epochs: Number  # of (number of images) // batch_size steps, with a decay after each; a fraction ends within one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self.epochs >= 0, "epochs", self.epochs, "0 or more")
 
     def schedule(self, num_images: int) -> Schedule:
         period = max(1, num_images // self.batch_size)
         return Schedule(math.ceil(self.epochs * period), self.batch_size, self.lr, self.lr_decay, period)
 
 
-class EmbeddingGenerator:
+class EmbeddingGenerator(Staged):
     """A generator of images (C, image_size, image_size) that is fitted to mean embeddings."""
+
+    keeps_average = False
 
     def __init__(
         self,
@@ -119,7 +132,8 @@ class EmbeddingGenerator:
         with runtime.seeded("generator"):
             self.generator = Generator(config, image_size, channels, num_labels)
         self.generator.to(runtime.device)
-        self._start("start")
+        self.num_shown = 1  # classes in a preview
+        self._start_stage("start")
 
     def public_mean(self, public: PublicData, cond: bool, flip: bool) -> torch.Tensor:
         """(public classes, D), or with cond=False (1, D): labels of public images are ignored. `flip`: of all images
@@ -142,20 +156,17 @@ class EmbeddingGenerator:
         seconds += schedule.num_steps * schedule.batch_size * self.seconds_per_image()
         return Cost(stage, text, seconds)
 
-    def fit(self, stage: str, target: torch.Tensor, schedule: Schedule) -> None:
-        """Bring the mean embedding of generated images to `target` (K, D)."""
-        for _ in self.steps(stage, target, schedule):
-            pass
-
-    def steps(self, stage: str, target: torch.Tensor, schedule: Schedule) -> Iterator[int]:
-        """`fit`, which yields the number of steps taken after each; goes on where a restored state was."""
-        if self.stage != stage:
-            self._start(stage)
+    def fit(
+        self, stage: str, target: torch.Tensor, schedule: Schedule, snapshot_freq: int | None = None
+    ) -> None:
+        """Bring the mean embedding of generated images to `target` (K, D); continues from a restored state."""
+        self.num_shown = min(len(target), 16)
         shares = self.embedding.class_shares(target)
-        for _ in progress(range(self.step, schedule.num_steps), stage, schedule.num_steps, initial=self.step):
+        start = self._enter_stage(stage)
+        for step in progress(range(start, schedule.num_steps), stage, schedule.num_steps, initial=start):
             self._take_step(target, shares, schedule)
-            self.step += 1
-            yield self.step
+            is_last = step + 1 == schedule.num_steps  # its checkpoint is written at the end of the stage
+            self._finish_step(None if is_last else snapshot_freq)
 
     def _take_step(self, target: torch.Tensor, shares: torch.Tensor, schedule: Schedule) -> None:
         """One step down the sum of |target_k - share_k E phi(G(z, k))|^2 over labels k."""
@@ -213,7 +224,7 @@ class EmbeddingGenerator:
         return in_batches(len(labels), batch_size, draw, self.image_shape, description)
 
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.generator.parameters())
+        return num_parameters(self.generator)
 
     def seconds_per_image(self) -> float:
         """Of a training step on this machine."""
@@ -237,23 +248,17 @@ class EmbeddingGenerator:
         with torch.no_grad():
             return seconds_of(lambda: self.embedding.mean(images, labels, 1)) / rows
 
-    def _start(self, stage: str) -> None:
-        self.stage, self.step = stage, 0
-        self.optimizer = torch.optim.Adam(self.generator.parameters())
+    # Stages
 
-    def state_dict(self) -> dict:
-        return {
-            "stage": self.stage,
-            "step": self.step,
-            "generator": self.generator.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],
-        }
+    def _networks(self) -> dict[str, nn.Module]:
+        return {"generator": self.generator}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.generator.load_state_dict(state["generator"])
-        self._start(state["stage"])
-        self.step = state["step"]
-        restore_moments(self.optimizer, state["optimizer"])
+    def _make_optimizers(self, stage: str) -> dict[str, torch.optim.Optimizer]:
+        return {"optimizer": torch.optim.Adam(self.generator.parameters())}
+
+    def _preview(self) -> Samples:
+        labels = preview_labels(self.num_shown)
+        return Samples(self.draw(labels, len(labels), "preview"), labels)
 
 
 def _with_the_next(means: Iterator[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -273,7 +278,7 @@ def _with_the_next(means: Iterator[torch.Tensor]) -> Iterator[tuple[torch.Tensor
 class EmbeddingSynthesizer(Synthesizer):
     """One release over all private images trains a generator; public or noisy central images may train it before.
 
-    A method says with which features, and for how many steps. Sections of its Config: model (with a Generator),
+    A method chooses the features and the number of steps. Sections of its Config: model (with a Generator),
     pretrain (with cond and query), train, gen, public_data.
     """
 
@@ -283,14 +288,14 @@ class EmbeddingSynthesizer(Synthesizer):
     def __init__(self, config, spec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
         pretrains = self._pretraining(1).num_steps > 0
-        self.images = PretrainingImages(config.public_data, config.pretrain.query, pretrains, spec, runtime)
+        self.pretraining = Pretraining(config.public_data, config.pretrain.query, pretrains, spec, runtime)
         self.embedding = self._embedding()
         self.fitted = EmbeddingGenerator(
             config.model.Generator,
             self.embedding,
             spec.resolution,
             spec.channels,
-            self.images.num_labels,
+            self.pretraining.num_labels,
             runtime,
         )
         self.noisy_embedding: torch.Tensor | None = None  # (num_classes, D)
@@ -311,21 +316,21 @@ class EmbeddingSynthesizer(Synthesizer):
         return [*self.pretraining_plan(), Release(MEAN_EMBEDDING, None)]
 
     def pretraining_plan(self) -> list[Release]:
-        return self.images.plan()
+        return self.pretraining.plan()
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
-        public = self.images.ask(public, private)
+        public = self.pretraining.obtain(public, private)
         if public is not None and self._pretraining(len(public)).num_steps:
-            target = self.fitted.public_mean(public, self.config.pretrain.cond, self.images.flip)
+            target = self.fitted.public_mean(public, self.config.pretrain.cond, self.pretraining.flip)
             self._fit("pretrain", target, self._pretraining(len(public)))
 
     def train(self, private: PrivateData) -> None:
         steps = self._training().num_steps
         if 0 < steps < FEW_STEPS:
             log.info(
-                f"train: only {steps} steps, which hardly train a generator; more of them cost no epsilon"
+                f"train: only {steps} training steps, too few for a generator; more steps cost no privacy"
             )
-        if self.noisy_embedding is None:  # else a resumed run, whose one release is in the checkpoint
+        if self.noisy_embedding is None:  # otherwise a resumed run has its only release from the checkpoint
             self.noisy_embedding = self.embedding.noisy_mean(private)
             self.runtime.snapshot("train")
         self._fit("train", self.noisy_embedding, self._training())
@@ -333,11 +338,7 @@ class EmbeddingSynthesizer(Synthesizer):
     def _fit(self, stage: str, target: torch.Tensor, schedule: Schedule) -> None:
         period = schedule.snapshot_period or schedule.period
         period *= -(-schedule.num_steps // (MOST_SNAPSHOTS * period))  # short epochs share one
-        for step in self.fitted.steps(stage, target, schedule):
-            if step % period == 0 and step < schedule.num_steps:
-                self.runtime.snapshot(stage)
-                labels = preview_labels(min(len(target), 16))
-                self.runtime.preview(stage, step, self.fitted.draw(labels, len(labels), "preview"), labels)
+        self.fitted.fit(stage, target, schedule, period)
 
     def generate(self, num_samples: int) -> Samples:
         labels = balanced_labels(num_samples, self.spec.num_classes)
@@ -347,18 +348,18 @@ class EmbeddingSynthesizer(Synthesizer):
         return {
             "fit": self.fitted.state_dict(),
             "noisy_embedding": self.noisy_embedding,
-            "central": self.images.state_dict(),
+            "central": self.pretraining.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.fitted.load_state_dict(state["fit"])
         embedding = state["noisy_embedding"]
         self.noisy_embedding = None if embedding is None else embedding.to(self.runtime.device)
-        self.images.load_state_dict(state["central"])
+        self.pretraining.load_state_dict(state["central"])
 
     def idle_settings(self) -> dict[str, str]:
-        idle = self.images.idle_settings()
-        if self.images.central is not None:
+        idle = self.pretraining.idle_settings()
+        if self.pretraining.central is not None:
             why = "a mean embedding takes each central image once, as it is"
             idle |= {f"public_data.central.{key}": why for key in ("num_ops", "max_magnitude")}
         return idle
@@ -367,7 +368,7 @@ class EmbeddingSynthesizer(Synthesizer):
         return {"generator": self.fitted.num_parameters()}
 
     def public_costs(self, num_images: int) -> list[Cost]:
-        query, left = self.images.costs(num_images)
+        query, left = self.pretraining.costs(num_images)
         schedule = self._pretraining(left)
         return [*query, self.fitted.cost("pretrain", schedule, left)] if schedule.num_steps else query
 

@@ -27,11 +27,9 @@ class NTKConfig:
     model_ntk: str  # fc_1l: Linear, ReLU, LayerNorm, Linear; fc_2l: Linear, ReLU, Linear, LayerNorm, Linear
     ntk_width: int  # of the first layer
     ntk_width2: int | None  # of the second one of fc_2l
-    input_constant: (
-        float  # one more input beside the pixels, this times sqrt(their number); 0: none, as published
-    )
+    input_constant: float  # an additional input of this times sqrt(number of pixels); 0: none, as published
     class_mass: (
-        float  # size of one more, constant feature beside the others' 1: it tells the shares of the classes
+        float  # of an additional constant feature, against norm 1 of the others; carries the class shares
     )
 
     def __post_init__(self) -> None:
@@ -99,7 +97,7 @@ class NTKEmbedding(Embedding):
     """In NTK features of the pixels, which the network sees in [0, 1].
 
     Features of norm 1 depend on the direction of the input alone, nearly: an image and its half are almost the same.
-    With a constant beside the pixels, directions differ where pixels do."""
+    With a constant next to the pixels, directions differ if pixels do."""
 
     def __init__(
         self, config: NTKConfig, image_size: int, channels: int, num_outputs: int, runtime: Runtime

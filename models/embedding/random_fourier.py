@@ -14,7 +14,7 @@ from utils.sections import check_field
 class FeatureConfig:
     d_rff: int  # number of random features; half of those of a bandwidth are cosines, half are sines
     class_mass: (
-        float  # size of one more, constant feature beside the others' 1: it tells the shares of the classes
+        float  # of an additional constant feature, against norm 1 of the others; carries the class shares
     )
 
     def __post_init__(self) -> None:

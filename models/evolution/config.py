@@ -19,11 +19,11 @@ class EvolutionConfig:
     num_nearest_neighbor: int  # candidates that a record votes for
     nn_mode: str  # L2, IP (inner product) or cosine
     nn_backend: str  # auto, faiss or torch
-    count_threshold: float  # votes that are subtracted before sampling; what is left below 0 counts as 0
+    count_threshold: float  # votes that are subtracted before sampling; negative differences count as 0
     cond: bool  # True: records vote among the candidates of their class alone
     initial_variation_fold: int  # variations of every initial image that join it
     next_variation_fold: list[int]  # variations of every selected image
-    keep_selected: list[bool]  # the selected images stay beside their variations
+    keep_selected: list[bool]  # the selected images stay next to their variations
     selection: list[str]  # sample (by votes, with replacement) or rank (the most votes)
     feature_extractor_batch_size: int  # images per forward pass of the feature extractor
 

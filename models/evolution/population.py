@@ -24,7 +24,7 @@ def consecutive(sizes: np.ndarray) -> list[slice]:
 def survivors(
     votes: np.ndarray, count: int, selection: str, threshold: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """(count,) indices of the candidates of one class that go on, chosen by their noisy votes (n,).
+    """(count,) indices of the candidates of one class that survive, chosen by their noisy votes (n,).
 
     "sample" draws with replacement, in proportion to what a candidate has above `threshold`. Where no candidate has
     anything above it, all are equally likely: a rule about the released numbers, so that it tells nothing more about

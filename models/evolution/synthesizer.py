@@ -9,6 +9,7 @@ Legend: B images, C H W pixels, n candidates, D features.
 
 import abc
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from data.spec import DataSpec, PublicData, Samples
 from extractors import build_extractor
 from extractors.extractor import Extractor
 from models.evolution.apis.api import Candidates, ImageAPI, checked
+from models.evolution.config import EvolutionConfig
 from models.evolution.population import class_labels, class_sizes, consecutive, survivors
 from models.evolution.voting import NearestCandidates, ballots, choose_backend
 from models.public.central_images import MEAN, MODE
@@ -31,7 +33,7 @@ from utils.images import to_uint8
 from utils.memory import require_memory
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import check
+from utils.sections import GenConfig, PublicDataConfig, check
 from utils.seeding import numpy_rng
 from utils.timing import Cost, batch_rows, seconds_of
 
@@ -39,10 +41,14 @@ VOTES = "votes"
 
 
 class PrivateEvolution(Synthesizer, abc.ABC):
-    """The population after `iteration` rounds, and the noisy votes of a round that has been asked but not finished.
+    """The population after `iteration` rounds, and the noisy votes of a round that was released but not finished."""
 
-    `Config` has the sections model (with feature_extractor), train (EvolutionConfig), gen and public_data.
-    """
+    @dataclass(frozen=True)
+    class Config:
+        model: object  # with a field feature_extractor
+        train: EvolutionConfig
+        gen: GenConfig
+        public_data: PublicDataConfig
 
     def __init__(self, config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
@@ -113,14 +119,14 @@ class PrivateEvolution(Synthesizer, abc.ABC):
         self.api.prepare(public)
 
     def train(self, private: PrivateData) -> None:
-        records = private.map(self._embed_records)  # once, when the first votes are asked
+        records = private.map(self._embed_records)  # once, at the first query of votes
         if self.population is None:
             self.population = self._first_population()
             self._keep()
         for iteration in range(self.iteration + 1, self.config.train.num_iterations + 1):
             if self.votes is None:
                 self.votes = self._ask(records, self._features(iteration)).cpu()
-                # Before anybody, such as a generator on the network, is told who won.
+                # Before anything outside this process, such as an image API, learns the winners.
                 self.runtime.snapshot("train")
             self.population = self._next_population(iteration, self._selected(iteration))
             self.iteration, self.votes = iteration, None
@@ -243,7 +249,7 @@ class PrivateEvolution(Synthesizer, abc.ABC):
         return checked(found, parents.labels, self.api.image_shape, "variation_api")
 
     def _selected(self, iteration: int) -> Candidates:
-        """The candidates that this round's votes let go on: an equal share of every class."""
+        """The candidates that this round's votes select: an equal share of every class."""
         settings = self.config.train
         sizes = class_sizes(settings.num_samples_schedule[iteration], self.num_blocks)
         chosen = []
@@ -285,14 +291,14 @@ class PrivateEvolution(Synthesizer, abc.ABC):
             NearestCandidates(features[rows], settings.nn_mode, settings.num_nearest_neighbor, self.backend)
             for rows in members
         ]
-        answer = records.noisy_histogram(
+        result = records.noisy_histogram(
             VOTES,
             ballots(nearest, settings.num_nearest_neighbor),
             max(block.stop - block.start for block in members),
             settings.num_nearest_neighbor,
             by_class=self.num_blocks > 1,
         )
-        return answer.view(self.num_blocks, -1)
+        return result.view(self.num_blocks, -1)
 
     def _features(self, iteration: int) -> torch.Tensor:
         """(n, D): the mean embedding of every candidate's lookahead variations; of itself without lookahead."""

@@ -17,8 +17,9 @@ class EMA:
     def update(self, network: nn.Module) -> None:
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        for name, parameter in network.named_parameters():
-            self.weights[name].lerp_(parameter, 1.0 - decay)
+        parameters = dict(network.named_parameters())
+        averages = [self.weights[name] for name in parameters]
+        torch._foreach_lerp_(averages, list(parameters.values()), 1.0 - decay)
 
     @torch.no_grad()
     def copy_to(self, network: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """The UNet of latent diffusion: residual blocks and spatial transformers that attend to a class token (Rombach et al.
 2022, arXiv:2112.10752; layout of Dhariwal & Nichol 2021, arXiv:2105.05233).
 
-The class is told through cross-attention alone. The published benchmark gives cross-attention one token, the class:
+Cross-attention alone carries the class. The published benchmark gives cross-attention one token, the class:
 a softmax over one token is constant, so query and key weights get no gradient, and under DP-SGD they do nothing but a
 random walk of noise. Here the context has two tokens, the class and the null label, between which every position
 chooses; the null label's row is in the published table already, so the number of parameters is the published one.

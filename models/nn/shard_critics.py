@@ -73,13 +73,13 @@ class CriticSchedule:
     """What the critics learn once they are warm."""
 
     batch_size: int
-    critic_iters: int  # steps that the chosen critic takes for its answer, and forgets
+    critic_iters: int  # steps that the chosen critic takes for its result, and forgets
     refresh_iters: int  # steps that all critics take, and keep, ..
-    refresh_every: int  # .. before every answer whose number this divides
+    refresh_every: int  # .. before every result whose number this divides
 
 
 class ShardCritics:
-    """`count` critics, all starting as `critic`. The generator is the one that is trained on their answers; it is only
+    """`count` critics, all starting as `critic`. The generator is the one that is trained on their results; it is only
     read. `latent(Draws, B)` gives noise (S, B, Z)."""
 
     def __init__(

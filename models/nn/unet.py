@@ -117,7 +117,7 @@ class UNet(nn.Module):
 
 
 class _Stage(nn.Module):
-    """A residual block, followed by attention where asked for."""
+    """A residual block, followed by attention if requested."""
 
     def __init__(
         self, in_channels, out_channels, condition, *, resample=None, attention=False, takes_skip=False

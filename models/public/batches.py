@@ -1,4 +1,4 @@
-"""Batches of images that may be looked at as often as one likes: public ones, or those that noise has made public."""
+"""Batches of images that need no accounting: public ones, or the result of a private query."""
 
 from collections.abc import Iterator
 
@@ -9,6 +9,12 @@ from utils.draws import Draws
 from utils.progress import progress
 from utils.runtime import log
 from utils.seeding import numpy_rng
+
+
+def steps_of(num_images: int, batch_size: int, num_epochs: int) -> tuple[int, int]:
+    """(steps, images per step) of `public_batches`."""
+    size = min(batch_size, num_images)
+    return num_epochs * (num_images // size), size
 
 
 def public_batches(
@@ -23,14 +29,14 @@ def public_batches(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(step, increasing positions of its batch) from step `start` on, of num_epochs passes that follow `before` steps.
 
-    Each pass has an order of its own, which the seed repeats; what is left over at its end is not shown. A set smaller
+    Each pass has an order of its own, which the seed repeats; its remainder is left out. A set smaller
     than batch_size is one batch.
     """
-    size = min(batch_size, num_images)
+    num_steps, size = steps_of(num_images, batch_size, num_epochs)
     if size < batch_size:
         log.info(f"{stage}: there are {size} images, fewer than batch_size={batch_size}")
     steps_per_epoch = num_images // size
-    total = before + num_epochs * steps_per_epoch
+    total = before + num_steps
     order, shown = None, None
     for step in progress(range(start, total), stage, total=total, initial=start):
         epoch, position = divmod(step, steps_per_epoch)

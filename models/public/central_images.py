@@ -1,6 +1,6 @@
 """Central images: noisy means or modes of random subsets of every class (DP-FETA, Gong et al. 2025).
 
-They are private answers made public by noise, and train a model like public images. The published mean divides by the
+They are noisy results of private queries, and train a model like public images. The published mean divides by the
 number of sampled records of the class, which is private, while its noise is scaled for another, public number. Here
 each class is a noisy *sum*, divided by the public expected count. A record has one label, so the classes of one query
 together are one Gaussian release with the sensitivity of one record.
@@ -21,11 +21,11 @@ from utils.sections import CentralConfig
 
 CENTRAL_IMAGES = "central images"
 MEAN, MODE = "central_mean", "central_mode"  # values of public_data.name
-LARGEST_SIDE = 16  # pixels of a query where public_data.central.downscale is null
+LARGEST_SIDE = 16  # pixels of a query if public_data.central.downscale is null
 
 
 class CentralImages:
-    """Plan, ask, augment. `answer` holds what has been released; a checkpoint must keep it."""
+    """Plan, query and augment central images. `result` holds the released images; a checkpoint must keep it."""
 
     def __init__(self, kind: str, config: CentralConfig, spec: DataSpec, runtime: Runtime) -> None:
         assert kind in (MEAN, MODE), kind
@@ -33,7 +33,7 @@ class CentralImages:
         self.stride = config.downscale or _default_stride(spec.resolution)
         self.bins = config.bins or (2 if spec.channels == 1 else 16)
         self.side = -(-spec.resolution // self.stride)
-        self.answer: Samples | None = None
+        self.result: Samples | None = None
         if config.num_ops:
             _rand_augment(config.num_ops, 1)  # fails now, not after the budget is spent
 
@@ -41,19 +41,19 @@ class CentralImages:
         rate = min(1.0, self.config.batch_size / self.spec.num_train)
         return Release(CENTRAL_IMAGES, self.config.sigma, rate, self.config.sample_num)
 
-    def ask(self, private: PrivateData | None) -> Samples:
-        """sample_num images per class, uint8 of the private images' shape. Asked once: a resumed run has the answer
-        from its checkpoint, or lost it before anybody saw it."""
+    def query(self, private: PrivateData | None) -> Samples:
+        """sample_num images per class, uint8 of the private images' shape. The query runs once: a resumed run has the
+        result from its checkpoint, or lost it before anyone saw it."""
         if private is None:
-            raise UserError("central images ask the private data, but sensitive_data.name is null")
-        if self.answer is None:
+            raise UserError("central images are a query of the private data, but sensitive_data.name is null")
+        if self.result is None:
             rounds = progress(range(self.config.sample_num), CENTRAL_IMAGES, unit="query")
-            coarse = torch.cat([self._query(private) for _ in rounds])
+            coarse = torch.cat([self._query_once(private) for _ in rounds])
             labels = np.tile(np.arange(self.spec.num_classes, dtype=np.int64), self.config.sample_num)
-            self.answer = Samples(self._finished(coarse), labels)
-        return self.answer
+            self.result = Samples(self._postprocess(coarse), labels)
+        return self.result
 
-    def _query(self, private: PrivateData) -> torch.Tensor:
+    def _query_once(self, private: PrivateData) -> torch.Tensor:
         """(num_classes, C, side, side), nominally in [0, 1]: one noisy image per class, of one Poisson sample."""
         fn, bound = (
             (self._pixels, self._pixel_bound) if self.kind == MEAN else (self._votes, self._vote_bound)
@@ -83,7 +83,7 @@ class CentralImages:
     def _pixel_bound(self) -> float:
         return self.config.max_norm or self._vote_bound
 
-    def _finished(self, coarse: torch.Tensor) -> np.ndarray:
+    def _postprocess(self, coarse: torch.Tensor) -> np.ndarray:
         """(n, C, side, side) noisy -> (n, C, H, W) uint8: clamp, enlarge, quantise, smooth. Post-processing."""
         size = self.spec.resolution
         images = F.interpolate(coarse.clamp(0, 1).cpu(), size=(size, size), mode="bilinear")
@@ -107,12 +107,12 @@ class CentralImages:
             return _rand_augment(self.config.num_ops, magnitude)(image)
 
     def state_dict(self) -> dict:
-        if self.answer is None:
+        if self.result is None:
             return {}
-        return {key: torch.from_numpy(getattr(self.answer, key)) for key in ("images", "labels")}
+        return {key: torch.from_numpy(getattr(self.result, key)) for key in ("images", "labels")}
 
     def load_state_dict(self, state: dict) -> None:
-        self.answer = Samples(state["images"].numpy(), state["labels"].numpy()) if state else None
+        self.result = Samples(state["images"].numpy(), state["labels"].numpy()) if state else None
 
 
 def _default_stride(resolution: int) -> int:
@@ -123,7 +123,7 @@ def _default_stride(resolution: int) -> int:
 
 
 def _rand_augment(num_ops: int, magnitude: int):
-    """Cubuk et al. 2020. UserError where torchvision does not load beside the installed torch."""
+    """Cubuk et al. 2020. UserError if torchvision does not load with the installed torch."""
     try:
         from torchvision.transforms import RandAugment
     except (ImportError, RuntimeError) as error:

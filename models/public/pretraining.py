@@ -1,5 +1,7 @@
-"""What a generator is pretrained on: a public set, the part of it that the semantic query selects, or noisy central
-images of the private set."""
+"""Images for pretraining: a public set, the part of it that the semantic query selects, or noisy central images of the
+private set."""
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,21 +16,29 @@ from utils.runtime import Runtime
 from utils.sections import PublicDataConfig
 from utils.timing import Cost
 
-# Why settings do nothing.
+# Reasons why settings have no effect.
 NO_IMAGES = "this run has no images to pretrain on"
-NO_FLIP = "there are no public images; what is made of private ones is never mirrored"
+NO_FLIP = "there are no public images, and central images are never mirrored"
 SELECTIVE, NO_SELECTION = (
     "public_data.selective",
     "there is no public set to select from; give public_data.name",
 )
 
 
-class PretrainingImages:
-    """Plan, ask, keep. `used`: there is a pretraining that may ask; nothing is asked for one that takes no step, and
-    then `public` and `query` may be None.
+@dataclass(frozen=True)
+class PublicLabels:
+    """How pretraining uses the labels of a public set: part of the section `pretrain`."""
 
-    Central images are of the kind that public_data.name says, or else of `central_kind`, beside whatever is public;
-    None: there are none then. With warms_up=False there are none in any case.
+    cond: bool  # False: public labels are ignored
+    query: QueryConfig  # classifier of the semantic query
+
+
+class Pretraining:
+    """Plan and make the private queries of pretraining, and keep their results. `used`: pretraining takes at least one
+    step; otherwise there is no query, and `public` and `query` may be None.
+
+    Central images are of the kind that public_data.name says, or else of `central_kind`, in addition to public
+    images; None: there are none in that case. With warms_up=False there are none in any case.
     """
 
     def __init__(
@@ -74,10 +84,10 @@ class PretrainingImages:
     def plan(self) -> list[Release]:
         return [query.release() for query in (self.query, self.central) if query is not None]
 
-    def ask(self, public: PublicData | None, private: PrivateData | None) -> PublicData | None:
-        """The images, from the public set or none; labelled with private classes where those were asked."""
+    def obtain(self, public: PublicData | None, private: PrivateData | None) -> PublicData | None:
+        """The images, or None without a public set; labelled with private classes if a query selected or made them."""
         if self.central is not None:
-            images = PublicData(CENTRAL_IMAGES, self.central.ask(private), self.spec.class_names)
+            images = PublicData(CENTRAL_IMAGES, self.central.query(private), self.spec.class_names)
             self.runtime.snapshot("pretrain")
             return images
         return None if public is None else self.select(public, private)
@@ -91,7 +101,7 @@ class PretrainingImages:
         return images if self.central is None else self.central.augment(images, rng)
 
     def costs(self, num_images: int) -> tuple[list[Cost], int]:
-        """What choosing takes, and how many of `num_images` public images are left to pretrain on."""
+        """Cost of the selection, and the number of `num_images` public images that it keeps."""
         if self.query is None:
             return [], num_images
         num_classes = self.public.n_classes
@@ -99,7 +109,7 @@ class PretrainingImages:
         return [self.query.cost(num_images, num_classes)], left
 
     def state_dict(self) -> dict:
-        """The central images; a query's answer is in a file of its own."""
+        """The central images. The result of the semantic query is in a separate file."""
         return {} if self.central is None else self.central.state_dict()
 
     def load_state_dict(self, state: dict) -> None:

@@ -75,8 +75,8 @@ def words_per_class(public: PublicDataConfig, num_private: int) -> int:
 
 
 class SemanticQuery:
-    """Plan, ask, select. The answer is kept in <run>/pretrain/semantic_query.json, to be reused by other runs with
-    public_data.selective.semantic_path: the answer then costs the same again on their ledger.
+    """Plan the query, make it and select classes. The result is kept in <run>/pretrain/semantic_query.json. Other runs
+    reuse it with public_data.selective.semantic_path, which books the same cost on their ledger.
 
     The classifier is the one after the last epoch, of all public images; the published one is the best of all epochs
     on public images held out for that. Its learning rate ends at 0, so that the last epochs hardly differ.
@@ -123,15 +123,15 @@ class SemanticQuery:
         """The selected public images, labelled with the private class that selected them."""
         if private is None:
             raise UserError(
-                "public_data.selective.ratio < 1 asks the private data, but sensitive_data.name is null"
+                "public_data.selective.ratio < 1 needs a query of the private data, but sensitive_data.name is null"
             )
-        chosen = self._answered(public, private)
+        chosen = self._selected_classes(public, private)
         for name, classes in zip(self.spec.class_names, chosen, strict=True):
             chosen_names = ", ".join(public.class_names[c] for c in classes)
             log.info(f"semantic query: class {name} is pretrained on public {chosen_names}")
         return public.select(chosen, self.spec.class_names)
 
-    def _answered(self, public: PublicData, private: PrivateData) -> list[list[int]]:
+    def _selected_classes(self, public: PublicData, private: PrivateData) -> list[list[int]]:
         if self.saved is not None:
             if self.saved["public_classes"] != list(public.class_names):
                 raise UserError(
@@ -145,19 +145,19 @@ class SemanticQuery:
             lambda: self._read_saved(path) if path is not None and path.exists() else None
         )
         if kept is not None:
-            # A resumed run. The answer left before it was killed, perhaps before a checkpoint held the booking: it is
-            # booked now and used again; a second, fresh answer would have to be paid for too.
+            # A resumed run. The result was written before the run was killed, perhaps before a checkpoint held the
+            # booking: book it now and use it again, because a second query would spend more budget.
             if not private.ledger.executed(QUERY):
                 private.ledger.book(QUERY)
             return kept["selected"]
         classifier = self._classifier(public)
-        histogram = self._ask(classifier, public.num_classes, private)
+        histogram = self._query(classifier, public.num_classes, private)
         chosen = disjoint_top(histogram, self.words)
         if path is not None:
             self._write(path, public, chosen, private.ledger)
         return chosen
 
-    def _ask(self, classifier: nn.Module, num_public: int, private: PrivateData) -> np.ndarray:
+    def _query(self, classifier: nn.Module, num_public: int, private: PrivateData) -> np.ndarray:
         """(private classes, public classes) noisy votes."""
 
         @torch.no_grad()
@@ -192,7 +192,7 @@ class SemanticQuery:
             )
             return
         self._train(classifier, public)
-        if broken := not_finite(classifier.state_dict()):  # before it is cached, and asks the private images
+        if broken := not_finite(classifier.state_dict()):  # before it is cached and used in a private query
             raise Diverged(f"'{broken[0]}' of the query classifier is NaN or infinite")
         if cached is None:
             return
@@ -263,7 +263,7 @@ class SemanticQuery:
         if saved.get("private_classes") != list(self.spec.class_names):
             raise UserError(f"{key}: {path} was made for the classes {saved.get('private_classes')}")
         if not isinstance(saved.get("noise_multiplier"), int | float):  # null would let the ledger choose it
-            raise UserError(f"{key}: {path} does not say what it has cost (it has no 'noise_multiplier')")
+            raise UserError(f"{key}: {path} does not state its privacy cost (it has no 'noise_multiplier')")
         return saved
 
 

@@ -49,9 +49,9 @@ class ImageAPI(abc.ABC):
     """A generator behind two calls. Constructing checks the settings and reads no data.
 
     `Config` is a frozen dataclass, the section model.api_params.<name> of the configuration. Randomness comes from
-    `runtime`, by streams whose names start with `rng_name`: the same name repeats the answer, so that a resumed run
-    asks the same again. Several processes make the same calls and must get the same answer; they may share the work
-    (models/fitting/batches.py). Long answers show their own progress.
+    `runtime`, by streams whose names start with `rng_name`: the same name repeats the result, so that a resumed run
+    makes the same call again. Several processes make the same calls and must get the same result; they may share the
+    work (models/fitting/batches.py). Long calls show their own progress.
     """
 
     Config: ClassVar[type]

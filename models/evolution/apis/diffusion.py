@@ -1,4 +1,4 @@
-"""A diffusion network of this toolkit as an image generator: Private Evolution with a small model of one's own.
+"""A diffusion network of this toolkit as an image generator: Private Evolution with a small own network.
 
 Random images are samples. A variation is its candidate with noise, denoised again (SDEdit, Meng et al. 2022). Its
 degree counts the steps of a cosine schedule of `sampler.num_steps` that are left out at the noisy end, as in the
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from data.spec import DataSpec, PublicData
-from models.diffusion.checkpoint import chosen_weights, load_weights, read_checkpoint, require_fit
+from models.diffusion.checkpoint import chosen_weights, read_checkpoint, require_fit
 from models.diffusion.config import ModelConfig, NetworkConfig
 from models.diffusion.denoiser import guided
 from models.diffusion.public_pretraining import PublicPretraining, PublicStageConfig
@@ -20,6 +20,7 @@ from models.diffusion.samplers import SamplerConfig, network_calls, noise_levels
 from models.diffusion.timesteps import cosine_schedule, respaced
 from models.evolution.apis.api import Candidates, ImageAPI
 from models.fitting.batches import in_batches
+from models.fitting.stages import load_weights
 from opacus_ext.accounting import Release
 from utils.errors import UserError
 from utils.images import to_float, to_uint8
@@ -51,9 +52,9 @@ class DiffusionAPIConfig:
 class DiffusionAPI(ImageAPI):
     """A network of the diffusion family: from a checkpoint, or pretrained on the public set as PDP-Diffusion does.
 
-    One that was pretrained with public labels gets a random one for each image, which variations keep; one that was
-    pretrained without them gets the null label; one that went on to private images knows the private classes, and gets
-    those. What such a checkpoint has spent is part of the plan.
+    A network that was pretrained with public labels gets a random label for each image, which variations keep. One that
+    was pretrained without labels gets the null label. One that was also trained on private images gets the private
+    classes; the privacy cost of its checkpoint is part of the plan.
     """
 
     Config = DiffusionAPIConfig
@@ -65,7 +66,7 @@ class DiffusionAPI(ImageAPI):
         self.is_ready = False
         self.knows_classes = False  # its labels are the private classes
         self.pretraining: PublicPretraining | None = None
-        self._interrupted: dict | None = None  # pretraining that a resumed run goes on with
+        self._interrupted: dict | None = None  # pretraining that a resumed run continues
         self._inherited: list[Release] = []
         if config.ckpt is not None:
             checkpoint, self._inherited = read_checkpoint(config.ckpt)

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from data.spec import DataSpec, PublicData
-from models.diffusion.checkpoint import load_weights
 from models.diffusion.timesteps import SCHEDULES, respaced
 from models.evolution.apis.api import Candidates, ImageAPI
 from models.fitting.batches import in_batches
+from models.fitting.stages import load_weights
 from models.nn.guided_unet import GuidedUNet, GuidedUNetConfig
 from utils.errors import MissingWeights, UserError
 from utils.images import to_float, to_uint8

@@ -1,4 +1,4 @@
-"""What a text-to-image model is told to draw for each private class. Class names are public."""
+"""Prompts of a text-to-image model, one per private class. Class names are public."""
 
 from data.spec import DataSpec
 from utils.sections import check_field
