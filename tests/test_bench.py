@@ -1,4 +1,4 @@
-"""The benchmark of clipped per-example gradients: what it writes, and that a wrong competitor cannot hide."""
+"""The benchmark of clipped per-example gradients: its files, and that a wrong competitor is marked."""
 
 import math
 import subprocess
@@ -56,10 +56,12 @@ def test_a_row_holds_every_competitor_with_its_time_and_error(bench):
     assert set(row["competitors"]) == set(GRADIENTS)
     for name in ("ours", "hooks", "vmap", "vmap-chunks", "loop"):
         facts = row["competitors"][name]
-        assert facts["seconds"] > 0 and facts["relative_error"] < 1e-5, name
+        assert facts["relative_error"] < 1e-5, name
     found = cells(page)
     base = row["competitors"]["ordinary"]["seconds"]
-    assert float(found["hooks"]) == pytest.approx(row["competitors"]["hooks"]["seconds"] / base, abs=0.006)
+    for name in ("ours", "hooks", "vmap", "loop"):
+        expected = row["competitors"][name]["seconds"] / base
+        assert float(found[name]) == pytest.approx(expected, abs=0.006), name
     assert "K > 1" in row["competitors"]["ghost"]["error"] and found["ghost"] == "-"
 
 

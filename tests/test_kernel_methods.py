@@ -1,4 +1,4 @@
-"""scripts/benchmarks/kernel_methods.py: a cell is run once, with its command; the table sets it beside the published number."""
+"""scripts/benchmarks/kernel_methods.py: each cell runs once; the table shows it next to the published number."""
 
 import itertools
 import json

@@ -151,7 +151,8 @@ def forward_by_example(
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
             f"network: no per-example gradient rule for {type(module).__name__} at '{path}', and it cannot be run one "
-            f"example at a time ({reason}); opacus_ext.gradients.rules.register_rule or register_row_forward adds a rule"
+            f"example at a time ({reason}); opacus_ext.gradients.rules.register_rule or register_row_forward"
+            " adds a rule"
         ) from error
 
 
