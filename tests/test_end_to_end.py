@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from private_net import PrivateNet, arrays_of
-from tiny_runs import ROOT, TINY, arguments, call, data_root, execute, kill_when, strict_json
+from tiny_runs import ROOT, arguments, call, data_root, execute, kill_when, strict_json
+from toys import TOYS
 
 import eval as eval_program
 import run as run_program
@@ -37,8 +38,9 @@ def finished(tmp_path_factory) -> dict:
     return outcomes
 
 
-def test_every_method_has_a_tiny_run():
-    assert set(TINY) == set(METHODS)
+def test_every_method_has_a_toy_size():
+    missing = set(METHODS) ^ set(TOYS)
+    assert not missing, f"tests/toys.py: {missing}"
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -145,8 +145,8 @@ def install_lines(text: str) -> set[str]:
 
 
 def program_files() -> list:
-    return [path for folder in ("data", "evaluation", "extractors", "models", "opacus_ext", "pipeline", "utils", "scripts")
-            for path in (ROOT / folder).rglob("*.py")]  # fmt: skip
+    folders = ("data", "evaluation", "extractors", "models", "opacus_ext", "pipeline", "utils", "scripts")
+    return [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
 
 
 def imported_modules() -> set[str]:
