@@ -49,8 +49,8 @@ WEIGHTS = {
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Store the weights that a metric needs where run.py and eval.py read them. Without --source, download "
-        "them from their publisher; with it, check and copy your own file."
+        description="Store the weights that a metric needs where run.py and eval.py read them. Without --source, "
+        "download them from their publisher; with it, check and copy your own file."
     )
     parser.add_argument(
         "--name",

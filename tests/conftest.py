@@ -28,6 +28,7 @@ settings.load_profile("repeatable")
 PREPARED_ONCE = {"finished"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for name in PREPARED_ONCE & set(item.fixturenames):
