@@ -23,9 +23,10 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 quickstart: setup
 	$(RUN) run.py --method PrivImage --data_name digits_8 --epsilon 10
 
-# One process per core; a few tests start processes of their own.
+# One process per core; a few tests start processes of their own. Tests of one xdist_group share a process, so that
+# what their module prepares for all of them, such as the toy runs, is prepared once.
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 test-slow: $(VENV)/.installed-dev
 	$(RUN) -m pytest -m slow
@@ -37,7 +38,7 @@ lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# For the test that opens report.html; where it cannot be installed, that test is skipped.
+# For the test that opens report.html, which is skipped without Chromium.
 browser:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 || echo "no chromium: the page's test is skipped"

@@ -1,4 +1,4 @@
-"""Gather the results of all runs in one table: python scripts/collect.py --exp_root exp
+"""Collect the results of all runs in one table: python scripts/collect.py --exp_root exp
 
 Writes <exp_root>/table.csv, one row per finished run and one column per metric. Collecting again replaces the rows of
 the runs that are there and keeps the rows of runs whose folder has gone. What is left out is listed on stderr.
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 
 def collect(exp_root: Path) -> tuple[list[dict], list[tuple[Path, str]]]:
-    """Rows of all finished runs, and (file, reason) of what cannot be read."""
+    """Rows of all finished runs, and (file, reason) of every unreadable file."""
     if not exp_root.is_dir():
         raise UserError(f"--exp_root: {exp_root} is not a folder; give the folder of the runs")
     rows, damaged = [], []
@@ -73,7 +73,7 @@ def collect(exp_root: Path) -> tuple[list[dict], list[tuple[Path, str]]]:
 
 
 def judged(results: dict) -> dict:
-    """How the values were found; several settings, such as "quick+paper", where evaluations differ."""
+    """The settings of the evaluation; several, such as "quick+paper", if evaluations differ."""
     settings = [results["evaluation"]]
     settings += [info["evaluation"] for info in results["metric_info"].values() if "evaluation" in info]
     found = zip(JUDGED, ("recipe", "seed"), strict=True)
@@ -102,7 +102,7 @@ def read_table(path: Path) -> list[dict]:
 
 
 def as_csv(rows: list[dict]) -> str:
-    """Facts first, then the metrics in order of their names; what a run lacks stays empty."""
+    """Facts first, then the metrics sorted by name; values that a run does not have stay empty."""
     metrics = sorted({name for row in rows for name in row} - {*FACTS, *JUDGED, RUN})
     text = io.StringIO()
     writer = csv.DictWriter(text, [*FACTS, *JUDGED, RUN, *metrics], lineterminator="\n")

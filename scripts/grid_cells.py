@@ -1,12 +1,12 @@
-"""What grid.sh asks about its cells: which are done, and what those of a dry run would do.
+"""Cells of grid.sh: the state of a cell, and the plans of a dry run.
 
-    python scripts/grid_cells.py done EXP_ROOT METHOD DATA EPSILON NAME [WORD ...]
-    python scripts/grid_cells.py dry_run LABEL [WORD ...] \\; LABEL [WORD ...] \\; ...
+    python scripts/grid_cells.py done EXP_ROOT METHOD DATA EPSILON NAME [ARGUMENT ...]
+    python scripts/grid_cells.py dry_run LABEL [ARGUMENT ...] \\; LABEL [ARGUMENT ...] \\; ...
 
-A cell's words are what run.py gets after the flags that name the cell. `done` exits with 0 for a cell that is done and
-5 for one that is not; with 4 for one that was begun with these words, whose folder it prints; with 3 for one that was
-done or begun with other words, or whose files are damaged. `dry_run` prints all plans from one process, as the start of
-a process takes longer than a plan, and what is missing once.
+The arguments of a cell are those of run.py after the flags that name the cell. `done` exits with 0 for a finished cell
+and with 5 for a cell that has no run; with 4 for a cell that was started with these arguments, and prints its folder;
+with 3 for a cell that was run with other arguments, or whose files are damaged. `dry_run` prints all plans from one
+process, since starting a process takes longer than a plan, and lists missing data and weights once.
 """
 
 import sys
@@ -20,10 +20,10 @@ from utils.errors import UserError
 from utils.files import read_json
 from utils.program import program, run_process
 
-# Exit codes of `done`; a failure of Python itself, 1 or 2, is none of them: it must not start a run.
+# Exit codes of `done`. None of them is 1 or 2, with which Python itself fails: a failure must not start a run.
 DONE, DIFFERENT, BEGUN, NOT_DONE = 0, 3, 4, 5
 MISSING = "missing: "
-STARTED = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-*"  # how a folder's name ends
+STARTED = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-*"  # end of a folder name
 
 
 @program
@@ -43,7 +43,7 @@ def done(*cell: str) -> int:
 
 
 def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *words: str) -> tuple[int, str]:
-    """(exit code, what there is to tell) of a cell."""
+    """(exit code, text to print) of a cell."""
     try:
         stem = f"{data}_eps{float(epsilon)}{name}"
     except ValueError:  # run.py says what is wrong with it
@@ -76,7 +76,7 @@ def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *words
 
 
 def words_of(folder: Path) -> list[str]:
-    """The words of the cell that left this run."""
+    """The arguments of the cell that created this run."""
     words = record.command_of(folder)
     if "--exp_root" not in words:
         raise UserError(f"{folder / record.ENVIRONMENT}: not of a run of this grid")

@@ -1,4 +1,4 @@
-"""Compare settings without a look at the test images: python scripts/judge_held_out.py exp/dpdm/<run> exp/dpdm/<run>
+"""Compare settings without using the test images: python scripts/judge_held_out.py exp/dpdm/<run> exp/dpdm/<run>
 
 Judges runs of eval.mode=val by the private images that they held out, in the place of the test images. That reads these
 images without noise and is NOT private: it is for choosing presets on data that are public. privacy.json and the
@@ -70,7 +70,7 @@ def require_held_out(config: Config) -> None:
 
 
 def judge(config: Config):
-    """The report on the run's samples, with the images that it held out in the place of the test images."""
+    """The report on the run's samples, with the run's held-out images instead of the test images."""
     from data.samples_file import read_samples
     from data.sensitive import load_sensitive, spec_of
     from evaluation.evaluator import Evaluator, EvaluatorSettings

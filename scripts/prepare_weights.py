@@ -18,12 +18,12 @@ from utils import places
 from utils.errors import UserError
 from utils.program import program, run_process
 
-DIGESTS = "SHA256SUMS"  # beside files of the hub: what they were when they came
+DIGESTS = "SHA256SUMS"  # next to files of the hub: their digests when they were downloaded
 
 
 @dataclass(frozen=True)
 class HubFiles:
-    """Files of a repository of the Hugging Face hub; of alternatives the first that is there."""
+    """Files of a repository of the Hugging Face hub; of alternatives, the first that exists."""
 
     repository: str
     folder: str  # below the weights root
@@ -49,12 +49,17 @@ WEIGHTS = {
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Put the weights that a metric needs where run.py and eval.py look for them. Without --source they "
-        "are downloaded from their publisher; with it, a file that you have is checked and copied."
+        description="Store the weights that a metric needs where run.py and eval.py read them. Without --source, "
+        "download them from their publisher; with it, check and copy your own file."
     )
-    parser.add_argument("--name", required=True, choices=sorted(WEIGHTS), help="whose weights")
     parser.add_argument(
-        "--source", type=Path, metavar="PATH", help="the file, or the folder of the files, if you have it"
+        "--name",
+        required=True,
+        choices=sorted(WEIGHTS),
+        help="the extractor or metric that needs the weights",
+    )
+    parser.add_argument(
+        "--source", type=Path, metavar="PATH", help="your copy of the file, or of the folder of files"
     )
     parser.add_argument(
         "--weights_root",
@@ -77,7 +82,7 @@ def main(argv: list[str]) -> int:
 
 
 def prepare(remote: RemoteFile, weights_root: Path, source: Path | None) -> Path:
-    """The path of the checked file below `weights_root`; one that is there and intact is kept.
+    """The path of the checked file below `weights_root`; an existing intact file is kept.
 
     A new file gets its final name only after its SHA-256 is right. Raises UserError otherwise.
     """
@@ -98,10 +103,10 @@ def prepare(remote: RemoteFile, weights_root: Path, source: Path | None) -> Path
 
 
 def prepare_hub(wanted: HubFiles, weights_root: Path, source: Path | None) -> Path:
-    """The folder of the files below `weights_root`, fetched from the hub or copied from the folder `source`.
+    """The folder of the files below `weights_root`, downloaded from the hub or copied from the folder `source`.
 
-    The hub states no digest beforehand: what came is written to SHA256SUMS, and files that are there are checked
-    against it. Raises UserError for a file that is missing or has changed.
+    The hub publishes no digests: those of the downloaded files are written to SHA256SUMS, and existing files are
+    checked against it. Raises UserError for a file that is missing or has changed.
     """
     folder = weights_root / wanted.folder
     sums = folder / DIGESTS

@@ -1,8 +1,8 @@
-"""Accuracy of the configured classifiers when they are trained on the real images: what no private run can pass.
+"""Accuracy of the configured classifiers trained on the real images: the upper bound of a private run.
 
     python scripts/test_classifier.py --method PDP-Diffusion --data_name mnist_28 --epsilon 10.0 -ed no-dp-mnist_28
 
-Takes the flags and settings of run.py, so that the classifiers are those of the runs it is compared with; --method and
+Takes the flags and settings of run.py, so that the classifiers are those of the runs to compare with; --method and
 --epsilon change nothing else. The result is NOT private: it is computed from the training images without noise.
 """
 

@@ -1,6 +1,7 @@
 """What the code may import, touch and catch: read from its syntax, without running it."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ PROGRAMS = ("run.py", "eval.py")
 EVERYTHING = [*sources(*PACKAGES), *(ROOT / program for program in PROGRAMS)]
 
 
+@functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 

@@ -1,4 +1,4 @@
-"""The benchmark of clipped per-example gradients: what it writes, and that a wrong competitor cannot hide."""
+"""The benchmark of clipped per-example gradients: its files, and that a wrong competitor is marked."""
 
 import math
 import subprocess
@@ -56,14 +56,16 @@ def test_a_row_holds_every_competitor_with_its_time_and_error(bench):
     assert set(row["competitors"]) == set(GRADIENTS)
     for name in ("ours", "hooks", "vmap", "vmap-chunks", "loop"):
         facts = row["competitors"][name]
-        assert facts["seconds"] > 0 and facts["relative_error"] < 1e-5, name
+        assert facts["relative_error"] < 1e-5, name
     found = cells(page)
     base = row["competitors"]["ordinary"]["seconds"]
-    assert float(found["hooks"]) == pytest.approx(row["competitors"]["hooks"]["seconds"] / base, abs=0.006)
+    for name in ("ours", "hooks", "vmap", "loop"):
+        expected = row["competitors"][name]["seconds"] / base
+        assert float(found[name]) == pytest.approx(expected, abs=0.006), name
     assert "K > 1" in row["competitors"]["ghost"]["error"] and found["ghost"] == "-"
 
 
-def test_a_competitor_that_computes_something_else_shows(bench, monkeypatch):
+def test_competitor_with_another_result_is_marked(bench, monkeypatch):
     def wrong(problem):
         step = competitors.loop(problem)
         return lambda: {name: 2 * gradient for name, gradient in step().items()}
@@ -74,7 +76,7 @@ def test_a_competitor_that_computes_something_else_shows(bench, monkeypatch):
     assert "differs: 1e+00" in cells(page)["hooks"]
 
 
-def test_a_competitor_that_fails_is_a_dash_with_its_reason(bench, monkeypatch):
+def test_failing_competitor_is_a_dash_with_its_reason(bench, monkeypatch):
     def failing(problem):
         raise RuntimeError("no such kernel\nand a second line")
 
@@ -99,12 +101,12 @@ def test_peak_memory_comes_from_a_process_of_its_own(bench):
     assert "Peak memory" in page
 
 
-def test_the_list_names_every_case():
+def test_list_names_every_case():
     outcome = execute("scripts/benchmarks/bench_dpsgd.py", ["--list"])
     assert outcome.code == 0 and [line.split(":")[0] for line in outcome.out.splitlines()] == list(CASES)
 
 
-def test_mistakes_are_one_line(tmp_path):
+def test_mistakes_are_reported_in_one_line(tmp_path):
     assert "--cases: 'unet29' matches nothing; known: digits8-32x4" in refusal("--cases", "unet29")
     assert "--competitors: 'jax'" in refusal("--competitors", "jax", "--cases", SMALL)
     assert "--rounds: 0" in refusal("--rounds", "0")

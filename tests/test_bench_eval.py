@@ -1,4 +1,4 @@
-"""The benchmark of the evaluator: both ways to the Frechet distance agree, and what is measured is written."""
+"""The benchmark of the evaluator: both ways to compute the Frechet distance agree; files and page match."""
 
 import pickle
 
@@ -10,7 +10,7 @@ from evaluation.metrics.precision_recall import precision_recall
 from scripts.benchmarks import bench_eval
 
 
-def test_the_benchmark_writes_what_it_measures(tmp_path, monkeypatch):
+def test_the_page_shows_the_numbers_of_the_json_file(tmp_path, monkeypatch):
     kept = (bench_eval.OURS, bench_eval.SCIPY)
     monkeypatch.setattr(bench_eval, "CASES", {name: bench_eval.CASES[name] for name in kept})
     out, page = tmp_path / "results" / "bench.json", tmp_path / "bench.md"
@@ -20,15 +20,25 @@ def test_the_benchmark_writes_what_it_measures(tmp_path, monkeypatch):
     rows = {row["name"]: row for row in strict_json(out)["rows"]}
     assert rows[bench_eval.OURS]["value"] == pytest.approx(rows[bench_eval.SCIPY]["value"], rel=1e-9)
     for row in rows.values():
-        assert row["seconds"] > 0 and row["peak_mib"] > row["inputs_mib"] > 0
-        assert f"| {row['name']} | {row['value']:.6g} |" in page.read_text()
+        assert row["inputs_mib"] == pytest.approx(2 * 200 * 24 * 4 / 2**20)
+        assert row["peak_mib"] >= row["libraries_mib"] > row["inputs_mib"]
+        cells = (f"{row['value']:.6g}", f"{row['seconds']:.3f}", f"{row['cpu_seconds']:.3f}")
+        assert " | ".join(("| " + row["name"], *cells, "")) in page.read_text()
 
 
-def test_other_cases_give_the_value_of_the_metric():
+def test_cases_compute_the_metrics():
     real, fake = bench_eval.features(200, 8, 0)
     for case, metric in ((bench_eval.frechet, frechet_distance), (bench_eval.precision_recall, share_inside)):
         found = case(real, fake)
-        assert found.value == metric(real, fake) and found.seconds > 0 and found.cpu_seconds > 0
+        assert found.value == metric(real, fake)
+
+
+def test_a_case_is_timed_by_both_clocks(monkeypatch):
+    clock = iter([10.0, 13.0])
+    cpu_clock = iter([1.0, 6.0])
+    monkeypatch.setattr(bench_eval.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(bench_eval.time, "process_time", lambda: next(cpu_clock))
+    assert bench_eval.timed(lambda: 7.0) == (7.0, 3.0, 5.0)
 
 
 def share_inside(real, fake) -> float:
@@ -49,6 +59,6 @@ def test_the_layout_of_memory_does_not_change_the_loss(monkeypatch):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_every_case_can_go_to_a_process_of_its_own():
+def test_every_case_can_be_sent_to_a_process():
     for case in bench_eval.CASES.values():
         assert pickle.loads(pickle.dumps(case)) is case

@@ -44,20 +44,21 @@ def test_pairs_are_compared_seed_by_seed(tmp_path):
     assert "| DP-FETA | 10 | 2 | 80.0 ± 14.1 | 0.500 ± 0.000 | 60 |" in outcome.out
 
 
-def test_the_answer_comes_first(tmp_path):
+def test_findings_come_first(tmp_path):
     for seed in (0, 1):
         for name, accuracy in (("DP-FETA", 80.0), ("DPDM", 70.0), ("DP-FETA-Pro", 79.0 + 2 * seed)):
             write_result(tmp_path, name, seed, accuracy)
         for name, accuracy in (("DP-LoRA", 60.0), ("DP-LDM", 61.0)):
             write_result(tmp_path, name, seed, accuracy)
-    answer = call(compare_ideas.main, ["--exp_root", str(tmp_path), "--table_only"]).out.splitlines()[2]
-    assert answer == (
-        "Better in every pair of runs with the same seed and budget (2 for each idea): DP-FETA against DPDM. Worse in "
-        "every such pair: DP-LoRA against DP-LDM. Sometimes better, sometimes worse: DP-FETA-Pro against DP-FETA."
-    )
+    findings = call(compare_ideas.main, ["--exp_root", str(tmp_path), "--table_only"]).out.splitlines()[2]
+    outcomes = {"better": "DP-FETA against DPDM", "worse": "DP-LoRA against DP-LDM"}
+    better, worse, mixed = findings.removesuffix(".").split(". ")
+    for outcome, sentence in (("better", better), ("worse", worse)):
+        assert sentence.lower().startswith(outcome) and sentence.endswith(f": {outcomes[outcome]}")
+    assert mixed.endswith(": DP-FETA-Pro against DP-FETA") and "2 for each" in better
 
 
-def test_variants_of_one_method_are_told_apart_and_the_latest_run_counts(tmp_path):
+def test_variants_of_a_method_are_distinguished_and_the_latest_run_counts(tmp_path):
     write_result(tmp_path, "PrivImage", 0, 90.0)
     write_result(tmp_path, "PrivImage", 0, 91.0, time="2026-01-02-00-00-00")
     write_result(tmp_path, "random classes", 0, 50.0)
@@ -65,7 +66,7 @@ def test_variants_of_one_method_are_told_apart_and_the_latest_run_counts(tmp_pat
     assert {row["variant"]: row["accuracy"] for row in rows} == {"PrivImage": 91.0, "random classes": 50.0}
 
 
-def test_rows_of_runs_whose_folder_has_gone_are_kept(tmp_path):
+def test_rows_of_runs_with_deleted_folders_are_kept(tmp_path):
     file = tmp_path / "rows.json"
     arguments = ["--exp_root", str(tmp_path), "--table_only", "--json", str(file)]
     write_result(tmp_path, "DPDM", 0, 20.0)

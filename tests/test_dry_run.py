@@ -61,10 +61,36 @@ def test_without_pretraining_public_images_cost_nothing(make_method):
     assert make_method("PrivImage", "pretrain.n_epochs=0").public_costs(48) == []
 
 
-def test_a_step_is_timed_a_few_times():
-    calls = []
-    assert seconds_of(lambda: calls.append(1)) >= 0
-    assert 2 < len(calls) < 10
+class FakeClock:
+    """A clock that only its steps move: each of them takes the next of `durations`."""
+
+    def __init__(self, *durations: float) -> None:
+        self.now, self.durations = 0.0, list(durations)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def step(self) -> None:
+        self.now += self.durations.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("durations", "remaining", "expected"),
+    [
+        (
+            (9.0, 0.04, 0.03, 0.02, 0.05, 0.06, 0.01),
+            1,
+            0.02,
+        ),  # the first is a warm-up; then five, of which the fastest
+        ((9.0, 0.4, 0.3, 0.01), 1, 0.3),  # a slow step is not repeated after half a second
+        ((9.0, 7.0, 0.01), 1, 7.0),
+    ],
+)
+def test_seconds_of_a_step(monkeypatch, durations, remaining, expected):
+    clock = FakeClock(*durations)
+    monkeypatch.setattr("utils.timing.time", clock)
+    assert seconds_of(clock.step) == pytest.approx(expected)
+    assert len(clock.durations) == remaining
 
 
 def dry_run(tmp_path, method: str, *more: str) -> str:

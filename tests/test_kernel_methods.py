@@ -1,4 +1,4 @@
-"""scripts/benchmarks/kernel_methods.py: a cell is run once, with its command; the table sets it beside the published number."""
+"""scripts/benchmarks/kernel_methods.py: each cell runs once; the table shows it next to the published number."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ def commands(tmp_path, monkeypatch) -> list[list[str]]:
     return started
 
 
-def test_every_cell_of_a_budget_is_run_and_tabled(tmp_path, commands):
+def test_every_cell_of_a_budget_is_run_and_in_the_table(tmp_path, commands):
     outcome = call(kernel_methods.main, arguments_of(tmp_path))
     assert outcome.code == 1 and outcome.err.count("failed: DP-NTK") == 2
     for command in commands:
@@ -54,13 +54,13 @@ def test_every_cell_of_a_budget_is_run_and_tabled(tmp_path, commands):
     assert len(json.loads((tmp_path / "rows.json").read_text())) == 4 and len(commands) == 6
 
 
-def test_cells_that_are_done_are_kept(tmp_path, commands):
+def test_finished_cells_are_kept(tmp_path, commands):
     for _ in range(2):
         call(kernel_methods.main, arguments_of(tmp_path))
     assert len(commands) == 8  # the second time those alone that failed
 
 
-def test_runs_that_were_judged_again_are_read_again(tmp_path, commands):
+def test_runs_that_were_evaluated_again_are_read_again(tmp_path, commands):
     call(kernel_methods.main, arguments_of(tmp_path))
     path = next((tmp_path / "runs/dp-kernel").glob("mnist_28*")) / "results.json"
     results = read_json(path)
@@ -73,11 +73,11 @@ def test_runs_that_were_judged_again_are_read_again(tmp_path, commands):
     assert "| DP-Kernel | mnist_28 | 10 | 70.0 | 72.5 |" in (tmp_path / "table.md").read_text()
 
 
-def test_some_cells_can_be_asked_for(tmp_path, commands):
+def test_cells_can_be_selected(tmp_path, commands):
     call(kernel_methods.main, [*arguments_of(tmp_path), "--methods", "DP-Kernel", "--data", "mnist_28"])
     assert [command[3:6] for command in commands] == [["DP-Kernel", "--data_name", "mnist_28"]]
 
 
-def test_the_published_numbers_are_of_every_cell():
+def test_published_numbers_cover_every_cell():
     methods, data = ("DP-MERF", "DP-NTK", "DP-Kernel"), ("mnist_28", "fmnist_28")
     assert set(kernel_methods.PUBLISHED) == set(itertools.product(methods, data, (1.0, 10.0)))

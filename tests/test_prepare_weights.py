@@ -13,7 +13,7 @@ from scripts import prepare_weights as script
 from utils.errors import UserError
 
 
-def test_inception_comes_from_where_torch_fidelity_takes_it():
+def test_inception_has_the_source_of_torch_fidelity():
     assert script.WEIGHTS["inception"].urls == (torch_fidelity_inception.URL_INCEPTION_V3,)
 
 
@@ -55,7 +55,7 @@ def hub(monkeypatch):
     return state
 
 
-def test_the_files_of_an_extractor_come_from_the_hub_once(hub, tmp_path, monkeypatch):
+def test_files_are_downloaded_from_the_hub_once(hub, tmp_path, monkeypatch):
     for _ in range(2):
         assert script.main(["--name", "dinov2", "--weights_root", str(tmp_path)]) == 0
     source = Dinov2Extractor.SOURCE
@@ -67,13 +67,13 @@ def test_the_files_of_an_extractor_come_from_the_hub_once(hub, tmp_path, monkeyp
     assert Dinov2Extractor.check(tmp_path) == folder / "pytorch_model.bin"
 
 
-def test_of_two_forms_of_the_weights_the_safe_one_is_fetched(hub, tmp_path):
+def test_safetensors_are_preferred(hub, tmp_path):
     hub["files"]["model.safetensors"] = b"new"
     script.prepare_hub(script.WEIGHTS["clip"], tmp_path, None)
     assert [name for _, name in hub["asked"]] == ["config.json", "model.safetensors"]
 
 
-def test_a_file_that_has_changed_since_is_said(hub, tmp_path, capsys):
+def test_changed_file_is_reported(hub, tmp_path, capsys):
     arguments = ["--name", "clip", "--weights_root", str(tmp_path)]
     assert script.main(arguments) == 0
     path = tmp_path / "clip-vit-large-patch14-336" / "pytorch_model.bin"
@@ -98,7 +98,7 @@ def test_a_folder_of_files_is_copied(tmp_path):
     ]
 
 
-def test_without_package_or_network_the_way_is_said(hub, tmp_path, monkeypatch):
+def test_missing_package_or_network_is_reported_with_a_remedy(hub, tmp_path, monkeypatch):
     def offline(*_):
         raise OSError("cannot connect\nto the hub")
 

@@ -74,7 +74,7 @@ def test_the_published_command_composes(tmp_path):
     assert not (tmp_path / "exp").exists()
 
 
-def test_the_upper_bound_refuses_in_one_line(tmp_path):
+def test_upper_bound_reports_mistakes_in_one_line(tmp_path):
     argv = ["--exp_root", str(tmp_path / "exp"), "eval.classifiers=[wrm]"]
     assert "wrm" in call(test_classifier.main, argv).refusal
     assert not (tmp_path / "exp").exists()
@@ -83,7 +83,7 @@ def test_the_upper_bound_refuses_in_one_line(tmp_path):
 # ------------------------------------------------------------------------------------------------- collect
 
 
-def test_collect_makes_one_row_per_run(tmp_path):
+def test_collect_writes_one_row_per_run(tmp_path):
     write_run(tmp_path / "noise/a", {"fid/inception": 3.0}, spent_epsilon=float("inf"), borrowed=True)
     write_run(tmp_path / "dpdm/b", {"accuracy/mean/syn_val": 81.25}, method="DPDM")
     outcome = call(collect.main, ["--exp_root", str(tmp_path)])
@@ -96,7 +96,7 @@ def test_collect_makes_one_row_per_run(tmp_path):
     assert (rows["dpdm/b"]["recipe"], rows["dpdm/b"]["eval_seed"]) == ("quick+paper", "0")
 
 
-def test_collect_lists_what_it_leaves_out(tmp_path):
+def test_collect_lists_skipped_runs(tmp_path):
     write_run(tmp_path / "noise/whole", {})
     write_run(tmp_path / "noise/cut", {})
     (tmp_path / "noise/cut/results.json").write_text('{"method": ')
@@ -112,7 +112,7 @@ def test_collect_lists_what_it_leaves_out(tmp_path):
     assert f"unfinished: {tmp_path / 'noise/running'}" in outcome.err
 
 
-def test_collecting_again_replaces_and_keeps(tmp_path):
+def test_collecting_again_replaces_rows_and_keeps_others(tmp_path):
     write_run(tmp_path / "noise/a", {"fid/inception": 3.0})
     write_run(tmp_path / "noise/b", {"is/inception": 2.0})
     call(collect.main, ["--exp_root", str(tmp_path)])
@@ -166,7 +166,7 @@ def grid(tmp_path):
     return launch
 
 
-def test_the_grid_goes_on_after_a_failed_cell_and_skips_what_is_done(grid, tmp_path):
+def test_grid_continues_after_a_failed_cell_and_skips_finished_ones(grid, tmp_path):
     code, out, err = grid(DATA="nonsense digits_8")
     assert code == 1
     assert "failed: Noise nonsense epsilon 10 (exit code 2)" in err
@@ -177,7 +177,7 @@ def test_the_grid_goes_on_after_a_failed_cell_and_skips_what_is_done(grid, tmp_p
     assert len(list(tmp_path.glob("noise/*"))) == 1
 
 
-def test_a_cell_that_was_begun_goes_on_in_its_folder(grid, tmp_path):
+def test_started_cell_is_resumed_in_its_folder(grid, tmp_path):
     """Its private data are not asked a second time."""
     assert grid()[0] == 0
     (results,) = tmp_path.glob("noise/*/results.json")
@@ -192,7 +192,7 @@ def test_a_cell_that_was_begun_goes_on_in_its_folder(grid, tmp_path):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_a_cell_of_other_words_is_not_asked_anew(finished, tmp_path):
+def test_cell_with_other_arguments_is_not_run_again(finished, tmp_path):
     folder = tmp_path / "noise" / "digits_8_eps10.0grid-2026-01-01-00-00-00"
     folder.mkdir(parents=True)
     write_json(folder / "environment.json", {"command": ["run.py", "--exp_root", "exp", "seed=1"]})
@@ -209,18 +209,18 @@ def test_a_cell_of_other_words_is_not_asked_anew(finished, tmp_path):
 
 
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["what"], 2)])
-def test_grid_cells_says_what_it_takes(argv, code, capsys):
+def test_grid_cells_prints_its_usage(argv, code, capsys):
     assert grid_cells.main(argv) == code
     assert "scripts/grid_cells.py done EXP_ROOT METHOD" in capsys.readouterr().out
 
 
-def test_the_shared_part_of_the_grids_is_no_program():
+def test_grid_sh_is_not_a_program():
     outcome = subprocess.run(["bash", "scripts/grid.sh"], cwd=ROOT, capture_output=True, text=True)
     assert outcome.returncode == 2 and "run one of these" in outcome.stderr
 
 
 @pytest.mark.parametrize("command", [None, ["run.py", 1], ["run.py", "--exp_root=exp"]])
-def test_a_cell_whose_record_is_damaged_is_not_asked_anew(command, tmp_path):
+def test_cell_with_damaged_record_is_not_run_again(command, tmp_path):
     folder = tmp_path / "noise" / "digits_8_eps10.0grid-2026-01-01-00-00-00"
     folder.mkdir(parents=True)
     write_json(folder / "environment.json", {"command": command})
@@ -229,7 +229,7 @@ def test_a_cell_whose_record_is_damaged_is_not_asked_anew(command, tmp_path):
     assert text.startswith(f"{folder / 'environment.json'}: ")
 
 
-def test_a_cell_that_cannot_be_looked_up_is_not_run(grid, tmp_path):
+def test_cell_of_unknown_state_is_not_run(grid, tmp_path):
     """Python's own failure is no answer."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/bash\n[ $1 = scripts/grid_cells.py ] && exit 1\nexec {sys.executable} "$@"\n')
@@ -239,7 +239,7 @@ def test_a_cell_that_cannot_be_looked_up_is_not_run(grid, tmp_path):
     assert "failed: Noise digits_8 epsilon 10 (grid_cells.py: exit code 1)" in err
 
 
-def test_cells_run_side_by_side_and_each_has_a_log(grid, tmp_path):
+def test_parallel_cells_have_a_log_each(grid, tmp_path):
     code, _, err = grid(DATA="nonsense digits_8", JOBS="2")
     assert code == 1
     (failed,) = (line for line in err.splitlines() if line.startswith("failed: "))
@@ -254,7 +254,7 @@ def test_a_wrong_number_of_jobs_is_refused(grid, jobs):
     assert (code, err.strip()) == (2, f"error: JOBS: {jobs} is not allowed; give at least 1")
 
 
-def test_cells_side_by_side_stop_with_the_grid(tmp_path):
+def test_parallel_cells_stop_with_the_grid(tmp_path):
     """Ctrl-C does not reach processes in the background of a script, so it must pass the word on."""
     python = tmp_path / "python"
     python.write_text(
@@ -314,7 +314,7 @@ def of(command: list[str], flag: str) -> str:
     return command[command.index(flag) + 1]
 
 
-def test_the_grid_is_of_all_methods(commands):
+def test_grid_covers_all_methods(commands):
     cells = commands("rq1", DATA="mnist_28", EPSILONS="1 10")
     assert [(of(cell, "--method"), of(cell, "--epsilon")) for cell in cells] == [
         (method, epsilon) for epsilon in ("1", "10") for method in METHODS
@@ -370,7 +370,7 @@ def test_whole_grids_compose(commands, script):
         load_config(cell, METHODS)
 
 
-def test_a_grid_says_what_it_does_and_refuses_other_words(grid):
+def test_grid_prints_help_and_refuses_other_arguments(grid):
     code, out, err = grid("--help")
     assert code == 0 and out.startswith("Which method is best") and "EPSILONS=" in out and "SETTINGS, " in out
     assert "#" not in out and "METHODS=$" not in out
@@ -384,7 +384,7 @@ def test_a_grid_refuses_an_unknown_method_before_any_cell(grid, tmp_path):
     assert not out and not list(tmp_path.iterdir())
 
 
-def test_a_dry_grid_writes_nothing_and_says_once_what_is_missing(grid, tmp_path):
+def test_dry_run_of_a_grid_writes_nothing_and_lists_missing_data_once(grid, tmp_path):
     data = {"DPIB_DATA_ROOT": str(tmp_path / "none"), "DPIB_WEIGHTS_ROOT": str(tmp_path / "none")}
     settings = "preset=quick eval.extractor=inception"
     code, out, err = grid("--dry_run", EPSILONS="3 10", DATA="mnist_28", SETTINGS=settings, **data)
@@ -397,7 +397,7 @@ def test_a_dry_grid_writes_nothing_and_says_once_what_is_missing(grid, tmp_path)
     assert code == 1 and "error: unknown dataset 'nonsense'" in err and "budget: epsilon 10" in out
 
 
-def test_a_cell_that_was_done_with_other_settings_is_not_taken_for_done(grid, tmp_path):
+def test_cell_finished_with_other_settings_does_not_count_as_finished(grid, tmp_path):
     assert grid()[0] == 0
     code, out, err = grid(SETTINGS="gen.data_num=200 eval=none")
     assert code == 1 and "done already" not in out
@@ -409,7 +409,7 @@ def test_a_cell_that_was_done_with_other_settings_is_not_taken_for_done(grid, tm
     assert len(list(tmp_path.glob("noise/*"))) == 1
 
 
-def test_a_cell_is_known_by_its_whole_name_and_only_where_its_results_can_be_read(grid, tmp_path):
+def test_cell_is_identified_by_its_whole_name_and_readable_results(grid, tmp_path):
     assert grid(NAME="grid-2")[0] == 0
     assert "running: Noise digits_8 epsilon 10" in grid()[1]
     assert "\ndone already\n" in grid("--dry_run")[1]
@@ -424,7 +424,7 @@ def test_a_cell_is_known_by_its_whole_name_and_only_where_its_results_can_be_rea
     assert "kept from the table, its results cannot be read: noise/" in err
 
 
-def test_a_table_that_is_none_is_left_alone(tmp_path):
+def test_collect_leaves_a_file_that_is_no_table_alone(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for output in (tmp_path, tmp_path / "binary"):
         refusal = call(collect.main, ["--exp_root", str(tmp_path), "--output", str(output)]).refusal

@@ -1,10 +1,10 @@
-"""Measure clipped per-example gradients against the ordinary step and against other ways to compute them.
+"""Compare clipped per-example gradients with the ordinary step and with other ways to compute them.
 
 python scripts/benchmarks/bench_dpsgd.py                          all cases on the CPU, 1 and 2 threads
 python scripts/benchmarks/bench_dpsgd.py --cases 'unet28-*' --rounds 5
 python scripts/benchmarks/bench_dpsgd.py --device cuda            larger cases on a GPU
 
-Writes a JSON file (rows of other cases in it are kept) and the page docs/bench_dpsgd.md.
+Writes a JSON file, which keeps its rows of other cases, and the page docs/bench_dpsgd.md.
 """
 
 import argparse
@@ -41,12 +41,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="default: 1 2; on cuda 1")
     parser.add_argument(
-        "--cases", nargs="+", metavar="NAME", help="names or patterns (default: all; on cuda those for a GPU)"
+        "--cases",
+        nargs="+",
+        metavar="NAME",
+        help="names or patterns (default: all; on cuda: those for a GPU)",
     )
     parser.add_argument("--competitors", nargs="+", default=["*"], metavar="NAME", help="default: all")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="default: 9")
     parser.add_argument(
-        "--memory", action="store_true", help="peak memory too; on a CPU each in a fresh process"
+        "--memory",
+        action="store_true",
+        help="also measure peak memory; on a CPU in a fresh process per competitor",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: docs/results/bench_dpsgd_<device>.json"
@@ -86,7 +91,9 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    warnings.filterwarnings("ignore", message="Full backward hook is firing")  # of Opacus, at the first layer
+    warnings.filterwarnings(
+        "ignore", message="Full backward hook is firing"
+    )  # from Opacus, at the first layer
     on_gpu = arguments.device == "cuda"
     known = {name: case for name, case in CASES.items() if on_gpu or not case.gpu_only}
     names = [name for name, case in known.items() if case.gpu_only == on_gpu]
@@ -95,9 +102,9 @@ def run(arguments: argparse.Namespace) -> None:
     competitors = select("--competitors", arguments.competitors, list(COMPETITORS))
     prepare_backend(arguments)
     for name in names:
-        asked = [one for one in competitors if one in known[name].competitors]
+        chosen = [one for one in competitors if one in known[name].competitors]
         for threads in arguments.threads:
-            row = measure_row(arguments, name, asked, threads)
+            row = measure_row(arguments, name, chosen, threads)
             merge(arguments.out, [row])
             write_page(arguments.page, arguments.out.parent)
             print(time_table([row]), flush=True)
@@ -105,14 +112,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def measure_row(arguments: argparse.Namespace, name: str, competitors: list[str], threads: int) -> dict:
-    """Everything about one case at one number of threads; memory with the first number only."""
+    """All measurements of one case at one number of threads; memory only at the first number."""
     torch.set_num_threads(threads)
     case, device, autocast = CASES[name], torch.device(arguments.device), DTYPES[arguments.dtype]
     counts, facts = measure(case, competitors, arguments.rounds, device, autocast)
     if arguments.memory and threads == arguments.threads[0]:
         options = ["--device", arguments.device, "--dtype", arguments.dtype, "--threads", str(threads)]
         for competitor in competitors:
-            if device.type == "cuda":  # which counts for itself
+            if device.type == "cuda":  # which counts its own memory
                 found = peak(case, competitor, device, autocast)
             else:
                 found = peak_in_fresh_process(Path(__file__), name, competitor, options)
@@ -144,7 +151,7 @@ def peak_of(arguments: argparse.Namespace) -> dict:
 
 
 def prepare_backend(arguments: argparse.Namespace) -> None:
-    """On a GPU, TF32 for what stays in float32, and the library's own search for convolution kernels."""
+    """On a GPU, use TF32 for float32 operations and let cuDNN search for convolution kernels."""
     if arguments.device == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
@@ -152,7 +159,7 @@ def prepare_backend(arguments: argparse.Namespace) -> None:
 
 
 def select(flag: str, patterns: list[str], known: list[str]) -> list[str]:
-    """The known names that match one of the patterns, in their own order."""
+    """The known names that match one of the patterns, in the order of `known`."""
     for pattern in patterns:
         if not fnmatch.filter(known, pattern):
             raise UserError(f"{flag}: '{pattern}' matches nothing; known: {', '.join(known)}")

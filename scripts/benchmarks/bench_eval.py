@@ -1,8 +1,8 @@
-"""Time and memory of the metrics that cost most: python scripts/benchmarks/bench_eval.py --markdown docs/bench_eval.md
+"""Measure the most expensive metrics: python scripts/benchmarks/bench_eval.py --markdown docs/bench_eval.md
 
-Each case in a process of its own: the term of the Frechet distance that costs most, by the toolkit and by
-scipy.linalg.sqrtm; precision and recall, whose distances do not fit into memory at once; the cache of features;
-steps of training a classifier in both layouts of memory. All of it takes about ten minutes of one core.
+Each case runs in its own process: the most expensive term of the Frechet distance, computed by this toolkit and by
+scipy.linalg.sqrtm; precision and recall, whose distances do not fit into memory at once; the feature cache; training
+steps of a classifier in both memory layouts. The whole benchmark takes about ten minutes on one core.
 """
 
 import argparse
@@ -21,18 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from utils.program import program, run_process
 
 MIB = 2**20
-MOST_IMAGES = 2000  # of the pass through an extractor
-STEPS, STEP_IMAGES = 5, 64  # of the training of a classifier
+MOST_IMAGES = 2000  # upper limit for the pass through an extractor
+STEPS, STEP_IMAGES = 5, 64  # training of a classifier
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num_images", type=int, default=50_000, help="images in each of the two sets")
-    parser.add_argument("--dim", type=int, default=2048, help="features of an image")
+    parser.add_argument("--dim", type=int, default=2048, help="features per image")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a table there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a table to FILE")
     return parser.parse_args(argv)
 
 
@@ -63,14 +63,14 @@ def features(num_images: int, dim: int, seed: int):
     mixing = rng.standard_normal((dim, dim), dtype=np.float32) / np.float32(dim) ** 0.5
     sets = [np.empty((num_images, dim), np.float32) for _ in range(2)]
     for points, shift in zip(sets, (np.float32(0), np.float32(0.05)), strict=True):
-        for start in range(0, num_images, 4096):  # in parts, so that the peak of memory is that of the metric
+        for start in range(0, num_images, 4096):  # in parts, so that the metric determines the peak of memory
             part = points[start : start + 4096]
             part[:] = np.maximum(rng.standard_normal(part.shape, dtype=np.float32) @ mixing + shift, 0)
     return sets
 
 
 class Timed(NamedTuple):
-    """What a case computes, how long it takes, and how long the threads of the process are busy with it."""
+    """The value that a case computes, its wall time, and the CPU time of all threads of the process."""
 
     value: float
     seconds: float
@@ -84,7 +84,7 @@ def timed(function) -> Timed:
 
 
 def trace_ours(real, fake) -> Timed:
-    import scipy.linalg  # noqa: F401  # both ways start with it loaded
+    import scipy.linalg  # noqa: F401  # loaded before both ways are timed
 
     from evaluation.metrics.fid import trace_sqrt
 
@@ -129,7 +129,7 @@ def train_default_layout(real, fake) -> Timed:
 
 
 def _training(layout: str) -> Timed:
-    """Steps of the published ResNet with images and weights in this layout of memory; the value is the first loss."""
+    """Steps of the published ResNet with images and weights in this memory layout; the value is the first loss."""
     import torch
 
     from data.spec import DataSpec
@@ -150,19 +150,19 @@ def _training(layout: str) -> Timed:
         optimizer.step()
         return loss.item()
 
-    first = step()  # it also chooses the kernels, which is not timed
+    first = step()  # untimed, since it also chooses the kernels
     return timed(lambda: [step() for _ in range(STEPS)])._replace(value=first)
 
 
 def _covariances(real, fake):
-    """(D, D) float64 of each set, from at most 10,000 points: their number does not matter to the root."""
+    """(D, D) float64 of each set, from at most 10,000 points, since their number does not affect the root."""
     import numpy as np
 
     return [np.cov(points[:10_000], rowvar=False, dtype=np.float64) for points in (real, fake)]
 
 
 def _features(num_images: int, passes: int) -> Timed:
-    """The last of `passes` over 32-pixel images, its value the mean feature; a second one finds them in the cache."""
+    """The last of `passes` over 32-pixel images; a second one reads the cache. The value is the mean feature."""
     import numpy as np
 
     from data.cache import PrivateCache
@@ -232,11 +232,11 @@ def as_markdown(results: dict) -> str:
     lines = [
         "# Benchmark of the evaluator",
         "",
-        f"Made by `python scripts/benchmarks/bench_eval.py`; do not edit. Two sets of {results['num_images']:,} x "
+        f"Generated by `python scripts/benchmarks/bench_eval.py`; do not edit. Two sets of {results['num_images']:,} x "
         f"{results['dim']:,} features on {results['machine']}, CPU threads: {results['threads'] or 'all'}. CPU seconds "
-        "leave out what other processes took. Memory is the highest of the process, inputs and libraries included.",
+        "do not depend on other processes. Memory is the peak of the process, with its inputs and libraries.",
         "",
-        "| case | value | seconds | CPU seconds | memory (MiB) | of it inputs | of it libraries |",
+        "| case | value | seconds | CPU seconds | memory (MiB) | inputs (MiB) | libraries (MiB) |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -248,8 +248,8 @@ def as_markdown(results: dict) -> str:
     ratio, difference = other["cpu_seconds"] / ours["cpu_seconds"], abs(ours["value"] / other["value"] - 1)
     lines += [
         "",
-        f"The term of the Frechet distance that costs most takes {ratio:.1f} times less CPU time than by "
-        f"`scipy.linalg.sqrtm`, and differs from it by {difference:.1g} of its value.",
+        f"The most expensive term of the Frechet distance takes {ratio:.1f} times less CPU time than with "
+        f"`scipy.linalg.sqrtm`; the relative difference of the values is {difference:.1g}.",
         "",
     ]
     return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""Time a training step of the generator of DP-MERF, DP-NTK and DP-Kernel against its layers taken one by one.
+"""Compare a training step of the generator of DP-MERF, DP-NTK and DP-Kernel with plain layer-by-layer code.
 
 python scripts/benchmarks/bench_generator.py                          the published network for 28x28 images, one thread
 python scripts/benchmarks/bench_generator.py --g_conv_dim 8 --no_attention --threads 2 --rounds 9
 
-A step is forward and backward through the generator alone. Prints medians; the ways take turns, so that a busy machine
+A step is forward and backward through the generator alone. Prints medians. The ways take turns, so that other load
 slows all of them.
 """
 
@@ -24,7 +24,7 @@ from utils.program import program, run_process
 
 
 def plain_forward(generator: Generator, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """`generator(noise, labels)`, every layer as the published description has it."""
+    """`generator(noise, labels)`, with every layer written as in the published description."""
     chunks = noise.chunk(generator.num_chunks, dim=1)
     h = generator.first(chunks[0]).reshape(len(noise), -1, generator.base, generator.base)
     embedded = generator.embedding(labels)
@@ -63,7 +63,7 @@ def step_of(generator: Generator, forward: Callable, batch_size: int, precision:
 
 
 def medians(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Name -> median seconds of a step; one round more, the first, only allocates and chooses kernels."""
+    """Name -> median seconds per step. An additional first round, which allocates and chooses kernels, is dropped."""
     seconds = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():

@@ -1,8 +1,8 @@
-"""Time and memory of one round of votes of Private Evolution: python scripts/benchmarks/bench_pe_voting.py
+"""Measure one round of votes of Private Evolution: python scripts/benchmarks/bench_pe_voting.py
 
-The backends take turns, each in a process of its own, whose peak of memory is told: private features that are embedded
-when the votes are asked, candidates, search, and the noisy histogram. --num_classes 1 is the unconditional case, in
-which every record looks at all candidates.
+The backends take turns. Each round runs in its own process and reports its peak memory: private features that are
+embedded during the query, candidates, search, and the noisy histogram. --num_classes 1 is the unconditional case, in
+which every record is compared with all candidates.
 """
 
 import argparse
@@ -26,15 +26,17 @@ MIB = 2**20
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num_candidates", type=int, default=60_000, help="of all classes together")
+    parser.add_argument(
+        "--num_candidates", type=int, default=60_000, help="candidates of all classes together"
+    )
     parser.add_argument("--num_records", type=int, default=55_000, help="private images")
-    parser.add_argument("--dim", type=int, default=2048, help="features of an image")
+    parser.add_argument("--dim", type=int, default=2048, help="features per image")
     parser.add_argument("--num_classes", type=int, default=10)
-    parser.add_argument("--num_neighbors", type=int, default=1, help="votes of a record")
+    parser.add_argument("--num_neighbors", type=int, default=1, help="votes per record")
     parser.add_argument("--backends", nargs="+", default=["torch", "faiss"], choices=["torch", "faiss"])
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each backend, taking turns")
+    parser.add_argument("--rounds", type=int, default=2, help="runs per backend")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
     return parser.parse_args(argv)
 
 
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     backends = [name for name in arguments.backends if name == "torch" or importlib.util.find_spec(name)]
     for name in set(arguments.backends) - set(backends):
-        print(f"{name} is not installed and left out")
+        print(f"{name} is not installed; skipped")
     runs = {name: [] for name in backends}
     for _ in range(arguments.rounds):
         for name in backends:
@@ -76,7 +78,7 @@ def vote_once(backend: str, arguments: argparse.Namespace) -> dict[str, float]:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if backend == "faiss":
-        import faiss  # noqa: F401 - its memory belongs to what is there before
+        import faiss  # noqa: F401 - so that its memory counts as used before the votes
     records = private_records(arguments)
     before = peak_mib()
     rng = np.random.default_rng(0)
@@ -122,7 +124,7 @@ def peak_mib() -> float:
 
 def as_markdown(results: dict) -> str:
     shown = ", ".join(f"{name} {value}" for name, value in results["size"].items())
-    lines = [shown, "", "| backend | seconds (median) | all runs | peak MiB | of these before the votes |",
+    lines = [shown, "", "| backend | seconds (median) | all runs | peak MiB | MiB before the votes |",
              "|---|---|---|---|---|"]  # fmt: skip
     for name, runs in results["runs"].items():
         seconds = [run["seconds"] for run in runs]

@@ -1,8 +1,8 @@
-"""Do the ideas of the methods pay? python scripts/benchmarks/compare_ideas.py --markdown docs/comparison.md
+"""Compare methods that differ in one idea: python scripts/benchmarks/compare_ideas.py --markdown docs/comparison.md
 
-Runs each variant with several seeds and budgets, and compares pairs that differ in one idea, seed by seed. Runs that
-are done are kept, so the script can be stopped and started again; --table_only writes the table of what is there. Rows
-that the file of --json has of runs whose folder has gone are kept too.
+Runs each variant with several seeds and budgets, and compares the pairs seed by seed. Finished runs are skipped, so the
+script can be stopped and started again. --table_only writes the table of the finished runs. The file of --json keeps
+its rows of runs whose folder no longer exists.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from utils.files import read_json, write_text
 from utils.program import program, run_process
 
 ROOT = Path(__file__).resolve().parents[2]
-# Of the network that all runs of the tables have in common. Its epoch is chosen on samples, which costs no epsilon and
-# uses no test image.
+# Accuracy of the classifier that all runs of the tables have in common. Its epoch is chosen on samples, which costs no
+# epsilon and uses no test image.
 ACCURACY = "accuracy/small_cnn/syn_val"
 
 
@@ -31,7 +31,7 @@ class Variant:
     settings: tuple[str, ...] = ()
 
 
-# A query with this much noise knows nothing of the private images: the selection is random, of the same size.
+# With this much noise, the query reveals nothing about the private images: a random selection of the same size.
 RANDOM = "public_data.selective.sigma=1e6"
 
 VARIANTS = {
@@ -58,26 +58,11 @@ CLAIMS = (
     ("DP-LoRA", "DP-LDM", "DP-SGD on adapters against attention blocks, both in latent space"),
 )
 
-# The public set, where it is not the glyphs of the quick preset: 42 handwritten letters, which must be prepared.
+# Datasets whose public set is not the glyphs of the quick preset: 42 handwritten letters, which must be prepared.
 LETTERS = ("public_data.name=kazakh_letters",)
 PUBLIC = {"mnist_28": LETTERS, "fmnist_28": LETTERS}
-# What a reader of the table must know of how the presets came about.
-CAVEATS = {
-    "digits_8": "The presets were not tuned alike: batch size and learning rate of DPDM, and the frequency stage of "
-    "DP-FETA-Pro at epsilon 1, were chosen for these data, with one seed, after test accuracies had been seen. The "
-    "noise levels of all but DP-LDM and DP-LoRA were chosen on 300 held-out training images, by DPDM and DP-FETA at "
-    "epsilon 10; the same runs printed test accuracies too (58.1 to 85.6, and 90.8 to 89.4 percent). At epsilon 1 runs "
-    "of random classes and DP-FETA-Pro were paused, which their seconds count. Runs of DP-LoRA and DP-LDM with seed 2, "
-    "and with seed 1 at epsilon 1, are older than the record in results.json of which real images a run is judged by, "
-    "which was written into theirs by hand before they were judged anew.",
-    "mnist_28": "One seed. The quick preset was set for few steps, after runs with former settings had been seen on "
-    "test images (DPDM 11.6 and 28.0, PDP-Diffusion 25.6 and 15.8, DP-FETA 19.1 and 73.3 percent). What chose: for the "
-    "noise levels, whether images are of their class after 300 steps without noise on samples of DP-Kernel; for the "
-    "warm-up of DP-FETA, held-out training images and grids before DP-SGD; for DPDM's learning rate, held-out training "
-    "images. The learning rates of PDP-Diffusion, PrivImage and DP-LDM-SD were not tuned. PrivImage and random classes "
-    "were pretrained for 20 epochs; the preset has 14 since, with which PrivImage took 12 min 25 s on two idle cores "
-    "and reached 91.7 percent.",
-}
+# What a reader must know about how the presets and the runs of a table came about: <page>.md in this folder.
+CAVEATS = Path(__file__).resolve().parent / "caveats"
 TEN_LETTERS = "public_data.selective.ratio=0.25"  # PrivImage: one for each private class
 WITHOUT_PUBLIC_SET = ("DPDM", "DP-FETA", "DP-FETA-Pro")
 
@@ -89,10 +74,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--exp_root", type=Path, default=Path("exp/ideas"), metavar="DIR")
-    parser.add_argument("--settings", nargs="*", default=[], metavar="KEY=VALUE", help="for all runs alike")
+    parser.add_argument("--settings", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all runs")
     parser.add_argument("--table_only", action="store_true", help="run nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's numbers there")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers of every run to FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to FILE")
     return parser.parse_args(argv)
 
 
@@ -113,14 +98,14 @@ def main(argv: list[str]) -> int:
 
 
 def run_all(arguments: argparse.Namespace) -> list[str]:
-    """Seed by seed, so that a run that is stopped leaves whole comparisons behind."""
+    """Run all cells and return the failed ones; seed by seed, so that a stopped script leaves complete comparisons."""
     failed = []
     for seed in arguments.seeds:
         for epsilon in arguments.epsilons:
             for name in arguments.variants:
                 label = f"{name}, {arguments.data_name}, epsilon {epsilon:g}, seed {seed}"
                 if finished(arguments, name, epsilon, seed):
-                    print(f"done already: {label}", flush=True)
+                    print(f"finished already: {label}", flush=True)
                     continue
                 print(f"running: {label}", flush=True)
                 code = subprocess.run(command(arguments, name, epsilon, seed), cwd=ROOT).returncode
@@ -146,7 +131,7 @@ def description(name: str, seed: int) -> str:
 
 
 def finished(arguments: argparse.Namespace, name: str, epsilon: float, seed: int) -> list[Path]:
-    """Results of this cell, oldest first."""
+    """Result files of this cell, oldest first."""
     cell = f"{arguments.data_name}_eps{epsilon}*{description(name, seed)}-[0-9]*"
     return sorted(arguments.exp_root.glob(f"{VARIANTS[name].method.lower()}/{cell}/{RESULTS}"))
 
@@ -168,7 +153,7 @@ def collect(arguments: argparse.Namespace) -> list[dict]:
 
 
 def with_kept(path: Path | None, rows: list[dict]) -> list[dict]:
-    """The rows, and those of an earlier file that they do not replace, in the order of the table."""
+    """The rows, plus the rows of an earlier file that they do not replace, in the order of the table."""
     earlier = read_json(path) if path is not None and path.exists() else []
     merged = {(row["variant"], row["epsilon"], row["seed"]): row for row in [*earlier, *rows]}
     order = list(VARIANTS)
@@ -183,13 +168,13 @@ def as_markdown(rows: list[dict], data_name: str) -> str:
         cells.setdefault((row["variant"], row["epsilon"]), {})[row["seed"]] = row
     compared = gains_of(cells)
     lines = [
-        f"# Do the ideas pay? {data_name}, quick preset",
+        f"# What the ideas of the methods gain: {data_name}, quick preset",
         "",
-        *answer(compared),
-        "Made by `python scripts/benchmarks/compare_ideas.py`; do not edit. Accuracy in percent, on the real test images, of a "
-        "small classifier trained on the samples alone; mean and standard deviation over the seeds. Frechet distance "
-        "with the extractor of the quick preset. Seconds are of whole runs on a shared machine.",
-        *(["", CAVEATS[data_name]] if data_name in CAVEATS else []),
+        *findings(compared),
+        "Generated by `python scripts/benchmarks/compare_ideas.py`; do not edit. Accuracy: percent on the real test "
+        "images, of a small classifier trained only on the samples; mean and standard deviation over the seeds. "
+        "Frechet distance: with the extractor of the quick preset. Seconds: whole runs on a shared machine.",
+        *caveats_of(f"comparison_{data_name}"),
         "",
         "| variant | epsilon | seeds | accuracy | Frechet distance | seconds |",
         "|---|---:|---:|---:|---:|---:|",
@@ -205,7 +190,7 @@ def as_markdown(rows: list[dict], data_name: str) -> str:
         "",
         "Differences in accuracy, seed by seed:",
         "",
-        "| idea | with it | without | epsilon | difference (points) | seeds where it wins |",
+        "| idea | with it | without it | epsilon | difference (points) | seeds with a gain |",
         "|---|---|---|---:|---:|---:|",
     ]
     for (ours, baseline, idea), by_epsilon in compared.items():
@@ -217,7 +202,7 @@ def as_markdown(rows: list[dict], data_name: str) -> str:
 
 
 def gains_of(cells: dict) -> dict[tuple[str, str, str], dict[float, list[float]]]:
-    """Claim -> epsilon, largest first -> points gained with each seed that both of the pair have."""
+    """Claim -> epsilon, largest first -> points gained, per seed that both variants of the pair have."""
     epsilons = sorted({epsilon for _, epsilon in cells}, reverse=True)
     compared: dict[tuple[str, str, str], dict[float, list[float]]] = {}
     for claim in CLAIMS:
@@ -229,8 +214,14 @@ def gains_of(cells: dict) -> dict[tuple[str, str, str], dict[float, list[float]]
     return compared
 
 
-def answer(compared: dict) -> list[str]:
-    """The findings, one sentence for each outcome: an idea wins or loses if it does so with every seed and budget."""
+def caveats_of(page: str) -> list[str]:
+    """The lines of caveats/<page>.md after an empty one; none if there is no such file."""
+    path = CAVEATS / f"{page}.md"
+    return ["", *path.read_text(encoding="utf-8").rstrip().splitlines()] if path.exists() else []
+
+
+def findings(compared: dict) -> list[str]:
+    """One sentence per outcome: an idea wins or loses if it does so with every seed and budget."""
     outcomes: dict[str, list[str]] = {}
     numbers = set()  # of pairs
     for (ours, baseline, _), by_epsilon in compared.items():
@@ -251,7 +242,7 @@ def answer(compared: dict) -> list[str]:
 
 
 def spread(values: list[float], digits: int, sign: str = "") -> str:
-    """Mean, and the standard deviation where there is one."""
+    """Mean, with the standard deviation if there are several values."""
     mean = f"{statistics.mean(values):{sign}.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
