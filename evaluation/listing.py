@@ -1,15 +1,15 @@
-"""What there is to judge with, what of it is missing on this machine, and how samples will be judged: eval.py --list
-and --dry_run."""
+"""Available metrics, extractors and classifiers, and the plan of an evaluation: eval.py --list and --dry_run."""
 
 from pathlib import Path
 
-from evaluation.registry import CLASSIFIERS, METRICS, Metric, load_metrics, needs_of
+from evaluation.registry import CLASSIFIERS, METRICS, Metric, load_metrics, need_classifiers
 from extractors import EXTRACTORS
+from utils.config import Config
 from utils.errors import Unavailable
 
 
 def listing(weights_root: Path) -> str:
-    """Metrics, extractors and classifiers, one per line, each "ready" or with what to install or fetch."""
+    """All metrics, extractors and classifiers, one per line: "ready", or what to install or fetch."""
     load_metrics()
     metrics = sorted({METRICS.resolve(name) for name in METRICS}, key=lambda entry: entry.name)
     lines = ["metrics (eval.metrics, --metrics)"]
@@ -21,7 +21,7 @@ def listing(weights_root: Path) -> str:
 
 
 def lacking(names: list[str], extractor: str, weights_root: Path) -> list[str]:
-    """Of these metrics those that cannot be computed on this machine: a line for each reason, with what would help."""
+    """The metrics that cannot be computed on this machine: one line per reason, with the fix."""
     load_metrics()
     found: dict[str, list[str]] = {}
     for entry in dict.fromkeys(METRICS.resolve(name) for name in names):
@@ -33,20 +33,20 @@ def lacking(names: list[str], extractor: str, weights_root: Path) -> list[str]:
     return [f"{', '.join(metrics)}: {reason}" for reason, metrics in found.items()]
 
 
-def evaluation_line(config) -> str:
-    """By what the samples are judged, how classifiers choose their epoch, and what that costs."""
-    judged = config.eval
+def evaluation_line(config: Config) -> str:
+    """The metrics, how the epochs of classifiers are selected, and the privacy cost of that."""
+    settings = config.eval
     choice = {
         "val": f"on {config.sensitive_data.num_val:,} private images that training does not see; costs these images "
-        f"epsilon {judged.selection_epsilon:g} of their own (eval.selection_epsilon)",
+        f"epsilon {settings.selection_epsilon:g} of their own (eval.selection_epsilon)",
         "syn": "on samples; costs no epsilon",
         "sen": "on the test images, which is not private",
     }
-    if "classifiers" not in needs_of(judged.metrics):
-        return f"evaluation: {', '.join(judged.metrics) or 'none'}; costs no epsilon"
+    if not need_classifiers(settings.metrics):
+        return f"evaluation: {', '.join(settings.metrics) or 'none'}; costs no epsilon"
     return (
-        f"evaluation: {', '.join(judged.metrics)}; classifiers choose their epoch {choice[judged.mode]} "
-        f"(eval.mode={judged.mode})"
+        f"evaluation: {', '.join(settings.metrics)}; epochs of classifiers are selected {choice[settings.mode]} "
+        f"(eval.mode={settings.mode})"
     )
 
 
@@ -57,11 +57,11 @@ def _metric_lines(entry: Metric, weights_root: Path) -> list[str]:
     if entry.extractor:
         state += f"; by extractor {entry.extractor}"
     elif "sample_logits" in entry.needs:
-        state = "ready where an extractor with class probabilities is (inception)"
+        state = "ready if an extractor with class probabilities is (inception, efficientnet_lite0)"
     elif entry.uses_extractor and state == "ready":
-        state = "ready where eval.extractor is, see below"
-    floor = f"; from {entry.min_images} images" if entry.min_images > 1 else ""
-    return [f"  {name:<22}{better} is better; {state}{floor}" for name, better in entry.better.items()]
+        state = "ready if eval.extractor is, see below"
+    minimum = f"; at least {entry.min_images} images" if entry.min_images > 1 else ""
+    return [f"  {name:<22}{better} is better; {state}{minimum}" for name, better in entry.better.items()]
 
 
 def _state(check, weights_root: Path) -> str:

@@ -1,4 +1,4 @@
-"""Signs that samples are of no use, or are not what they seem to be, which metrics alone may hide."""
+"""Signs that samples are unusable or misleading, which metrics alone may hide."""
 
 import hashlib
 from collections import Counter
@@ -9,21 +9,21 @@ from data.spec import DataSpec, Samples
 from evaluation.report import Report
 from utils.seeding import numpy_rng
 
-SHARE = 0.05  # of the samples: fewer of a kind are no reason for a warning
-COMPARED = 1000  # samples whose distances to each other are computed
-NEAR = 0.1  # times the typical distance between two samples: closer ones are near copies
-LEAST_STEP = 2.0  # grey levels of 255, root mean square: closer ones are near copies too
+SHARE = 0.05  # of the samples; below it there is no warning
+COMPARED = 1000  # samples whose pairwise distances are computed
+NEAR = 0.1  # of the typical distance between two samples: closer samples are near copies
+LEAST_STEP = 2.0  # root mean square, in grey levels of 255: closer samples are near copies too
 ROWS_AT_ONCE = 4096
 
 
 def sample_warnings(samples: Samples, spec: DataSpec) -> list[str]:
-    """What is suspicious about the samples alone; no real image is looked at."""
+    """Warnings about the samples alone; no real image is read."""
     return [*_constant(samples), *_absent_classes(samples, spec), *_copies_of_each_other(samples)]
 
 
 def accuracy_warnings(report: Report) -> list[str]:
-    """Classifiers that learned nothing from the samples. The classes of the test images are read from the confusion
-    tables of the report."""
+    """Warnings about classifiers that learned nothing. The classes of the test images come from the confusion matrices
+    of the report."""
     below_majority, below_chance, majority, chance = [], [], 0.0, 0.0
     for name, tables in report.details.items():
         if not name.startswith("accuracy/") or name not in report.metrics:
@@ -43,8 +43,8 @@ def accuracy_warnings(report: Report) -> list[str]:
     lines = []
     if below_majority:
         lines.append(
-            f"within its 95 % interval the accuracy is not above that of always answering the most frequent class of "
-            f"the test images, {majority:.1f} %: {', '.join(below_majority)}"
+            f"the 95 % interval of the accuracy includes that of always predicting the most frequent class of the "
+            f"test images, {majority:.1f} %: {', '.join(below_majority)}"
         )
     if below_chance:
         lines.append(f"balanced accuracy is not above chance, {chance:.1f} %: {', '.join(below_chance)}")
@@ -52,7 +52,7 @@ def accuracy_warnings(report: Report) -> list[str]:
 
 
 def public_copies(samples: np.ndarray, public: np.ndarray) -> int:
-    """How many of the samples (N, C, H, W) equal one of the public images (M, C, H, W), byte by byte."""
+    """The number of samples (N, C, H, W) that equal one of the public images (M, C, H, W), byte by byte."""
     if samples.shape[1:] != public.shape[1:]:
         return 0
     counts, found = Counter(_digests(samples)), 0
@@ -69,7 +69,7 @@ def _digests(images: np.ndarray) -> list[bytes]:
 def _constant(samples: Samples) -> list[str]:
     flat = samples.images.reshape(*samples.images.shape[:2], -1)
     count = int((flat.min(axis=2) == flat.max(axis=2)).all(axis=1).sum())
-    return _if_many(count, samples, "have one colour everywhere")
+    return _if_many(count, samples, "are of one uniform colour")
 
 
 def _absent_classes(samples: Samples, spec: DataSpec) -> list[str]:
@@ -84,7 +84,7 @@ def _absent_classes(samples: Samples, spec: DataSpec) -> list[str]:
 
 
 def _copies_of_each_other(samples: Samples) -> list[str]:
-    """Exact copies among all samples, else near copies in a part of them."""
+    """Exact copies among all samples; if there are few, near copies in a subset."""
     repeated = sum(count for count in Counter(_digests(samples.images)).values() if count > 1)
     exact = _if_many(repeated, samples, "equal another sample, byte by byte")
     return exact or _near_copies(samples)

