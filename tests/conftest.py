@@ -28,11 +28,9 @@ settings.load_profile("repeatable")
 PREPARED_ONCE = {"finished"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        for name in PREPARED_ONCE & set(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}:{name}"))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    for name in PREPARED_ONCE & set(item.fixturenames):
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}:{name}"))
 
 
 NUM_RECORDS, NUM_CLASSES, RESOLUTION, PUBLIC_CLASSES = 60, 3, 8, 6
