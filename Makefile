@@ -23,10 +23,10 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 quickstart: setup
 	$(RUN) run.py --method PrivImage --data_name digits_8 --epsilon 10
 
-# One process per core; a few tests start processes of their own. Tests of one xdist_group share a process, so that
-# what their module prepares for all of them, such as the toy runs, is prepared once.
+# One process per core; a few tests start processes of their own. The tests of a module share a process, so that what
+# a module prepares for all of them, such as the toy runs, is prepared once.
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadgroup
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadscope
 
 test-slow: $(VENV)/.installed-dev
 	$(RUN) -m pytest -m slow

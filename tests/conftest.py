@@ -1,4 +1,4 @@
-"""Shared fixtures: a toy dataset with a public one, every method at toy size, and the distribution of tests."""
+"""Shared fixtures: a toy dataset with a public one, and every method at toy size."""
 
 import dataclasses
 import functools
@@ -23,17 +23,6 @@ from utils.runtime import Runtime
 torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
-
-# Module-wide fixtures that take seconds: all of their tests run in one process of pytest-xdist (see Makefile).
-PREPARED_ONCE = {"finished"}
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        for name in PREPARED_ONCE & set(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}:{name}"))
-
 
 NUM_RECORDS, NUM_CLASSES, RESOLUTION, PUBLIC_CLASSES = 60, 3, 8, 6
 

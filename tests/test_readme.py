@@ -92,21 +92,22 @@ def test_python_commands_compose(page, command, tmp_path):
     if program == "eval.py":
         load_config(argv, METHODS, program="eval")
     elif program in COMPOSING:
-        compose(COMPOSING[program], argv, tmp_path, plan=page == README)
+        compose(COMPOSING[program], argv, tmp_path, plan=page == README and "digits_8" in argv)
     else:
         importlib.import_module(program.removesuffix(".py").replace("/", ".")).parse_arguments(argv)
 
 
+STOPS = {"--dry_run", "--print_config"}
+
+
 def compose(main: Callable, argv: list[str], tmp_path: Path, plan: bool) -> None:
-    """Load the configuration of a command; with `plan`, calibrate those of digits_8 and those with --dry_run too."""
+    """Load the configuration of a command; with `plan`, calibrate it too."""
     if stand_in := placeholder(argv):
         pytest.skip(f"{stand_in} is a placeholder for the reader's own")
-    if plan and "digits_8" in argv and not {"--dry_run", "--print_config"} & set(argv):
+    if not plan:
+        argv = [*(argument for argument in argv if argument not in STOPS), "--print_config"]
+    elif not STOPS & set(argv):
         argv = [*argv, "--dry_run"]
-    elif plan and "--dry_run" in argv:
-        argv = [*argv, "eval=none"]  # timing the published classifiers takes a minute
-    else:
-        argv = [*(argument for argument in argv if argument != "--dry_run"), "--print_config"]
     outcome = call(main, [*argv, "--exp_root", str(tmp_path / "exp")])
     assert outcome.code == 0, outcome.err
     assert not (tmp_path / "exp").exists()
