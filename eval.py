@@ -43,7 +43,7 @@ RUN_FLAGS = {
     "epsilon": "privacy.epsilon",
 }  # flag -> key of config.yaml
 # Another value than the run's would let eval.mode=val ask records that were trained on, or account for it wrongly.
-FIXED = ("sensitive_data.num_val", "privacy.relation")
+FIXED = ("sensitive_data.num_train", "sensitive_data.num_val", "privacy.relation")
 USED = (
     "eval",
     "sensitive_data",
