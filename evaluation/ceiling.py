@@ -33,7 +33,7 @@ def trained_on_real(
 ) -> Choice:  # fmt: skip
     """The last epoch of classifier `name`, trained on all of `train` as on samples, and its logits on `test`.
 
-    With `cache` the logits are kept there: per prepared dataset, numbers of images, recipe and seed. Raises
+    With `cache` the logits are kept there: per prepared dataset, training images, recipe and seed. Raises
     Unavailable if the training fails.
     """
     from evaluation.classifiers.training import train_classifier
@@ -41,10 +41,14 @@ def trained_on_real(
     recipe = recipe_for(config.recipe, spec, len(train))
     path, shape = None, (len(test), spec.num_classes)
     if cache is not None and cache.folder is not None:
-        # A prepared folder has a random name in `identity`; the file's name says nothing about the images.
+        # A prepared folder has a random name in `identity`, and the digest is keyed: the file's name says nothing
+        # about the images.
         facts = (spec.identity or spec.name, len(train), len(test), name, spec.protocol, config.recipe)
         version = RECIPE_VERSIONS[config.recipe]
-        path = cache.folder / f"ceiling-{'-'.join(map(str, facts))}-v{version}-seed{seed}.npz"
+        rows = _digest(
+            cache, train
+        )  # as many others may have been used, such as those that eval.mode=val holds out
+        path = cache.folder / f"ceiling-{'-'.join(map(str, facts))}-v{version}-seed{seed}-{rows}.npz"
     logits = None if path is None else _kept(path, shape)
     if logits is None:
         log.info(f"ceiling: {name} is trained on the {len(train):,} real training images")
@@ -56,6 +60,14 @@ def trained_on_real(
         if path is not None:
             _keep(path, logits)
     return Choice(recipe.num_epochs, logits)
+
+
+def _digest(cache: PrivateCache, train: Samples) -> str:
+    digest = cache.new_hash()
+    digest.update(np.ascontiguousarray(train.labels))
+    for start in range(0, len(train), 1024):
+        digest.update(np.ascontiguousarray(train.images[start : start + 1024]))
+    return digest.hexdigest()
 
 
 def _kept(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
