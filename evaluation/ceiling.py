@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.cache import PrivateCache
 from data.spec import Samples
 from evaluation.classifiers.recipe import RECIPE_VERSIONS, recipe_for
 from evaluation.features import UNREADABLE
@@ -30,7 +31,7 @@ def with_ceiling(config: EvalConfig) -> list[str]:
 def train_on_real(name: str, train: Samples, test: Samples, settings: EvaluatorSettings) -> Choice:
     """The last epoch of classifier `name`, trained on all of `train` like on samples, and its logits on `test`.
 
-    With a cache the logits are kept there, per prepared dataset, numbers of images, recipe and seed. Raises
+    With a cache the logits are kept there, per prepared dataset, training images, recipe and seed. Raises
     Unavailable if the training fails.
     """
     from evaluation.classifiers.training import train_classifier
@@ -56,10 +57,25 @@ def _cache_path(name: str, train: Samples, test: Samples, settings: EvaluatorSet
     if settings.cache is None or settings.cache.folder is None:
         return None
     spec, recipe = settings.spec, settings.config.recipe
-    # `identity` is a random name of the prepared folder, so the file name reveals nothing about the images.
+    # `identity` is a random name of the prepared folder and the digest is keyed, so the file name reveals nothing about
+    # the images.
     facts = (spec.identity or spec.name, len(train), len(test), name, spec.protocol, recipe)
+    # As many other images may have been used, such as those that eval.mode=val holds out.
+    rows = _digest(settings.cache, train)
     version = RECIPE_VERSIONS[recipe]
-    return settings.cache.folder / f"ceiling-{'-'.join(map(str, facts))}-v{version}-seed{settings.seed}.npz"
+    return (
+        settings.cache.folder
+        / f"ceiling-{'-'.join(map(str, facts))}-v{version}-seed{settings.seed}-{rows}.npz"
+    )
+
+
+def _digest(cache: PrivateCache, train: Samples) -> str:
+    """A keyed digest of the training images and labels."""
+    digest = cache.new_hash()
+    digest.update(np.ascontiguousarray(train.labels))
+    for start in range(0, len(train), 1024):
+        digest.update(np.ascontiguousarray(train.images[start : start + 1024]))
+    return digest.hexdigest()
 
 
 def _read_logits(path: Path, shape: tuple[int, int]) -> np.ndarray | None:

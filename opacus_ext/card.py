@@ -136,10 +136,15 @@ def _headline(report: dict) -> str:
     )
 
 
+def _claims_epsilon(report: dict) -> bool:
+    """There is an epsilon that a guarantee for several images can be derived from."""
+    return report["private"] and bool(report["releases"]) and math.isfinite(report["spent"])
+
+
 def _person_lines(report: dict) -> list[str]:
     """The guarantee for a person with several images, by group privacy (Dwork & Roth 2014, theorem 2.2)."""
     count = report.get("images_per_person")
-    if count is None or not (report["private"] and report["releases"]):
+    if count is None or not _claims_epsilon(report):
         return []
     epsilon = report["spent"]
     log_delta = math.log(count) + (count - 1) * epsilon + math.log(report["budget"]["delta"])
@@ -262,7 +267,7 @@ def _group_lines(report: dict) -> Iterator[str]:
         "several images of one person count as several records: for k of them epsilon becomes k x epsilon, and delta "
         "k x exp((k - 1) x epsilon) x delta; to protect a person, choose both accordingly"
     )
-    if report["private"] and report["releases"]:
+    if _claims_epsilon(report):
         limit = unprotected_group(report["spent"], report["budget"]["delta"])
         yield (
             f"**for a person with {limit} or more images nothing is guaranteed**: at this epsilon and delta, the delta "

@@ -82,7 +82,9 @@ def _cost(ledger: Ledger | None) -> list[str]:
         return []
     if not any(ledger.executed(release.name) for release in ledger.releases()):
         return ["no private image was used"]
+    # Not `spent()`, which may raise: the run would not be marked, and could be resumed.
+    spent = ledger.report()["spent"]
     return [
-        f"what this run spent on these private images, epsilon {at_most(ledger.spent())}, stays spent and adds to the "
+        f"what this run spent on these private images, epsilon {at_most(spent)}, stays spent and adds to the "
         f"epsilon of the new run"
     ]

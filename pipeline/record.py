@@ -34,6 +34,7 @@ PACKAGES = (
 FREE = (
     "setup.", "eval.", "model.api_params.openai.max_", "train.dp.max_physical_batch_size", "train.dp.n_split",
 )  # fmt: skip
+PATH_KEYS = ("ckpt", "path")  # ends of the keys whose values are paths
 
 SCHEMA = 1
 # What a later evaluation leaves alone.
@@ -122,11 +123,19 @@ def settings_of(folder: Path, config: Config) -> dict:
 
 
 def training_overrides(folder: Path, config: Config) -> list[str] | None:
-    """The settings that were given for the training of the run in `folder`, as key=value, without those that name
-    places, secrets, the machine or the evaluation; None where the run's record of them is damaged."""
+    """The settings given for the training of the run in `folder`, as key=value, without those about secrets, the
+    machine or the evaluation; None if the run's record of them is damaged. Paths are reduced to their last part: the card is
+    made to be shared, and folders may have the names of people or studies."""
     hidden = ("setup.", "eval.", "sensitive_data.path", "privacy.noise_seed")
     words = settings_of(folder, config)["overrides"]
-    return None if words is None else [word for word in words if not word.startswith(hidden)]
+    return (
+        None if words is None else [_without_folders(word) for word in words if not word.startswith(hidden)]
+    )
+
+
+def _without_folders(word: str) -> str:
+    key, _, value = word.partition("=")
+    return f"{key}={Path(value).name}" if key.endswith(PATH_KEYS) else word
 
 
 def _overrides(words: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """A network whose weights or samples are NaN or infinite ends the run; nothing of it is delivered."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,11 @@ from torch import nn
 import run as run_program
 from models import METHODS
 from models.public.semantic_query import QUERY
+from opacus_ext import accounting
+from opacus_ext.accounting import Release
+from opacus_ext.ledger import Budget, Ledger
 from opacus_ext.validate import validate_independence
+from pipeline.divergence import explaining_divergence, require_not_diverged
 from utils.checkpoint_files import not_finite
 from utils.errors import Diverged, UserError
 from utils.files import read_json
@@ -144,6 +149,26 @@ def test_private_training_that_diverges_ends_the_run(tmp_path):
     assert record["account"]["spent"] == pytest.approx(10, rel=1e-3) and record["message"] in line
     again = call(run_program.main, ["--resume_exp", str(folder)])
     assert "cannot be resumed" in again.refusal and "train.lr" in again.refusal
+
+
+def test_a_run_that_diverged_is_marked_though_its_epsilon_cannot_be_computed(tmp_path):
+    def fail(*_):
+        raise MemoryError
+
+    ledger = Ledger(Budget(1.0, 1e-5))
+    ledger.adopt([Release("training", None, 0.1, 10)])
+    ledger.book("training", 3)
+    kept = new_checkpoints(tmp_path)
+    kept.ledger = ledger
+    config = SimpleNamespace(snapshot={"train": {"lr": 1.0}})
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Diverged, match=r"train\.lr"):
+        patched.setattr(accounting, "_pld_epsilon", fail)
+        with explaining_divergence("train", config, kept, None):
+            raise Diverged("'weights' is NaN")
+    with pytest.raises(UserError, match="cannot be resumed"):
+        require_not_diverged(tmp_path)
+    account = read_json(tmp_path / "diverged.json")["account"]
+    assert account["spent"] == math.inf and "MemoryError" in account["not_computed"]
 
 
 def test_public_pretraining_that_diverges_is_named_and_costs_nothing(tmp_path):

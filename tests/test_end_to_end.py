@@ -218,7 +218,8 @@ def test_a_run_is_judged_by_its_folder_alone(tmp_path):
     assert outcome.code == 0 and f"numbers: {folder / 'results.json'}" in outcome.out, outcome.err
     found = strict_json(folder / "results.json")["metric_info"]["fid/random_conv"]
     assert found["n_real"] == 1337, "images that the run held out are compared with"
-    for setting in ("sensitive_data.num_val=137", "privacy.relation=replace_one"):
+    fixed = ("sensitive_data.num_train=1436", "sensitive_data.num_val=137", "privacy.relation=replace_one")
+    for setting in fixed:
         refusal = call(eval_program.main, ["--exp_path", str(folder), setting]).refusal
         assert refusal.startswith(f"error: {setting.partition('=')[0]}: ") and "leave " in refusal
     privacy = strict_json(folder / "privacy.json")

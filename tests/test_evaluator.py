@@ -298,7 +298,9 @@ def test_a_ceiling_is_trained_once_per_dataset_recipe_and_seed(digits, tmp_path,
 
     first = ceiling()
     assert ceiling() == first and len(trained) == 1
-    for changes in ({"seed": 1}, {"train": small}, {"spec": replace(SPEC, identity="prepared again")}):
+    others = digits[0].take(np.arange(len(digits[0]))[::-1])  # as many as before
+    again = replace(SPEC, identity="prepared again")
+    for changes in ({"seed": 1}, {"train": small}, {"train": others}, {"spec": again}):
         before = len(trained)
         ceiling(**changes)
         assert len(trained) == before + 1, changes
@@ -307,7 +309,7 @@ def test_a_ceiling_is_trained_once_per_dataset_recipe_and_seed(digits, tmp_path,
     content = kept.read_bytes()
     for damaged in (content[:100], b""):
         kept.write_bytes(damaged)
-        assert ceiling(spec=replace(SPEC, identity="prepared again")) == first
+        assert ceiling(spec=again) == first
         assert kept.read_bytes() == content
 
 

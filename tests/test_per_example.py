@@ -233,6 +233,21 @@ def test_a_record_in_a_padded_batch_moves_the_sum_by_the_bound():
     assert relative_error(whole, plain) < 1e-6
 
 
+def test_a_failure_within_a_module_does_not_tell_the_size_of_the_batch():
+    class Failing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.layer = nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x[:, :3]) * self.scale
+
+    images, labels = torch.rand(1717, 4), torch.zeros(1717, dtype=torch.int64)
+    with pytest.raises(UserError, match="one example at a time") as refused:
+        clipped_sum(nn.Sequential(Failing()), lambda net, x, *_: net(x).sum(1), images, labels, 1.0, None)
+    assert "1717" in str(refused.value.__cause__) and "1717" not in str(refused.value)
+
+
 @pytest.mark.parametrize("bound", [1e-3, 0.7, 1e3])
 def test_the_clipped_sum_equals_the_slow_loop(bound):
     for name in ("convolution", "embedding, repeated indices"):

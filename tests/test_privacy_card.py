@@ -192,6 +192,14 @@ def test_a_stage_of_no_steps_is_not_reported():
     assert "| look |" in privacy_card(report)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_without_an_epsilon_nothing_is_claimed_for_a_person(two_stages, count):
+    failed = {"spent": math.inf, "spent_by_accountant": {}, "not_computed": "MemoryError"}
+    card = privacy_card({**two_stages, **failed, "images_per_person": count})
+    assert "For a person" not in card and "for a person with" not in card and "nan" not in card
+    assert "For a person" in privacy_card({**two_stages, "images_per_person": count})
+
+
 def test_presets_that_were_tuned_on_these_very_images_are_named(two_stages):
     argv = ["--method", "Noise", "--data_name", "digits_8"]
     spec, _ = spec_of(load_config(argv, METHODS).sensitive_data, "syn", Path("nowhere"))

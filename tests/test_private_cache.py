@@ -192,6 +192,15 @@ def test_a_place_that_others_can_read_is_never_used(tmp_path, monkeypatch, said)
     assert str(tmp_path / "one") in line and str(tmp_path / "other") in line
 
 
+def test_a_place_of_another_user_is_never_used(tmp_path, monkeypatch, said):
+    """Root may write to it; its owner has made it first, and would read what root writes."""
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    monkeypatch.setattr(private_files.os, "geteuid", lambda: os.getuid() + 1)
+    cache = PrivateCache(tmp_path / "theirs")
+    assert cache.folder is None and not list((tmp_path / "theirs").iterdir())
+    assert str(tmp_path / "theirs") in said.text
+
+
 def test_public_results_have_another_place_where_the_data_root_is_read_only(
     tmp_path, home, monkeypatch, said
 ):

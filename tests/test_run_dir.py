@@ -19,7 +19,14 @@ from opacus_ext.accounting import Release
 from opacus_ext.ledger import Budget, Ledger
 from pipeline.checkpoints import Checkpoints
 from pipeline.folder import create, discard_unstarted, find, find_any
-from pipeline.record import command_of, require_same_config, results_of, settings_of, write_privacy
+from pipeline.record import (
+    command_of,
+    require_same_config,
+    results_of,
+    settings_of,
+    training_overrides,
+    write_privacy,
+)
 from pipeline.stage_times import StageTimes
 from utils import files
 from utils.checkpoint_files import read
@@ -346,6 +353,21 @@ def test_the_settings_of_a_run_are_those_it_was_started_with(tmp_path):
     assert settings_of(tmp_path, now) == expected
     write_json(tmp_path / "environment.json", {})
     assert settings_of(tmp_path, now) == {**expected, "overrides": None}
+
+
+def test_the_card_is_given_no_folder_of_the_command_line(tmp_path):
+    """It is made to be shared."""
+    words = (
+        "model.ckpt=/home/ann/hiv/final.pth", "public_data.train_path=/data/ward 7/faces", "train.lr=1e-3",
+        "public_data.selective.semantic_path=~/q.json", "sensitive_data.path=/data/hiv", "setup.device=cpu",
+    )  # fmt: skip
+    given = training_overrides(tmp_path, RunConfig(words=words))
+    assert given == [
+        "model.ckpt=final.pth",
+        "public_data.train_path=faces",
+        "train.lr=1e-3",
+        "public_data.selective.semantic_path=q.json",
+    ]
 
 
 def test_the_time_of_a_stage_is_of_all_starts_together(tmp_path):

@@ -18,6 +18,8 @@ def make_private_folder(folder: Path) -> None:
         folder.chmod(0o700)
     if readable_by_others(folder):
         raise OSError(errno.EPERM, "others can read it", str(folder))
+    if folder.stat().st_uid != os.geteuid():  # root may write to it, and its owner would read what is written
+        raise OSError(errno.EPERM, "it belongs to another user", str(folder))
 
 
 def create_private_file(path: Path) -> None:

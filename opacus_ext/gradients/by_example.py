@@ -7,6 +7,7 @@ inside such a module whose rule is known leaves the map and runs on the rows of 
 Legend: B examples, K rows per example, adjacent, R = B * K rows.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -150,7 +151,8 @@ def forward_by_example(
     except (UserError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        # Without numbers: layers within the map see all examples, whose number is a secret.
+        reason = re.sub(r"\b\d+", "?", str(error).strip().split("\n")[0][:200])
         raise UserError(
             f"network: no per-example gradient rule for {type(module).__name__} at '{path}', and it cannot be run one "
             f"example at a time ({reason}); register_rule or register_row_forward of opacus_ext.gradients.rules adds a "
