@@ -124,8 +124,11 @@ def settings_of(folder: Path, config: Config) -> dict:
 
 def training_overrides(folder: Path, config: Config) -> list[str] | None:
     """The settings given for the training of the run in `folder`, as key=value, without those about secrets, the
-    machine or the evaluation; None if the run's record of them is damaged. Paths are reduced to their last part: the card is
-    made to be shared, and folders may have the names of people or studies."""
+    machine or the evaluation; None if the run's record of them is damaged.
+
+    Paths are reduced to their last part: the card is made to be shared, and folders may have the names of people or
+    studies.
+    """
     hidden = ("setup.", "eval.", "sensitive_data.path", "privacy.noise_seed")
     words = settings_of(folder, config)["overrides"]
     return (
