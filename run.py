@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
             config = run_config(command_line)
             distributed.take_place(config.setup)
             if config.print_config:
-                lines = [format_config(config)]
+                lines = [format_config(config)] if distributed.is_main() else []
             elif config.dry_run:
                 from pipeline.planning import dry_run
 

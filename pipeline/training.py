@@ -199,7 +199,6 @@ def find_folder(parts: Parts) -> Path:
 
 def describe_run(parts: Parts, folder: Path) -> None:
     """Keep what is printed from here on in the folder and, in a new one, what it takes to repeat the run."""
-    parts.runtime.folder = folder
     logs.also_to(folder / "stdout.txt")
     log.info(f"run folder: {folder}")
     if parts.config.resume is None:
@@ -221,7 +220,8 @@ def train(parts: Parts, folder: Path, images: Images, times: StageTimes) -> None
         checkpoints.save(stage, "snapshot")
         times.keep()
 
-    parts.runtime.snapshot = snapshot
+    # The main process alone owns the folder; the others take part in snapshots.
+    parts.runtime.attach(folder if distributed.is_main() else None, snapshot)
     restored = checkpoints.restore() if parts.config.resume else None
     if restored:
         log.info(f"resumed from {restored}")

@@ -26,6 +26,13 @@ class Runtime:
     weights_root: Path = Path("weights")  # published weights that have been fetched
     snapshot: Callable[[str], None] = field(default=_keep_nothing)  # stage -> save state and ledger together
 
+    def attach(self, folder: Path | None, snapshot: Callable[[str], None]) -> None:
+        """Connect the run to its snapshots and, in the main process, to its folder, which exists only after the plan is
+        known. Raises RuntimeError the second time: everything that holds this object would silently write elsewhere."""
+        if self.folder is not None or self.snapshot is not _keep_nothing:
+            raise RuntimeError("the run is attached to its folder already")
+        self.folder, self.snapshot = folder, snapshot
+
     def rng(self, name: str):
         """A torch.Generator on the run's device for the stream `name`; the same seed and name repeat it."""
         return torch_rng(self.seed, name, self.device)
