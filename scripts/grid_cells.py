@@ -46,11 +46,11 @@ def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *words
     """(exit code, text to print) of a cell."""
     try:
         stem = f"{data}_eps{float(epsilon)}{name}"
-    except ValueError:  # run.py says what is wrong with it
+    except ValueError:  # run.py reports the mistake
         return NOT_DONE, ""
-    others, begun = [], None  # others: what was done with other words, and these words
+    others, begun = [], None  # others: runs with other arguments, and these arguments
     for folder in sorted(Path(exp_root).glob(f"{method.lower()}/{stem}-{STARTED}")):
-        if not (folder / record.ENVIRONMENT).exists():  # nothing was asked yet; or it is no run
+        if not (folder / record.ENVIRONMENT).exists():  # no query was made yet, or it is no run
             continue
         try:
             before, finished = words_of(folder), (folder / RESULTS).exists()
@@ -102,7 +102,7 @@ def dry_run(words: list[str]) -> int:
             print("done already")
             continue
         elif code == BEGUN:
-            print(f"begun in {text}; what is left:")
+            print(f"begun in {text}; remaining work:")
             argv = [*argv, "--resume_exp", text]
         elif text:
             print(text)
