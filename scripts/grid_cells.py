@@ -42,7 +42,7 @@ def done(*cell: str) -> int:
     return code
 
 
-def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *words: str) -> tuple[int, str]:
+def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *arguments: str) -> tuple[int, str]:
     """(exit code, text to print) of a cell."""
     try:
         stem = f"{data}_eps{float(epsilon)}{name}"
@@ -58,7 +58,7 @@ def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *words
                 read_json(folder / RESULTS)
         except UserError as error:
             return DIFFERENT, str(error)
-        if sorted(before) != sorted(words):
+        if sorted(before) != sorted(arguments):
             others.append(("done" if finished else "begun", before))
         elif finished:
             return DONE, ""
@@ -68,7 +68,7 @@ def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *words
         return BEGUN, begun
     if not others:
         return NOT_DONE, ""
-    (how, before), now = others[-1], " ".join(words) or "none"
+    (how, before), now = others[-1], " ".join(arguments) or "none"
     return (
         DIFFERENT,
         f"was {how} with {' '.join(before) or 'no settings'}, now {now}; another NAME runs it too",
