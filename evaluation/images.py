@@ -16,11 +16,11 @@ from utils.progress import progress
 
 
 def read_images(path: Path, spec: DataSpec) -> tuple[Samples, tuple[str, ...]]:
-    """The images at `path` as samples of `spec`, and lines that say how they were changed and which class is absent.
+    """The images at `path` as samples of `spec`, and lines that report how they were changed and which class is absent.
 
-    Images of another size are cropped to the central square and resized (Lanczos); colour becomes grey (ITU-R 601-2),
-    or grey colour. UserError names the file or the index of what cannot be judged: an unreadable file, a label that
-    is no class, a pixel out of range or NaN.
+    Images of another size are cropped to the central square and resized (Lanczos). Colour images are converted to grey
+    (ITU-R 601-2), or grey images to colour. UserError names the file or index of an image that cannot be evaluated:
+    an unreadable file, a label that is no class, a pixel out of range or NaN.
     """
     if (path / "gen" / "gen.npz").exists():
         raise UserError(

@@ -1,8 +1,8 @@
 """report.html: one self-contained page about an evaluation. report.html.j2 is its layout.
 
 The page shows samples and numbers, and no real image. The gallery of nearest training images is a page of its own in
-private/, written only if requested. With eval.gallery=report it is part of report.html, which then says that it
-contains training images.
+private/, written only if requested. With eval.gallery=report it is part of report.html, which then states that
+it contains training images.
 """
 
 import base64

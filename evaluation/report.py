@@ -30,7 +30,7 @@ class Report:
     """metrics: name -> value; accuracies in percent.
 
     metric_info: name -> {"better", "n_real", "n_fake", ...}; "private" is present if the value is computed from private
-    data or selected on private or test data without noise, and says how; "evaluation" holds the settings of an earlier
+    data or selected on private or test data without noise, and states how; "evaluation" holds the settings of an older
     evaluation if the value comes from one; "before" lists values of other settings. missing: name -> reason, with the
     command that helps. details: name -> tables that are too large for metric_info. nearest: sample -> nearest training
     images (rows), for the gallery. warnings: signs that the samples are unusable or misleading.

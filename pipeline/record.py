@@ -30,14 +30,14 @@ PACKAGES = (
     "torch-fidelity",
 )
 
-# What may differ in a resumed run: how and on what it computes, how it is evaluated, how much it may pay for.
+# Settings that may differ in a resumed run: device and precision, evaluation, and the limit of paid requests.
 FREE = (
     "setup.", "eval.", "model.api_params.openai.max_", "train.dp.max_physical_batch_size", "train.dp.n_split",
 )  # fmt: skip
 PATH_KEYS = ("ckpt", "path")  # ends of the keys whose values are paths
 
 SCHEMA = 1
-# What a later evaluation leaves alone.
+# Entries that a later evaluation does not change.
 OF_TRAINING = (
     "epsilon", "seed", "preset", "preset_tier", "borrowed", "precision", "eval_mode", "overrides", "git", "versions",
 )  # fmt: skip
@@ -47,7 +47,7 @@ def write_start(folder: Path, config: Config, data_identity: str) -> None:
     """Write config.yaml, provenance.txt and environment.json into a run's folder. `data_identity` is the random name of
     the prepared private images (DataSpec.identity).
 
-    There is no hash of the private data in it: a hash answers, exactly, whether a guess of the whole set is right,
+    They contain no hash of the private data: a hash reveals without noise whether a guess of the whole set is right,
     and so whether one record is in it.
     """
     from omegaconf import OmegaConf
@@ -59,7 +59,7 @@ def write_start(folder: Path, config: Config, data_identity: str) -> None:
 
 def require_same_data(folder: Path, data_identity: str) -> None:
     """Raise UserError if the private images were prepared again since the run in `folder` began: images that it was
-    trained on might be held out now, and asked as others."""
+    trained on might be held out now, and queried as if they were others."""
     before = read_json(folder / ENVIRONMENT)["data_identity"]
     if before != data_identity:
         raise UserError(
@@ -70,7 +70,7 @@ def require_same_data(folder: Path, data_identity: str) -> None:
 def require_same_config(folder: Path, config: Config) -> None:
     """Raise UserError with the settings in which `config` differs from the run in `folder`.
 
-    What begins like one of FREE may differ; eval.mode may not: it splits the data.
+    Keys that begin with one of FREE may differ. eval.mode may not, because it splits the data.
     """
     before, now = values_of(folder), flatten(config.snapshot)
     bound = {key for key in {*before, *now} if not key.startswith(FREE) or key == "eval.mode"}
@@ -97,7 +97,7 @@ def command_of(folder: Path) -> list[str]:
     path = folder / ENVIRONMENT
     record = read_json(path)
     command = record.get("command") if isinstance(record, dict) else None
-    if isinstance(command, list):  # read_json makes numbers of the words inf and nan
+    if isinstance(command, list):  # read_json turns the arguments inf and nan into numbers
         command = [str(word) if isinstance(word, float) else word for word in command]
     if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
         raise UserError(f"{path}: damaged (no command is in it); restore it or move it away")
@@ -105,14 +105,14 @@ def command_of(folder: Path) -> list[str]:
 
 
 def settings_of(folder: Path, config: Config) -> dict:
-    """What tells a run from another of the same name: how the one in `folder` was started; of images that no run made,
-    how `config` judges them. `overrides` are the words key=value of the command line, in its order."""
+    """The settings that distinguish a run from another of the same name: those that the run in `folder` was started
+    with, or those of `config` for images without a run. `overrides` are the key=value arguments, in their order."""
     values, words = flatten(config.snapshot) | {"eval.mode": config.eval.mode}, config.words
     if (folder / ENVIRONMENT).exists():
         values = values_of(folder)
         try:
             words = command_of(folder)
-        except UserError:  # damaged: no reason to lose what a long evaluation found
+        except UserError:  # damaged: no reason to lose the results of a long evaluation
             words = None
     overrides = None if words is None else _overrides(words)
     return {
@@ -142,7 +142,7 @@ def _without_folders(word: str) -> str:
 
 
 def _overrides(words: Sequence[str]) -> list[str]:
-    """The words that are neither a flag nor the value of one."""
+    """The key=value arguments that are neither a flag nor the value of one."""
     pairs = itertools.pairwise(["", *words])
     return [
         word
@@ -195,9 +195,9 @@ def git_commit() -> str | None:
 
 def write_privacy(folder: Path, training: dict, selection: dict | None = None) -> dict:
     """Write and return privacy.json: the training ledger's report, and one entry in `selection` per evaluation that
-    asked the private validation images, known by its id. Earlier entries stay: judging a run again spends again. So
-    does what was `revealed` before, by an evaluation that was interrupted, too. results.json, if there is one, tells
-    their sum."""
+    queried the private validation images, identified by its id. Earlier entries stay, because evaluating a run again
+    spends budget again. Earlier `revealed` entries also stay, including those of an interrupted evaluation.
+    results.json, if there is one, gets the sum."""
     path = folder / PRIVACY
     before = read_json(path) if path.exists() else {"selection": [], "revealed": []}
     others = [entry for entry in before["selection"] if selection is None or entry["id"] != selection["id"]]
@@ -223,9 +223,9 @@ def results_of(
     facts: dict,
 ) -> dict:
     """The content of results.json, the last file that is written. `evaluation` are its settings, `timing` is in seconds
-    per stage, `facts` is what it says of the samples.
+    per stage, `facts` are its entries about the samples.
 
-    Judging a finished run again gives what `report` then holds; what describes its training stays as it was.
+    Evaluating a finished run again replaces the results by those in `report`; entries about its training are kept.
     """
     path = folder / RESULTS
     before = read_json(path) if path.exists() else {}
@@ -234,7 +234,7 @@ def results_of(
         "schema": SCHEMA,
         "method": config.method,
         "data": config.data_name,
-        "images": None if config.images is None else str(config.images),  # judged without a run
+        "images": None if config.images is None else str(config.images),  # evaluated without a run
         "epsilon": config.epsilon,
         "delta": privacy["budget"]["delta"],
         "private": privacy["private"],
@@ -263,7 +263,7 @@ def results_of(
 
 
 def _of_selection(privacy: dict) -> dict:
-    """What results.json says of the noisy choices of epochs."""
+    """The entries of results.json about the noisy choices of epochs."""
     return {
         "selection_epsilon": sum(selection["spent"] for selection in privacy["selection"]),
         "noise_seeded": any(part["noise_seeded"] for part in (privacy, *privacy["selection"])),

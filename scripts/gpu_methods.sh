@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On one GPU, in minutes: DPDM and DP-FETA as published, but with K noise draws of each image, DIFFUSION_EPOCHS epochs
 # and 20 sampling steps; DP-MERF and DP-Kernel as published; DP-NTK with NTK_BATCH generated images in a step; all in
-# short precision. Judged by the quick classifier on GENERATED images. Results go to docs/results/gpu_methods.csv. See
+# short precision. The quick classifier evaluates GENERATED images. Results go to docs/results/gpu_methods.csv. See
 # grid.sh for SETTINGS, NAME, EXP_ROOT, JOBS and --dry_run.
 #
 #   K=4 DIFFUSION_EPOCHS=150 METHODS=DPDM DATA=mnist_28 scripts/gpu_methods.sh

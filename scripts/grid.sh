@@ -1,10 +1,10 @@
 # Sourced by rq1.sh to rq4.sh, which run cells of a grid: one method on one dataset at one budget. Cells that are done
-# are skipped and those that were begun go on, so a script can be stopped and started again; one that fails does not
+# are skipped and interrupted ones are resumed, so a script can be stopped and started again. A cell that fails does not
 # stop the others. With --dry_run nothing is trained: every cell is calibrated, and its noise and cost are printed.
 #
-# Environment: SETTINGS, key=value words for every cell; NAME tells grids with different SETTINGS apart, as it is part of
-# every run folder's name; EXP_ROOT, where the runs go; PYTHON; JOBS, cells at a time, for networks that leave a GPU or
-# most cores idle: what each of them says is then in <EXP_ROOT>/logs.
+# Environment: SETTINGS, key=value arguments for every cell; NAME, which distinguishes grids with different SETTINGS and is
+# part of every run folder's name; EXP_ROOT, the folder of the runs; PYTHON; JOBS, cells at a time, for networks that leave
+# a GPU or most cores idle: the output of each cell is then in <EXP_ROOT>/logs.
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
     echo "grid.sh is what rq1.sh to rq4.sh share; run one of these, or see their --help" >&2
     exit 2
@@ -19,9 +19,9 @@ EXP_ROOT=${EXP_ROOT:-exp}
 JOBS=${JOBS:-1}
 DRY_RUN=
 failures=()
-running=() # with JOBS: processes of cells, and beside each its label
+running=() # with JOBS: processes of cells; their labels have the same index in `labels`
 labels=()
-planned=() # words of all cells of a dry run, each cell's ended by a semicolon
+planned=() # arguments of all cells of a dry run; a semicolon ends each cell
 
 case "${1:-}" in
     "") ;;
@@ -72,7 +72,7 @@ cell() { # method data epsilon name [key=value ...]
     local label="$method $data epsilon $epsilon"
     [ "$name" = "$NAME" ] || label="$label $name"
     shift 4
-    # shellcheck disable=SC2206  # SETTINGS is a list of words
+    # shellcheck disable=SC2206  # SETTINGS is a list of arguments
     local words=("$@" $SETTINGS)
     local named=(--method "$method" --data_name "$data" --epsilon "$epsilon" --exp_description "$name")
     local place=(--exp_root "$EXP_ROOT")
@@ -110,7 +110,7 @@ cell() { # method data epsilon name [key=value ...]
     labels+=("$label, see $log")
 }
 
-stop_all() { # what runs beside others is not reached by Ctrl-C
+stop_all() { # Ctrl-C does not reach cells that run in the background
     local left
     left=$(jobs -rp)
     [ -z "$left" ] || echo "stopping, once $(echo "$left" | wc -l | tr -d ' ') cells have saved what they did" >&2
@@ -132,7 +132,7 @@ judged() { # exit code of a run, label: ends the script if the run was stopped
     fi
 }
 
-finish() { # gather what there is in <EXP_ROOT>/table.csv, and tell what has failed
+finish() { # collect the results in <EXP_ROOT>/table.csv, and report failed cells
     if [ -n "$DRY_RUN" ]; then
         "$PYTHON" scripts/grid_cells.py dry_run "${planned[@]}"
         exit

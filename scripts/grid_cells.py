@@ -42,15 +42,15 @@ def done(*cell: str) -> int:
     return code
 
 
-def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *words: str) -> tuple[int, str]:
+def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *arguments: str) -> tuple[int, str]:
     """(exit code, text to print) of a cell."""
     try:
         stem = f"{data}_eps{float(epsilon)}{name}"
-    except ValueError:  # run.py says what is wrong with it
+    except ValueError:  # run.py reports the mistake
         return NOT_DONE, ""
-    others, begun = [], None  # others: what was done with other words, and these words
+    others, begun = [], None  # others: runs with other arguments, and these arguments
     for folder in sorted(Path(exp_root).glob(f"{method.lower()}/{stem}-{STARTED}")):
-        if not (folder / record.ENVIRONMENT).exists():  # nothing was asked yet; or it is no run
+        if not (folder / record.ENVIRONMENT).exists():  # no query was made yet, or it is no run
             continue
         try:
             before, finished = words_of(folder), (folder / RESULTS).exists()
@@ -58,7 +58,7 @@ def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *words
                 read_json(folder / RESULTS)
         except UserError as error:
             return DIFFERENT, str(error)
-        if sorted(before) != sorted(words):
+        if sorted(before) != sorted(arguments):
             others.append(("done" if finished else "begun", before))
         elif finished:
             return DONE, ""
@@ -68,7 +68,7 @@ def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *words
         return BEGUN, begun
     if not others:
         return NOT_DONE, ""
-    (how, before), now = others[-1], " ".join(words) or "none"
+    (how, before), now = others[-1], " ".join(arguments) or "none"
     return (
         DIFFERENT,
         f"was {how} with {' '.join(before) or 'no settings'}, now {now}; another NAME runs it too",
@@ -102,7 +102,7 @@ def dry_run(words: list[str]) -> int:
             print("done already")
             continue
         elif code == BEGUN:
-            print(f"begun in {text}; what is left:")
+            print(f"begun in {text}; remaining work:")
             argv = [*argv, "--resume_exp", text]
         elif text:
             print(text)

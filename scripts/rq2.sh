@@ -57,7 +57,7 @@ done
 for data in $SIZE_DATA; do
     for method in $METHODS; do
         while read -r size settings; do
-            # shellcheck disable=SC2086  # a list of words
+            # shellcheck disable=SC2086  # a list of arguments
             cell "$method" "$data" "$SIZE_EPSILON" "$NAME-$size" $settings </dev/null
         done < <(sizes "$method")
     done

@@ -1,9 +1,9 @@
-"""Several processes that train one model: who is who, how they start and end, what they tell each other.
+"""Several processes that train one model: their ranks, how they start and end, and how they communicate.
 
-Two ways in. `setup.n_gpus_per_node` and `setup.n_nodes` make run.py start the other processes of its machine; under
-torchrun, which sets RANK and WORLD_SIZE, they are there already. All run the same program, each on its share of the
-work. Process 0, the main one, alone writes files and talks to the terminal. Where there is one process, every function
-here does nothing or gives back what it was given, so that callers need no case distinction.
+There are two ways to start them. `setup.n_gpus_per_node` and `setup.n_nodes` make run.py start the other processes of
+its machine; under torchrun, which sets RANK and WORLD_SIZE, they already exist. All processes run the same program,
+each on its share of the work. Only process 0, the main one, writes files and prints to the terminal. With one process,
+every function here does nothing or returns its input, so that callers need no case distinction.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ def world_size() -> int:
 
 @contextlib.contextmanager
 def processes(device: str, program: Callable[[list[str]], object], argv: list[str]) -> Iterator[None]:
-    """Within: all processes of the run work together, those of this machine that nobody has started in program(argv).
+    """Within: all processes of the run work together; those of this machine that are not running yet run program(argv).
 
     `device` is what this process computes on. When the block ends without `leave`, the processes it started are
     ended; LostProcess names the one that has failed.
@@ -135,8 +135,8 @@ def processes(device: str, program: Callable[[list[str]], object], argv: list[st
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """Around a whole program: an error of the main process is told first, and ends the others before they tell the
-    same. What fails in another process alone is told after a few seconds."""
+    """Wrap a whole program: the main process reports its error first and ends the others before they report the same
+    error. An error of another process alone is reported after a few seconds."""
     completed = False
     try:
         yield
@@ -147,7 +147,7 @@ def main_process_first() -> Iterator[None]:
 
 
 def leave() -> None:
-    """End the common work: the main process goes on alone, the others have nothing left to do."""
+    """End the common work: the main process continues alone, and the others have no more work."""
     global _group
     if _group is None:
         return
@@ -160,13 +160,13 @@ def leave() -> None:
 
 
 def _require_devices(device: str) -> None:
-    """One GPU per process, if it is GPUs."""
+    """Raise UserError if the processes compute on GPUs and there is less than one GPU per process."""
     import torch
 
     if device.startswith("cuda") and torch.cuda.device_count() < _place.local_size:
         raise UserError(
             f"setup.n_gpus_per_node: {_place.local_size} processes on this machine need a GPU each, but torch sees "
-            f"{torch.cuda.device_count()}; ask for fewer, or set setup.device=cpu"
+            f"{torch.cuda.device_count()}; set a smaller number, or set setup.device=cpu"
         )
 
 
@@ -180,7 +180,7 @@ def _meet(device: str) -> None:
     if on_gpu:
         torch.cuda.set_device(_place.local_rank)
     if _place.world_size == _place.local_size:
-        # Gloo would listen on the machine's address in the network; what it carries is private.
+        # By default gloo listens on the machine's network address, but the data that it transfers are private.
         for _, name in socket.if_nameindex():
             if name in ("lo", "lo0"):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
@@ -229,9 +229,9 @@ def _start_followers(program, argv: list[str]) -> list:
 
 
 def _follow(program, argv: list[str], environment: dict[str, str]) -> None:
-    """What a started process does."""
+    """The main function of a process that this module starts."""
     global _place
-    # They may reach all processes; the one that started this one answers.
+    # These signals may reach all processes; the process that started this one handles them.
     for number in (signal.SIGINT, *STOP_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     protect_standard_streams()
@@ -247,7 +247,7 @@ def _end_with_parent() -> None:
 
 
 def _watch(followers: list, ending: threading.Event) -> None:
-    """End this process if another one has died and the main thread, waiting for it, does not notice."""
+    """End this process if another one has died and the main thread does not notice because it waits for that one."""
     alive = list(followers)
     while alive and not any(follower.exitcode for follower in followers):
         multiprocessing.connection.wait([follower.sentinel for follower in alive])
@@ -260,7 +260,7 @@ def _watch(followers: list, ending: threading.Event) -> None:
 
 
 def _first_failure(followers: list) -> str | None:
-    """Which of the started processes has failed, and how; None if none has within some seconds."""
+    """The name of the started process that failed, and how it failed; None if none fails within some seconds."""
     deadline = time.monotonic() + 2 * GRACE
     while followers and time.monotonic() < deadline:
         for follower in followers:
@@ -284,8 +284,8 @@ def _end(followers: list, patience: float) -> None:
 
 
 def share(count: int) -> slice:
-    """This process's part of `count` positions: contiguous, ordered like the processes, nearly equal, maybe empty; that
-    of the main process is empty only where all are."""
+    """This process's part of `count` positions: contiguous, ordered like the processes, nearly equal, maybe empty. The
+    main process's part is empty only if all parts are."""
     if _group is None:
         return slice(0, count)
     return slice(*(-(-count * border // _place.world_size) for border in (_place.rank, _place.rank + 1)))
@@ -310,8 +310,8 @@ def _first_line(error: Exception) -> str:
 
 
 def from_main(compute: Callable[[], T]) -> T:
-    """compute() of the main process, in every process; the others do not call it. The value is pickled: hand over no
-    tensor that lies on a GPU."""
+    """Return the main process's compute() in every process; the others do not call it. The value is pickled, so it must
+    not contain a tensor on a GPU."""
     value = compute() if is_main() else None
     if _group is None:
         return value
@@ -326,7 +326,7 @@ def from_main(compute: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def main_goes_first() -> Iterator[None]:
-    """The main process runs the block while the others wait, then the others do: what it writes, they find."""
+    """The main process runs the block first, and then the others run it, so that they find what it has written."""
     if not is_main():
         from_main(bool)
     yield
@@ -358,7 +358,7 @@ def sum_on_main(part, release: Callable):
     import torch.distributed as dist
 
     with _noticing_loss():
-        # Elsewhere the reduction may leave partial sums of several processes in it, which nobody reads.
+        # In the other processes, the reduction may leave partial sums in `total`; nothing reads them.
         total = part.clone()
         dist.reduce(total, 0, group=_group)
     released = release(total) if is_main() else torch.empty_like(part, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Randomness addressed by position: what an example of a batch is dealt depends on its place in the batch alone."""
+"""Randomness addressed by position: the draws of an example depend only on its position in the batch."""
 
 import hashlib
 
@@ -12,11 +12,11 @@ UNITS = {"cpu": 16, "cuda": 128}
 class Draws:
     """Random numbers for the examples at positions [start, stop) of one logical batch.
 
-    What position i gets from the n-th call depends on (key, n, i) and the shape asked for: never on how the batch is
-    cut into chunks or spread over processes, and a chunk that is tried again gets the same. Calls are counted from 0
-    in every object, so all chunks of a batch must make the same calls in the same order.
+    The numbers at position i in the n-th call depend only on (key, n, i) and the requested shape, not on how the batch
+    is cut into chunks or spread over processes; a chunk that is tried again gets the same numbers. Calls are counted
+    from 0 in every object, so all chunks of a batch must make the same calls in the same order.
 
-    The numbers are as secret as `key` (16 to 64 bytes). CPUs and GPUs deal different ones from the same key.
+    The numbers are as secret as `key` (16 to 64 bytes). CPUs and GPUs draw different numbers from the same key.
     """
 
     def __init__(self, key: bytes, start: int, stop: int, device: str | torch.device = "cpu") -> None:
@@ -34,7 +34,7 @@ class Draws:
         return Draws(self._key, self._start + first, self._start + max(first, last), self._device)
 
     def stretched(self, length: int) -> "Draws":
-        """Of these positions and of those behind them, `length` together."""
+        """The draws of `length` positions from the same start: these positions and those after them."""
         return Draws(self._key, self._start, self._start + length, self._device)
 
     def normal(self, *shape: int) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""Lines for a person: on the terminal, and in <run>/stdout.txt once there is a run folder. Of several processes only
-the main one speaks."""
+"""Log lines for the user: on the terminal, and in <run>/stdout.txt once there is a run folder. Of several processes
+only the main one logs."""
 
 import logging
 import sys

@@ -9,9 +9,9 @@ OF_OTHERS = 0o077  # the rights of everyone but the owner
 
 
 def make_private_folder(folder: Path) -> None:
-    """Make `folder` with the rights 0700, or take the rights of others from one that exists.
+    """Create `folder` with mode 0700, or remove the rights of other users from an existing one.
 
-    OSError if it cannot be made, is somebody else's, or lies in a file system that keeps no rights.
+    Raises OSError if it cannot be created, belongs to another user, or is in a file system without permissions.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # never with wider rights, not even for a moment
     if stat.S_IMODE(folder.stat().st_mode) != 0o700:
@@ -23,7 +23,7 @@ def make_private_folder(folder: Path) -> None:
 
 
 def create_private_file(path: Path) -> None:
-    """Make an empty file with the rights 0600; it replaces one that exists. Writing to it keeps its rights."""
+    """Create an empty file with mode 0600, replacing an existing one. Writing to it keeps the mode."""
     path.unlink(missing_ok=True)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
 

@@ -1,4 +1,4 @@
-"""How every program of the toolkit starts and ends: its words, its standard streams, its exit code."""
+"""How every program of the toolkit starts and ends: its arguments, its standard streams, its exit code."""
 
 import functools
 import sys
@@ -17,16 +17,16 @@ MISTAKE = 2  # exit code: the user can repair it
 
 def program(main: Callable[[list[str]], int]) -> Callable[[list[str] | None], int]:
     """Decorator of a program's `main`, which takes the command line (None: that of the process) and returns the exit
-    code. What the user or the machine is to blame for ends it with one line on stderr: a UserError, a full or protected
-    disk and too little memory with code 2, a signal with 128 plus its number."""
+    code. An error caused by the user or the machine ends the program with one line on stderr: a UserError, a full or
+    protected disk and too little memory with code 2, a signal with 128 plus its number."""
 
     @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> int:
-        words = sys.argv[1:] if argv is None else argv
+        arguments = sys.argv[1:] if argv is None else argv
         try:
-            require_readable(words)
+            require_readable(arguments)
             with signals_interrupt():
-                return main(words)
+                return main(arguments)
         except UserError as error:
             reason = str(error)
         except KeyboardInterrupt as stop:
@@ -43,15 +43,15 @@ def program(main: Callable[[list[str]], int]) -> Callable[[list[str] | None], in
     return guarded
 
 
-def require_readable(words: list[str]) -> None:
-    """Raise UserError for a word with a control character, such as the carriage return that a script with the line ends
-    of Windows leaves after the last word of a line, or with bytes that are not UTF-8."""
-    require_utf8(words, "the command line")
-    for word in words:
-        found = [character for character in word if unicodedata.category(character) == "Cc"]
+def require_readable(arguments: list[str]) -> None:
+    """Raise UserError for an argument with bytes that are not UTF-8 or with a control character, such as the carriage
+    return that a script with Windows line ends leaves after the last argument of a line."""
+    require_utf8(arguments, "the command line")
+    for argument in arguments:
+        found = [character for character in argument if unicodedata.category(character) == "Cc"]
         if found:
             raise UserError(
-                f"{word!r}: contains a control character ({found[0]!r}); scripts with Windows line ends add them: "
+                f"{argument!r}: contains a control character ({found[0]!r}); scripts with Windows line ends add them: "
                 f"convert the script, for instance with dos2unix"
             )
 

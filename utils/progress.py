@@ -12,7 +12,7 @@ def progress(
     iterable: Iterable, description: str, total: int | None = None, initial: int = 0, unit: str = "step"
 ):
     """Wrap `iterable` in a bar on stderr. In a log file it prints a line every half minute, not one per refresh. Of
-    several processes only the main one shows it; where nothing is left to do there is no bar."""
+    several processes only the main one shows it. There is no bar if no steps remain."""
     if total is None:
         total = len(iterable)
     if not distributed.is_main() or initial >= total:
@@ -32,7 +32,7 @@ def progress(
 
 
 def duration(seconds: float) -> str:
-    """A time as a person says it."""
+    """A readable duration, such as "2.5 hours"."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""What a method is given besides its configuration: device, named randomness, and where to leave snapshots."""
+"""What a method receives in addition to its configuration: device, named randomness, and a place for snapshots."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What ends a program early through no fault of its code: a signal, a full or protected disk, too little memory."""
+"""External reasons for which a program ends early: a signal, a full or protected disk, too little memory."""
 
 import contextlib
 import errno
@@ -25,8 +25,8 @@ def exit_code(stop: KeyboardInterrupt) -> int:
 
 @contextlib.contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """Within: the first of STOP_SIGNALS raises StoppedBySignal, later ones do nothing (`timeout` sends two, SLURM a
-    SIGTERM after the signal that was asked for). One that is ignored, as SIGHUP under nohup, stays ignored."""
+    """Within: the first of STOP_SIGNALS raises StoppedBySignal, and later ones do nothing (`timeout` sends two; SLURM
+    sends a SIGTERM after the requested signal). An ignored signal, such as SIGHUP under nohup, stays ignored."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     handled = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
 
@@ -47,7 +47,7 @@ def signals_interrupt() -> Iterator[None]:
 
 
 def failure_of_storage(error: OSError) -> str | None:
-    """What is wrong with a disk or a folder, with advice; None for an error that is about something else."""
+    """A description of a problem with a disk or a folder, with advice; None for any other error."""
     place = error.filename or "a file"
     if error.errno in DISK_FULL:
         return f"disk full at {place} ({error.strerror}); free space"
@@ -57,12 +57,12 @@ def failure_of_storage(error: OSError) -> str | None:
 
 
 def shortage(error: Exception) -> str | None:
-    """One line about what the machine lacks or denies, with advice; None for an error that is about something else."""
+    """One line about a missing resource or right of the machine, with advice; None for any other error."""
     if isinstance(error, OSError):
         return failure_of_storage(error)
     # PyTorch has a class of its own for GPUs, and none for the CPU.
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
-        # Not the size that was asked for: it may tell how large a secret sample of private images is.
+        # The requested size is left out, because it may reveal the size of a secret sample of private images.
         return (
             "out of memory; use smaller batches (train.dp.max_physical_batch_size, gen.batch_size, "
             "eval.batch_size), a smaller network, or fewer images"

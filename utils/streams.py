@@ -1,5 +1,5 @@
-"""Standard output and standard error that never end a program: a closed one, a log on a full disk, a terminal or a
-reader that has gone (`| head`) lose what is printed, and nothing else. A run also has its lines in stdout.txt."""
+"""Standard output and standard error that never end a program. If a stream is closed, its disk is full, or its terminal
+or reader (`| head`) has gone, only the printed text is lost. A run also writes its lines to stdout.txt."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ import sys
 
 
 class _PatientOutput(io.RawIOBase):
-    """Writes to a file descriptor, and drops what it does not take."""
+    """Writes to a file descriptor, and drops output that the descriptor does not accept."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -27,15 +27,15 @@ class _PatientOutput(io.RawIOBase):
         while True:
             try:
                 return os.write(self._descriptor, data)
-            except BlockingIOError:  # somebody else has made it non-blocking, and its reader is slow
+            except BlockingIOError:  # another program has made it non-blocking, and its reader is slow
                 select.select([], [self._descriptor], [])
             except OSError:
                 return len(data)
 
 
 def protect_standard_streams() -> None:
-    """Replace sys.stdout and sys.stderr. Call it before any file is opened: a closed descriptor would become that of
-    the next file, and a library that prints would write into it."""
+    """Replace sys.stdout and sys.stderr. Call it before any file is opened: otherwise the next file may get the number
+    of a closed descriptor, and a library that prints would write into that file."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -57,7 +57,7 @@ def _patient(stream):
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=stream.encoding,
-        errors="backslashreplace",  # an ASCII console shows \xe9 for a letter that it lacks
+        errors="backslashreplace",  # an ASCII console shows \xe9 for a letter outside ASCII
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )

@@ -58,10 +58,10 @@ def load_model(device: str, weights_root: Path):
 
 
 def import_package():
-    """The module ImageReward. Raises Unavailable with what to install.
+    """The module ImageReward. Raises Unavailable with the install command.
 
-    It imports OpenAI's clip too, for scores that nobody asks for here, and no registry has that package: where it is
-    missing, an empty module stands in for it.
+    ImageReward also imports OpenAI's clip, for scores that are not used here. No registry has that package, so an empty
+    module replaces it if it is missing.
     """
     stand_in = "clip" not in sys.modules and importlib.util.find_spec("clip") is None
     if stand_in:

@@ -84,7 +84,7 @@ class EvolutionConfig:
         return _entry(self.selection, iteration)
 
     def growth(self, iteration: int) -> int:
-        """Members of the population after iteration 0 .. T per image that was drawn or selected for it."""
+        """Size of the population after iteration 0 .. T, per image that was drawn or selected for it."""
         if iteration == 0:
             return 1 + self.initial_variation_fold
         return self.fold(iteration) + self.keeps(iteration)

@@ -26,10 +26,10 @@ def survivors(
 ) -> np.ndarray:
     """(count,) indices of the candidates of one class that survive, chosen by their noisy votes (n,).
 
-    "sample" draws with replacement, in proportion to what a candidate has above `threshold`. Where no candidate has
-    anything above it, all are equally likely: a rule about the released numbers, so that it tells nothing more about
-    the private records. "rank" takes the `count` candidates with most votes, of equal ones the first; a threshold
-    changes nothing there.
+    "sample" draws with replacement, in proportion to a candidate's votes above `threshold`. If no candidate has votes
+    above it, all are equally likely; this rule uses only the released numbers, so it reveals nothing more about the
+    private records. "rank" takes the `count` candidates with the most votes, the first of equal ones; it does not
+    depend on the threshold.
     """
     if selection == "rank":
         return np.argsort(-votes, kind="stable")[:count]

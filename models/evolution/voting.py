@@ -26,11 +26,12 @@ def choose_backend(name: str) -> str:
 class NearestCandidates:
     """The k nearest of n candidates, nearest first, for any number of records; of equally near ones the first.
 
-    The candidates are synthetic; what a record's features make of them is for a mechanism alone to see.
+    The candidates are synthetic, but the result depends on private records: only a mechanism may see it.
 
-    A record's votes must be its own. Libraries choose by the size of a batch how they add up, and a population holds
-    many a candidate twice: where rounding tells its copies apart, one record more of a class could move the votes of
-    all others. So distances are always computed for RECORDS_AT_ONCE records, in float64, and compared in float32.
+    A record's votes must not depend on other records. Libraries choose the order of summation by the batch size, and a
+    population holds some candidates twice: if rounding separates the copies, one additional record of a class could
+    move the votes of all others. So distances are always computed for RECORDS_AT_ONCE records, in float64, and compared
+    in float32.
     """
 
     def __init__(self, features: torch.Tensor, mode: str, num_neighbors: int, backend: str) -> None:

@@ -1,7 +1,7 @@
-"""The discriminator that sharpens autoencoders: it judges overlapping patches (Isola et al. 2017, arXiv:1611.07004).
+"""The discriminator that sharpens autoencoders: it scores overlapping patches (Isola et al. 2017, arXiv:1611.07004).
 
-For public images alone. Norms are GroupNorm where the paper has BatchNorm: an image is judged by itself, so that the
-result does not depend on how a batch is spread over processes.
+It is for public images only. It uses GroupNorm instead of the paper's BatchNorm, so that the score of an image does not
+depend on how a batch is spread over processes.
 """
 
 import torch
@@ -35,10 +35,10 @@ class PatchDiscriminator(nn.Sequential):
 
 
 def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """Of the discriminator: (B, 1, h, w) logits each -> (B,) means over patches (Lim & Ye 2017, arXiv:1705.02894)."""
+    """Loss of the discriminator: (B, 1, h, w) logits each -> (B,) patch means (Lim & Ye 2017, arXiv:1705.02894)."""
     return 0.5 * ((1.0 - real).relu() + (1.0 + fake).relu()).flatten(1).mean(1)
 
 
 def fooling_loss(fake: torch.Tensor) -> torch.Tensor:
-    """Of whoever made the fakes: (B, 1, h, w) logits -> (B,)."""
+    """Loss of the network that generates the fakes: (B, 1, h, w) logits -> (B,)."""
     return -fake.flatten(1).mean(1)

@@ -104,8 +104,8 @@ def load_autoencoder(source: str, spec: DataSpec) -> PretrainedAutoencoder:
 
 
 def load_unet(source: str, latent_shape: tuple[int, int, int], label_dim: int) -> nn.Module:
-    """Of model.backbone; UserError if there is none, if it does not fit the latents (Z, h, w), or if a class is not all
-    that it wants to be told."""
+    """The network of model.backbone; UserError if there is none, if it does not fit the latents (Z, h, w), or if it
+    needs a condition other than a class."""
     model = _load("model.backbone", source, UNETS, "unet")
     wrapper = UNETS[type(model).__name__]
     for end in ("in_channels", "out_channels"):
@@ -127,12 +127,12 @@ def load_unet(source: str, latent_shape: tuple[int, int, int], label_dim: int) -
 
 
 def require_schedule(source: str, schedule: dict[str, object]) -> None:
-    """Raise UserError where a published network says that it was trained for other noise than `schedule`, which names
-    the values of model.schedule, or for anything but its prediction."""
+    """Raise UserError if a published network states a training noise other than `schedule`, which names the values of
+    model.schedule, or a prediction other than the one there."""
     published = _published_schedule(source.removeprefix(PREFIX))
     if not published:
         log.info(
-            f"model.backbone: {source} does not tell its noise; model.schedule must be what it was trained with"
+            f"model.backbone: {source} does not state its noise; model.schedule must be what it was trained with"
         )
     names = {"num_timesteps": "num_train_timesteps", "type": "beta_schedule"}
     for key, value in schedule.items():

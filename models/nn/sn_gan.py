@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 BLOCKS = 3  # of either network; each changes the resolution by a factor of 2, unless the image is too small for that
-SMALLEST = 4  # pixels that a generator starts from: it tells places apart by the borders of its convolutions
+SMALLEST = 4  # pixels that a generator starts from: the borders of its convolutions distinguish positions
 
 
 class ResNetGenerator(nn.Module):

@@ -116,11 +116,11 @@ class ImageAPI(abc.ABC):
 def checked(
     found: Candidates, labels: np.ndarray, image_shape: tuple[int, int, int], call: str
 ) -> Candidates:
-    """`found`, if a generator has answered `call` as the contract says; else a UserError of one line."""
+    """Return `found` if a generator's result of `call` meets the contract; else raise a UserError of one line."""
     images = np.asarray(found.images)
     expected = (len(labels), *image_shape)
     if images.shape != expected:
-        raise UserError(f"{call} returned images of shape {images.shape}; asked for {expected}")
+        raise UserError(f"{call} returned images of shape {images.shape}; expected {expected}")
     if images.dtype != np.uint8:
         finite = "" if images.dtype.kind != "f" or np.isfinite(images).all() else ", some of them not finite"
         raise UserError(f"{call} returned {images.dtype} pixels{finite}; they must be uint8")

@@ -41,7 +41,7 @@ class DiffusionAPIConfig:
     ema_rate: float
     sampler: SamplerConfig
     batch_size: int  # images per forward pass
-    pretrain: PublicStageConfig  # without ckpt; `cond` also says how a checkpoint was pretrained
+    pretrain: PublicStageConfig  # without ckpt; `cond` also states how a checkpoint was pretrained
 
     def __post_init__(self) -> None:
         check_field(0 <= self.ema_rate < 1, "ema_rate", self.ema_rate, "in [0, 1)")

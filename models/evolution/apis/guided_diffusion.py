@@ -129,7 +129,7 @@ class ImprovedDiffusionAPI(ImageAPI):
     def _denoised(self, x: torch.Tensor, num_timesteps: int, model_labels: np.ndarray) -> np.ndarray:
         """DDIM (equation 12, eta = 0) from the noisiest of the first `num_timesteps` visited timesteps to an image.
 
-        The estimate of the clean image is clipped to its range, and the noise that fits the clipped one goes on.
+        The estimate of the clean image is clipped to its range; the next step uses the noise that fits the clipped one.
         """
         network, labels = self.network(), torch.from_numpy(model_labels).to(x.device)
         labels = None if self.config.network.num_classes is None else labels

@@ -44,7 +44,7 @@ class OpenAIAPIConfig:
     variation: str  # endpoint: edits (image and text) or variations (the image alone; dall-e-2)
     variation_prompt: str  # of edits; "{}" stands for the class name
     quality: str | None  # low, medium, high ..; None: the service's choice
-    size: int  # pixels of the images that are asked for and sent
+    size: int  # pixels of the images that are requested and sent
     image_size: int  # pixels of the candidates that are kept
     images_per_request: int  # random images per request; variations come one by one
     max_requests: int  # of the whole run
@@ -145,7 +145,7 @@ class OpenAIAPI(ImageAPI):
         return buffer.getvalue()
 
     def _asked(self, requests: list[Request], count: int, description: str) -> np.ndarray:
-        """The images (count, *image_shape) of all requests; the main process asks, for all."""
+        """The images (count, *image_shape) of all requests, which the main process sends for all processes."""
         return distributed.from_main(lambda: self._ask_all(requests, count, description))
 
     def _ask_all(self, requests: list[Request], count: int, description: str) -> np.ndarray:
@@ -155,7 +155,7 @@ class OpenAIAPI(ImageAPI):
         if len(missing) > left:
             raise UserError(
                 f"{SECTION}.max_requests: {self.config.max_requests} is too little: {len(answers)} are spent and "
-                f"{len(missing)} more are needed now; nothing was asked. Raise it, and resume"
+                f"{len(missing)} more are needed now; no request was sent. Raise it, and resume"
             )
         for request in progress(missing, description, unit="request"):
             answers.keep(request.key, self._ask(request))
@@ -171,7 +171,7 @@ class OpenAIAPI(ImageAPI):
         return self._answers
 
     def _ask(self, request: Request) -> np.ndarray:
-        """(n, *image_shape) uint8. Raises UserError of one line; the service's words about a key are not repeated."""
+        """(n, *image_shape) uint8. Raises UserError of one line; the service's message about a key is not repeated."""
         import openai
 
         arguments = dict(request.arguments)
@@ -184,20 +184,22 @@ class OpenAIAPI(ImageAPI):
         except openai.APIConnectionError as error:
             raise UserError(f"{SECTION}: no answer from {self.client().base_url}; {RESUME}") from error
         except openai.APIError as error:
-            told = error.body.get("message") if isinstance(error.body, dict) else None
-            reason = " ".join(str(told or error.message).split())[:200]
+            message = error.body.get("message") if isinstance(error.body, dict) else None
+            reason = " ".join(str(message or error.message).split())[:200]
             raise UserError(f"{SECTION}: {type(error).__name__} ({reason}); {RESUME}") from error
         return self._decoded(response.data or [], request)
 
     def _decoded(self, data: list, request: Request) -> np.ndarray:
         found = [base64.b64decode(item.b64_json) for item in data if item.b64_json]
         if len(found) != len(request.rows):
-            raise UserError(f"{SECTION}: asked for {len(request.rows)} images, {len(found)} came; {RESUME}")
+            raise UserError(
+                f"{SECTION}: {len(request.rows)} images requested, {len(found)} received; {RESUME}"
+            )
         pictures = [decode(content, f"an answer of {self.config.model}") for content in found]
         return np.stack([square_array(picture, self.config.image_size, 3) for picture in pictures])
 
     def client(self):
-        """The library's client, which retries on its own. Raises UserError where library or key is missing."""
+        """The library's client, which retries on its own. Raises UserError if the library or the key is missing."""
         if self._client is None:
             try:
                 import openai
