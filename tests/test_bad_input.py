@@ -83,7 +83,7 @@ def test_command_line(tmp_path, more, words):
     assert all(word in refusal for word in words), refusal
 
 
-def test_nothing_given_is_answered_with_the_usage():
+def test_no_arguments_print_the_usage():
     outcome = call(run_program.main, [])
     assert outcome.code == 2 and outcome.out == ""
     assert outcome.err.startswith("usage: python run.py") and "PrivImage, " in outcome.err
@@ -96,7 +96,7 @@ def test_unknown_method(tmp_path):
     assert "PrivImages" in refusal and "did you mean 'PrivImage'" in refusal and "DP-MERF" in refusal
 
 
-def test_a_mistake_is_one_line_of_the_process_too(tmp_path):
+def test_a_process_reports_a_mistake_in_one_line(tmp_path):
     outcome = execute("run.py", arguments("Noise", tmp_path / "exp", "--epsilon", "0"))
     assert "greater than 0" in outcome.refusal
     assert outcome.out == ""
@@ -357,7 +357,7 @@ def test_a_copy_of_private_rows_that_a_run_kept(tmp_path, prepared):
     assert "holds the private images" in refused(tmp_path, *more, method="DP-MERF")
 
 
-def test_public_images_beside_the_private_ones_are_accepted(tmp_path, prepared):
+def test_public_images_next_to_the_private_ones_are_accepted(tmp_path, prepared):
     prepare(image_folder(tmp_path / "others", {"a": 20, "b": 20}), tmp_path / "images" / "sets", "--public")
     for public in ("others", "images/sets/mine"):
         settings = [
@@ -390,7 +390,7 @@ def test_samples_of_a_run_as_public_images(tmp_path):
     assert "made from private images" in refused(tmp_path, *more, method="DP-MERF")
 
 
-def test_a_run_does_not_go_on_with_data_that_were_prepared_again(tmp_path, prepared, monkeypatch):
+def test_a_run_does_not_resume_after_its_data_were_prepared_again(tmp_path, prepared, monkeypatch):
     """Another split would ask images as validation images that the run was trained on."""
     settings = ["--data_root", str(prepared), "eval.mode=val", "sensitive_data.num_val=5", "gen.data_num=4"]
     argv = arguments("Noise", tmp_path / "exp", *MINE, *settings, "eval.metrics=[accuracy]")
@@ -498,7 +498,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
-def test_a_run_that_cannot_be_written_is_not_judged(tmp_path, monkeypatch, code):
+def test_a_run_that_cannot_be_written_is_not_evaluated(tmp_path, monkeypatch, code):
     folder = call(run_program.main, arguments("Noise", tmp_path / "exp", "eval=none")).folder
     before = files_of(folder)
 
@@ -511,7 +511,7 @@ def test_a_run_that_cannot_be_written_is_not_judged(tmp_path, monkeypatch, code)
     assert files_of(folder) == before
 
 
-def test_a_disk_that_fills_while_images_are_judged_leaves_no_folder(tmp_path, monkeypatch):
+def test_a_disk_that_fills_during_an_evaluation_leaves_no_folder(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -136,7 +136,7 @@ def test_fine_tuning_from_a_checkpoint_is_the_second_half_of_a_run(
     assert np.array_equal(tuned.synthesizer.generate(5).images, whole.synthesizer.generate(5).images)
 
 
-def test_fine_tuning_from_a_checkpoint_of_the_query_pays_for_it_again(make_trial, tmp_path):
+def test_fine_tuning_from_a_checkpoint_of_the_query_books_its_cost_again(make_trial, tmp_path):
     whole = make_trial("PrivImage", noise_seed=5)
     whole.synthesizer.pretrain(whole.public, whole.private)
     checkpoint = saved(whole, tmp_path)
@@ -152,7 +152,7 @@ def test_fine_tuning_from_a_checkpoint_of_the_query_pays_for_it_again(make_trial
 
 
 @pytest.mark.parametrize("name", ["DP-FETA", "DP-FETA-Pro"])
-def test_fine_tuning_from_a_checkpoint_of_the_warm_ups_pays_for_them_again(name, make_trial, tmp_path):
+def test_fine_tuning_from_a_checkpoint_of_the_warm_ups_books_their_cost_again(name, make_trial, tmp_path):
     """And is the second half of a run, to the last bit."""
     whole = make_trial(name, noise_seed=5)
     whole.run()
@@ -168,7 +168,7 @@ def test_fine_tuning_from_a_checkpoint_of_the_warm_ups_pays_for_them_again(name,
 
 
 @pytest.mark.parametrize("name", PRETRAINED)
-def test_pretraining_goes_on_as_one_long_pretraining(name, make_trial, tmp_path):
+def test_resumed_pretraining_equals_one_long_pretraining(name, make_trial, tmp_path):
     """Order of the images, random draws, optimiser and average included."""
     fewer, more = (["pretrain.batch_size=8", f"pretrain.n_epochs={epochs}"] for epochs in (1, 2))
     query = ["public_data.selective.sigma=1e-3"] if name == "PrivImage" else []  # two queries, one answer
@@ -225,7 +225,7 @@ def test_every_sampler_draws_for_a_method(sampler, make_method):
 # ------------------------------------------------------------------------------------------ through run.py
 
 
-def test_a_finished_run_only_samples_when_told_so(tmp_path):
+def test_a_finished_run_only_samples_on_request(tmp_path):
     """As the published benchmark says it: no epochs, the run's own final checkpoint, and --resume_exp."""
     first = call(run_program.main, arguments("PDP-Diffusion", tmp_path, "eval=none"))
     assert first.code == 0, first.err
@@ -284,7 +284,7 @@ def test_a_batch_larger_than_the_public_set_takes_all_of_it(make_trial, caplog):
     assert "pretrain: there are 48 images, fewer than batch_size=100" in caplog.text
 
 
-def test_levels_that_a_size_lacks_are_passed_over(caplog):
+def test_levels_missing_at_an_image_size_are_skipped(caplog):
     """[16, 8, 4] is a published setting for 28 px, whose levels are 28, 14, 7 and 4."""
     argv = [
         "--method",

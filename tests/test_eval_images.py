@@ -82,7 +82,7 @@ def test_every_layout_gives_the_same_samples(layouts, digits, layout):
     assert notes == ()
 
 
-def test_other_sizes_and_channels_are_converted_and_said(tmp_path, digits):
+def test_other_sizes_and_channels_are_converted_and_reported(tmp_path, digits):
     large = digits.images.repeat(2, axis=2).repeat(2, axis=3).repeat(3, axis=1)
     np.savez(tmp_path / "large.npz", x=large, y=digits.labels)
     samples, notes = read_images(tmp_path / "large.npz", SPEC)
@@ -220,7 +220,7 @@ def test_images_are_evaluated_with_extractors_that_need_no_hub(name, layouts, tm
     assert results["metric_info"][f"kid/{name}"]["extractor"] == name
 
 
-def test_images_are_judged_without_a_method(layouts, tmp_path):
+def test_images_are_evaluated_without_a_method(layouts, tmp_path):
     metrics = "accuracy,fid,recall,authpct"
     outcome = evaluate("--images", str(layouts["zip"]), "--metrics", metrics, out=tmp_path / "out")
     assert outcome.code == 0, outcome.err
@@ -251,7 +251,7 @@ def test_the_second_time_no_image_passes_an_extractor(layouts, tmp_path, monkeyp
     assert first == second
 
 
-def test_judging_images_needs_no_training_code(layouts, tmp_path):
+def test_evaluating_images_needs_no_training_code(layouts, tmp_path):
     argv = ["--images", str(layouts["nchw"]), "--data_name", "digits_8", "--out", str(tmp_path / "out")]
     argv += ["--data_root", str(data_root()), "--metrics", "fid"]
     code = f"""
@@ -272,7 +272,7 @@ def test_without_out_the_results_go_below_exp_root(layouts, tmp_path):
     assert strict_json(found)["metrics"].keys() == {"fid/random_conv"}
 
 
-def test_missing_parts_do_not_hide_the_others_and_the_exit_code_tells(layouts, tmp_path):
+def test_missing_metrics_do_not_hide_the_others_and_set_the_exit_code(layouts, tmp_path):
     argv = ["--images", str(layouts["nchw"]), "--metrics", "fid,cmmd", "--weights_root", str(tmp_path)]
     outcome = evaluate(*argv, out=tmp_path / "out")
     assert outcome.code == 3
@@ -301,12 +301,12 @@ def test_missing_parts_do_not_hide_the_others_and_the_exit_code_tells(layouts, t
         (["--metrics", "fid"], ["--exp_path", "--images"]),
     ],
 )
-def test_mistakes_are_one_line(argv, words):
+def test_mistakes_are_reported_in_one_line(argv, words):
     refusal = evaluate(*argv).refusal
     assert all(word in refusal for word in words), refusal
 
 
-def test_one_class_folder_is_judged_as_an_npz_of_one_class_is(digits, tmp_path):
+def test_one_class_folder_is_evaluated_like_an_npz_of_one_class(digits, tmp_path):
     threes = digits.take(np.flatnonzero(digits.labels == 3))
     write_folder(tmp_path / "images", threes, lambda row, label: f"{label}/{row:03}.png")
     samples, notes = read_images(tmp_path / "images", SPEC)
@@ -343,7 +343,7 @@ def test_values_against_other_real_images_are_not_mixed(digits, tmp_path):
     assert "was prepared again" in judge("--force").refusal
 
 
-def test_zeros_and_ones_in_bytes_are_told(tmp_path):
+def test_zeros_and_ones_in_bytes_are_reported(tmp_path):
     np.savez(tmp_path / "x.npz", x=np.ones((10, 8, 8), np.uint8), y=np.arange(10))
     assert any("no pixel is above 1 of 255" in note for note in read_images(tmp_path / "x.npz", SPEC)[1])
 
@@ -359,7 +359,7 @@ def test_a_run_is_not_overwritten(layouts, tmp_path):
     assert "is the folder of a run" in evaluate("--images", str(layouts["nchw"]), out=tmp_path).refusal
 
 
-def test_a_judgement_is_added_to_and_never_replaced(layouts, tmp_path):
+def test_an_evaluation_is_extended_and_never_replaced(layouts, tmp_path):
     out = tmp_path / "out"
     assert evaluate("--images", str(layouts["zip"]), "--metrics", "fid", out=out).code == 0
     assert evaluate("--images", str(layouts["nchw"]), "--dry_run", out=out).code == 0, (
@@ -404,7 +404,7 @@ def test_without_a_word_examples_are_shown():
     assert "--exp_path" in outcome.err and "--images" in outcome.err and "--list" in outcome.err
 
 
-def test_list_says_what_is_there_and_what_is_missing(tmp_path):
+def test_list_reports_available_and_missing_metrics(tmp_path):
     outcome = call(eval_program.main, ["--list", "--weights_root", str(tmp_path)])
     assert outcome.code == 0, outcome.err
     lines = {line.split()[0]: line for line in outcome.out.splitlines() if line.startswith("  ")}

@@ -83,7 +83,7 @@ class ChooseThird:
         return 2
 
 
-def test_noisy_selection_is_asked_once_per_classifier_and_its_choice_is_reported(digits):
+def test_noisy_selection_makes_one_query_per_classifier_and_reports_its_choice(digits):
     select = ChooseThird(digits[1])
     report = evaluate(digits, mode="val", select=select)
     assert list(select.scores) == ["selection/small_cnn"]
@@ -127,7 +127,7 @@ def test_best_test_is_the_best_and_marked(digits):
     assert "private" not in report.metric_info["accuracy/small_cnn/last_epoch"]
 
 
-def test_oracles_are_asked_for_and_marked(digits):
+def test_oracles_are_opt_in_and_marked(digits):
     assert not [name for name in evaluate(digits, mode="syn").metrics if "best" in name]
     records, shuffled = ChooseThird(digits[1]), np.random.default_rng(0).permutation(100)
     validation = digits[0].take(np.arange(100, 200))
@@ -250,7 +250,7 @@ def test_the_ceiling_is_the_classifier_trained_on_all_real_training_images(digit
 @pytest.mark.parametrize(
     ("choice", "expected"), [("auto", ["logistic_regression"]), ("all", ["logistic_regression", "wrn"]), ("none", [])]
 )  # fmt: skip
-def test_large_classifiers_have_a_ceiling_only_if_it_is_asked_for(choice, expected):
+def test_large_classifiers_have_a_ceiling_only_on_request(choice, expected):
     classifiers = ["Logistic_Regression", "WRN"]
     assert with_ceiling(config(classifiers=classifiers, ceiling=choice)) == expected
     assert with_ceiling(config(classifiers=classifiers, ceiling=choice, metrics=["fid"])) == []
@@ -385,7 +385,7 @@ def test_copies_show_in_the_memorisation_metrics(digits):
     assert copied["fld_gap/random_conv"] < drawn["fld_gap/random_conv"] - 10
 
 
-def test_random_conv_tells_noise_from_digits(digits):
+def test_random_conv_distinguishes_noise_from_digits(digits):
     train = digits[0]
     half, other = train.take(np.arange(100)), train.take(np.arange(100, 200))
     noise = Samples(np.random.default_rng(0).integers(0, 256, half.images.shape, dtype=np.uint8), half.labels)
@@ -409,7 +409,7 @@ def test_random_conv_is_fixed():
     assert found[[0, 70, 128, 200]].tolist() == pytest.approx(frozen, rel=1e-4)
 
 
-def test_only_the_values_that_are_asked_for(digits):
+def test_only_the_requested_values_are_computed(digits):
     assert set(evaluate(digits, metrics=["recall"]).metrics) == {"recall/random_conv"}
     wanted = check_metrics(["Precision_Recall", "fid", "recall"])
     assert wanted == ["precision", "recall", "precision_k4", "recall_k4", "fid"]
@@ -442,7 +442,7 @@ def test_too_few_images_are_refused_with_the_number_needed(digits):
     assert np.isfinite(report.metrics["accuracy/small_cnn/last_epoch"])
 
 
-def test_a_metric_that_fails_is_said_and_hides_no_other(digits, monkeypatch, caplog):
+def test_a_failed_metric_is_reported_and_hides_no_other(digits, monkeypatch, caplog):
     def broken(*_):
         return 1 / 0
 
@@ -466,7 +466,7 @@ def test_an_extractor_that_fails_hides_no_metric_that_does_without(digits, monke
     assert "accuracy/small_cnn/syn_val" in report.metrics
 
 
-def test_a_value_stands_where_that_of_real_images_fails(digits, monkeypatch, caplog):
+def test_a_value_is_kept_if_that_of_real_images_fails(digits, monkeypatch, caplog):
     def broken(*_):
         raise RuntimeError("out of memory")
 
@@ -600,7 +600,7 @@ def test_features_that_cannot_be_kept_cost_a_warning_alone(digits, tmp_path, mon
     ("shape", "words"),
     [((5, 3, 8, 8), "3x8x8.*has 1x8x8"), ((5, 1, 16, 16), "1x16x16"), ((0, 1, 8, 8), "at least one image")],
 )
-def test_images_of_another_form_are_refused(digits, shape, words):
+def test_images_of_another_shape_are_refused(digits, shape, words):
     samples = Samples(np.zeros(shape, np.uint8), np.zeros(shape[0], np.int64))
     with pytest.raises(UserError, match=words):
         evaluate(digits, samples)
@@ -626,7 +626,7 @@ def test_unknown_names_are_refused_before_anything_runs(changes, words):
         Evaluator(EvaluatorSettings(config(**changes), SPEC, Path("absent"), "cpu", 0))
 
 
-def test_what_is_missing_is_said_of_this_evaluation_alone():
+def test_missing_metrics_are_reported_for_this_evaluation_alone():
     earlier = Report(missing={"accuracy": "no memory", "fid/inception": "no weights"})
     found = {"fid/random_conv": 2.0}
     written = Report(found, {name: {} for name in found}, {"kid/inception": "no weights"}).after(earlier, {})
@@ -647,7 +647,7 @@ def read_again(report: Report, settings: dict) -> Report:
     return replace(report, metric_info=info)
 
 
-def test_a_value_that_other_settings_gave_is_kept_beside_the_new_one():
+def test_a_value_from_other_settings_is_kept_next_to_the_new_one():
     quick, paper = (
         {"recipe": "quick", "seed": 0, "mode": "syn"},
         {"recipe": "paper", "seed": 0, "mode": "val"},
@@ -693,7 +693,7 @@ def test_report_survives_json_and_prints_every_name(digits):
     assert lines[-1].startswith("missing: inception_score/random_conv: ")
 
 
-def test_a_torchvision_that_does_not_load_is_said_in_one_line_with_the_fix(monkeypatch):
+def test_a_broken_torchvision_is_reported_in_one_line_with_the_fix(monkeypatch):
     import builtins
 
     from extractors.inception import _inception_network
@@ -711,13 +711,13 @@ def test_a_torchvision_that_does_not_load_is_said_in_one_line_with_the_fix(monke
     assert "\n" not in str(caught.value)
 
 
-def test_the_price_of_a_choice_is_told_where_it_differs():
+def test_a_different_privacy_cost_of_a_choice_is_reported():
     earlier = judged({"accuracy/a": 50.0}, {"mode": "val", "selection_epsilon": 1.0})
     written = judged({"accuracy/a": 60.0}).after(earlier, {"mode": "val", "selection_epsilon": 0.01})
     assert "  accuracy/a: 50 with selection_epsilon=1.0" in written.table().splitlines()
 
 
-def test_another_answer_to_the_same_question_is_kept_too():
+def test_a_repeated_measurement_with_the_same_settings_is_kept():
     """Of a noisy choice, which was paid for, or of the same samples in another order."""
     settings = {"recipe": "quick", "seed": 0}
     written = judged({"accuracy/a": 51.0}).after(judged({"accuracy/a": 50.0}, settings), settings)

@@ -88,7 +88,7 @@ def test_a_network_that_knows_the_noise_has_no_loss():
     torch.testing.assert_close(found, torch.zeros(4), rtol=0, atol=1e-6)
 
 
-def test_a_network_that_says_nothing_has_the_variance_of_the_noise_as_its_loss():
+def test_a_network_that_predicts_zero_has_the_noise_variance_as_its_loss():
     found = loss_of(draws=4)(Spy(), torch.full((5, 3, 20, 20), 0.7), torch.zeros(5).long(), dealt(5))
     assert found.shape == (5,)
     torch.testing.assert_close(found, torch.ones(5), rtol=0.1, atol=0)
@@ -250,7 +250,7 @@ def test_encoding_in_parts_changes_nothing(make_method):
     assert latents.decode(whole[:0]).shape == (0, 1, 8, 8)
 
 
-def test_an_interrupted_autoencoder_goes_on_where_it_was(make_method):
+def test_an_interrupted_autoencoder_resumes(make_method):
     def fitted(kept_at=None):
         states = []
         runtime = Runtime()
@@ -451,7 +451,7 @@ def test_public_checkpoints_are_interchangeable(first, second, make_trial, make_
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_pretraining_goes_on_as_one_long_pretraining(name, make_trial, tmp_path):
+def test_resumed_pretraining_equals_one_long_pretraining(name, make_trial, tmp_path):
     """The autoencoder is the checkpoint's, and is not trained again."""
     fewer, more = (["pretrain.batch_size=8", f"pretrain.n_epochs={epochs}"] for epochs in (1, 2))
     whole, first = (make_trial(name, *settings) for settings in (more, fewer))
@@ -553,7 +553,7 @@ def test_a_pixel_checkpoint_is_refused(make_trial, make_method, tmp_path):
 # ------------------------------------------------------------------------------------------ diffusers
 
 
-def test_without_the_library_it_is_asked_for(make_method, monkeypatch):
+def test_a_missing_diffusers_is_reported_with_the_fix(make_method, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UserError, match=r"model\.autoencoder: .* pip install diffusers"):
         make_method("DP-LDM", "model.autoencoder=diffusers:some/where")

@@ -334,7 +334,7 @@ def test_a_truncated_release_refuses_a_sum_over_all_records():
 
 
 @pytest.mark.parametrize("mechanism", ["noisy_sum", "sampled_noisy_sum"])
-def test_a_noisy_max_release_pays_for_no_sum(mechanism):
+def test_a_noisy_max_release_covers_no_sum(mechanism):
     """It is charged 1 / multiplier in pure epsilon, which Gaussian noise of that size does not give."""
     private, read = private_of(
         torch.zeros(3, 1), [noisy_max_release("max", 0.1, "add_or_remove_one")], epsilon=1.0
@@ -343,7 +343,7 @@ def test_a_noisy_max_release_pays_for_no_sum(mechanism):
         getattr(private, mechanism)("max", read, 1.0)
 
 
-def test_a_gaussian_release_pays_for_no_noisy_max():
+def test_a_gaussian_release_covers_no_noisy_max():
     private, _ = private_of(torch.zeros(3, 1), [SUM])
     with pytest.raises((UnplannedRelease, AssertionError)):
         private.report_noisy_max("sum", lambda x, y: torch.ones(len(x), 2))

@@ -97,7 +97,7 @@ def test_the_query_finds_the_look_alikes(make_trial, shaded, public, by_brightne
         assert np.array_equal(*images)
 
 
-def test_the_price_is_in_the_plan(make_method):
+def test_the_privacy_cost_is_in_the_plan(make_method):
     query, training = make_method(NAME).privacy_plan()
     assert query == Release("semantic query", 100.0)
     assert training.noise_multiplier is None
@@ -123,7 +123,7 @@ def test_noise_of_the_query_is_sigma_times_root_k(make_trial, public, by_brightn
 # ------------------------------------------------------------------------------------------ asking once
 
 
-def test_a_resumed_run_reads_the_answer_and_asks_nothing(make_trial, public, by_brightness, tmp_path):
+def test_a_resumed_run_reads_the_saved_result_and_makes_no_query(make_trial, public, by_brightness, tmp_path):
     first = make_trial(NAME, epsilon=10)
     chosen = answered(first, public, tmp_path)
     resumed = make_trial(NAME, epsilon=10)
@@ -132,7 +132,7 @@ def test_a_resumed_run_reads_the_answer_and_asks_nothing(make_trial, public, by_
     assert resumed.private.ledger.executed("semantic query") == 1
 
 
-def test_a_run_killed_before_its_first_checkpoint_does_not_ask_twice(
+def test_a_run_killed_before_its_first_checkpoint_does_not_repeat_the_query(
     make_trial, public, by_brightness, tmp_path, monkeypatch
 ):
     asked = []
@@ -150,7 +150,7 @@ def test_a_run_killed_before_its_first_checkpoint_does_not_ask_twice(
     assert len(asked) == 1
 
 
-def test_a_saved_answer_costs_the_same_again(make_trial, public, by_brightness, tmp_path):
+def test_a_reused_result_costs_the_same_again(make_trial, public, by_brightness, tmp_path):
     first = make_trial(NAME, epsilon=10)
     chosen = answered(first, public, tmp_path)
     path = tmp_path / "pretrain" / "semantic_query.json"
@@ -164,9 +164,7 @@ def test_a_saved_answer_costs_the_same_again(make_trial, public, by_brightness, 
 
 
 @pytest.mark.parametrize("cost", [None, "missing"])
-def test_a_saved_answer_that_does_not_say_its_cost_is_refused(
-    make_trial, public, by_brightness, tmp_path, cost
-):
+def test_a_saved_result_without_its_cost_is_refused(make_trial, public, by_brightness, tmp_path, cost):
     """With null the ledger would choose the noise of an answer that has been given."""
     answered(make_trial(NAME, epsilon=10), public, tmp_path)
     path = tmp_path / "pretrain" / "semantic_query.json"
@@ -178,7 +176,7 @@ def test_a_saved_answer_that_does_not_say_its_cost_is_refused(
         make_trial(NAME, f"public_data.selective.semantic_path={path}", epsilon=10)
 
 
-def test_an_answer_without_noise_is_never_reused_as_a_noisy_one(make_trial, public, by_brightness, tmp_path):
+def test_a_result_without_noise_is_never_reused_as_a_noisy_one(make_trial, public, by_brightness, tmp_path):
     clean = make_trial(NAME, epsilon=math.inf)
     answered(clean, public, tmp_path)
     path = tmp_path / "pretrain" / "semantic_query.json"
@@ -187,14 +185,14 @@ def test_an_answer_without_noise_is_never_reused_as_a_noisy_one(make_trial, publ
         make_trial(NAME, f"public_data.selective.semantic_path={path}", epsilon=10)
 
 
-def test_an_answer_with_known_noise_stays_one(make_trial, public, by_brightness, tmp_path):
+def test_a_result_with_a_known_noise_seed_keeps_its_mark(make_trial, public, by_brightness, tmp_path):
     answered(make_trial(NAME, noise_seed=3), public, tmp_path)
     path = tmp_path / "pretrain" / "semantic_query.json"
     reuse = f"public_data.selective.semantic_path={path}"
     assert make_trial(NAME, reuse).private.report()["noise_seeded"] is True
 
 
-def test_saved_answers_of_other_data_are_refused(make_method, make_trial, public, by_brightness, tmp_path):
+def test_saved_results_of_other_data_are_refused(make_method, make_trial, public, by_brightness, tmp_path):
     first = make_trial(NAME, epsilon=10)
     answered(first, public, tmp_path)
     path = tmp_path / "pretrain" / "semantic_query.json"

@@ -182,7 +182,7 @@ def test_a_hole_of_an_unfinished_download_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-def test_tars_one_after_another_are_all_read(tmp_path, mode):
+def test_concatenated_tars_are_all_read(tmp_path, mode):
     parts = [tar_bytes(class_files((name,)), mode) for name in ("cat", "dog")]
     (tmp_path / "a.tar").write_bytes(b"".join(parts))
     assert members(open_source(tmp_path / "a.tar")) == sorted(class_files(("cat", "dog")))
@@ -358,7 +358,7 @@ def test_a_link_back_to_its_own_folder_is_named_and_not_followed(tmp_path):
     assert members(found) == sorted(class_files()) and said(found, "not followed", "cat/all")
 
 
-def test_dangling_links_and_what_may_not_be_read_are_named_in_one_line(tmp_path, monkeypatch):
+def test_dangling_links_and_unreadable_files_are_named_in_one_line(tmp_path, monkeypatch):
     source = write_files(tmp_path / "raw", class_files(("cat", "dog", "elk", "fox")))
     (source / "cat" / "annexed.png").symlink_to("../.git/annex/objects/x")
     closed = {str(source / "dog"), str(source / "elk" / "1.png")}
@@ -378,7 +378,7 @@ def test_dangling_links_and_what_may_not_be_read_are_named_in_one_line(tmp_path,
         assert name in text
 
 
-def test_a_file_that_is_linked_twice_is_said(tmp_path):
+def test_a_file_that_is_linked_twice_is_reported(tmp_path):
     source = write_files(tmp_path / "raw", class_files())
     os.link(source / "cat" / "0.png", source / "cat" / "again.png")
     (source / "dog" / "again.png").symlink_to("0.png")
@@ -401,7 +401,7 @@ LEFT_OUT = {
 
 @pytest.mark.parametrize("name", LEFT_OUT)
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
-def test_what_accompanies_images_is_left_out_and_named(tmp_path, kind, name):
+def test_files_that_accompany_images_are_skipped_and_named(tmp_path, kind, name):
     write = {"folder": write_files, "zip": write_zip, "tar": write_tar}[kind]
     source = open_source(write(tmp_path / "raw", class_files() | {name: PICTURE}))
     assert members(source) == sorted(class_files())
@@ -596,7 +596,7 @@ def test_missing_batches_of_cifar_are_named(tmp_path, numbers, label, missing):
     assert missing in refused(cifar(tmp_path / "raw", numbers, label))
 
 
-def test_batches_of_cifar_may_say_how_many_there_are(tmp_path):
+def test_cifar_batches_may_state_their_number(tmp_path):
     assert len(open_source(cifar(tmp_path / "raw", (1, 2), b"training batch 1 of 2")).train) == 8
 
 
@@ -632,7 +632,7 @@ def test_the_parts_may_write_a_class_in_different_forms(tmp_path):
 @pytest.mark.parametrize(
     "names", [("Cat", "cat"), ("cat", "cat "), ("cat", "c\u200bat"), ("cat", "\uff43at")]
 )
-def test_classes_that_look_alike_are_said(tmp_path, names):
+def test_classes_that_look_alike_are_reported(tmp_path, names):
     source = open_source(write_zip(tmp_path / "a.zip", class_files((*names, "dog"))))
     assert len(set(source.train.labels)) == 3 and said(source, "look alike", names[0], names[1])
 
@@ -718,14 +718,14 @@ def test_notes_of_both_sources_are_reported(tmp_path):
         prepare("other", tmp_path / "root", source=tmp_path / "b", test_source=tmp_path / "a")
 
 
-def test_a_test_part_that_a_public_set_leaves_out_is_said(tmp_path):
+def test_a_test_part_that_a_public_set_leaves_out_is_reported(tmp_path):
     files = class_files(prefix="train/") | class_files(prefix="test/", per_class=2)
     source = write_files(tmp_path / "raw", files)
     _, meta, notes = prepare("mine", tmp_path / "root", source=source, public=True)
     assert meta.num_test == 0 and any("left out" in note and "4 images" in note for note in notes)
 
 
-def test_a_public_source_tells_what_it_leaves_out_and_notices_changes_behind_links(tmp_path, caplog):
+def test_a_public_source_reports_skipped_files_and_detects_changes_behind_links(tmp_path, caplog):
     images = write_files(tmp_path / "store", class_files())
     source = write_files(tmp_path / "raw", {"README.md": b"hi"})
     for name in ("cat", "dog"):
@@ -739,7 +739,7 @@ def test_a_public_source_tells_what_it_leaves_out_and_notices_changes_behind_lin
     assert len(load_public(section, spec, tmp_path / "root").samples) == 7
 
 
-def test_images_to_be_judged_tell_what_they_leave_out(tmp_path):
+def test_images_to_evaluate_report_skipped_files(tmp_path):
     source = write_files(tmp_path / "raw", class_files(("a", "b")) | {"README.md": b"hi", "a/._0.png": b"?"})
     spec = DataSpec("own", 8, 3, 2, 10, ("a", "b"))
     samples, notes = read_images(source, spec)
