@@ -102,7 +102,7 @@ def test_max_requests_may_be_raised_on_resume(tmp_path):
     (tmp_path / "config.yaml").write_text("model: {api_params: {openai: {max_requests: 5, size: 8}}}")
     require_same_config(tmp_path, settings)
     (tmp_path / "config.yaml").write_text("model: {api_params: {openai: {max_requests: 5, size: 4}}}")
-    with pytest.raises(UserError, match=r"started with model\.api_params\.openai\.size=4"):
+    with pytest.raises(UserError, match=r"model\.api_params\.openai\.size=4"):
         require_same_config(tmp_path, settings)
 
 
@@ -353,7 +353,7 @@ def test_without_a_checkpoint_the_public_set_is_wanted(tmp_path):
     command = ["--method", "PE-SD", "--data_name", "cifar10_32", "--data_root", str(tmp_path), "--dry_run"]
     outcome = call(run.main, command)
     assert outcome.code == 0, outcome.err
-    assert "missing: public_data.name: 'imagenet' is not prepared" in outcome.out
+    assert "missing: public_data.name: 'imagenet'" in outcome.out
 
 
 def test_a_mismatched_checkpoint_is_refused_in_one_line(own, checkpoint, spec):
@@ -361,7 +361,7 @@ def test_a_mismatched_checkpoint_is_refused_in_one_line(own, checkpoint, spec):
     with pytest.raises(UserError, match="another architecture"):
         own(ckpt=path, network=NetworkConfig(8, 1, 8, [1, 2], [], 1))
     larger = dataclasses.replace(spec, resolution=16)
-    with pytest.raises(UserError, match=r"made for inputs of shape \(1, 8, 8\)"):
+    with pytest.raises(UserError, match=r"\(1, 8, 8\)"):
         DiffusionAPI(dataclasses.replace(OWN, ckpt=path), larger, Runtime())
 
 
@@ -526,7 +526,7 @@ def test_missing_and_wrong_weights_are_refused_in_one_line(spec, tmp_path, weigh
         ImprovedDiffusionAPI(other, spec, Runtime()).prepare(None)
     weights.write_bytes(b"<html>not found</html>")
     broken = ImprovedDiffusionAPI(dataclasses.replace(RESPACED, model_path=str(weights)), spec, Runtime())
-    with pytest.raises(UserError, match="is not readable") as caught:
+    with pytest.raises(UserError, match="not readable") as caught:
         broken.prepare(None)
     assert "\n" not in str(caught.value)
 
@@ -627,22 +627,22 @@ def _counted(function, calls):
 def test_stable_diffusion_refuses_in_one_line(spec, tmp_path, monkeypatch):
     api = StableDiffusionAPI(dataclasses.replace(PICTURES, source=str(tmp_path)), spec, Runtime())
     for degree in (0.1, 1.5, 0):
-        with pytest.raises(UserError, match=r"must be from 0\.25 \(one step of 4\) to 1"):
+        with pytest.raises(UserError, match=r"0\.25.* to 1"):
             api.check_degree(degree)
-    with pytest.raises(FieldError, match=r"prompts: a list of 2 .* 3 classes"):
+    with pytest.raises(FieldError, match=r"prompts: .*\b2\b.*\b3\b"):
         StableDiffusionAPI(dataclasses.replace(PICTURES, prompts=["a", "b"]), spec, Runtime())
     for wrong in ("no place", "{} and {}", "a {name}"):
-        with pytest.raises(FieldError, match=r"prompt: .* one \{\} for the class name"):
+        with pytest.raises(FieldError, match=r"prompt: .*\{\}"):
             dataclasses.replace(PICTURES, prompt=wrong)
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UserError, match="pip install diffusers transformers"):
+    with pytest.raises(UserError, match="diffusers transformers"):
         api.prepare(None)
 
 
 def test_a_missing_pipeline_is_refused_in_one_line(spec, tmp_path):
     pytest.importorskip("diffusers", reason="the optional package diffusers is missing")
     api = StableDiffusionAPI(dataclasses.replace(PICTURES, source=str(tmp_path)), spec, Runtime())
-    with pytest.raises(UserError, match=r"stable_diffusion\.source: .* cannot be loaded") as caught:
+    with pytest.raises(UserError, match=r"stable_diffusion\.source: ") as caught:
         api.prepare(None)
     assert "\n" not in str(caught.value)
 
@@ -782,7 +782,7 @@ def test_a_busy_service_is_retried(remote, service):
 def test_the_budget_is_refused_before_more_is_spent(remote, service):
     api = remote(max_requests=6)
     drawn = api.random_api(LABELS, "initial")  # 5 requests
-    with pytest.raises(UserError, match=r"max_requests: 6 is too little: 5 are spent and 8 more") as caught:
+    with pytest.raises(UserError, match=r"max_requests: 6 .*\b5\b.*\b8\b") as caught:
         api.variation_api(drawn, 0, "v")
     assert len(service.asked) == 5 and "\n" not in str(caught.value)
     api.variation_api(drawn.take(slice(0, 1)), 0, "v")  # the last one
@@ -790,7 +790,7 @@ def test_the_budget_is_refused_before_more_is_spent(remote, service):
 
 def test_what_was_paid_for_is_not_paid_for_again(remote, service, tmp_path):
     service.broken_after = 3
-    with pytest.raises(UserError, match=r"your request was rejected.*--resume_exp"):
+    with pytest.raises(UserError, match=r"rejected.*--resume_exp"):
         remote(Runtime(folder=tmp_path)).random_api(LABELS, "initial")
     service.broken_after = math.inf
     again = remote(Runtime(folder=tmp_path), max_requests=5)
@@ -817,7 +817,7 @@ def test_too_few_images_are_noticed(remote, monkeypatch):
     monkeypatch.setattr(
         "json.dumps", lambda value, dumps=json.dumps, **options: dumps(_shorter(value), **options)
     )
-    with pytest.raises(UserError, match="asked for 2 images, 1 came"):
+    with pytest.raises(UserError, match=r"\b2 images.*\b1\b"):
         remote().random_api(np.array([0, 0]), "initial")
 
 
@@ -830,9 +830,7 @@ def test_an_api_key_is_required_and_never_printed(remote, service, tmp_path, mon
     api = remote(Runtime(folder=tmp_path))
     api.random_api(LABELS, "initial")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong-987654")
-    with pytest.raises(
-        UserError, match=r"OPENAI_API_KEY: the service refuses the key \(status 401\)"
-    ) as caught:
+    with pytest.raises(UserError, match=r"OPENAI_API_KEY: .*\b401\b") as caught:
         remote().random_api(LABELS[:1], "initial")
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY: not set"):
@@ -846,7 +844,7 @@ def test_an_api_key_is_required_and_never_printed(remote, service, tmp_path, mon
 
 def test_a_failed_connection_is_reported_in_one_line(remote, spec):
     config = dataclasses.replace(REMOTE, base_url="http://127.0.0.1:9/v1", max_retries=0)
-    with pytest.raises(UserError, match=r"no answer from http://127\.0\.0\.1:9/v1"):
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/v1"):
         OpenAIAPI(config, spec, Runtime()).random_api(LABELS[:1], "initial")
 
 

@@ -253,7 +253,7 @@ def test_a_checkpoint_with_fewer_labels_than_classes_is_refused(make_trial, make
     checkpoint = saved(pretrained(make_trial, "DPDM"), tmp_path)
     method = make_method("DPDM", f"model.ckpt={checkpoint}")
     larger = dataclasses.replace(spec, num_classes=4, class_names=tuple("abcd"))
-    with pytest.raises(UserError, match=r"model\.ckpt: .* knows 3 labels; .* 4 classes"):
+    with pytest.raises(UserError, match=r"model\.ckpt: .*\b3 labels.*\b4 classes"):
         type(method)(method.config, larger, Runtime())
 
 
@@ -261,7 +261,7 @@ def test_a_checkpoint_with_fewer_labels_than_public_classes_is_pretrained_withou
     make_trial, make_method, tmp_path
 ):
     checkpoint = saved(pretrained(make_trial, "DPDM"), tmp_path)
-    with pytest.raises(UserError, match=r"knows 3 labels; glyphs has 6 classes; use pretrain.cond=false"):
+    with pytest.raises(UserError, match=r"3 labels.* 6 classes.*pretrain\.cond=false"):
         make_method("PDP-Diffusion", f"model.ckpt={checkpoint}")
     trial = make_trial("PDP-Diffusion", f"model.ckpt={checkpoint}", "pretrain.cond=false")
     trial.run()
@@ -281,7 +281,7 @@ def test_a_batch_larger_than_the_public_set_takes_all_of_it(make_trial, caplog):
     with caplog.at_level("INFO", logger="dpib"):
         trial.synthesizer.pretrain(trial.public, trial.private)
     assert trial.synthesizer.step == 1
-    assert "pretrain: there are 48 images, fewer than batch_size=100" in caplog.text
+    assert all(part in caplog.text for part in ("pretrain: ", "48 images", "batch_size=100"))
 
 
 def test_levels_missing_at_an_image_size_are_skipped(caplog):

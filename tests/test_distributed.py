@@ -407,7 +407,7 @@ def test_impossible_devices_and_ranks_are_refused(setting, words, tmp_path):
 def test_every_process_needs_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(distributed, "_place", Place(0, 3, 0, 3))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    sees_two = pytest.raises(UserError, match=r"3 processes .* need a GPU each, but torch sees 2")
+    sees_two = pytest.raises(UserError, match=r"3 processes .*GPU.*\b2\b")
     with sees_two, distributed.processes("cuda:0", None, []):
         raise AssertionError("processes were started")
 
@@ -650,7 +650,7 @@ def test_diverged_weights_end_all_processes_with_one_line(tmp_path):
     outcome = failing(tmp_path, poison, 0, 1, 2)
     assert outcome.code == 2 and "Traceback" not in outcome.err
     (line,) = error_lines(outcome)
-    assert "private training diverged" in line and "train.optim.params.lr" in line
+    assert "diverged" in line and "train.optim.params.lr" in line
 
 
 @pytest.mark.slow

