@@ -97,12 +97,12 @@ def test_a_generator_is_given_no_private_image(make_trial, samples, tmp_path):
     assert len(reached) == len(vars(trial.synthesizer.api))
 
 
-def test_a_resumed_run_may_pay_for_more(tmp_path):
+def test_max_requests_may_be_raised_on_resume(tmp_path):
     settings = SimpleNamespace(snapshot={"model": {"api_params": {"openai": {"max_requests": 9, "size": 8}}}})
     (tmp_path / "config.yaml").write_text("model: {api_params: {openai: {max_requests: 5, size: 8}}}")
     require_same_config(tmp_path, settings)
     (tmp_path / "config.yaml").write_text("model: {api_params: {openai: {max_requests: 5, size: 4}}}")
-    with pytest.raises(UserError, match=r"started with model\.api_params\.openai\.size=4"):
+    with pytest.raises(UserError, match=r"model\.api_params\.openai\.size=4"):
         require_same_config(tmp_path, settings)
 
 
@@ -292,7 +292,7 @@ def test_a_network_of_selected_public_classes_knows_the_private_ones(cond, make_
     assert [release.name for release in api.releases()] == ["checkpoint: semantic query"]
 
 
-def test_what_a_network_is_asked_for_is_what_is_noted(own, monkeypatch):
+def test_the_recorded_labels_are_those_passed_to_the_network(own, monkeypatch):
     api, asked = own(), []
     forward = type(api.network).forward
 
@@ -353,19 +353,19 @@ def test_without_a_checkpoint_the_public_set_is_wanted(tmp_path):
     command = ["--method", "PE-SD", "--data_name", "cifar10_32", "--data_root", str(tmp_path), "--dry_run"]
     outcome = call(run.main, command)
     assert outcome.code == 0, outcome.err
-    assert "missing: public_data.name: 'imagenet' is not prepared" in outcome.out
+    assert "missing: public_data.name: 'imagenet'" in outcome.out
 
 
-def test_a_checkpoint_that_does_not_fit_is_one_line(own, checkpoint, spec):
+def test_a_mismatched_checkpoint_is_refused_in_one_line(own, checkpoint, spec):
     path, _ = checkpoint("pretrain")
     with pytest.raises(UserError, match="another architecture"):
         own(ckpt=path, network=NetworkConfig(8, 1, 8, [1, 2], [], 1))
     larger = dataclasses.replace(spec, resolution=16)
-    with pytest.raises(UserError, match=r"made for inputs of shape \(1, 8, 8\)"):
+    with pytest.raises(UserError, match=r"\(1, 8, 8\)"):
         DiffusionAPI(dataclasses.replace(OWN, ckpt=path), larger, Runtime())
 
 
-def test_interrupted_pretraining_goes_on(own, public):
+def test_interrupted_pretraining_resumes(own, public):
     whole, kept = own(), []
     runtime = Runtime(snapshot=lambda stage: kept.append(_copied(started.state_dict())))
     started = own(runtime, prepared=False, pretrain={"snapshot_freq": 2})
@@ -515,7 +515,7 @@ def test_a_variation_starts_from_the_candidate_at_the_right_noise(spec):
     assert x.std().item() == pytest.approx((1 - kept) ** 0.5, rel=0.1)
 
 
-def test_missing_and_wrong_weights_are_one_line(spec, tmp_path, weights):
+def test_missing_and_wrong_weights_are_refused_in_one_line(spec, tmp_path, weights):
     api = GuidedDiffusionAPI(RESPACED, spec, Runtime(weights_root=tmp_path / "w"))  # planning needs none
     with pytest.raises(MissingWeights, match=r"w/128x128_diffusion\.pt; fetch it: curl .*openaipublic"):
         api.prepare(None)
@@ -526,7 +526,7 @@ def test_missing_and_wrong_weights_are_one_line(spec, tmp_path, weights):
         ImprovedDiffusionAPI(other, spec, Runtime()).prepare(None)
     weights.write_bytes(b"<html>not found</html>")
     broken = ImprovedDiffusionAPI(dataclasses.replace(RESPACED, model_path=str(weights)), spec, Runtime())
-    with pytest.raises(UserError, match="is not readable") as caught:
+    with pytest.raises(UserError, match="not readable") as caught:
         broken.prepare(None)
     assert "\n" not in str(caught.value)
 
@@ -627,22 +627,22 @@ def _counted(function, calls):
 def test_stable_diffusion_refuses_in_one_line(spec, tmp_path, monkeypatch):
     api = StableDiffusionAPI(dataclasses.replace(PICTURES, source=str(tmp_path)), spec, Runtime())
     for degree in (0.1, 1.5, 0):
-        with pytest.raises(UserError, match=r"must be from 0\.25 \(one step of 4\) to 1"):
+        with pytest.raises(UserError, match=r"0\.25.* to 1"):
             api.check_degree(degree)
-    with pytest.raises(FieldError, match=r"prompts: a list of 2 .* 3 classes"):
+    with pytest.raises(FieldError, match=r"prompts: .*\b2\b.*\b3\b"):
         StableDiffusionAPI(dataclasses.replace(PICTURES, prompts=["a", "b"]), spec, Runtime())
     for wrong in ("no place", "{} and {}", "a {name}"):
-        with pytest.raises(FieldError, match=r"prompt: .* one \{\} for the class name"):
+        with pytest.raises(FieldError, match=r"prompt: .*\{\}"):
             dataclasses.replace(PICTURES, prompt=wrong)
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UserError, match="pip install diffusers transformers"):
+    with pytest.raises(UserError, match="diffusers transformers"):
         api.prepare(None)
 
 
-def test_a_pipeline_that_is_not_there_is_one_line(spec, tmp_path):
+def test_a_missing_pipeline_is_refused_in_one_line(spec, tmp_path):
     pytest.importorskip("diffusers", reason="the optional package diffusers is missing")
     api = StableDiffusionAPI(dataclasses.replace(PICTURES, source=str(tmp_path)), spec, Runtime())
-    with pytest.raises(UserError, match=r"stable_diffusion\.source: .* cannot be loaded") as caught:
+    with pytest.raises(UserError, match=r"stable_diffusion\.source: ") as caught:
         api.prepare(None)
     assert "\n" not in str(caught.value)
 
@@ -769,7 +769,7 @@ def test_a_variation_sends_its_candidate_and_nothing_else(remote, service, varia
         assert (f"like {name}".encode() in body) == (variation == "edits")
 
 
-def test_a_busy_service_is_asked_again(remote, service):
+def test_a_busy_service_is_retried(remote, service):
     service.failures = [429, 500, 429]
     drawn = remote().random_api(LABELS[:1], "initial")
     assert service.refused == 3 and len(service.asked) == 1 and len(drawn) == 1
@@ -782,7 +782,7 @@ def test_a_busy_service_is_asked_again(remote, service):
 def test_the_budget_is_refused_before_more_is_spent(remote, service):
     api = remote(max_requests=6)
     drawn = api.random_api(LABELS, "initial")  # 5 requests
-    with pytest.raises(UserError, match=r"max_requests: 6 is too little: 5 are spent and 8 more") as caught:
+    with pytest.raises(UserError, match=r"max_requests: 6 .*\b5\b.*\b8\b") as caught:
         api.variation_api(drawn, 0, "v")
     assert len(service.asked) == 5 and "\n" not in str(caught.value)
     api.variation_api(drawn.take(slice(0, 1)), 0, "v")  # the last one
@@ -790,7 +790,7 @@ def test_the_budget_is_refused_before_more_is_spent(remote, service):
 
 def test_what_was_paid_for_is_not_paid_for_again(remote, service, tmp_path):
     service.broken_after = 3
-    with pytest.raises(UserError, match=r"your request was rejected.*--resume_exp"):
+    with pytest.raises(UserError, match=r"rejected.*--resume_exp"):
         remote(Runtime(folder=tmp_path)).random_api(LABELS, "initial")
     service.broken_after = math.inf
     again = remote(Runtime(folder=tmp_path), max_requests=5)
@@ -806,7 +806,7 @@ def test_what_was_paid_for_is_not_paid_for_again(remote, service, tmp_path):
     assert len(service.asked) == 6
 
 
-def test_an_answer_that_was_cut_short_does_not_count(tmp_path):
+def test_a_truncated_response_is_not_counted(tmp_path):
     Answers(tmp_path).keep("a", np.ones(3))
     (tmp_path / ".b.1.partial.npy").write_bytes(b"half")
     found = Answers(tmp_path)
@@ -825,14 +825,12 @@ def _shorter(value):
     return {**value, "data": value["data"][:1]} if isinstance(value, dict) and "data" in value else value
 
 
-def test_a_key_is_asked_for_refused_and_never_told(remote, service, tmp_path, monkeypatch, caplog, capsys):
+def test_an_api_key_is_required_and_never_printed(remote, service, tmp_path, monkeypatch, caplog, capsys):
     caplog.set_level("DEBUG")
     api = remote(Runtime(folder=tmp_path))
     api.random_api(LABELS, "initial")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong-987654")
-    with pytest.raises(
-        UserError, match=r"OPENAI_API_KEY: the service refuses the key \(status 401\)"
-    ) as caught:
+    with pytest.raises(UserError, match=r"OPENAI_API_KEY: .*\b401\b") as caught:
         remote().random_api(LABELS[:1], "initial")
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY: not set"):
@@ -844,9 +842,9 @@ def test_a_key_is_asked_for_refused_and_never_told(remote, service, tmp_path, mo
         assert written and not any(key.encode() in content for content in written)
 
 
-def test_no_connection_is_one_line(remote, spec):
+def test_a_failed_connection_is_reported_in_one_line(remote, spec):
     config = dataclasses.replace(REMOTE, base_url="http://127.0.0.1:9/v1", max_retries=0)
-    with pytest.raises(UserError, match=r"no answer from http://127\.0\.0\.1:9/v1"):
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/v1"):
         OpenAIAPI(config, spec, Runtime()).random_api(LABELS[:1], "initial")
 
 

@@ -80,7 +80,7 @@ def test_the_published_size_of_the_patch_discriminator():
 
 
 @pytest.mark.parametrize("size", [6, 8, 14, 28, 32, 64])
-def test_it_judges_images_of_every_size_each_by_itself(size):
+def test_the_discriminator_scores_images_of_every_size_independently(size):
     network = PatchDiscriminator(size, 1)
     x = torch.rand(3, 1, size, size)
     together = network(x)
@@ -94,7 +94,7 @@ def test_losses_of_both_sides():
     assert fooling_loss(fake).tolist() == [0.5]
 
 
-def test_the_discriminator_learns_to_tell_and_the_autoencoder_to_fool():
+def test_the_discriminator_learns_to_distinguish_and_the_autoencoder_to_fool():
     trained = training(adversarial_weight=0.5)
 
     def verdicts():
@@ -171,7 +171,7 @@ def test_a_process_without_a_share_takes_part():
     assert torch.equal(weights(trained.autoencoder), before)
 
 
-def test_an_interrupted_training_goes_on_where_it_was():
+def test_interrupted_autoencoder_training_resumes():
     whole = training(adversarial_weight=0.5)
     for step in range(2):
         whole.step(step, images(), draws(), 6)
@@ -188,7 +188,7 @@ def test_an_interrupted_training_goes_on_where_it_was():
 # ------------------------------------------------------------------------------------------ what can be missing
 
 
-def test_missing_weights_are_one_line_before_any_training(make_trial, monkeypatch):
+def test_missing_weights_are_refused_in_one_line_before_any_training(make_trial, monkeypatch):
     def unreachable(name):
         raise URLError("no route to host")
 

@@ -83,7 +83,7 @@ def test_command_line(tmp_path, more, words):
     assert all(word in refusal for word in words), refusal
 
 
-def test_nothing_given_is_answered_with_the_usage():
+def test_no_arguments_print_the_usage():
     outcome = call(run_program.main, [])
     assert outcome.code == 2 and outcome.out == ""
     assert outcome.err.startswith("usage: python run.py") and "PrivImage, " in outcome.err
@@ -96,7 +96,7 @@ def test_unknown_method(tmp_path):
     assert "PrivImages" in refusal and "did you mean 'PrivImage'" in refusal and "DP-MERF" in refusal
 
 
-def test_a_mistake_is_one_line_of_the_process_too(tmp_path):
+def test_a_process_reports_a_mistake_in_one_line(tmp_path):
     outcome = execute("run.py", arguments("Noise", tmp_path / "exp", "--epsilon", "0"))
     assert "greater than 0" in outcome.refusal
     assert outcome.out == ""
@@ -333,7 +333,7 @@ def test_private_images_as_public_ones(tmp_path, prepared):
     public = ["public_data.name=other", f"public_data.train_path={tmp_path / 'link'}", "pretrain.epochs=1"]
     (tmp_path / "link").symlink_to(prepared / "mine")
     more = [*MINE, "--data_root", str(prepared), "gen.data_num=4", *public]
-    assert "holds the private images" in refused(tmp_path, *more, method="DP-MERF")
+    assert "holds the private" in refused(tmp_path, *more, method="DP-MERF")
 
 
 @pytest.mark.parametrize("public", ["images", ".", "images/cat", "link", "public/mine"])
@@ -343,7 +343,7 @@ def test_what_the_private_images_were_made_from_as_public_images(public, tmp_pat
     (tmp_path / "link").symlink_to(tmp_path / "images")
     settings = ["public_data.name=other", f"public_data.train_path={tmp_path / public}", "pretrain.epochs=1"]
     more = [*MINE, "--data_root", str(prepared), "gen.data_num=4", *settings]
-    assert "holds the private images" in refused(tmp_path, *more, method="DP-MERF")
+    assert "holds the private" in refused(tmp_path, *more, method="DP-MERF")
 
 
 def test_a_copy_of_private_rows_that_a_run_kept(tmp_path, prepared):
@@ -354,10 +354,10 @@ def test_a_copy_of_private_rows_that_a_run_kept(tmp_path, prepared):
     (tmp_path / "copy" / "meta.json").write_text(json.dumps({**meta, "source": source}))
     settings = ["public_data.name=other", f"public_data.train_path={tmp_path / 'copy'}", "pretrain.epochs=1"]
     more = [*MINE, "--data_root", str(prepared), "gen.data_num=4", *settings]
-    assert "holds the private images" in refused(tmp_path, *more, method="DP-MERF")
+    assert "holds the private" in refused(tmp_path, *more, method="DP-MERF")
 
 
-def test_public_images_beside_the_private_ones_are_accepted(tmp_path, prepared):
+def test_public_images_next_to_the_private_ones_are_accepted(tmp_path, prepared):
     prepare(image_folder(tmp_path / "others", {"a": 20, "b": 20}), tmp_path / "images" / "sets", "--public")
     for public in ("others", "images/sets/mine"):
         settings = [
@@ -383,14 +383,14 @@ def test_samples_of_a_run_as_public_images(tmp_path):
     run = call(run_program.main, arguments("Noise", tmp_path / "runs", "eval=none")).folder
     for made in ("gen/gen.npz", "gen"):
         more = ["public_data.name=other", f"public_data.train_path={run / made}", "pretrain.epochs=1"]
-        assert "made from private images" in refused(tmp_path, *more, method="DP-MERF")
+        assert "from private" in refused(tmp_path, *more, method="DP-MERF")
         outcome = prepare(run / made, tmp_path / "data", "--public")
-        assert "--source: " in outcome.refusal and "made from private images" in outcome.refusal
+        assert "--source: " in outcome.refusal and "from private" in outcome.refusal
     (run / "privacy.json").unlink()  # as in a run that still trains, whose previews are there
-    assert "made from private images" in refused(tmp_path, *more, method="DP-MERF")
+    assert "from private" in refused(tmp_path, *more, method="DP-MERF")
 
 
-def test_a_run_does_not_go_on_with_data_that_were_prepared_again(tmp_path, prepared, monkeypatch):
+def test_a_run_does_not_resume_after_its_data_were_prepared_again(tmp_path, prepared, monkeypatch):
     """Another split would ask images as validation images that the run was trained on."""
     settings = ["--data_root", str(prepared), "eval.mode=val", "sensitive_data.num_val=5", "gen.data_num=4"]
     argv = arguments("Noise", tmp_path / "exp", *MINE, *settings, "eval.metrics=[accuracy]")
@@ -404,7 +404,7 @@ def test_a_run_does_not_go_on_with_data_that_were_prepared_again(tmp_path, prepa
     assert prepare(tmp_path / "images", prepared, "--force").code == 0
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     refusal = call(run_program.main, [*argv, "--resume_exp", folder.name]).refusal
-    assert "the private images were prepared again" in refusal
+    assert "prepared again" in refusal
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     (folder / "environment.json").unlink()
     refusal = call(run_program.main, [*argv, "--resume_exp", folder.name]).refusal
@@ -498,7 +498,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
-def test_a_run_that_cannot_be_written_is_not_judged(tmp_path, monkeypatch, code):
+def test_a_run_that_cannot_be_written_is_not_evaluated(tmp_path, monkeypatch, code):
     folder = call(run_program.main, arguments("Noise", tmp_path / "exp", "eval=none")).folder
     before = files_of(folder)
 
@@ -511,7 +511,7 @@ def test_a_run_that_cannot_be_written_is_not_judged(tmp_path, monkeypatch, code)
     assert files_of(folder) == before
 
 
-def test_a_disk_that_fills_while_images_are_judged_leaves_no_folder(tmp_path, monkeypatch):
+def test_a_disk_that_fills_during_an_evaluation_leaves_no_folder(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -72,7 +72,7 @@ def test_queries_see_at_most_16_pixels_a_side(resolution, side):
 # ------------------------------------------------------------------------------------------ means
 
 
-def test_without_noise_and_sampling_an_answer_is_the_class_sum_over_the_public_count():
+def test_without_noise_and_sampling_a_result_is_the_class_sum_over_the_public_count():
     """Also for a class of another size: it comes out darker or brighter, for its own count is private."""
     samples = random_samples().take(np.arange(60)[np.arange(60) % 3 != 1])
     found = coarse(central_of(), samples)
@@ -301,7 +301,7 @@ def test_without_operations_images_stay_and_torchvision_is_not_needed(monkeypatc
     assert central_of(num_ops=0).augment(images, dealt(3)) is images
 
 
-def test_a_missing_torchvision_shows_before_anything_is_asked(monkeypatch):
+def test_a_missing_torchvision_is_reported_before_any_query(monkeypatch):
     import builtins
 
     load = builtins.__import__
@@ -326,7 +326,7 @@ def test_a_missing_torchvision_shows_before_anything_is_asked(monkeypatch):
     ["sample_num=0", "sigma=0.0", "batch_size=0", "downscale=0", "bins=1", "max_norm=0.0", "num_ops=-1",
      "max_magnitude=0", "max_magnitude=31"],
 )  # fmt: skip
-def test_settings_refuse_nonsense(make_method, wrong):
+def test_bad_settings_are_refused(make_method, wrong):
     with pytest.raises(UserError, match=rf"public_data\.central\.{wrong.split('=')[0]}"):
         make_method("DP-FETA", f"public_data.central.{wrong}")
 
@@ -385,7 +385,7 @@ def test_central_images_are_never_mirrored(name, make_method):
     assert not method.pretraining.flip and "public_data.flip" in method.idle_settings()
 
 
-def test_mean_embeddings_say_that_they_change_no_central_image(make_method):
+def test_mean_embeddings_report_that_they_change_no_central_image(make_method):
     idle = make_method("DP-MERF", "public_data.name=central_mean").idle_settings()
     assert {"public_data.central.num_ops", "public_data.central.max_magnitude"} <= set(idle)
     assert "public_data.central.num_ops" not in make_method("DP-MERF").idle_settings()

@@ -83,7 +83,7 @@ def test_one_epoch_of_every_classifier(name, resolution):
 
 @pytest.mark.parametrize("resolution", [4, 7])
 @pytest.mark.parametrize("name", list(CLASSIFIERS))
-def test_tiny_images_are_learned_where_one_is_left_over(name, resolution):
+def test_tiny_images_are_learned_with_a_last_batch_of_one(name, resolution):
     spec = spec_of("toy", resolution, 1, num_classes=3)
     samples = noise(spec, 9)  # of batches of 4
     assert np.isfinite(train(name, samples, spec).logits(0, samples.images)).all()

@@ -738,7 +738,7 @@ ERRORS = {  # command line -> parts of the message: key, value, what is allowed,
 
 
 @pytest.mark.parametrize("arguments", ERRORS)
-def test_bad_input_is_one_line_with_key_value_and_suggestion(load, arguments):
+def test_bad_input_is_refused_with_key_value_and_suggestion(load, arguments):
     with pytest.raises(UserError) as error:
         load(arguments)
     assert all(part in str(error.value) for part in ERRORS[arguments])
@@ -792,7 +792,7 @@ def test_config_dir_must_exist(tmp_path):
         ),
     ],
 )
-def test_an_error_in_a_method_file_is_one_line(load, toy_folder, text, parts):
+def test_an_error_in_a_method_file_is_reported_in_one_line(load, toy_folder, text, parts):
     write(toy_folder / "method" / "Toy.yaml", text)
     with pytest.raises(UserError) as error:
         load("-e 1")

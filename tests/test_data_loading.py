@@ -499,7 +499,7 @@ def test_real_idx_files(tmp_path, name, folder):
 
 
 @needs_shared
-def test_real_cifar10_part_lowers_num_train_and_says_so(tmp_path):
+def test_real_cifar10_part_lowers_num_train_and_logs_it(tmp_path):
     prepare("cifar10_32", tmp_path, source=SHARED / "cifar10", facts=facts_of("cifar10_32"))
     found, notes = spec_of(sensitive_section("cifar10_32"), "val", tmp_path)
     assert found.num_train == 20_000

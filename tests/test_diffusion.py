@@ -84,7 +84,7 @@ def dealt(num_examples: int) -> Draws:
     return Draws(bytes(32), 0, num_examples)
 
 
-def test_loss_of_a_network_that_says_nothing():
+def test_loss_of_a_network_that_predicts_zero():
     """With F = 0 and one noise level the expected loss is known: weight * c_skip^2 (sigma^2 + ...)."""
     sigma = math.exp(-1.2)
     images = torch.full((2, 1, 50, 50), 0.4)
@@ -260,7 +260,7 @@ def test_guidance_costs_a_second_call():
     assert network_calls(sampler(guid_scale=1.5)) == 40
 
 
-def test_churn_adds_what_algorithm_2_says():
+def test_churn_adds_the_noise_of_algorithm_2():
     """The first step from t_0 = 80 goes up by gamma = S_churn / n, at most sqrt(2) - 1, with matching noise."""
     seen = []
 

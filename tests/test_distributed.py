@@ -329,7 +329,7 @@ def test_noise_is_added_once_and_all_receive_the_same(together, scenario):
     assert 0.5 < low < high < 1.5  # noise on two processes would be 2, or 4 if it were the same
 
 
-def test_other_mechanisms_answer_as_in_one_process(together):
+def test_other_mechanisms_give_the_results_of_one_process(together):
     alone = answers()
     assert alone["histogram"].sum() == pytest.approx(120, rel=1e-4)
     for process in together:
@@ -399,7 +399,7 @@ def test_in_one_process_nothing_is_exchanged():
         ("setup.node_rank=1", ["setup.node_rank", "1", "from 0 to 0"]),
     ],
 )
-def test_impossible_places_are_refused(setting, words, tmp_path):
+def test_impossible_devices_and_ranks_are_refused(setting, words, tmp_path):
     refusal = call(run_program.main, arguments("Noise", tmp_path / "exp", setting, "--dry_run")).refusal
     assert all(word in refusal for word in words), refusal
 
@@ -407,7 +407,7 @@ def test_impossible_places_are_refused(setting, words, tmp_path):
 def test_every_process_needs_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(distributed, "_place", Place(0, 3, 0, 3))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    sees_two = pytest.raises(UserError, match=r"3 processes .* need a GPU each, but torch sees 2")
+    sees_two = pytest.raises(UserError, match=r"3 processes .*GPU.*\b2\b")
     with sees_two, distributed.processes("cuda:0", None, []):
         raise AssertionError("processes were started")
 
@@ -605,7 +605,7 @@ def error_lines(outcome: Outcome) -> list[str]:
 
 
 @pytest.mark.slow
-def test_an_exception_in_one_process_ends_the_run_and_is_told(tmp_path):
+def test_an_exception_in_one_process_ends_the_run_and_is_reported(tmp_path):
     outcome = failing(tmp_path, "raise ValueError('a broken process')", 1)
     assert outcome.code == 1
     assert outcome.err.count("ValueError: a broken process") == 1
@@ -628,7 +628,7 @@ def test_a_killed_main_process_leaves_no_orphans(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1, 2)])
-def test_a_mistake_is_one_line_whoever_finds_it(tmp_path, ranks):
+def test_a_mistake_is_reported_in_one_line_by_any_process(tmp_path, ranks):
     outcome = failing(tmp_path, "raise UserError('thing: 3; it must be 4')", *ranks)
     assert outcome.err.count("error: thing: 3; it must be 4\n") == 1
     assert outcome.code == (2 if 0 in ranks else 1)
@@ -645,16 +645,16 @@ def test_an_exception_of_the_main_process_ends_the_others(tmp_path):
 
 
 @pytest.mark.slow
-def test_weights_that_diverge_are_one_line_and_end_all(tmp_path):
+def test_diverged_weights_end_all_processes_with_one_line(tmp_path):
     poison = "next(self.network.parameters()).data.fill_(float('nan')); self.runtime.snapshot('train')"
     outcome = failing(tmp_path, poison, 0, 1, 2)
     assert outcome.code == 2 and "Traceback" not in outcome.err
     (line,) = error_lines(outcome)
-    assert "private training diverged" in line and "train.optim.params.lr" in line
+    assert "diverged" in line and "train.optim.params.lr" in line
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_one_line_and_ends_all(tmp_path):
+def test_ctrl_c_ends_all_processes_with_one_line(tmp_path):
     interrupt = "os.killpg(os.getpgid(0), signal.SIGINT); time.sleep(3)"
     outcome = failing(tmp_path, interrupt, 1)
     assert outcome.code == 130

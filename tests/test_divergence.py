@@ -35,7 +35,7 @@ def test_pixels_that_are_not_finite_are_refused(value):
         to_uint8(images)
 
 
-def test_tensors_are_found_wherever_they_lie():
+def test_tensors_are_found_in_nested_objects():
     bad, good = torch.tensor([1.0, math.nan]), torch.ones(2)
     state = {
         "a": good,
@@ -98,7 +98,7 @@ def test_no_method_leaves_a_checkpoint_or_samples_of_broken_weights(name, make_t
         trial.synthesizer.generate(6)
 
 
-def test_a_query_classifier_that_diverged_asks_no_private_image(make_trial):
+def test_a_diverged_query_classifier_makes_no_private_query(make_trial):
     trial = make_trial("PrivImage", *QUERIED, "pretrain.query.lr=1e30")
     with pytest.raises(Diverged, match="query classifier"):
         trial.synthesizer.pretrain(trial.public, trial.private)

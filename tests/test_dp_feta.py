@@ -37,7 +37,7 @@ def weights(method) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_plan_holds_every_question(name, make_method):
+def test_the_plan_holds_every_query(name, make_method):
     assert make_method(name).privacy_plan() == PLANS[name]
 
 
@@ -91,7 +91,7 @@ def test_a_sampled_plan_composes_and_costs_more_than_dpsgd_alone(make_trial):
     assert warmed.private.ledger.spent() <= 1
 
 
-def test_a_dry_run_tells_what_the_warm_ups_take(make_method):
+def test_a_dry_run_reports_the_cost_of_the_warm_ups(make_method):
     costs = {cost.stage: cost.description for cost in make_method("DP-FETA-Pro").costs()}
     assert costs[WARM_UP] == "3 steps x 4 images"  # 2 images of 3 classes, batches of 4, 3 epochs
     assert costs[FREQUENCY] == "3 steps x 8 images"
@@ -195,7 +195,7 @@ def test_dpsgd_starts_from_the_average_of_the_warm_up_with_a_fresh_optimiser(nam
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_warm_ups_read_the_released_answers_alone(name, make_trial, make_method):
+def test_warm_ups_read_only_the_released_results(name, make_trial, make_method):
     """Post-processing: with the answers and without the private data the same weights come out."""
     trial = make_trial(name)
     trial.synthesizer.pretrain(trial.public, trial.private)
@@ -303,9 +303,7 @@ def killed_at(monkeypatch, owner, method, call):
         ("DP-FETA-Pro", EmbeddingGenerator, "draw", 1, []),
     ],
 )
-def test_a_killed_run_asks_no_question_twice(
-    name, owner, method, call, asks, make_trial, tmp_path, monkeypatch
-):
+def test_a_killed_run_repeats_no_query(name, owner, method, call, asks, make_trial, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         killed_at(patch, owner, method, call)
         with pytest.raises(Killed):
@@ -336,7 +334,7 @@ def test_a_run_killed_between_queries_equals_an_uninterrupted_one(name, make_tri
     assert trial.private.ledger.report() == whole.private.ledger.report()
 
 
-def test_a_run_killed_in_the_frequency_stage_goes_on_there(make_trial, tmp_path, monkeypatch):
+def test_a_run_killed_in_the_frequency_stage_resumes_there(make_trial, tmp_path, monkeypatch):
     from models.dp_feta_pro import DPFETAPro
 
     whole = attempt(make_trial, "DP-FETA-Pro", tmp_path / "whole", noise_seed=4)
@@ -360,6 +358,6 @@ def test_a_run_killed_in_the_frequency_stage_goes_on_there(make_trial, tmp_path,
 
 @pytest.mark.parametrize("wrong", ["freq.sigma=0.0", "freq.d_rff=3", "freq.n_epochs=-1", "freq.data_num=0",
                                    "freq.fit.batch_size=0", "pretrain.warm_up.batch_size=0"])  # fmt: skip
-def test_settings_refuse_nonsense(make_method, wrong):
+def test_bad_settings_are_refused(make_method, wrong):
     with pytest.raises(UserError, match=wrong.split("=")[0].replace(".", r"\.")):
         make_method("DP-FETA-Pro", wrong)

@@ -167,6 +167,6 @@ def test_published_settings_reach_the_published_sizes(data):
         ("pretrain.n_epochs=-1", "n_epochs"),
     ],
 )
-def test_settings_refuse_nonsense(wrong, key, make_method):
+def test_bad_settings_are_refused(wrong, key, make_method):
     with pytest.raises(UserError, match=key):
         make_method("DP-Kernel", wrong)

@@ -85,7 +85,7 @@ def test_a_class_without_records_is_noise_like_any_other(make_trial, samples):
 
 
 @pytest.mark.parametrize("shares", [[0.6, 0.3, 0.1], [1.0, 0.0, 0.0]])
-def test_the_release_tells_the_shares_of_the_classes(shares, make_trial, samples):
+def test_the_release_gives_the_class_shares(shares, make_trial, samples):
     labels = np.repeat(np.arange(3), (60 * np.array(shares)).round().astype(int))
     trial = make_trial("DP-MERF", epsilon=math.inf, records=Samples(samples.images, labels))
     trial.run()
@@ -289,7 +289,7 @@ def test_mirrored_public_images_count_where_the_public_set_allows_it(make_method
 
 
 @pytest.mark.parametrize("flip", [True, False])
-def test_the_public_set_says_whether_images_are_mirrored(flip, make_method, public, monkeypatch):
+def test_the_public_set_decides_whether_images_are_mirrored(flip, make_method, public, monkeypatch):
     method, seen = make_method("DP-MERF", "public_data.name=glyphs", f"public_data.flip={flip}"), []
     mean = type(method.fitted).public_mean
     monkeypatch.setattr(
@@ -306,6 +306,6 @@ def test_the_public_set_says_whether_images_are_mirrored(flip, make_method, publ
     "wrong",
     ["model.d_rff=5", "model.d_rff=0", "model.rff_sigma=0", "model.class_mass=0", "train.batch_size=1"],
 )
-def test_settings_refuse_nonsense(make_method, wrong):
+def test_bad_settings_are_refused(make_method, wrong):
     with pytest.raises(UserError, match=wrong.split("=")[0].split(".")[1]):
         make_method("DP-MERF", wrong)

@@ -125,7 +125,7 @@ def test_pixels_are_seen_in_zero_to_one():
     assert found[:, -1].tolist() == pytest.approx([0.3, 0.3])
 
 
-def test_a_constant_beside_the_pixels_grows_with_the_root_of_their_number():
+def test_a_constant_input_next_to_the_pixels_scales_with_the_root_of_their_number():
     embedding = embedding_of(0.5)
     images = torch.rand(2, 1, 4, 4)
     found = written_out(embedding.features(2 * images - 1))
@@ -478,12 +478,12 @@ def test_published_steps(data, epsilon):
         "train.scheduler_interval=0",
     ],
 )
-def test_settings_refuse_nonsense(make_method, wrong):
+def test_bad_settings_are_refused(make_method, wrong):
     key = "batch_size" if wrong == "train.n_splits=6" else wrong.partition("=")[0].partition(".")[2]
     with pytest.raises(UserError, match=key):
         make_method("DP-NTK", wrong)
 
 
-def test_the_second_width_is_asked_for_where_there_is_a_second_layer(make_method):
+def test_the_second_width_is_required_for_a_second_layer(make_method):
     with pytest.raises(UserError, match="ntk_width2"):
         make_method("DP-NTK", "model.model_ntk=fc_2l", "model.ntk_width2=null")

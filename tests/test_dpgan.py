@@ -233,6 +233,6 @@ def test_central_images_are_planned_and_pretrained_on(make_trial):
         "model.ema_rate=1.0",
     ],
 )
-def test_settings_refuse_nonsense(wrong, make_method):
+def test_bad_settings_are_refused(wrong, make_method):
     with pytest.raises(UserError, match=wrong.partition("=")[0]):
         make_method("DPGAN", wrong)

@@ -223,7 +223,7 @@ def test_two_trainings_of_one_release_share_no_step(make_private):
     assert [next(run).index for run in (one, other, one)] == [0, 1, 2]
 
 
-def test_a_single_image_that_does_not_fit_is_said():
+def test_a_single_image_that_exceeds_memory_is_reported():
     def full(positions, size):
         raise torch.OutOfMemoryError("full")
 
@@ -551,7 +551,7 @@ def test_ways_of_sampling_without_an_account_are_refused(sampling, bound):
 
 
 @pytest.mark.parametrize("options", [{"max_grad_norm": 0.0}, {"n_split": 0}, {"max_physical_batch_size": 0}])
-def test_settings_refuse_nonsense(options):
+def test_bad_settings_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
         config(**options)
 

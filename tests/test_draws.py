@@ -17,7 +17,7 @@ KEY = bytes(range(32))
 ALPHA = 1e-6
 
 
-def asked(draws: Draws) -> list[torch.Tensor]:
+def all_draws(draws: Draws) -> list[torch.Tensor]:
     """The calls that a loss makes, in its order."""
     return [draws.uniform(), draws.normal(3), draws.normal(3, 1, 2, 2)]
 
@@ -27,8 +27,8 @@ def asked(draws: Draws) -> list[torch.Tensor]:
 def test_any_cutting_deals_the_same(size, cuts):
     whole = Draws(KEY, 0, size)
     edges = [0, *sorted(min(cut, size) for cut in cuts), size]
-    parts = [asked(whole[a:b]) for a, b in itertools.pairwise(edges)]
-    for at_once, pieces in zip(asked(whole), zip(*parts, strict=True), strict=True):
+    parts = [all_draws(whole[a:b]) for a, b in itertools.pairwise(edges)]
+    for at_once, pieces in zip(all_draws(whole), zip(*parts, strict=True), strict=True):
         assert torch.equal(at_once, torch.cat(pieces))
 
 
@@ -49,9 +49,9 @@ def test_more_positions_leave_the_first_as_they_are():
 def test_a_retry_is_dealt_the_same():
     draws = Draws(KEY, 5, 30)
     used = draws[2:9]
-    first = asked(used)
-    assert all(torch.equal(a, b) for a, b in zip(first, asked(draws[2:9]), strict=True))
-    assert all(not torch.equal(a, b) for a, b in zip(first, asked(used), strict=True))  # its later calls
+    first = all_draws(used)
+    assert all(torch.equal(a, b) for a, b in zip(first, all_draws(draws[2:9]), strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(first, all_draws(used), strict=True))  # its later calls
 
 
 def test_empty_ranges_deal_nothing():
@@ -96,7 +96,7 @@ def test_normal_draws_are_standard_normal_and_uniform_ones_uniform():
 
 def test_draws_leave_the_global_generator_alone():
     before = torch.get_rng_state()
-    asked(Draws(KEY, 0, 20))
+    all_draws(Draws(KEY, 0, 20))
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -99,7 +99,7 @@ def dry_run(tmp_path, method: str, *more: str) -> str:
     return outcome.out
 
 
-def test_the_plan_is_told_in_full(tmp_path):
+def test_the_full_plan_is_printed(tmp_path):
     out = dry_run(tmp_path, "PrivImage")
     assert "epsilon 10, delta 9.572e-05, for N = 1,437 private images" in out
     assert "on samples; costs no epsilon (eval.mode=syn)" in out
@@ -112,13 +112,13 @@ def test_the_plan_is_told_in_full(tmp_path):
     assert "missing" not in out and "resume" not in out
 
 
-def test_held_out_validation_images_are_told(tmp_path):
+def test_held_out_validation_images_are_reported(tmp_path):
     out = dry_run(tmp_path, "Noise", "eval.mode=val", "eval.selection_epsilon=0.5")
     assert "N = 1,300 private" in out
     assert "on 137 private images that training does not see; costs these images epsilon 0.5" in out
 
 
-def test_missing_data_are_told_with_the_command_that_prepares_them(tmp_path):
+def test_missing_data_are_reported_with_the_command_that_prepares_them(tmp_path):
     root = str(tmp_path / "none")
     names = ["--data_name", "mnist_28", "--data_root", root, "public_data.name=emnist", "eval=none"]
     out = dry_run(tmp_path, "DP-MERF", *names)
@@ -129,7 +129,7 @@ def test_missing_data_are_told_with_the_command_that_prepares_them(tmp_path):
     assert missing[1].endswith("the time of pretraining is unknown")
 
 
-def test_a_missing_folder_of_public_images_is_told_after_the_plan(tmp_path):
+def test_a_missing_folder_of_public_images_is_reported_after_the_plan(tmp_path):
     folder = tmp_path / "places365"
     words = ["public_data.name=places365", f"public_data.train_path={folder}", "public_data.n_classes=365"]
     out = dry_run(tmp_path, "DP-MERF", *words, "eval=none")
@@ -138,12 +138,12 @@ def test_a_missing_folder_of_public_images_is_told_after_the_plan(tmp_path):
     assert "public_data.train_path" in missing and str(folder) in missing
 
 
-def test_a_part_of_the_images_is_told(tmp_path):
+def test_a_subset_of_the_images_is_reported(tmp_path):
     out = dry_run(tmp_path, "DP-MERF", "sensitive_data.num_train=1000", "eval=none")
     assert "1,000 of 1,437" in out and "N = 1,000 private images" in out
 
 
-def test_missing_weights_of_metrics_are_told(tmp_path):
+def test_missing_weights_of_metrics_are_reported(tmp_path):
     empty = [
         "--weights_root",
         str(tmp_path / "none"),
@@ -166,7 +166,7 @@ def test_missing_weights_of_metrics_are_told(tmp_path):
         ("glyphs", None),
     ],
 )
-def test_missing_weights_and_keys_of_generators_are_told(api, told, tmp_path, monkeypatch):
+def test_missing_weights_and_keys_of_generators_are_reported(api, told, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     argv = arguments("PE", tmp_path, f"model.api={api}", "--weights_root", str(tmp_path), "--dry_run")
     outcome = call(run_program.main, argv)
@@ -175,7 +175,7 @@ def test_missing_weights_and_keys_of_generators_are_told(api, told, tmp_path, mo
     assert [line[: len(told or "")] for line in missing] == ([told] if told else [])
 
 
-def test_pe_sd_tells_what_its_network_takes(make_method):
+def test_pe_sd_reports_the_memory_of_its_network(make_method):
     method = make_method("PE-SD")
     (pretraining,) = method.public_costs(48)
     (votes,) = method.costs()
@@ -189,7 +189,7 @@ def test_a_run_without_private_data_is_timed_without_a_private_stage(tmp_path):
     assert stages == ["pretrain", "together"]
 
 
-def test_a_resumed_run_is_timed_as_a_whole_and_a_long_one_has_a_shorter_way(tmp_path):
+def test_a_resumed_run_is_timed_as_a_whole_and_a_long_run_suggests_a_shorter_one(tmp_path):
     class Long:
         stage, description, seconds = "train", "many steps", 1e6
 
@@ -285,7 +285,7 @@ NO_PUBLIC_SET = "public_data.selective.ratio: no effect: there is no public set 
         ("PrivImage", "public_data.selective.ratio=0.5", None),
     ],
 )
-def test_settings_without_effect_are_told(method, setting, told):
+def test_settings_without_effect_are_reported(method, setting, told):
     argv = [*f"--method {method} --data_name digits_8 --epsilon 10".split(), *setting.split()]
     config = load_config(argv, METHODS)
     lines = ineffective_settings(config.provenance, compose(config).synthesizer.idle_settings())

@@ -11,7 +11,7 @@ METRICS = [
 
 
 @pytest.mark.parametrize(
-    ("asked", "meant"),
+    ("given", "meant"),
     [
         ("fdi", "fid"),  # as similar to "fld" by the positions of its letters
         ("FDI", "fid"),
@@ -25,8 +25,8 @@ METRICS = [
         ("", None),
     ],
 )
-def test_the_nearest_name_is_suggested(asked, meant):
-    assert nearest(asked, METRICS) == meant
+def test_the_nearest_name_is_suggested(given, meant):
+    assert nearest(given, METRICS) == meant
 
 
 def test_initials_and_other_separators_are_understood():

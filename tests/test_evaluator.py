@@ -83,7 +83,7 @@ class ChooseThird:
         return 2
 
 
-def test_noisy_selection_is_asked_once_per_classifier_and_its_choice_is_reported(digits):
+def test_noisy_selection_makes_one_query_per_classifier_and_reports_its_choice(digits):
     select = ChooseThird(digits[1])
     report = evaluate(digits, mode="val", select=select)
     assert list(select.scores) == ["selection/small_cnn"]
@@ -127,7 +127,7 @@ def test_best_test_is_the_best_and_marked(digits):
     assert "private" not in report.metric_info["accuracy/small_cnn/last_epoch"]
 
 
-def test_oracles_are_asked_for_and_marked(digits):
+def test_oracles_are_opt_in_and_marked(digits):
     assert not [name for name in evaluate(digits, mode="syn").metrics if "best" in name]
     records, shuffled = ChooseThird(digits[1]), np.random.default_rng(0).permutation(100)
     validation = digits[0].take(np.arange(100, 200))
@@ -250,7 +250,7 @@ def test_the_ceiling_is_the_classifier_trained_on_all_real_training_images(digit
 @pytest.mark.parametrize(
     ("choice", "expected"), [("auto", ["logistic_regression"]), ("all", ["logistic_regression", "wrn"]), ("none", [])]
 )  # fmt: skip
-def test_large_classifiers_have_a_ceiling_only_if_it_is_asked_for(choice, expected):
+def test_large_classifiers_have_a_ceiling_only_on_request(choice, expected):
     classifiers = ["Logistic_Regression", "WRN"]
     assert with_ceiling(config(classifiers=classifiers, ceiling=choice)) == expected
     assert with_ceiling(config(classifiers=classifiers, ceiling=choice, metrics=["fid"])) == []
@@ -350,7 +350,7 @@ def test_fidelity_with_random_conv(digits):
     assert info["extractor"] == "random_conv"
     assert info["n_below_dim"] is True
     assert "training images" in info["private"]
-    assert "no class probabilities" in report.missing["inception_score/random_conv"]
+    assert "probabilities" in report.missing["inception_score/random_conv"]
 
 
 def test_real_images_in_the_place_of_the_samples(digits):
@@ -373,7 +373,7 @@ def test_too_few_test_images_leave_the_comparison_out(digits):
     assert "real_floor" in report.metric_info["precision/random_conv"]
     report = evaluate(digits, test=digits[1].take(np.arange(9)), metrics=["nn_ratio"])
     reason = report.missing["nn_ratio/random_conv"]
-    assert "at least 10 test images" in reason and reason.endswith("9")
+    assert "10 test images" in reason and reason.endswith("9")
 
 
 def test_copies_show_in_the_memorisation_metrics(digits):
@@ -385,7 +385,7 @@ def test_copies_show_in_the_memorisation_metrics(digits):
     assert copied["fld_gap/random_conv"] < drawn["fld_gap/random_conv"] - 10
 
 
-def test_random_conv_tells_noise_from_digits(digits):
+def test_random_conv_distinguishes_noise_from_digits(digits):
     train = digits[0]
     half, other = train.take(np.arange(100)), train.take(np.arange(100, 200))
     noise = Samples(np.random.default_rng(0).integers(0, 256, half.images.shape, dtype=np.uint8), half.labels)
@@ -409,7 +409,7 @@ def test_random_conv_is_fixed():
     assert found[[0, 70, 128, 200]].tolist() == pytest.approx(frozen, rel=1e-4)
 
 
-def test_only_the_values_that_are_asked_for(digits):
+def test_only_the_requested_values_are_computed(digits):
     assert set(evaluate(digits, metrics=["recall"]).metrics) == {"recall/random_conv"}
     wanted = check_metrics(["Precision_Recall", "fid", "recall"])
     assert wanted == ["precision", "recall", "precision_k4", "recall_k4", "fid"]
@@ -423,7 +423,7 @@ def test_missing_weights_are_reported_with_the_command_and_hide_nothing(digits, 
     command = f"python scripts/prepare_weights.py --name inception --weights_root {tmp_path}"
     assert all(command in reason for reason in report.missing.values())
     assert "accuracy/small_cnn/syn_val" in report.metrics
-    assert "fid/inception: no weights file" in report.table()
+    assert "fid/inception: " in report.table() and "weights" in report.table()
 
 
 def test_damaged_weights_are_refused(digits, tmp_path):
@@ -436,13 +436,13 @@ def test_damaged_weights_are_refused(digits, tmp_path):
 def test_too_few_images_are_refused_with_the_number_needed(digits):
     report = evaluate(digits, digits[0].take(np.arange(4)), metrics=["precision", "fid", "accuracy"])
     reason = report.missing["precision/random_conv"]
-    assert "at least 5 samples" in reason and reason.endswith("4")
+    assert "5 samples" in reason and reason.endswith("4")
     assert "fid/random_conv" in report.metrics
     assert "eval.num_val" in report.missing["accuracy/small_cnn/syn_val"]
     assert np.isfinite(report.metrics["accuracy/small_cnn/last_epoch"])
 
 
-def test_a_metric_that_fails_is_said_and_hides_no_other(digits, monkeypatch, caplog):
+def test_a_failed_metric_is_reported_and_hides_no_other(digits, monkeypatch, caplog):
     def broken(*_):
         return 1 / 0
 
@@ -462,11 +462,11 @@ def test_an_extractor_that_fails_hides_no_metric_that_does_without(digits, monke
     monkeypatch.setattr(random_conv.RandomConvExtractor, "__call__", broken)
     report = evaluate(digits, metrics=["fid", "authpct", "accuracy"], gallery="private")
     assert set(report.missing) == {"fid/random_conv", "authpct/random_conv", "gallery"}
-    assert all("failed with RuntimeError: out of memory" in reason for reason in report.missing.values())
+    assert all("RuntimeError: out of memory" in reason for reason in report.missing.values())
     assert "accuracy/small_cnn/syn_val" in report.metrics
 
 
-def test_a_value_stands_where_that_of_real_images_fails(digits, monkeypatch, caplog):
+def test_a_value_is_kept_if_that_of_real_images_fails(digits, monkeypatch, caplog):
     def broken(*_):
         raise RuntimeError("out of memory")
 
@@ -600,7 +600,7 @@ def test_features_that_cannot_be_kept_cost_a_warning_alone(digits, tmp_path, mon
     ("shape", "words"),
     [((5, 3, 8, 8), "3x8x8.*has 1x8x8"), ((5, 1, 16, 16), "1x16x16"), ((0, 1, 8, 8), "at least one image")],
 )
-def test_images_of_another_form_are_refused(digits, shape, words):
+def test_images_of_another_shape_are_refused(digits, shape, words):
     samples = Samples(np.zeros(shape, np.uint8), np.zeros(shape[0], np.int64))
     with pytest.raises(UserError, match=words):
         evaluate(digits, samples)
@@ -608,7 +608,7 @@ def test_images_of_another_form_are_refused(digits, shape, words):
 
 def test_labels_outside_the_classes_are_refused(digits):
     samples = Samples(digits[0].images[:3], np.array([0, 1, 10]))
-    with pytest.raises(UserError, match="labels range from 0 to 10; allowed are 0 to 9"):
+    with pytest.raises(UserError, match=r"labels.* 10\b.* 0 to 9"):
         evaluate(digits, samples)
 
 
@@ -626,14 +626,14 @@ def test_unknown_names_are_refused_before_anything_runs(changes, words):
         Evaluator(EvaluatorSettings(config(**changes), SPEC, Path("absent"), "cpu", 0))
 
 
-def test_what_is_missing_is_said_of_this_evaluation_alone():
+def test_missing_metrics_are_reported_for_this_evaluation_alone():
     earlier = Report(missing={"accuracy": "no memory", "fid/inception": "no weights"})
     found = {"fid/random_conv": 2.0}
     written = Report(found, {name: {} for name in found}, {"kid/inception": "no weights"}).after(earlier, {})
     assert (set(written.metrics), set(written.missing)) == (set(found), {"kid/inception"})
 
 
-def judged(values: dict, settings: dict | None = None, classifiers=("a", "b")) -> Report:
+def report_of(values: dict, settings: dict | None = None, classifiers=("a", "b")) -> Report:
     """A report as one evaluation finds it, or with `settings`, as it is read from its file."""
     known = {"better": "higher", "n_real": 10, "n_fake": 10} | ({"evaluation": settings} if settings else {})
     of_classifier = {"mean": {"classifiers": list(classifiers)}, "fid": {}}
@@ -647,13 +647,13 @@ def read_again(report: Report, settings: dict) -> Report:
     return replace(report, metric_info=info)
 
 
-def test_a_value_that_other_settings_gave_is_kept_beside_the_new_one():
+def test_a_value_from_other_settings_is_kept_next_to_the_new_one():
     quick, paper = (
         {"recipe": "quick", "seed": 0, "mode": "syn"},
         {"recipe": "paper", "seed": 0, "mode": "val"},
     )
-    earlier = judged({"accuracy/a": 50.0, "accuracy/b": 60.0, "fid": 3.0}, quick)
-    written = judged({"accuracy/a": 70.0}).after(earlier, paper)
+    earlier = report_of({"accuracy/a": 50.0, "accuracy/b": 60.0, "fid": 3.0}, quick)
+    written = report_of({"accuracy/a": 70.0}).after(earlier, paper)
     assert list(written.metrics.items()) == [("accuracy/a", 70.0), ("accuracy/b", 60.0), ("fid", 3.0)], (
         "in their order"
     )
@@ -665,22 +665,22 @@ def test_a_value_that_other_settings_gave_is_kept_beside_the_new_one():
         line.startswith("  accuracy/b: ") and "recipe=quick" in line for line in lines
     )
     assert "  fid" not in written.table(), "classifiers have nothing to do with it"
-    third = judged({"accuracy/a": 71.0, "accuracy/b": 61.0}).after(read_again(written, paper), paper)
+    third = report_of({"accuracy/a": 71.0, "accuracy/b": 61.0}).after(read_again(written, paper), paper)
     assert [entry["value"] for entry in third.metric_info["accuracy/a"]["before"]] == [50.0, 70.0]
     assert [entry["value"] for entry in third.metric_info["accuracy/b"]["before"]] == [60.0]
-    back = judged({"accuracy/a": 51.0}).after(read_again(third, paper), quick)
+    back = report_of({"accuracy/a": 51.0}).after(read_again(third, paper), quick)
     assert [entry["value"] for entry in back.metric_info["accuracy/a"]["before"]] == [50.0, 70.0, 71.0]
     assert back.metric_info["accuracy/b"]["unlike_now"] == "recipe=paper"
 
 
 def test_a_mean_over_other_classifiers_is_another_value():
     settings = {"recipe": "quick", "seed": 0}
-    earlier = judged({"accuracy/mean": 50.0}, settings)
-    same = judged({"accuracy/mean": 50.0}).after(earlier, settings)
+    earlier = report_of({"accuracy/mean": 50.0}, settings)
+    same = report_of({"accuracy/mean": 50.0}).after(earlier, settings)
     assert "before" not in same.metric_info["accuracy/mean"]
-    alone = judged({"accuracy/mean": 55.0}, classifiers=["a"]).after(earlier, settings)
+    alone = report_of({"accuracy/mean": 55.0}, classifiers=["a"]).after(earlier, settings)
     assert alone.metrics == {"accuracy/mean": 50.0}, "a mean over one takes the place of one over two"
-    written = judged({"accuracy/mean": 70.0}, classifiers=["c", "d"]).after(earlier, settings)
+    written = report_of({"accuracy/mean": 70.0}, classifiers=["c", "d"]).after(earlier, settings)
     assert "  accuracy/mean: 50 with classifiers=['a', 'b']" in written.table().splitlines()
 
 
@@ -693,7 +693,7 @@ def test_report_survives_json_and_prints_every_name(digits):
     assert lines[-1].startswith("missing: inception_score/random_conv: ")
 
 
-def test_a_torchvision_that_does_not_load_is_said_in_one_line_with_the_fix(monkeypatch):
+def test_a_broken_torchvision_is_reported_in_one_line_with_the_fix(monkeypatch):
     import builtins
 
     from extractors.inception import _inception_network
@@ -711,16 +711,16 @@ def test_a_torchvision_that_does_not_load_is_said_in_one_line_with_the_fix(monke
     assert "\n" not in str(caught.value)
 
 
-def test_the_price_of_a_choice_is_told_where_it_differs():
-    earlier = judged({"accuracy/a": 50.0}, {"mode": "val", "selection_epsilon": 1.0})
-    written = judged({"accuracy/a": 60.0}).after(earlier, {"mode": "val", "selection_epsilon": 0.01})
+def test_a_different_privacy_cost_of_a_choice_is_reported():
+    earlier = report_of({"accuracy/a": 50.0}, {"mode": "val", "selection_epsilon": 1.0})
+    written = report_of({"accuracy/a": 60.0}).after(earlier, {"mode": "val", "selection_epsilon": 0.01})
     assert "  accuracy/a: 50 with selection_epsilon=1.0" in written.table().splitlines()
 
 
-def test_another_answer_to_the_same_question_is_kept_too():
+def test_a_repeated_measurement_with_the_same_settings_is_kept():
     """Of a noisy choice, which was paid for, or of the same samples in another order."""
     settings = {"recipe": "quick", "seed": 0}
-    written = judged({"accuracy/a": 51.0}).after(judged({"accuracy/a": 50.0}, settings), settings)
+    written = report_of({"accuracy/a": 51.0}).after(report_of({"accuracy/a": 50.0}, settings), settings)
     assert "  accuracy/a: 50 with the same settings, before" in written.table().splitlines()
-    third = judged({"accuracy/a": 52.0}).after(read_again(written, settings), settings)
+    third = report_of({"accuracy/a": 52.0}).after(read_again(written, settings), settings)
     assert [entry["value"] for entry in third.metric_info["accuracy/a"]["before"]] == [50.0, 51.0]

@@ -73,7 +73,7 @@ def test_a_group_is_on_one_side_of_every_split(form, patients):
     assert f"the largest has {PER_PATIENT}" in notes
 
 
-def test_without_groups_patients_are_split_and_a_line_says_how_to_avoid_it(patients):
+def test_without_groups_patients_are_split_and_the_fix_is_logged(patients):
     folder, meta, notes = prepared(patients)
     assert "--groups folder" in notes and meta.images_per_person is None
     assert read_groups(folder, meta) is None
@@ -112,7 +112,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(more, told, patients):
     assert not (patients.parent / "data").exists()
 
 
-def test_a_csv_file_that_lacks_an_image_or_the_column_is_told(patients):
+def test_a_csv_file_with_a_missing_image_or_column_is_reported(patients):
     how = of_csv(patients)
     with pytest.raises(UserError, match=r"'doctor'.*path, who"):
         prepared(patients, groups=how.replace(":who", ":doctor"))
@@ -122,7 +122,7 @@ def test_a_csv_file_that_lacks_an_image_or_the_column_is_told(patients):
         prepared(patients, groups=how)
 
 
-def test_images_outside_a_group_folder_and_arrays_are_told(patients, tmp_path):
+def test_images_outside_a_group_folder_and_arrays_are_reported(patients, tmp_path):
     Image.new("L", (8, 8)).save(patients / "ill" / "stray.png")
     with pytest.raises(UserError, match=r"ill/stray.png"):
         prepared(patients, groups="folder")
@@ -175,7 +175,7 @@ def test_a_single_group_cannot_be_split():
     assert len(train) == 10 and len(validation) == 0
 
 
-def test_too_few_validation_images_for_any_group_are_told(patients):
+def test_too_few_validation_images_for_any_group_are_reported(patients):
     prepared(patients, groups="folder")
     section = section_of(patients, "sensitive_data.num_val=1")
     with pytest.raises(UserError, match=r"sensitive_data.num_val: 1 "):
@@ -199,7 +199,7 @@ def card_of(make_private, count: int | None, origin: str, epsilon: float) -> str
     return privacy_card({**private.report(), "selection": []})
 
 
-def test_the_card_says_what_the_guarantee_is_for_a_person(make_private):
+def test_the_card_states_the_guarantee_for_a_person(make_private):
     card = card_of(make_private, 3, "declared", 0.5)
     (line,) = [line for line in card.splitlines() if "For a person" in line]
     assert "3" in line and "(1.5" in line  # k times epsilon
@@ -207,7 +207,7 @@ def test_the_card_says_what_the_guarantee_is_for_a_person(make_private):
     assert "nothing is guaranteed" not in line
 
 
-def test_the_card_says_when_nothing_is_guaranteed_for_a_person(make_private):
+def test_the_card_states_that_nothing_is_guaranteed_for_a_person(make_private):
     card = card_of(make_private, 5, "observed", 10)
     (line,) = [line for line in card.splitlines() if "For a person" in line]
     assert "nothing is guaranteed" in line

@@ -40,7 +40,7 @@ def hockey_stick(one: np.ndarray, other: np.ndarray, epsilon: float) -> float:
     return float(np.maximum(one - math.exp(epsilon) * other, 0).sum() * (GRID[1] - GRID[0]))
 
 
-def answers(rate: float, std: float, own: float, others: list[float]) -> np.ndarray:
+def output_density(rate: float, std: float, own: float, others: list[float]) -> np.ndarray:
     """Density of an answer: of the shard in question with probability `rate`, else of one of the others."""
     rest = np.mean([norm.pdf(GRID, mean, std) for mean in others], axis=0)
     return rate * norm.pdf(GRID, own, std) + (1 - rate) * rest
@@ -48,9 +48,9 @@ def answers(rate: float, std: float, own: float, others: list[float]) -> np.ndar
 
 @pytest.mark.parametrize("others", [[0.0], [1.0], [0.5], [0.0, 1.0], [0.0, 0.2, 0.9]])
 @pytest.mark.parametrize(("rate", "std"), [(0.01, 0.5), (0.1, 0.6), (0.25, 1.0), (1.0, 2.0)])
-def test_no_pair_of_data_sets_is_told_apart_better_than_booked(rate, std, others):
+def test_no_pair_of_datasets_is_distinguished_better_than_booked(rate, std, others):
     """A record moves its shard's answer from 0 to 1, wherever in between the other shards' answers are."""
-    one, other = (answers(rate, std, own, others) for own in (0.0, 1.0))
+    one, other = (output_density(rate, std, own, others) for own in (0.0, 1.0))
     for epsilon in (0.0, 0.05, 0.3, 1.0, 2.0):
         booked = step_curve(rate, std, np.array(epsilon))
         for pair in ((one, other), (other, one)):
@@ -58,8 +58,8 @@ def test_no_pair_of_data_sets_is_told_apart_better_than_booked(rate, std, others
 
 
 def test_the_curve_is_reached_in_both_directions():
-    one, other = answers(0.1, 0.6, 1.0, [0.0]), answers(0.1, 0.6, 0.0, [0.0])
-    mirrored = answers(0.1, 0.6, 0.0, [1.0]), answers(0.1, 0.6, 1.0, [1.0])
+    one, other = output_density(0.1, 0.6, 1.0, [0.0]), output_density(0.1, 0.6, 0.0, [0.0])
+    mirrored = output_density(0.1, 0.6, 0.0, [1.0]), output_density(0.1, 0.6, 1.0, [1.0])
     for epsilon in (0.0, 0.2, 1.0):
         booked = float(step_curve(0.1, 0.6, np.array(epsilon)))
         assert hockey_stick(one, other, epsilon) == pytest.approx(booked, rel=1e-4)
@@ -211,7 +211,7 @@ def test_two_critics_are_never_further_apart_than_the_noise_is_made_for(door):
     assert (one - other).norm().item() == pytest.approx(2 * 0.5 * 3, rel=1e-4)
 
 
-def test_every_step_asks_one_shard_of_all_at_random(door):
+def test_every_step_queries_one_random_shard(door):
     critics = Fixed()
     found = door(critics, steps=1000)
     for _ in range(1000):
@@ -223,7 +223,7 @@ def test_every_step_asks_one_shard_of_all_at_random(door):
     assert changes == pytest.approx(0.8, abs=0.06)  # independent of the step before
 
 
-def test_who_is_asked_is_secret():
+def test_the_queried_shard_is_secret():
     one, other = ([NoiseSource().choice(1000, NAME, step) for step in range(4)] for _ in range(2))
     assert one != other
     assert NoiseSource(3).choice(1000, NAME, 1) == NoiseSource(3).choice(1000, NAME, 1)
@@ -235,7 +235,7 @@ def test_another_plan_is_refused(plan, door):
         door(Fixed(), plan=[plan])
 
 
-def test_a_fault_of_a_critic_ends_the_run_without_an_answer_and_is_paid_for(door):
+def test_a_critic_failure_ends_the_run_without_a_result_and_is_booked(door):
     class Broken(Fixed):
         def image_gradient(self, *_):
             raise ZeroDivisionError
@@ -273,7 +273,7 @@ def test_every_record_is_in_one_shard(make_private):
     assert all(2 <= len(shard) <= 20 for shard in found)
 
 
-def test_a_record_more_changes_one_shard(make_private):
+def test_an_added_record_changes_one_shard(make_private):
     before, after = (members(make_private, numbered(count), 6) for count in (60, 61))
     changed = [shard for shard in range(6) if before[shard] != after[shard]]
     assert len(changed) == 1 and after[changed[0]] - before[changed[0]] == {60}
@@ -487,7 +487,7 @@ def test_no_critic_is_in_the_state(make_trial, samples):
     assert not kept
 
 
-def test_the_generator_learns_from_the_answers_alone(make_trial, samples, monkeypatch):
+def test_the_generator_learns_from_the_query_results_alone(make_trial, samples, monkeypatch):
     def same_for_all(self, images, labels):
         self._private.ledger.book(self._name)
         return torch.ones_like(images)
@@ -513,7 +513,9 @@ def test_the_generator_has_a_learning_rate_of_its_own(make_trial, monkeypatch):
     assert trial.synthesizer.optimizer.param_groups[0]["lr"] == 0.25 and set(rates) == {0.5}
 
 
-def test_a_resumed_run_trains_new_critics_and_asks_only_what_is_left(make_trial, tmp_path, monkeypatch):
+def test_a_resumed_run_trains_new_critics_and_makes_only_the_remaining_queries(
+    make_trial, tmp_path, monkeypatch
+):
     warmed, warm_up = [], ShardCritics.warm_up
 
     def watched(self, shards, part):
@@ -542,7 +544,7 @@ def test_public_pretraining_gives_the_generator_and_the_first_critic_their_start
     assert method.generate(5).labels.tolist() == [0, 1, 2, 0, 1]
 
 
-def test_public_pretraining_goes_on_where_it_was_killed(make_method, public):
+def test_killed_public_pretraining_resumes(make_method, public):
     """With the moments of the critic's optimiser too, which has seen public images alone."""
     settings = ("public_data.name=glyphs", "pretrain.iterations=4", "pretrain.snapshot_freq=2")
     kept = []
@@ -570,7 +572,7 @@ def test_public_pretraining_goes_on_where_it_was_killed(make_method, public):
         "pretrain.L_gp=-1",
     ],
 )
-def test_settings_refuse_nonsense(wrong, make_method):
+def test_bad_settings_are_refused(wrong, make_method):
     with pytest.raises(UserError, match=wrong.partition("=")[0]):
         make_method("GS-WGAN", wrong)
 

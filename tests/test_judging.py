@@ -121,7 +121,7 @@ def test_list_values_of_a_run_are_kept_when_it_is_evaluated_again(tmp_path):
     assert (again.method, again.epsilon, again.provenance["method"]) == ("Noise", 3.0, PAST_RUN)
 
 
-def test_the_command_line_overrides_a_past_run_but_validation_images_must_be_asked_for(tmp_path):
+def test_the_command_line_overrides_a_past_run_but_validation_images_are_opt_in(tmp_path):
     run_folder(tmp_path, "eval.mode=val", "seed=4", "privacy.noise_seed=7", "eval.metrics=[fid]")
     again = evaluation_config(["--exp_path", str(tmp_path), "eval.metrics=[kid]"])
     assert (again.eval.metrics, again.eval.mode, again.seed) == (["kid"], "syn", 4)

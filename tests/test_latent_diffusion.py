@@ -88,7 +88,7 @@ def test_a_network_that_knows_the_noise_has_no_loss():
     torch.testing.assert_close(found, torch.zeros(4), rtol=0, atol=1e-6)
 
 
-def test_a_network_that_says_nothing_has_the_variance_of_the_noise_as_its_loss():
+def test_a_network_that_predicts_zero_has_the_noise_variance_as_its_loss():
     found = loss_of(draws=4)(Spy(), torch.full((5, 3, 20, 20), 0.7), torch.zeros(5).long(), dealt(5))
     assert found.shape == (5,)
     torch.testing.assert_close(found, torch.ones(5), rtol=0.1, atol=0)
@@ -250,7 +250,7 @@ def test_encoding_in_parts_changes_nothing(make_method):
     assert latents.decode(whole[:0]).shape == (0, 1, 8, 8)
 
 
-def test_an_interrupted_autoencoder_goes_on_where_it_was(make_method):
+def test_an_interrupted_autoencoder_resumes(make_method):
     def fitted(kept_at=None):
         states = []
         runtime = Runtime()
@@ -285,7 +285,7 @@ def test_an_interrupted_autoencoder_goes_on_where_it_was(make_method):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("public", ["null", "central_mean"])
 def test_without_public_images_there_is_no_autoencoder(name, public, make_method):
-    with pytest.raises(UserError, match=r"public_data\.name: .* the autoencoder is trained"):
+    with pytest.raises(UserError, match=r"public_data\.name: .*autoencoder"):
         make_method(name, f"public_data.name={public}")
 
 
@@ -398,7 +398,7 @@ def test_the_learning_rate_rises_over_the_first_steps(name, make_trial, monkeypa
 
 
 def test_more_transformers_than_there_are(make_method):
-    with pytest.raises(UserError, match=r"train\.first_transformer: 9 .* from 0 to 3"):
+    with pytest.raises(UserError, match=r"train\.first_transformer: 9 .* 0 to 3"):
         make_method("DP-LDM", "train.first_transformer=9")
 
 
@@ -451,7 +451,7 @@ def test_public_checkpoints_are_interchangeable(first, second, make_trial, make_
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_pretraining_goes_on_as_one_long_pretraining(name, make_trial, tmp_path):
+def test_resumed_pretraining_equals_one_long_pretraining(name, make_trial, tmp_path):
     """The autoencoder is the checkpoint's, and is not trained again."""
     fewer, more = (["pretrain.batch_size=8", f"pretrain.n_epochs={epochs}"] for epochs in (1, 2))
     whole, first = (make_trial(name, *settings) for settings in (more, fewer))
@@ -532,14 +532,14 @@ def test_adapters_are_refused_on_weights_that_they_were_not_trained_on(make_tria
     merged = saved(trial, tmp_path, "train")
     adapters_file = f"model.adapters={tmp_path / 'train' / 'checkpoints' / 'adapters.pt'}"
     for others in (f"model.ckpt={merged}", f"model.ckpt={path} model.ckpt_weights=raw"):
-        with pytest.raises(UserError, match=r"model\.adapters: .* trained on other weights .*model\.ckpt"):
+        with pytest.raises(UserError, match=r"model\.adapters: .*other weights.*model\.ckpt"):
             make_method("DP-LoRA", *FROM_CHECKPOINT, *others.split(), adapters_file)
 
 
 def test_a_checkpoint_is_no_adapter_file(make_trial, make_method, tmp_path):
     trial = make_trial("DP-LoRA", epsilon=math.inf)
     path = saved(trial, tmp_path, "pretrain")
-    with pytest.raises(UserError, match=r"model\.adapters: .* holds no adapters"):
+    with pytest.raises(UserError, match=r"model\.adapters: .*no adapters"):
         make_method("DP-LoRA", *FROM_CHECKPOINT, f"model.ckpt={path}", f"model.adapters={path}")
 
 
@@ -553,14 +553,14 @@ def test_a_pixel_checkpoint_is_refused(make_trial, make_method, tmp_path):
 # ------------------------------------------------------------------------------------------ diffusers
 
 
-def test_without_the_library_it_is_asked_for(make_method, monkeypatch):
+def test_a_missing_diffusers_is_reported_with_the_fix(make_method, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UserError, match=r"model\.autoencoder: .* pip install diffusers"):
         make_method("DP-LDM", "model.autoencoder=diffusers:some/where")
 
 
 def test_a_source_without_its_library_is_refused(make_method):
-    with pytest.raises(UserError, match=r"model\.autoencoder: some/where is not allowed; .* diffusers:<name"):
+    with pytest.raises(UserError, match=r"model\.autoencoder: some/where .*diffusers:<name"):
         make_method("DP-LDM", "model.autoencoder=some/where")
 
 
@@ -610,7 +610,7 @@ def test_a_published_autoencoder_is_used_as_it_is(pipeline, make_trial, make_met
     torch.testing.assert_close(trial.synthesizer.latents.decode(found), decoded, rtol=1e-4, atol=1e-4)
     path = saved(trial, tmp_path, "train")
     assert read(path)["state"]["autoencoder"]["weights"] is None  # named, not copied
-    with pytest.raises(UserError, match=r"model\.autoencoder: None is not allowed"):
+    with pytest.raises(UserError, match=r"model\.autoencoder: None\b"):
         make_method("DP-LDM", f"model.ckpt={path}", "pretrain.autoencoder.latent_channels=4")
 
 
@@ -736,19 +736,17 @@ def test_backbones_that_do_not_fit_are_refused(changes, words, tmp_path):
 def test_a_backbone_that_halves_more_often_than_the_latents_allow(tmp_path):
     from models.nn.pretrained import load_unet
 
-    with pytest.raises(UserError, match=r"model\.backbone: .* 2 divides; these have 7"):
+    with pytest.raises(UserError, match=r"model\.backbone: .*\b2\b.*\b7\b"):
         load_unet(unconditional_unet(tmp_path), (4, 7, 7), label_dim=3)
 
 
 def test_a_network_of_another_kind_is_named(pipeline, make_method, tmp_path):
     backbone = f"model.backbone=diffusers:{tmp_path / 'vae'}"
-    with pytest.raises(
-        UserError, match=r"model\.backbone: .* AutoencoderKL; it must be UNet2DC.* or UNet2DM"
-    ):
+    with pytest.raises(UserError, match=r"model\.backbone: .* AutoencoderKL.*UNet2DC.*UNet2DM"):
         make_method("DP-LoRA", f"model.autoencoder={pipeline}", backbone)
 
 
 def test_a_folder_without_the_network_is_named(make_method, tmp_path):
     pytest.importorskip("diffusers")
-    with pytest.raises(UserError, match=r"model\.autoencoder: .* not readable as AutoencoderKL"):
+    with pytest.raises(UserError, match=r"model\.autoencoder: .* AutoencoderKL"):
         make_method("DP-LDM", f"model.autoencoder=diffusers:{tmp_path}")

@@ -144,7 +144,7 @@ def test_latents_come_back_in_their_own_shape(size, ch_mult, attn):
     assert out.abs().max() == 0  # it starts as nothing
 
 
-def test_the_network_is_told_the_class_and_the_timestep():
+def test_the_network_receives_the_class_and_the_timestep():
     network = awake(unet())
     latents = torch.randn(1, 3, 4, 4).expand(3, -1, -1, -1)
     with torch.no_grad():

@@ -97,9 +97,9 @@ def test_nothing_can_be_unbooked():
 
 def test_unplanned_releases_are_refused():
     ledger = ledger_with(QUERY)
-    for ask in (ledger.book, ledger.planned, ledger.executed):
+    for method in (ledger.book, ledger.planned, ledger.executed):
         with pytest.raises(UnplannedRelease, match=r"'other'.*: query"):
-            ask("other")
+            method("other")
 
 
 def test_unfinished_releases_are_refused():

@@ -195,10 +195,10 @@ def test_a_function_that_mixes_up_its_rows_is_refused():
 # ------------------------------------------------------------------------------------------ noise
 
 
-def repeated(num_answers: int, ask, noise=None, epsilon=3.0, **options):
-    plan = [Release("sum", None, num_steps=num_answers)]
+def repeated(num_queries: int, query, noise=None, epsilon=3.0, **options):
+    plan = [Release("sum", None, num_steps=num_queries)]
     private, read = private_of(torch.full((5, 1000), 0.001), plan, epsilon=epsilon, noise=noise, **options)
-    answers = torch.stack([ask(private, read) for _ in range(num_answers)]).double()
+    answers = torch.stack([query(private, read) for _ in range(num_queries)]).double()
     return answers, private.ledger.planned("sum").noise_multiplier
 
 
@@ -224,11 +224,11 @@ def test_noise_covers_every_bin_and_class_also_the_empty_ones():
 
 
 def test_unseeded_results_differ_between_calls_and_runs():
-    def ask(private, read):
+    def query(private, read):
         return private.noisy_sum("sum", read, 1.0)
 
-    one, _ = repeated(2, ask, NoiseSource())
-    other, _ = repeated(2, ask, NoiseSource())
+    one, _ = repeated(2, query, NoiseSource())
+    other, _ = repeated(2, query, NoiseSource())
     assert not torch.equal(one[0], one[1])
     assert not torch.equal(one[0], other[0])
 
@@ -297,7 +297,7 @@ def test_a_failed_query_stays_booked_and_cannot_be_repeated(mechanism):
     def fail(images, labels):
         raise RuntimeError("out of memory")
 
-    def ask():
+    def query():
         if mechanism == "noisy_sum":
             return private.noisy_sum("sum", fail, 1.0)
         if mechanism == "sampled_noisy_sum":
@@ -307,9 +307,9 @@ def test_a_failed_query_stays_booked_and_cannot_be_repeated(mechanism):
         return private.report_noisy_max("max", fail)
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        ask()
+        query()
     with pytest.raises(BudgetExceeded):
-        ask()
+        query()
     assert private.ledger.executed("max" if mechanism == "report_noisy_max" else "sum") == 1
 
 
@@ -334,7 +334,7 @@ def test_a_truncated_release_refuses_a_sum_over_all_records():
 
 
 @pytest.mark.parametrize("mechanism", ["noisy_sum", "sampled_noisy_sum"])
-def test_a_noisy_max_release_pays_for_no_sum(mechanism):
+def test_a_noisy_max_release_covers_no_sum(mechanism):
     """It is charged 1 / multiplier in pure epsilon, which Gaussian noise of that size does not give."""
     private, read = private_of(
         torch.zeros(3, 1), [noisy_max_release("max", 0.1, "add_or_remove_one")], epsilon=1.0
@@ -343,7 +343,7 @@ def test_a_noisy_max_release_pays_for_no_sum(mechanism):
         getattr(private, mechanism)("max", read, 1.0)
 
 
-def test_a_gaussian_release_pays_for_no_noisy_max():
+def test_a_gaussian_release_covers_no_noisy_max():
     private, _ = private_of(torch.zeros(3, 1), [SUM])
     with pytest.raises((UnplannedRelease, AssertionError)):
         private.report_noisy_max("sum", lambda x, y: torch.ones(len(x), 2))
@@ -411,7 +411,7 @@ MIXING = [
     against_the_darkest,
     *BY_CLASS,
 ]
-QUESTIONS = {
+QUERIES = {
     "noisy_sum": lambda private, fn: private.noisy_sum("sum", fn, 1.0),
     "sampled_noisy_sum": lambda private, fn: private.sampled_noisy_sum("sum", fn, 1.0),
     "map": lambda private, fn: private.map(fn).noisy_sum("sum", lambda x, y: x, 1.0),
@@ -423,10 +423,10 @@ QUESTIONS = {
 
 
 @pytest.mark.parametrize("mixing", MIXING)
-@pytest.mark.parametrize("ask", QUESTIONS)
-def test_functions_that_mix_records_are_refused_before_a_record_is_read(ask, mixing):
+@pytest.mark.parametrize("query", QUERIES)
+def test_functions_that_mix_records_are_refused_before_a_record_is_read(query, mixing):
     """Whether a run ends with an error must tell nothing of the records: functions are tried on public images."""
-    if ask == "map" and mixing in BY_CLASS:
+    if query == "map" and mixing in BY_CLASS:
         pytest.skip("a map is given no labels")
     plan = [SUM, noisy_max_release("max", 1.0, "add_or_remove_one")]
     private, _ = private_of(torch.zeros(9, 1), plan, np.arange(9) % 2, num_classes=2)
@@ -437,26 +437,26 @@ def test_functions_that_mix_records_are_refused_before_a_record_is_read(ask, mix
 
     private._records._images = Hidden()
     with pytest.raises(UserError, match="depends on another"):
-        QUESTIONS[ask](private, mixing)
+        QUERIES[query](private, mixing)
 
 
-@pytest.mark.parametrize("ask", ["noisy_sum", "sampled_noisy_sum", "map"])
-def test_functions_that_mix_records_a_little_are_refused(ask):
+@pytest.mark.parametrize("query", ["noisy_sum", "sampled_noisy_sum", "map"])
+def test_functions_that_mix_records_a_little_are_refused(query):
     """By a twelfth, as the number of records may: more than any rounding."""
     private, _ = private_of(torch.zeros(9, 1), [SUM], np.arange(9) % 2, num_classes=2)
     with pytest.raises(UserError, match="depends on another"):
-        QUESTIONS[ask](private, lambda images, labels=None: images.flatten(1)[:, :1] * (10 + len(images)))
+        QUERIES[query](private, lambda images, labels=None: images.flatten(1)[:, :1] * (10 + len(images)))
 
 
-@pytest.mark.parametrize("ask", QUESTIONS)
-def test_functions_of_one_record_are_not_refused(ask):
+@pytest.mark.parametrize("query", QUERIES)
+def test_functions_of_one_record_are_not_refused(query):
     plan = [SUM, noisy_max_release("max", 1.0, "add_or_remove_one")]
     private, _ = private_of(torch.zeros(9, 1), plan, np.arange(9) % 2, num_classes=2)
-    QUESTIONS[ask](private, lambda images, labels=None: images.flatten(1)[:, :1] * 2 + 1)
+    QUERIES[query](private, lambda images, labels=None: images.flatten(1)[:, :1] * 2 + 1)
 
 
-@pytest.mark.parametrize("ask", ["map", "noisy_histogram", "report_noisy_max"])
-def test_choices_are_always_computed_for_the_same_number_of_records(ask):
+@pytest.mark.parametrize("query", ["map", "noisy_histogram", "report_noisy_max"])
+def test_choices_are_always_computed_for_the_same_number_of_records(query):
     """Libraries round by the size of what they are given: one record more could move what all others choose."""
 
     def sizes(num_records: int) -> set[int]:
@@ -469,7 +469,7 @@ def test_choices_are_always_computed_for_the_same_number_of_records(ask):
             seen.append(len(images))
             return images.flatten(1)[:, :1]
 
-        QUESTIONS[ask](private, fn)
+        QUERIES[query](private, fn)
         return set(seen)
 
     assert sizes(8) == sizes(9) == sizes(11)
@@ -499,14 +499,14 @@ def sampled(values, rate, steps=1, labels=None, num_classes=1, **options):
 
 def test_a_sampled_sum_is_that_of_the_records_that_the_noise_source_draws():
     """The same secret masks as in DP-SGD: a fresh one at every step, over several batches."""
-    private, ask = sampled(torch.eye(11), 0.5, steps=3)
+    private, query = sampled(torch.eye(11), 0.5, steps=3)
     read, samples = [], []
     take = private._records.take
     private._records.take = lambda which: (read.extend(which.tolist()), take(which))[1]
     for step in range(3):
         read.clear()
         drawn = NoiseSource(0).sample(11, 0.5, "sum", step)
-        torch.testing.assert_close(ask(), torch.eye(11)[drawn].sum(0))
+        torch.testing.assert_close(query(), torch.eye(11)[drawn].sum(0))
         assert read == drawn.tolist()  # those left out are not even looked at
         samples.append(tuple(read))
     assert len(set(samples)) == 3
@@ -514,8 +514,8 @@ def test_a_sampled_sum_is_that_of_the_records_that_the_noise_source_draws():
 
 @pytest.mark.parametrize("rate", [0.1, 0.7])
 def test_records_enter_sampled_sums_at_the_planned_rate_one_by_one(rate):
-    _, ask = sampled(torch.eye(40), rate, steps=200)
-    inclusion = torch.stack([ask() for _ in range(200)])
+    _, query = sampled(torch.eye(40), rate, steps=200)
+    inclusion = torch.stack([query() for _ in range(200)])
     low, high = stats.binom.ppf([ALPHA / 2, 1 - ALPHA / 2], inclusion.numel(), rate)
     assert low <= inclusion.sum().item() <= high
     sizes = inclusion.sum(1)  # of a Poisson sample they are binomial, not fixed
@@ -528,9 +528,9 @@ def test_a_record_moves_a_sampled_sum_by_at_most_the_bound(rows, data, by_class)
     """The last record, so that all others are sampled as before: neighbours are coupled record by record."""
     values = torch.tensor(rows)
     labels = data.draw(st.lists(st.integers(0, 2), min_size=len(rows), max_size=len(rows)))
-    _, ask = sampled(values, 0.6, labels=labels, num_classes=3)
-    _, ask_without = sampled(values[:-1], 0.6, labels=labels[:-1], num_classes=3)
-    moved = ask(0.5, by_class=by_class).double() - ask_without(0.5, by_class=by_class).double()
+    _, query = sampled(values, 0.6, labels=labels, num_classes=3)
+    _, query_without = sampled(values[:-1], 0.6, labels=labels[:-1], num_classes=3)
+    moved = query(0.5, by_class=by_class).double() - query_without(0.5, by_class=by_class).double()
     assert torch.isfinite(moved).all()
     assert moved.norm() <= 0.5 * ROUNDING
 
@@ -538,8 +538,8 @@ def test_a_record_moves_a_sampled_sum_by_at_most_the_bound(rows, data, by_class)
 def test_a_sampled_sum_has_the_planned_noise_even_for_an_empty_sample():
     """One class is empty, and so are most samples."""
     values = torch.full((5, 2000), 0.001)
-    private, ask = sampled(values, 1e-6, labels=[0, 0, 2, 2, 2], num_classes=3, epsilon=10.0, steps=10)
-    answers = torch.stack([ask(7.0, by_class=True) for _ in range(10)]).double()
+    private, query = sampled(values, 1e-6, labels=[0, 0, 2, 2, 2], num_classes=3, epsilon=10.0, steps=10)
+    answers = torch.stack([query(7.0, by_class=True) for _ in range(10)]).double()
     assert answers.shape == (10, 3, 2000)
     residual = answers / 7.0
     low, high = stats.chi2.ppf([ALPHA / 2, 1 - ALPHA / 2], residual.numel()) / residual.numel()
@@ -549,17 +549,17 @@ def test_a_sampled_sum_has_the_planned_noise_even_for_an_empty_sample():
 
 
 def test_a_sampled_sum_at_rate_one_is_the_sum():
-    _, ask = sampled(torch.full((9, 2), 0.25), 1.0)
-    assert ask().tolist() == [2.25, 2.25]
+    _, query = sampled(torch.full((9, 2), 0.25), 1.0)
+    assert query().tolist() == [2.25, 2.25]
 
 
 def test_a_sampled_sum_takes_one_planned_step_and_no_more():
-    private, ask = sampled(torch.zeros(3, 1), 0.5, steps=2)
-    ask()
-    ask()
+    private, query = sampled(torch.zeros(3, 1), 0.5, steps=2)
+    query()
+    query()
     private._records.take = lambda which: pytest.fail("a record was read")
     with pytest.raises(BudgetExceeded):
-        ask()
+        query()
 
 
 def test_a_truncated_release_refuses_a_sampled_sum():

@@ -110,7 +110,7 @@ def test_chunks_do_not_change_the_frechet_distance(monkeypatch):
 
 
 @pytest.mark.parametrize(("num", "below"), [(31, True), (32, False)])
-def test_fid_says_when_there_are_fewer_images_than_features(num, below):
+def test_fid_reports_fewer_images_than_features(num, below):
     assert fid(random_features(64, 32, 0), random_features(num, 32, 1)).info["n_below_dim"] is below
 
 
@@ -344,7 +344,7 @@ def test_density_and_coverage_match_a_loop(k, monkeypatch):
 
 
 @pytest.mark.parametrize("grid", [False, True], ids=["no ties", "ties"])
-def test_ties_alone_tell_density_coverage_precision_and_recall_from_prdc(grid):
+def test_only_ties_distinguish_density_coverage_precision_and_recall_from_prdc(grid):
     """The formulas of the package prdc: other points alone count as neighbours, and a ball is open."""
     real, fake = random_features(60, 3, 7), random_features(45, 3, 8, shift=0.5)
     if grid:  # many equal distances
@@ -434,7 +434,7 @@ def test_the_mixture_is_fitted_as_automatic_differentiation_does(monkeypatch, nu
     assert torch.allclose(Mixture(centres, points).log_variances, expected, rtol=1e-2, atol=1e-2)
 
 
-def test_the_fit_goes_on_when_the_loss_rises_and_stops_where_it_stays(monkeypatch):
+def test_the_fit_continues_when_the_loss_rises_and_stops_when_it_is_constant(monkeypatch):
     assert not settled([5.0, 5.0, 5.0, 5.0, 5.0, 5.0])  # six epochs are too few
     assert settled([9.0, 8.0, 5.0, 5.0, 5.0, 5.0004, 5.0])
     assert not settled([9.0, 8.0, 5.0006, 5.0, 5.0, 5.0, 5.0])
@@ -478,7 +478,7 @@ def generators() -> dict[str, np.ndarray]:
             "lacking": fresh[fresh[:, 0] > 0]}  # fmt: skip
 
 
-def test_fld_tells_copies_collapse_and_a_missing_part_from_fresh_draws(generators):
+def test_fld_distinguishes_copies_collapse_and_a_missing_part_from_fresh_draws(generators):
     train, test = generators["train"], generators["test"]
     found = {name: {key: value.value for key, value in fld(train, test, generators[name]).items()}
              for name in ("fresh", "copies", "collapsed", "lacking")}  # fmt: skip
@@ -525,7 +525,7 @@ def test_ratio_of_distances_to_training_and_unseen_points(generators):
 
 
 @pytest.mark.parametrize("metric", ["fid", "kid", "mind", "recall", "coverage"])
-def test_a_lacking_class_moves_the_metric_the_wrong_way(generators, metric):
+def test_a_missing_class_worsens_the_metric(generators, metric):
     def value(fake: np.ndarray) -> float:
         real = generators["train"]
         found = {"fid": lambda: fid(real, fake).value, "kid": lambda: kid(real, fake, num_subsets=10).value,

@@ -64,7 +64,7 @@ def test_an_extractor_of_transformers(kind, transformers, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Dinov2Extractor, ClipExtractor])
-def test_without_weights_or_package_the_way_to_them_is_said(kind, transformers, tmp_path, monkeypatch):
+def test_missing_weights_or_packages_are_reported_with_the_fix(kind, transformers, tmp_path, monkeypatch):
     with pytest.raises(
         MissingWeights, match=f"prepare_weights.py --name {kind.name} --weights_root {tmp_path}"
     ):
@@ -117,7 +117,7 @@ def reward_model(monkeypatch, tmp_path) -> RewardModel:
     return model
 
 
-def test_image_reward_asks_in_batches_with_the_names_of_the_classes(reward_model, tmp_path, monkeypatch):
+def test_image_reward_scores_batches_with_the_class_names(reward_model, tmp_path, monkeypatch):
     monkeypatch.setattr("evaluation.metrics.image_reward.BATCH_SIZE", 4)
     images = np.zeros((9, 1, 8, 8), np.uint8)
     labels = np.array([2, 0, 2, 2, 2, 2, 2, 0, 2])  # no dog
@@ -146,7 +146,7 @@ def test_image_reward_is_imported_without_the_clip_that_no_registry_has(tmp_path
     monkeypatch.delitem(sys.modules, "ImageReward")
 
 
-def test_a_tokenizer_that_cannot_be_fetched_is_said(reward_model, tmp_path, monkeypatch):
+def test_a_tokenizer_that_cannot_be_fetched_is_reported(reward_model, tmp_path, monkeypatch):
     def offline(**_):
         raise OSError("We couldn't connect\nto the hub")
 

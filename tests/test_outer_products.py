@@ -165,9 +165,9 @@ def private_of(products: OuterProducts, plan, labels, epsilon=math.inf, noise=No
     return private, lambda x, _: some(products, ((x[:, 0, 0, 0] + 1) * 127.5).round().long() % max(1, count))
 
 
-def answer(products, labels, ask="noisy_sum", rate=1.0, **more):
+def release_of(products, labels, mechanism="noisy_sum", rate=1.0, **more):
     private, read = private_of(products, [Release("sum", 1.0, sample_rate=rate)], labels, **more)
-    return getattr(private, ask)("sum", read, 0.5, by_class=True).double(), private
+    return getattr(private, mechanism)("sum", read, 0.5, by_class=True).double(), private
 
 
 @settings(max_examples=100)
@@ -177,21 +177,21 @@ def test_a_record_moves_a_sum_by_at_most_the_bound(products, data):
     labels = data.draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))
     left_out = data.draw(st.integers(0, count - 1))
     rest = [i for i in range(count) if i != left_out]
-    whole, _ = answer(products, labels)
-    without, _ = answer(some(products, rest), [labels[i] for i in rest])
+    whole, _ = release_of(products, labels)
+    without, _ = release_of(some(products, rest), [labels[i] for i in rest])
     assert torch.isfinite(whole).all()
     assert (whole - without).norm() <= 0.5 * (1 + 1e-5)  # the answer itself is float32
 
 
 def test_a_sum_over_batches_is_that_of_all_records():
     products, labels = random_products(11), [0, 1, 2, 0, 0, 0, 2, 2, 1, 0, 2]
-    found, _ = answer(products, labels)
+    found, _ = release_of(products, labels)
     torch.testing.assert_close(found, summed(products, labels, 0.5), rtol=1e-6, atol=1e-6)
 
 
 def test_a_sampled_sum_is_that_of_the_records_that_are_drawn():
     products, labels = random_products(11), np.arange(11) % 3
-    found, _ = answer(products, labels, "sampled_noisy_sum", rate=0.5)
+    found, _ = release_of(products, labels, "sampled_noisy_sum", rate=0.5)
     drawn = NoiseSource(0).sample(11, 0.5, "sum", 0)
     expected = summed(some(products, drawn), labels[drawn.numpy()], 0.5)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -202,7 +202,7 @@ def test_noise_is_the_multiplier_times_the_bound_on_every_entry():
     count, width = 6, 400
     sides = torch.full((count, 1), 0.001), torch.ones(count, width)
     products = OuterProducts([sides, sides])
-    found, private = answer(products, [0, 0, 0, 2, 2, 2], epsilon=10.0)
+    found, private = release_of(products, [0, 0, 0, 2, 2, 2], epsilon=10.0)
     residual = (found - summed(products, [0, 0, 0, 2, 2, 2], 0.5)) / 0.5
     assert found.shape == (3, 2 * width)
     low, high = stats.chi2.ppf([ALPHA / 2, 1 - ALPHA / 2], residual.numel()) / residual.numel()

@@ -94,7 +94,7 @@ def test_a_table_of_ones_own_takes_the_place_of_the_toolkits(tmp_path):
         ("include: _nothing", "_nothing"),
     ],
 )
-def test_mistakes_in_a_table_are_told(tmp_path, text, told):
+def test_mistakes_in_a_table_are_reported(tmp_path, text, told):
     with pytest.raises(UserError, match=told):
         load(tmp_path, *own_images("DP-MERF", 400, 16, 1, 4, "preset=quick", *table(tmp_path, text)))
 
@@ -122,7 +122,7 @@ def test_a_fraction_of_an_epoch_is_rounded_up_to_steps(epochs, steps):
     assert (release.num_steps, release.sample_rate) == (steps, 1 / 20)
 
 
-def test_sizes_where_20_minutes_give_little_are_told_with_what_gives_more(tmp_path):
+def test_sizes_too_large_for_20_minutes_are_reported_with_alternatives(tmp_path):
     small, large = (
         load(tmp_path, *own_images("DPDM", 5000, resolution, 3, 2, "preset=quick")).notes
         for resolution in (32, 128)
@@ -167,13 +167,13 @@ def test_an_unknown_dataset_lists_the_prepared_ones(tmp_path):
         (("0", "7"), 3, ["grey", "colour"]),
     ],
 )
-def test_a_public_set_of_another_kind_is_told(class_names, channels, told, tmp_path):
+def test_a_public_set_of_another_kind_is_reported(class_names, channels, told, tmp_path):
     section = load(tmp_path, "--method", "PrivImage", "--data_name", "digits_8").public_data
     line = misfit(section, DataSpec("x", 16, channels, len(class_names), 100, class_names), tmp_path)
     assert line is None if told is None else all(word in line for word in told)
 
 
-def test_a_misfit_is_told_where_a_run_is_composed(tmp_path, caplog):
+def test_a_mismatched_public_set_is_reported_when_a_run_is_composed(tmp_path, caplog):
     names = "sensitive_data.class_names=[healthy,ill]"
     with caplog.at_level("INFO"):
         compose(load(tmp_path, *own_images("PDP-Diffusion", 300, 8, 1, 2, names, "preset=quick")))

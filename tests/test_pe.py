@@ -153,7 +153,7 @@ class Rounding:
 
 
 @pytest.mark.parametrize("mode", ["L2", "IP", "cosine"])
-def test_rounding_does_not_tell_copies_of_a_candidate_apart(mode, monkeypatch):
+def test_rounding_does_not_distinguish_copies_of_a_candidate(mode, monkeypatch):
     """Which of them wins would be chance: the same for all records of a batch, and another one with one record more."""
     Rounding(monkeypatch)
     rng = torch.Generator().manual_seed(0)
@@ -401,7 +401,7 @@ def test_folds_and_kept_parents(make_trial, asked):
     assert {image.tobytes() for image in samples.images} == {image.tobytes() for image in parents}
 
 
-def test_a_candidate_stands_for_the_mean_of_its_variations(make_trial, asked):
+def test_a_candidate_is_represented_by_the_mean_of_its_variations(make_trial, asked):
     trial = make_trial("PE", *SHIFT, "train.lookahead_degree=3", epsilon=10)
     trial.run()
     _, features, population = asked[1]
@@ -412,7 +412,7 @@ def test_a_candidate_stands_for_the_mean_of_its_variations(make_trial, asked):
     np.testing.assert_allclose(features.numpy(), expected, atol=1e-6)
 
 
-def test_without_lookahead_a_candidate_stands_for_itself(make_trial, asked):
+def test_without_lookahead_a_candidate_is_represented_by_itself(make_trial, asked):
     make_trial("PE", *SHIFT, "train.lookahead_degree=0", epsilon=10).run()
     _, features, population = asked[1]
     np.testing.assert_allclose(features.numpy(), population.images.reshape(30, -1) / 255, atol=1e-6)
@@ -471,9 +471,7 @@ def resumed(make_trial, folder):
 
 @pytest.mark.parametrize("killed_in", ["votes 1", "iteration 1 variation 0", "iteration 2 lookahead 0", "votes 2",
                                        "iteration 2 variation 0"])  # fmt: skip
-def test_a_killed_run_goes_on_where_it_stopped_and_asks_nothing_twice(
-    killed_in, make_trial, tmp_path, monkeypatch
-):
+def test_a_killed_run_resumes_and_repeats_no_query(killed_in, make_trial, tmp_path, monkeypatch):
     whole = make_trial("PE", epsilon=10, noise_seed=5)
     whole.run()
     bookings = []
@@ -566,7 +564,7 @@ def test_a_glyph_is_what_a_large_picture_of_it_shrinks_to(glyphs):
         assert np.abs(found - expected).mean() < 12  # of 255; a mirrored or turned one is above 40
 
 
-def test_glyphs_turn_and_grow_as_the_pose_says():
+def test_glyphs_turn_and_grow_with_the_pose():
     letter = outlines("L")[[0]]
 
     def drawn(**values):
@@ -679,7 +677,7 @@ def test_each_generator_of_the_table_has_its_section():
          ["variation_degree_schedule: 0", "neighbours"]),
     ],
 )  # fmt: skip
-def test_settings_refuse_nonsense(settings, words, make_method):
+def test_bad_settings_are_refused(settings, words, make_method):
     with pytest.raises(UserError) as refused:
         make_method("PE", *settings)
     message = str(refused.value)
@@ -696,7 +694,7 @@ def test_settings_refuse_nonsense(settings, words, make_method):
         (lambda images: images / np.float32(0) * 0, ["float32 pixels", "not finite", "uint8"]),
     ],
 )
-def test_a_generator_that_answers_something_else_is_refused(answer, words, make_trial, monkeypatch):
+def test_a_generator_with_malformed_output_is_refused(answer, words, make_trial, monkeypatch):
     monkeypatch.setattr(BrokenAPI, "answer", staticmethod(answer))
     trial = make_trial("PE", f"model.api={__name__}:BrokenAPI", "model.feature_extractor=pixels")
     with pytest.raises(UserError, match="random_api returned") as refused, np.errstate(all="ignore"):

@@ -233,7 +233,7 @@ def test_a_record_in_a_padded_batch_moves_the_sum_by_the_bound():
     assert relative_error(whole, plain) < 1e-6
 
 
-def test_a_failure_within_a_module_does_not_tell_the_size_of_the_batch():
+def test_a_failure_within_a_module_does_not_reveal_the_batch_size():
     class Failing(nn.Module):
         def __init__(self):
             super().__init__()

@@ -191,7 +191,7 @@ def test_of_two_axes_that_may_be_channels_the_first_is_taken():
     assert as_nhwc(np.zeros((5, 3, 8, 1), np.uint8), "").shape == (5, 8, 1, 3)
 
 
-def test_medmnist_npz_joins_validation_to_training_and_says_so(tmp_path):
+def test_medmnist_npz_joins_validation_to_training_and_logs_it(tmp_path):
     parts = {"train": 10, "val": 4, "test": 6}
     arrays = {f"{part}_images": colour_images(n, seed=n) for part, n in parts.items()}
     arrays |= {f"{part}_labels": (np.arange(n) % 2)[:, None].astype(np.uint8) for part, n in parts.items()}
@@ -462,7 +462,7 @@ def test_grey_and_colour_are_mixed_only_where_channels_are_given(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["npz", "folder"])
-def test_a_conversion_of_channels_is_said(tmp_path, form):
+def test_a_conversion_of_channels_is_logged(tmp_path, form):
     np.savez(tmp_path / "a.npz", x=colour_images(6), y=np.arange(6) % 2)
     source = tmp_path / "a.npz" if form == "npz" else write_files(tmp_path / "raw", class_files())
     _, notes = prepare_custom(tmp_path, source, channels=1, public=True, resolution=8)
@@ -486,7 +486,7 @@ def test_custom_set_without_test_part_gives_a_seventh_of_each_class(tmp_path):
     assert notes[0].endswith("test images have no privacy protection")
 
 
-def test_class_folders_under_other_names_are_taken_in_order_and_said(tmp_path):
+def test_class_folders_under_other_names_are_taken_in_order_and_logged(tmp_path):
     files = class_files(("0", "1"), prefix="train/") | class_files(("0", "1"), prefix="test/")
     _, meta, notes = prepare_known(
         "camelyon_32", tmp_path / "root", source=write_files(tmp_path / "raw", files)
@@ -521,7 +521,7 @@ def test_class_names_of_which_only_some_match_are_refused(tmp_path):
     assert not (tmp_path / "root" / "fmnist_28").exists()
 
 
-def test_names_that_differ_in_punctuation_alone_are_told_apart():
+def test_names_that_differ_only_in_punctuation_are_distinguished():
     assert places_of(("a-b", "ab"), ["ab", "a-b"]) == {"ab": 1, "a-b": 0}
     assert places_of(("+", "-"), ["-"]) == {"-": 1}
     assert places_of(("cat", "dog"), ["Cat", "cat"]) == {"cat": 0}
@@ -823,7 +823,7 @@ def test_script_prints_what_it_did_and_exits_with_2_on_bad_input(tmp_path, capsy
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_every_known_set_can_be_downloaded_or_says_where_to_get_it():
+def test_every_known_set_can_be_downloaded_or_names_its_source():
     for name in known_names():
         known = known_set(name)
         assert known.downloads or known.advice, name

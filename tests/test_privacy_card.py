@@ -211,7 +211,7 @@ def test_presets_that_were_tuned_on_these_very_images_are_named(two_stages):
     assert words not in privacy_card(two_stages)
 
 
-def test_the_relation_is_said():
+def test_the_neighbouring_relation_is_stated():
     """Exchanging a record is bounded then; that one is there at all is not."""
     card = privacy_card(report_of([Release("look", None)], relation="replace_one"))
     assert "one record replaced by another changes the odds" in card

@@ -46,7 +46,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def said(monkeypatch, caplog):
+def captured(monkeypatch, caplog):
     """The lines of the log."""
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level("INFO")
@@ -95,7 +95,7 @@ def run_noise(tmp_path: Path, folder: Path, *more: str):
 # ------------------------------------------------------------------------------------------------- rights
 
 
-def test_kept_features_can_be_read_by_their_owner_alone(tmp_path, umask):
+def test_cached_features_are_readable_by_their_owner_only(tmp_path, umask):
     cache = PrivateCache(tmp_path / "set" / CACHE_NAME)
     found = features(cache)
     require_private(cache.folder)
@@ -103,7 +103,7 @@ def test_kept_features_can_be_read_by_their_owner_alone(tmp_path, umask):
     assert np.array_equal(features(PrivateCache(cache.folder)), found)
 
 
-def test_a_private_file_never_has_wider_rights(tmp_path, umask):
+def test_a_private_file_never_has_wider_permissions(tmp_path, umask):
     """Not while it is written either: whoever opened it then could read on."""
     with atomic(tmp_path / "place" / "file", private=True) as temporary:
         require_private(temporary.parent)
@@ -120,7 +120,7 @@ def test_wider_rights_of_a_folder_are_taken_away(tmp_path):
 
 
 @pytest.mark.parametrize("public", [False, True])
-def test_a_prepared_private_set_can_be_read_by_its_owner_alone(tmp_path, umask, public):
+def test_a_prepared_private_set_is_readable_by_its_owner_only(tmp_path, umask, public):
     folder = prepared(tmp_path / "root", public=public)
     if public:
         expected = {0o777 & ~umask, 0o666 & ~umask}
@@ -129,7 +129,7 @@ def test_a_prepared_private_set_can_be_read_by_its_owner_alone(tmp_path, umask, 
         require_private(folder)
 
 
-def test_a_file_system_without_rights_is_told(tmp_path, monkeypatch):
+def test_a_file_system_without_permissions_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("data.prepare.readable_by_others", lambda path: True)
     source = tmp_path / "a.npz"
     np.savez(source, x=IMAGES, y=np.arange(28) % 2)
@@ -139,7 +139,7 @@ def test_a_file_system_without_rights_is_told(tmp_path, monkeypatch):
     ]
 
 
-def test_the_folder_of_a_run_can_be_read_by_its_owner_alone(tmp_path, umask):
+def test_a_run_folder_is_readable_by_its_owner_only(tmp_path, umask):
     folder = create(tmp_path / "exp", "DPDM", "mine", 1.0, "")
     assert rights(folder) == 0o700
     write_text(folder / "private" / "nearest.html", "", private=True)
@@ -149,7 +149,7 @@ def test_the_folder_of_a_run_can_be_read_by_its_owner_alone(tmp_path, umask):
 # ------------------------------------------------------------------------------------------------- names
 
 
-def test_the_name_of_kept_features_tells_nothing_without_the_key(tmp_path):
+def test_the_name_of_cached_features_reveals_nothing_without_the_key(tmp_path):
     caches = [PrivateCache(tmp_path / name) for name in ("one", "other")]
     for cache in caches:
         features(cache)
@@ -170,39 +170,39 @@ def test_a_damaged_key_is_replaced(tmp_path):
 # ------------------------------------------------------------------------------------------------- places
 
 
-def test_where_the_place_next_to_the_images_cannot_be_used_another_private_one_is(tmp_path, home, said):
+def test_another_private_folder_is_used_if_the_one_next_to_the_images_cannot_be(tmp_path, home, captured):
     (tmp_path / "set").write_text("no folder")
     places = private_places(tmp_path / "set")
     cache = PrivateCache(*places)
     features(cache)
     assert cache.folder == places[1] and cache.folder.is_relative_to(home)
     require_private(cache.folder)
-    (line,) = set(said.messages)
+    (line,) = set(captured.messages)
     assert str(places[0]) in line and str(places[1]) in line
 
 
-def test_a_place_that_others_can_read_is_never_used(tmp_path, monkeypatch, said):
+def test_a_folder_that_others_can_read_is_never_used(tmp_path, monkeypatch, captured):
     monkeypatch.setattr(private_files.Path, "chmod", lambda *_: None)  # as on file systems without rights
     for name in ("one", "other"):
         (tmp_path / name).mkdir(mode=0o755)
     cache = PrivateCache(tmp_path / "one", tmp_path / "other")
     assert np.array_equal(features(cache), features(None))
     assert cache.folder is None and not list(tmp_path.rglob("*/*"))
-    (line,) = set(said.messages)
+    (line,) = set(captured.messages)
     assert str(tmp_path / "one") in line and str(tmp_path / "other") in line
 
 
-def test_a_place_of_another_user_is_never_used(tmp_path, monkeypatch, said):
+def test_a_folder_of_another_user_is_never_used(tmp_path, monkeypatch, captured):
     """Root may write to it; its owner has made it first, and would read what root writes."""
     (tmp_path / "theirs").mkdir(mode=0o700)
     monkeypatch.setattr(private_files.os, "geteuid", lambda: os.getuid() + 1)
     cache = PrivateCache(tmp_path / "theirs")
     assert cache.folder is None and not list((tmp_path / "theirs").iterdir())
-    assert str(tmp_path / "theirs") in said.text
+    assert str(tmp_path / "theirs") in captured.text
 
 
 def test_public_results_have_another_place_where_the_data_root_is_read_only(
-    tmp_path, home, monkeypatch, said
+    tmp_path, home, monkeypatch, captured
 ):
     root, access = tmp_path / "root", os.access
     root.mkdir()
@@ -218,7 +218,7 @@ def test_public_results_have_another_place_where_the_data_root_is_read_only(
     glyphs = PublicDataConfig(**fields | nested | {"per_class": 1})
     first = load_public(glyphs, SPEC, root)
     assert len(first) == 62 and not list(root.iterdir())
-    assert any(str(root) in line and str(home) in line for line in said.messages)
+    assert any(str(root) in line and str(home) in line for line in captured.messages)
     monkeypatch.setattr("data.public.EMBEDDED_PUBLIC", {"glyphs": None})  # nothing to render with
     assert np.array_equal(load_public(glyphs, SPEC, root).samples.images, first.samples.images)
 
@@ -232,7 +232,7 @@ def test_what_a_read_only_data_root_holds_is_used(tmp_path, home, monkeypatch):
 # ------------------------------------------------------------------------------------------------- data and runs
 
 
-def test_the_copy_for_validation_lies_in_the_private_cache(tmp_path, monkeypatch):
+def test_the_copy_for_validation_is_in_the_private_cache(tmp_path, monkeypatch):
     folder = prepared(tmp_path / "secure")
     monkeypatch.setattr(prepared_module, "MEMORY_MAP_ABOVE", 0)
     root = tmp_path / "root"
@@ -361,7 +361,7 @@ def test_forgetting_an_embedded_set_removes_its_cache(tmp_path, home):
     ("name", "words"),
     [("min", ["min", "mine"]), ("photos", ["photos", "not prepared"]), ("../root", ["--forget", "../root"])],
 )
-def test_what_is_no_prepared_set_is_not_removed(tmp_path, home, name, words):
+def test_only_a_prepared_set_is_removed(tmp_path, home, name, words):
     prepared(tmp_path / "root")
     (tmp_path / "root" / "photos").mkdir()
     (tmp_path / "root" / "photos" / "cat.png").write_text("")

@@ -59,12 +59,12 @@ def test_every_program_ends_in_one_place(path):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"), ["out of memory"]),
     ],
 )  # fmt: skip
-def test_what_the_machine_lacks_is_one_line(error, words):
+def test_missing_resources_are_reported_in_one_line(error, words):
     refusal = ending(error).refusal
     assert all(word in refusal for word in words), refusal
 
 
-def test_too_much_memory_of_a_cpu_is_one_line():
+def test_exhausted_cpu_memory_is_reported_in_one_line():
     with pytest.raises(RuntimeError) as error:
         torch.empty(10**15)
     refusal = ending(error.value).refusal
@@ -81,7 +81,7 @@ def test_faults_of_the_code_keep_their_traceback(error):
 
 
 @pytest.mark.parametrize("word", ["seed=1\r", "digits_8\r", "a\x00b", "\x1b[0m", "a\nb", "caf\udce9"])
-def test_words_that_are_no_text_are_refused(word):
+def test_arguments_that_are_not_text_are_refused(word):
     @program
     def main(argv: list[str]) -> int:
         return 0
@@ -158,7 +158,7 @@ def test_a_user_without_a_home_has_a_place_for_weights(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--exp_root", "--data_root", "--weights_root", "--config_dir"])
-def test_an_unknown_home_is_one_line(flag, tmp_path, monkeypatch):
+def test_an_unknown_home_is_reported_in_one_line(flag, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refusal = call(run_program.main, ["--method", "Noise", flag, "~nosuchuser/x", "--print_config"]).refusal
     assert "~nosuchuser/x" in refusal

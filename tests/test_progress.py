@@ -12,7 +12,7 @@ def test_a_bar_counts_to_its_total(capsys):
     assert "2/2" in capsys.readouterr().err
 
 
-def test_where_nothing_is_left_there_is_no_bar(capsys):
+def test_without_remaining_steps_there_is_no_bar(capsys):
     assert list(progress(range(0), "generate", unit="batch")) == []
     assert list(progress(range(5, 5), "pretrain", total=5, initial=5)) == []
     assert capsys.readouterr().err == ""

@@ -17,7 +17,7 @@ def test_each_pass_shows_every_image_once_in_an_order_of_its_own():
     assert not np.array_equal(passes[0], passes[1])
 
 
-def test_what_is_left_over_is_not_shown_and_a_small_set_is_one_batch():
+def test_the_incomplete_last_batch_is_dropped_and_a_small_set_is_one_batch():
     assert [len(batch) for batch in shown(11, 4, 2, 0).values()] == [4, 4, 4, 4]
     assert shown(3, 4, 2, 0) == {0: [0, 1, 2], 1: [0, 1, 2]}
     assert shown(12, 4, 0, 0) == {}

@@ -133,7 +133,7 @@ def test_the_page_holds_everything_and_needs_nothing_else(tmp_path):
     assert not (tmp_path / "private").exists()
 
 
-def test_what_accuracy_is_compared_with_stands_in_its_row(tmp_path):
+def test_the_references_of_accuracy_are_in_its_row(tmp_path):
     """On the page and on the terminal; columns that nothing fills are left out."""
     found = report()
     found.metric_info["accuracy/cnn/syn_val"].update(majority_class=37.5, ceiling=91.25)
@@ -225,7 +225,7 @@ def test_training_images_are_in_the_private_gallery_alone(tmp_path):
     assert shows_training_image(gallery, train) and not shows_training_image(text, train)
 
 
-def test_a_gallery_in_the_report_is_said_in_red(tmp_path):
+def test_a_gallery_in_the_report_has_a_red_warning(tmp_path):
     train = samples(1, 30)
     text = page(tmp_path, train=train, report=report(nearest={4: [7, 2]}), gallery="report")
     assert shows_training_image(text, train) and not (tmp_path / "private").exists()
@@ -234,7 +234,7 @@ def test_a_gallery_in_the_report_is_said_in_red(tmp_path):
     assert "Not a privacy proof" in section and "nearest training images, the nearest first" in section
 
 
-def test_memorisation_is_beside_the_gallery(tmp_path):
+def test_memorisation_is_next_to_the_gallery(tmp_path):
     values = {"authpct/x": 31.5, "nn_ratio/x": 0.7}
     info = {name: {"better": "higher", "n_real": 30, "n_fake": 20, "real_floor": 0.9} for name in values}
     text = page(tmp_path, report=report(metrics=values, metric_info=info))
@@ -299,7 +299,7 @@ def test_oracles_of_a_run_are_marked_and_listed_as_revealed(run_folder):
     assert not any("report.html" in reason for reason in privacy["revealed"])
 
 
-def test_a_run_whose_report_shows_training_images_says_so(tmp_path):
+def test_a_run_warns_that_its_report_shows_training_images(tmp_path):
     more = ["eval.gallery=report", "eval.metrics=[authpct]"]
     folder = call(run_program.main, arguments("Noise", tmp_path, *more)).folder
     assert "Contains training images" in (folder / "report.html").read_text()

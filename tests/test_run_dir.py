@@ -102,7 +102,7 @@ def test_a_run_is_found_by_name_and_by_path(tmp_path):
         find_any(tmp_path, folder.name)
 
 
-def test_the_words_of_a_run_come_back_as_they_were(tmp_path):
+def test_the_arguments_of_a_run_are_restored(tmp_path):
     """Also those that JSON, as it is written here, makes numbers of."""
     words = ["--method", "Noise", "--epsilon", "inf", "seed=1"]
     write_json(tmp_path / "environment.json", {"command": ["run.py", *words]})

@@ -98,7 +98,7 @@ def test_copies_of_public_images_are_counted():
 # ------------------------------------------------------------------------------------------ whole runs
 
 
-def test_samples_that_are_public_images_are_said_to_be(tmp_path):
+def test_samples_that_are_public_images_are_reported(tmp_path):
     """Private Evolution of a public set delivers its images: everywhere that samples are described."""
     more = [
         "model.api=nearest", "model.api_params.nearest.embedding=pixels", "public_data.per_class=20",
@@ -122,7 +122,7 @@ def test_samples_that_are_public_images_are_said_to_be(tmp_path):
     assert privacy["revealed"] == [] and "without noise**, to the program" not in card
 
 
-def test_useless_samples_are_warned_of_and_what_was_revealed_is_what_was_asked_for(tmp_path):
+def test_useless_samples_are_reported_and_only_requested_images_are_revealed(tmp_path):
     outcome = call(
         run_program.main, arguments("Noise", tmp_path, "eval.metrics=[FID,accuracy]", "eval.ceiling=none")
     )

@@ -41,7 +41,7 @@ def shaded(samples):
     return dataclasses.replace(samples, images=images.copy())
 
 
-def answered(trial, public, folder=None):
+def query_result(trial, public, folder=None):
     """The public classes selected for every private class."""
     trial.synthesizer.pretraining.query.runtime.folder = folder
     return trial.synthesizer.pretraining.query._selected_classes(public, trial.private)
@@ -87,7 +87,7 @@ def test_classes_choose_in_turn_and_never_the_same():
 
 def test_the_query_finds_the_look_alikes(make_trial, shaded, public, by_brightness):
     trial = make_trial(NAME, epsilon=math.inf, records=shaded)
-    assert answered(trial, public) == [[0], [2], [5]]
+    assert query_result(trial, public) == [[0], [2], [5]]
     assert trial.private.ledger.executed("semantic query") == 1
     chosen = public.select([[0], [2], [5]], trial.private.spec.class_names)
     assert sorted(set(chosen.samples.labels.tolist())) == [0, 1, 2] and len(chosen) == 24
@@ -97,7 +97,7 @@ def test_the_query_finds_the_look_alikes(make_trial, shaded, public, by_brightne
         assert np.array_equal(*images)
 
 
-def test_the_price_is_in_the_plan(make_method):
+def test_the_privacy_cost_is_in_the_plan(make_method):
     query, training = make_method(NAME).privacy_plan()
     assert query == Release("semantic query", 100.0)
     assert training.noise_multiplier is None
@@ -116,23 +116,23 @@ def test_noise_of_the_query_is_sigma_times_root_k(make_trial, public, by_brightn
     for seed in range(30):
         trial = make_trial(NAME, "public_data.selective.ratio=0.99", noise_seed=seed)
         trial.synthesizer.pretraining.query.words = 2
-        answered(trial, public)
+        query_result(trial, public)
     assert np.stack(seen).std() == pytest.approx(100.0 * math.sqrt(2), rel=0.15)
 
 
 # ------------------------------------------------------------------------------------------ asking once
 
 
-def test_a_resumed_run_reads_the_answer_and_asks_nothing(make_trial, public, by_brightness, tmp_path):
+def test_a_resumed_run_reads_the_saved_result_and_makes_no_query(make_trial, public, by_brightness, tmp_path):
     first = make_trial(NAME, epsilon=10)
-    chosen = answered(first, public, tmp_path)
+    chosen = query_result(first, public, tmp_path)
     resumed = make_trial(NAME, epsilon=10)
     resumed.private.ledger.load_state_dict(first.private.ledger.state_dict())
-    assert answered(resumed, public, tmp_path) == chosen
+    assert query_result(resumed, public, tmp_path) == chosen
     assert resumed.private.ledger.executed("semantic query") == 1
 
 
-def test_a_run_killed_before_its_first_checkpoint_does_not_ask_twice(
+def test_a_run_killed_before_its_first_checkpoint_does_not_repeat_the_query(
     make_trial, public, by_brightness, tmp_path, monkeypatch
 ):
     asked = []
@@ -150,25 +150,23 @@ def test_a_run_killed_before_its_first_checkpoint_does_not_ask_twice(
     assert len(asked) == 1
 
 
-def test_a_saved_answer_costs_the_same_again(make_trial, public, by_brightness, tmp_path):
+def test_a_reused_result_costs_the_same_again(make_trial, public, by_brightness, tmp_path):
     first = make_trial(NAME, epsilon=10)
-    chosen = answered(first, public, tmp_path)
+    chosen = query_result(first, public, tmp_path)
     path = tmp_path / "pretrain" / "semantic_query.json"
     reuse = f"public_data.selective.semantic_path={path}"
     second = make_trial(NAME, reuse, "public_data.selective.sigma=7", epsilon=10)
     # Its noise, not this run's.
     assert second.synthesizer.privacy_plan()[0] == Release("semantic query", 100.0, inherited=True)
-    assert answered(second, public) == chosen
-    assert answered(second, public) == chosen  # also after a resumption, which books nothing more
+    assert query_result(second, public) == chosen
+    assert query_result(second, public) == chosen  # also after a resumption, which books nothing more
     assert second.private.ledger.executed("semantic query") == 1
 
 
 @pytest.mark.parametrize("cost", [None, "missing"])
-def test_a_saved_answer_that_does_not_say_its_cost_is_refused(
-    make_trial, public, by_brightness, tmp_path, cost
-):
+def test_a_saved_result_without_its_cost_is_refused(make_trial, public, by_brightness, tmp_path, cost):
     """With null the ledger would choose the noise of an answer that has been given."""
-    answered(make_trial(NAME, epsilon=10), public, tmp_path)
+    query_result(make_trial(NAME, epsilon=10), public, tmp_path)
     path = tmp_path / "pretrain" / "semantic_query.json"
     saved = json.loads(path.read_text()) | {"noise_multiplier": None}
     if cost == "missing":
@@ -178,30 +176,30 @@ def test_a_saved_answer_that_does_not_say_its_cost_is_refused(
         make_trial(NAME, f"public_data.selective.semantic_path={path}", epsilon=10)
 
 
-def test_an_answer_without_noise_is_never_reused_as_a_noisy_one(make_trial, public, by_brightness, tmp_path):
+def test_a_result_without_noise_is_never_reused_as_a_noisy_one(make_trial, public, by_brightness, tmp_path):
     clean = make_trial(NAME, epsilon=math.inf)
-    answered(clean, public, tmp_path)
+    query_result(clean, public, tmp_path)
     path = tmp_path / "pretrain" / "semantic_query.json"
     assert json.loads(path.read_text())["noise_multiplier"] == 0.0
     with pytest.raises((BudgetExceeded, UserError)):
         make_trial(NAME, f"public_data.selective.semantic_path={path}", epsilon=10)
 
 
-def test_an_answer_with_known_noise_stays_one(make_trial, public, by_brightness, tmp_path):
-    answered(make_trial(NAME, noise_seed=3), public, tmp_path)
+def test_a_result_with_a_known_noise_seed_keeps_its_mark(make_trial, public, by_brightness, tmp_path):
+    query_result(make_trial(NAME, noise_seed=3), public, tmp_path)
     path = tmp_path / "pretrain" / "semantic_query.json"
     reuse = f"public_data.selective.semantic_path={path}"
     assert make_trial(NAME, reuse).private.report()["noise_seeded"] is True
 
 
-def test_saved_answers_of_other_data_are_refused(make_method, make_trial, public, by_brightness, tmp_path):
+def test_saved_results_of_other_data_are_refused(make_method, make_trial, public, by_brightness, tmp_path):
     first = make_trial(NAME, epsilon=10)
-    answered(first, public, tmp_path)
+    query_result(first, public, tmp_path)
     path = tmp_path / "pretrain" / "semantic_query.json"
     reuse = f"public_data.selective.semantic_path={path}"
     others = dataclasses.replace(public, class_names=tuple("abcdef"))
     with pytest.raises(UserError, match="made on another public set"):
-        answered(make_trial(NAME, reuse, epsilon=10), others)
+        query_result(make_trial(NAME, reuse, epsilon=10), others)
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "private_classes": ["x", "y", "z"]}))
     with pytest.raises(UserError, match=r"was made for the classes \['x', 'y', 'z'\]"):

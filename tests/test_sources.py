@@ -61,7 +61,7 @@ def refused(path: Path) -> str:
     return str(raised.value)
 
 
-def said(source, *words: str) -> bool:
+def has_note(source, *words: str) -> bool:
     return any(all(word in note for word in words) for note in source.notes)
 
 
@@ -182,7 +182,7 @@ def test_a_hole_of_an_unfinished_download_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-def test_tars_one_after_another_are_all_read(tmp_path, mode):
+def test_concatenated_tars_are_all_read(tmp_path, mode):
     parts = [tar_bytes(class_files((name,)), mode) for name in ("cat", "dog")]
     (tmp_path / "a.tar").write_bytes(b"".join(parts))
     assert members(open_source(tmp_path / "a.tar")) == sorted(class_files(("cat", "dog")))
@@ -255,7 +255,7 @@ def test_backslashes_separate_folders(tmp_path, write, prefix):
     path = write(tmp_path / "a", {name.replace("/", "\\"): content for name, content in files.items()})
     source = open_source(path)
     assert set(source.train.labels) == {"cat", "dog"} and (len(source.train), len(source.test)) == (6, 4)
-    assert said(source, "backslash")
+    assert has_note(source, "backslash")
 
 
 # ------------------------------------------------------------------------------------------------ links, repetitions
@@ -287,7 +287,7 @@ def test_links_in_a_tar_are_the_files_that_they_lead_to(tmp_path, mode):
     read = contents(source.train.tree)
     assert read["top/cat/soft.png"] == store[".store/0"] == read["top/dog/0"]
     assert read["top/cat/hard.png"] == store[".store/1"]
-    assert said(source, "2 names", "epsilon"), "two files are read twice"
+    assert has_note(source, "2 names", "epsilon"), "two files are read twice"
 
 
 @pytest.mark.parametrize("target", ["nothing.png", "../../../etc/passwd", "/etc/passwd", "loop.png"])
@@ -303,7 +303,7 @@ def test_a_link_to_its_own_folder_in_a_tar_is_named(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "a") as archive:
         add_link(archive, "cat/all", "..", tarfile.SYMTYPE)
     source = open_source(tmp_path / "a.tar")
-    assert members(source) == sorted(class_files()) and said(source, "not followed", "cat/all")
+    assert members(source) == sorted(class_files()) and has_note(source, "not followed", "cat/all")
 
 
 def test_a_link_in_a_zip_is_the_file_that_it_leads_to(tmp_path):
@@ -330,7 +330,7 @@ def test_of_a_member_that_is_there_twice_the_last_counts(tmp_path, kind):
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("cat/1.png", newer)
     source = open_source(path)
-    assert len(source.train) == 6 and said(source, "cat/1.png", "last")
+    assert len(source.train) == 6 and has_note(source, "cat/1.png", "last")
     assert contents(source.train.tree)["cat/1.png"] == newer
 
 
@@ -355,10 +355,10 @@ def test_a_link_back_to_its_own_folder_is_named_and_not_followed(tmp_path):
     source = write_files(tmp_path / "raw", class_files())
     (source / "cat" / "all").symlink_to(source)
     found = open_source(source)
-    assert members(found) == sorted(class_files()) and said(found, "not followed", "cat/all")
+    assert members(found) == sorted(class_files()) and has_note(found, "not followed", "cat/all")
 
 
-def test_dangling_links_and_what_may_not_be_read_are_named_in_one_line(tmp_path, monkeypatch):
+def test_dangling_links_and_unreadable_files_are_named_in_one_line(tmp_path, monkeypatch):
     source = write_files(tmp_path / "raw", class_files(("cat", "dog", "elk", "fox")))
     (source / "cat" / "annexed.png").symlink_to("../.git/annex/objects/x")
     closed = {str(source / "dog"), str(source / "elk" / "1.png")}
@@ -378,18 +378,18 @@ def test_dangling_links_and_what_may_not_be_read_are_named_in_one_line(tmp_path,
         assert name in text
 
 
-def test_a_file_that_is_linked_twice_is_said(tmp_path):
+def test_a_file_that_is_linked_twice_is_reported(tmp_path):
     source = write_files(tmp_path / "raw", class_files())
     os.link(source / "cat" / "0.png", source / "cat" / "again.png")
     (source / "dog" / "again.png").symlink_to("0.png")
     found = open_source(source)
-    assert len(found.train) == 8 and said(found, "2 names", "epsilon")
+    assert len(found.train) == 8 and has_note(found, "2 names", "epsilon")
 
 
 def test_a_pipe_is_named(tmp_path):
     source = write_files(tmp_path / "raw", class_files())
     os.mkfifo(source / "cat" / "pipe.png")
-    assert said(open_source(source), "cat/pipe.png", "neither a file")
+    assert has_note(open_source(source), "cat/pipe.png", "neither a file")
 
 
 LEFT_OUT = {
@@ -401,17 +401,17 @@ LEFT_OUT = {
 
 @pytest.mark.parametrize("name", LEFT_OUT)
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
-def test_what_accompanies_images_is_left_out_and_named(tmp_path, kind, name):
+def test_files_that_accompany_images_are_skipped_and_named(tmp_path, kind, name):
     write = {"folder": write_files, "zip": write_zip, "tar": write_tar}[kind]
     source = open_source(write(tmp_path / "raw", class_files() | {name: PICTURE}))
     assert members(source) == sorted(class_files())
-    assert said(source, "left out", LEFT_OUT[name]) and len(source.notes) == 1
+    assert has_note(source, "left out", LEFT_OUT[name]) and len(source.notes) == 1
 
 
 def test_a_text_does_not_hide_the_archive_next_to_it(tmp_path):
     source = write_files(tmp_path / "raw", {"README.md": b"hi", "a.zip": WHOLE["zip"]})
     found = open_source(source)
-    assert len(found.train) == 12 and said(found, "README.md")
+    assert len(found.train) == 12 and has_note(found, "README.md")
 
 
 def test_several_archives_in_a_folder_are_named(tmp_path):
@@ -423,7 +423,7 @@ def test_an_idx_file_that_nobody_reads_is_named(tmp_path):
     images = idx_bytes(np.zeros((4, 8, 8), np.uint8))
     files = {"train-images-idx3-ubyte": images, "train-labels-idx1-ubyte": idx_bytes(np.arange(4) % 2)}
     files |= {"val-images-idx3-ubyte": images}
-    assert said(open_source(write_files(tmp_path / "raw", files)), "left out", "val-images")
+    assert has_note(open_source(write_files(tmp_path / "raw", files)), "left out", "val-images")
 
 
 # ------------------------------------------------------------------------------------------------ dataset.json
@@ -494,7 +494,7 @@ def test_an_npz_that_is_not_clear_is_an_error(tmp_path, more, word):
 
 def test_arrays_of_an_npz_that_nobody_reads_are_named(tmp_path):
     np.savez(tmp_path / "a.npz", x=X, y=Y, holdout_scans=X, patient=np.arange(12))
-    assert said(open_source(tmp_path / "a.npz"), "left out", "holdout_scans", "patient")
+    assert has_note(open_source(tmp_path / "a.npz"), "left out", "holdout_scans", "patient")
 
 
 @pytest.mark.parametrize("key", ["classes", "class_names", "Class_Names"])
@@ -540,7 +540,7 @@ def celeba(path: Path, **changes: bytes) -> Path:
 def test_a_whole_celeba_is_read(tmp_path):
     source = open_source(celeba(tmp_path / "raw"))
     assert source.train.labels.tolist() == [0, 1, 0, 1] and source.test.labels.tolist() == [1]
-    assert said(source, "left out", "000005.jpg")
+    assert has_note(source, "left out", "000005.jpg")
 
 
 ATTRIBUTES = b"6\nSmiling Male Young\n" + b"".join(b"%06d.jpg -1 1 1\n" % number for number in range(1, 7))
@@ -596,7 +596,7 @@ def test_missing_batches_of_cifar_are_named(tmp_path, numbers, label, missing):
     assert missing in refused(cifar(tmp_path / "raw", numbers, label))
 
 
-def test_batches_of_cifar_may_say_how_many_there_are(tmp_path):
+def test_cifar_batches_may_state_their_number(tmp_path):
     assert len(open_source(cifar(tmp_path / "raw", (1, 2), b"training batch 1 of 2")).train) == 8
 
 
@@ -618,7 +618,7 @@ def test_two_forms_of_one_class_name_are_one_class(tmp_path):
     files = {"cafe\u0301/0.png": PICTURE, "caf\xe9/1.png": PICTURE, "dog/0.png": PICTURE}
     source = open_source(write_zip(tmp_path / "a.zip", files))
     assert sorted(source.train.labels.tolist()) == ["caf\xe9", "caf\xe9", "dog"]
-    assert said(source, "caf\xe9", "two forms")
+    assert has_note(source, "caf\xe9", "two forms")
 
 
 def test_the_parts_may_write_a_class_in_different_forms(tmp_path):
@@ -632,9 +632,9 @@ def test_the_parts_may_write_a_class_in_different_forms(tmp_path):
 @pytest.mark.parametrize(
     "names", [("Cat", "cat"), ("cat", "cat "), ("cat", "c\u200bat"), ("cat", "\uff43at")]
 )
-def test_classes_that_look_alike_are_said(tmp_path, names):
+def test_classes_that_look_alike_are_reported(tmp_path, names):
     source = open_source(write_zip(tmp_path / "a.zip", class_files((*names, "dog"))))
-    assert len(set(source.train.labels)) == 3 and said(source, "look alike", names[0], names[1])
+    assert len(set(source.train.labels)) == 3 and has_note(source, "look alike", names[0], names[1])
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
@@ -718,14 +718,14 @@ def test_notes_of_both_sources_are_reported(tmp_path):
         prepare("other", tmp_path / "root", source=tmp_path / "b", test_source=tmp_path / "a")
 
 
-def test_a_test_part_that_a_public_set_leaves_out_is_said(tmp_path):
+def test_a_test_part_that_a_public_set_leaves_out_is_reported(tmp_path):
     files = class_files(prefix="train/") | class_files(prefix="test/", per_class=2)
     source = write_files(tmp_path / "raw", files)
     _, meta, notes = prepare("mine", tmp_path / "root", source=source, public=True)
     assert meta.num_test == 0 and any("left out" in note and "4 images" in note for note in notes)
 
 
-def test_a_public_source_tells_what_it_leaves_out_and_notices_changes_behind_links(tmp_path, caplog):
+def test_a_public_source_reports_skipped_files_and_detects_changes_behind_links(tmp_path, caplog):
     images = write_files(tmp_path / "store", class_files())
     source = write_files(tmp_path / "raw", {"README.md": b"hi"})
     for name in ("cat", "dog"):
@@ -739,7 +739,7 @@ def test_a_public_source_tells_what_it_leaves_out_and_notices_changes_behind_lin
     assert len(load_public(section, spec, tmp_path / "root").samples) == 7
 
 
-def test_images_to_be_judged_tell_what_they_leave_out(tmp_path):
+def test_images_to_evaluate_report_skipped_files(tmp_path):
     source = write_files(tmp_path / "raw", class_files(("a", "b")) | {"README.md": b"hi", "a/._0.png": b"?"})
     spec = DataSpec("own", 8, 3, 2, 10, ("a", "b"))
     samples, notes = read_images(source, spec)

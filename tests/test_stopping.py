@@ -46,7 +46,7 @@ def test_exit_codes():
     assert (exit_code(KeyboardInterrupt()), exit_code(StoppedBySignal(signal.SIGTERM))) == (130, 143)
 
 
-def test_sigterm_in_a_run_says_how_to_go_on(tmp_path, monkeypatch):
+def test_sigterm_in_a_run_prints_how_to_resume(tmp_path, monkeypatch):
     monkeypatch.setattr("models.noop.Noise.generate", terminate)
     stopped = call(run_program.main, arguments("Noise", tmp_path, "eval=none"))
     assert stopped.code == 143 and "Traceback" not in stopped.err
