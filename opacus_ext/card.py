@@ -141,17 +141,20 @@ def _claims_epsilon(report: dict) -> bool:
     return report["private"] and bool(report["releases"]) and math.isfinite(report["spent"])
 
 
+def person_guarantee(count: int, epsilon: float, delta: float) -> str:
+    """What (epsilon, delta) per image guarantees for a person with `count` images, by group privacy (Dwork & Roth 2014,
+    theorem 2.2)."""
+    log_delta = math.log(count) + (count - 1) * epsilon + math.log(delta)
+    if log_delta >= 0:
+        return "nothing is guaranteed: delta would be 1 or more; choose a smaller epsilon and delta"
+    return f"({at_most(count * epsilon)}, {at_most(math.exp(log_delta))})-differentially private"
+
+
 def _person_lines(report: dict) -> list[str]:
-    """The guarantee for a person with several images, by group privacy (Dwork & Roth 2014, theorem 2.2)."""
     count = report.get("images_per_person")
     if count is None or not _claims_epsilon(report):
         return []
-    epsilon = report["spent"]
-    log_delta = math.log(count) + (count - 1) * epsilon + math.log(report["budget"]["delta"])
-    if log_delta >= 0:
-        claim = "nothing is guaranteed: delta would be 1 or more; choose a smaller epsilon and delta"
-    else:
-        claim = f"({at_most(count * epsilon)}, {at_most(math.exp(log_delta))})-differentially private"
+    claim = person_guarantee(count, report["spent"], report["budget"]["delta"])
     return [f"- **For a person** with at most {count} of the images (see the assumptions): {claim}."]
 
 

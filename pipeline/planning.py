@@ -7,7 +7,8 @@ from data.sensitive import num_test_images, require_prepared
 from data.spec import DataSpec
 from evaluation.cost import evaluation_costs
 from evaluation.listing import evaluation_line, lacking
-from opacus_ext.ledger import Ledger
+from opacus_ext.card import person_guarantee
+from opacus_ext.ledger import Budget, Ledger
 from pipeline.checkpoints import Checkpoints
 from pipeline.compose import Parts, compose
 from pipeline.folder import is_finished
@@ -108,12 +109,12 @@ def describe(
     if ledger is None:
         lines.append("no private stage (sensitive_data.name=null)")
     else:
-        lines += [*plan_lines(ledger, spec.num_train), evaluation]
+        lines += [*plan_lines(ledger, spec), evaluation]
     lines += [f"parameters: {name} {count:,}" for name, count in parameter_counts.items()]
     return lines
 
 
-def plan_lines(ledger: Ledger, num_train: int) -> list[str]:
+def plan_lines(ledger: Ledger, spec: DataSpec) -> list[str]:
     """The budget, and a table of the planned queries: noise, rate, steps and epsilon of each."""
     budget = ledger.budget
     header = ("private query", "noise_multiplier", "sample_rate", "steps", "epsilon alone")
@@ -122,10 +123,18 @@ def plan_lines(ledger: Ledger, num_train: int) -> list[str]:
     warning = [] if budget.private else ["this run is NOT private (epsilon = inf): it adds no noise"]
     return [
         *warning,
-        f"privacy budget: epsilon {budget.epsilon:g}, delta {at_most(budget.delta)}, for N = {num_train:,} private "
-        f"images ({ledger.relation}, accountant {ledger.accountant})",
+        f"privacy budget: epsilon {budget.epsilon:g}, delta {at_most(budget.delta)}, for N = {spec.num_train:,} "
+        f"private images ({ledger.relation}, accountant {ledger.accountant})",
         *("  " + line for line in aligned([header, *rows])),
+        *_person_line(budget, spec.images_per_person),
     ]
+
+
+def _person_line(budget: Budget, count: int | None) -> list[str]:
+    """The guarantee for a person, which a user should know before the budget is spent."""
+    if count is None or count == 1 or not budget.private or not budget.delta:
+        return []
+    return [f"for a person with {count} images: {person_guarantee(count, budget.epsilon, budget.delta)}"]
 
 
 def _release_row(release: dict) -> tuple[str, ...]:

@@ -143,7 +143,7 @@ def lead(parts: Parts, folder: Path, images: Images) -> int:
 def work(parts: Parts, folder: Path, images: Images) -> int:
     """What is done inside the run's folder; all processes train and draw samples. Returns the exit code."""
     if images.private is not None:
-        log.info("\n".join(plan_lines(parts.ledger, parts.spec.num_train)))
+        log.info("\n".join(plan_lines(parts.ledger, parts.spec)))
     times = StageTimes(folder)
     train(parts, folder, images, times)
     if images.private is None:

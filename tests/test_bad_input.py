@@ -333,7 +333,7 @@ def test_private_images_as_public_ones(tmp_path, prepared):
     public = ["public_data.name=other", f"public_data.train_path={tmp_path / 'link'}", "pretrain.epochs=1"]
     (tmp_path / "link").symlink_to(prepared / "mine")
     more = [*MINE, "--data_root", str(prepared), "gen.data_num=4", *public]
-    assert "holds the private" in refused(tmp_path, *more, method="DP-MERF")
+    assert "holds the private images" in refused(tmp_path, *more, method="DP-MERF")
 
 
 @pytest.mark.parametrize("public", ["images", ".", "images/cat", "link", "public/mine"])
@@ -343,7 +343,7 @@ def test_what_the_private_images_were_made_from_as_public_images(public, tmp_pat
     (tmp_path / "link").symlink_to(tmp_path / "images")
     settings = ["public_data.name=other", f"public_data.train_path={tmp_path / public}", "pretrain.epochs=1"]
     more = [*MINE, "--data_root", str(prepared), "gen.data_num=4", *settings]
-    assert "holds the private" in refused(tmp_path, *more, method="DP-MERF")
+    assert "holds the private images" in refused(tmp_path, *more, method="DP-MERF")
 
 
 def test_a_copy_of_private_rows_that_a_run_kept(tmp_path, prepared):
@@ -354,7 +354,7 @@ def test_a_copy_of_private_rows_that_a_run_kept(tmp_path, prepared):
     (tmp_path / "copy" / "meta.json").write_text(json.dumps({**meta, "source": source}))
     settings = ["public_data.name=other", f"public_data.train_path={tmp_path / 'copy'}", "pretrain.epochs=1"]
     more = [*MINE, "--data_root", str(prepared), "gen.data_num=4", *settings]
-    assert "holds the private" in refused(tmp_path, *more, method="DP-MERF")
+    assert "holds the private images" in refused(tmp_path, *more, method="DP-MERF")
 
 
 def test_public_images_next_to_the_private_ones_are_accepted(tmp_path, prepared):
@@ -383,11 +383,11 @@ def test_samples_of_a_run_as_public_images(tmp_path):
     run = call(run_program.main, arguments("Noise", tmp_path / "runs", "eval=none")).folder
     for made in ("gen/gen.npz", "gen"):
         more = ["public_data.name=other", f"public_data.train_path={run / made}", "pretrain.epochs=1"]
-        assert "from private" in refused(tmp_path, *more, method="DP-MERF")
+        assert "from private images" in refused(tmp_path, *more, method="DP-MERF")
         outcome = prepare(run / made, tmp_path / "data", "--public")
-        assert "--source: " in outcome.refusal and "from private" in outcome.refusal
+        assert "--source: " in outcome.refusal and "from private images" in outcome.refusal
     (run / "privacy.json").unlink()  # as in a run that still trains, whose previews are there
-    assert "from private" in refused(tmp_path, *more, method="DP-MERF")
+    assert "from private images" in refused(tmp_path, *more, method="DP-MERF")
 
 
 def test_a_run_does_not_resume_after_its_data_were_prepared_again(tmp_path, prepared, monkeypatch):

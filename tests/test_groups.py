@@ -11,9 +11,13 @@ from data.groups import group_numbers, grouped_rows
 from data.prepare import prepare
 from data.prepared import read_groups
 from data.sensitive import load_sensitive, spec_of
+from data.spec import DataSpec
 from data.splits import validation_split
 from models import METHODS
+from opacus_ext.accounting import Release
 from opacus_ext.card import privacy_card
+from opacus_ext.ledger import Budget, Ledger
+from pipeline.planning import plan_lines
 from scripts import prepare_data
 from utils.config import load_config
 from utils.errors import UserError
@@ -216,3 +220,22 @@ def test_the_card_states_that_nothing_is_guaranteed_for_a_person(make_private):
 def test_without_groups_the_card_assumes_nothing_about_persons(make_private):
     card = card_of(make_private, None, "", 1)
     assert "For a person" not in card and "no person has" not in card
+
+
+@pytest.mark.parametrize(
+    ("count", "epsilon", "expected"),
+    [
+        (3, 0.5, ["3 images", "(1.5,"]),
+        (5, 10, ["5 images", "nothing is guaranteed"]),
+        (1, 10, []),
+        (None, 10, []),
+    ],
+)
+def test_the_plan_states_the_guarantee_for_a_person(count, epsilon, expected):
+    spec = DataSpec(
+        "scans", 8, 1, 2, 1000, ("a", "b"), images_per_person=count, images_per_person_is="observed"
+    )
+    ledger = Ledger(Budget(epsilon, 1e-5))
+    ledger.adopt([Release("sum", None)])
+    lines = [line for line in plan_lines(ledger, spec) if "person" in line]
+    assert len(lines) == bool(expected) and all(part in lines[0] for part in expected)
