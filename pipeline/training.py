@@ -212,7 +212,7 @@ def report_finished(folder: Path) -> int:
 
 
 def train(parts: Parts, folder: Path, images: Images, times: StageTimes) -> None:
-    """Pretrain and train, or what is left of it."""
+    """Run the stages that are not finished: pretraining, then training."""
     synthesizer = parts.synthesizer
     checkpoints = Checkpoints(folder, parts.config.method, synthesizer, parts.ledger)
 
