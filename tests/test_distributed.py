@@ -554,6 +554,7 @@ def fail(self, snapshot_freq):
 
 DiffusionSynthesizer._finish_step = fail
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if a shell runs the tests in the background
     sys.exit(run.main(sys.argv[1:]))
 """
 
