@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from data.spec import DataSpec, PublicData, Samples
+from models.released.classifier import ReleasedClassifier
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.runtime import Runtime
@@ -64,9 +65,18 @@ class Synthesizer(abc.ABC):
     def train(self, private: PrivateData) -> None:
         """Learn from private data through its mechanisms."""
 
+    @property
+    def makes_images(self) -> bool:
+        """False: the product is the released classifier alone, and `generate` is not called."""
+        return True
+
     @abc.abstractmethod
     def generate(self, num_samples: int) -> Samples:
         """Exactly `num_samples` labelled images, labels balanced."""
+
+    def released_classifier(self) -> ReleasedClassifier | None:
+        """A classifier of the private classes that was made from released results: the other product of a run."""
+        return None
 
     @abc.abstractmethod
     def state_dict(self) -> dict:

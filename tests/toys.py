@@ -102,6 +102,7 @@ ROUNDS: Settings = {
 }
 TOYS: dict[str, Settings] = {
     "Noise": {},
+    "DP-Linear": {},
     "DP-MERF": {**GENERATOR, "model.d_rff": ("20", "100"), "train.epochs": "1"},
     "DP-NTK": {
         **GENERATOR,
