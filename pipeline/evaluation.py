@@ -8,7 +8,8 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from evaluation.page import GALLERY, REPORT, write_page
 from evaluation.registry import check_classifiers, comparing_with_training, needs_of
 from evaluation.report import Report, earlier_report, evaluation_settings, facts_of
 from evaluation.sample_checks import accuracy_warnings, sample_warnings
+from evaluation.unfinished import Unfinished, unfinished
 from opacus_ext.accounting import noisy_max_release
 from opacus_ext.card import copies_of_public, privacy_card, privacy_summary
 from opacus_ext.disclosure import Disclosure
@@ -29,6 +31,7 @@ from opacus_ext.ledger import Budget, Ledger
 from opacus_ext.noise import NoiseSource
 from opacus_ext.private_data import PrivateData
 from pipeline.compose import Parts
+from pipeline.evaluation_time import classifier_time_line
 from pipeline.record import results_of, write_account
 from utils.artefacts import CARD, GRID, RESULTS
 from utils.config import Config
@@ -112,20 +115,47 @@ def evaluate(evaluation: Evaluation, real: RealImages, training: dict, timing: d
     selection = None
     if real.validation is not None:
         selection = NoisyChoice(real.validation, lambda report: write_account(folder, training, report))
-    report = evaluation.evaluator.evaluate(
-        samples, train=train, test=real.test, select=selection, validation=oracle
-    )
+    kept = unfinished(evaluation.evaluator.settings, samples, folder)
+    announce_time(evaluation, len(real.test), kept)
+    with kept_if_stopped(kept):
+        report = evaluation.evaluator.evaluate(
+            samples, train=train, test=real.test, select=selection, validation=oracle, kept=kept
+        )
     if selection is not None:
         privacy = selection.account or privacy
     title = f"{config.method} on {evaluation.spec.name}, epsilon {config.epsilon:g}"
     timing = {**timing, "evaluate": time.perf_counter() - start}
     written = write_results(evaluation, report, train, Account(title, privacy, privacy_card(privacy), timing))
+    kept.discard()
     log.info(f"\n{privacy_summary(privacy)}\n\n{written.table()}\n")
     places = {"report": REPORT, "samples": GRID, "privacy card": CARD, "numbers": RESULTS}
     if report.nearest and config.eval.gallery == "private":
         places["nearest training images, not to be shared"] = GALLERY
     log.info("\n".join(f"{what}: {folder / name}" for what, name in places.items()))
     return INCOMPLETE if report.missing else 0
+
+
+def announce_time(evaluation: Evaluation, num_test: int, kept: Unfinished) -> None:
+    """Print how long the classifiers will take."""
+    settings = evaluation.evaluator.settings
+    line = classifier_time_line(
+        evaluation.config, evaluation.spec, len(evaluation.samples), num_test, settings.device, kept
+    )
+    if line is not None:
+        log.info(line)
+
+
+@contextmanager
+def kept_if_stopped(kept: Unfinished) -> Iterator[None]:
+    """Say what a stopped evaluation leaves."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not kept.is_empty():
+            log.info(
+                "finished classifiers and metrics are kept; the same command computes the remaining ones"
+            )
+        raise
 
 
 def reveal(config: Config, real: RealImages) -> tuple[Samples | None, Samples | None, list[str]]:

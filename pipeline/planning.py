@@ -150,15 +150,19 @@ def _release_row(release: dict) -> tuple[str, ...]:
 
 def cost_lines(costs: list[Cost], config: Config) -> list[str]:
     """The time of each stage, from a few steps that were measured just now, and of the whole run."""
-    if not costs:
-        return []
-    lines = [f"{cost.stage}: {cost.description}, about {duration(cost.seconds)} here" for cost in costs]
+    lines = time_lines(costs, "" if config.resume is None else ", from the start of the run")
     total = sum(cost.seconds for cost in costs)
-    whole = "" if config.resume is None else ", from the start of the run"
-    lines.append(f"together{whole}: about {duration(total)} here")
-    lines.append("(extrapolated from a few steps; other load on this machine will slow it down)")
     if total > LONG and config.preset != "quick":
         lines.append("preset=quick scales the method down to minutes on a CPU")
     if total > QUICK and config.preset == "quick":
         lines.append(TOO_LONG)
     return lines
+
+
+def time_lines(costs: list[Cost], whole: str = "") -> list[str]:
+    """The time of each stage and of all together; `whole` says what the total covers."""
+    if not costs:
+        return []
+    lines = [f"{cost.stage}: {cost.description}, about {duration(cost.seconds)} here" for cost in costs]
+    lines.append(f"together{whole}: about {duration(sum(cost.seconds for cost in costs))} here")
+    return [*lines, "(extrapolated from a few steps; other load on this machine will slow it down)"]

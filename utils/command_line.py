@@ -135,7 +135,11 @@ def _add_evaluation_flags(result: _Parser) -> None:
         help="dataset; default is the run's with --exp_path, %(default)s with --images",
     )
     add("--epsilon", "-e", default="10", help="with --exp_path: default is the run's epsilon")
-    add("--dry_run", action="store_true", help="check the command line, and stop")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="print how the images would be evaluated, the time and what is missing, and stop",
+    )
 
 
 def _add_common_flags(result: _Parser) -> None:
