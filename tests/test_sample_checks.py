@@ -62,11 +62,11 @@ def test_near_copies_of_each_other_are_counted(modes):
 
 
 def report_with(confusion: list, name: str = "accuracy/cnn/syn_val") -> Report:
-    from evaluation.metrics.accuracy import bootstrap_interval
+    from evaluation.metrics.accuracy import accuracy_interval
 
     counts = np.array(confusion)
     right, total = int(counts.trace()), int(counts.sum())
-    info = {"interval_95": bootstrap_interval(right, total)}
+    info = {"interval_95": accuracy_interval(right, total)}
     return Report({name: 100 * right / total}, {name: info}, {}, {name: {"confusion": confusion}})
 
 

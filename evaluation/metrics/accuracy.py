@@ -8,7 +8,7 @@ from evaluation.registry import Value, metric
 from evaluation.selection import NOT_PRIVATE
 from utils.errors import Unavailable
 
-CONFIDENCE = 0.95  # of the bootstrap interval
+CONFIDENCE = 0.95  # of the interval
 
 
 @metric("accuracy", better="higher", needs=("classifiers", "test", "spec"))
@@ -49,15 +49,16 @@ def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, num_classes: int
     )
 
 
-def bootstrap_interval(num_right: int, num_images: int) -> list[float]:
-    """The percentile bootstrap interval of an accuracy, in percent.
+def accuracy_interval(num_right: int, num_images: int) -> list[float]:
+    """The exact binomial confidence interval of an accuracy (Clopper & Pearson 1934), in percent.
 
-    Resampling 0s and 1s with replacement gives binomial counts, so its quantiles are known without resampling.
+    It covers the accuracy on further test images with a probability of at least CONFIDENCE, also if all or none of
+    `num_images` are right, where resampling the test images gives an interval of length 0.
     """
-    from scipy.stats import binom
+    from scipy.stats import binomtest
 
-    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-    return (100 * binom.ppf(tails, num_images, num_right / num_images) / num_images).tolist()
+    found = binomtest(int(num_right), num_images).proportion_ci(CONFIDENCE, method="exact")
+    return [100 * float(found.low), 100 * float(found.high)]
 
 
 def _value(judged, selection: str, value_of: Callable[[np.ndarray], Value]) -> Value | Unavailable:
@@ -75,7 +76,7 @@ def _percent(logits: np.ndarray, labels: np.ndarray, num_classes: int) -> Value:
         100.0 * row[k] / n if n else None for k, (row, n) in enumerate(zip(confusion, of_class, strict=True))
     ]
     info = {
-        "interval_95": bootstrap_interval(right, len(labels)),
+        "interval_95": accuracy_interval(right, len(labels)),
         "majority_class": 100.0 * float(of_class.max() / len(labels)),
     }
     details = {"per_class": per_class, "confusion": confusion.tolist()}
