@@ -61,7 +61,7 @@ def write_page(
     facts = {
         "title": title,
         "report": report,
-        "about": _about(results),
+        "about": _about(results, report),
         "classes": [_class_row(label, samples, spec) for label in range(spec.num_classes)],
         "classifiers": _classifiers(report, spec),
         "gallery": rows,
@@ -104,7 +104,7 @@ def _summary(samples: Samples, spec: DataSpec) -> dict:
     return {"summary": text, "absent_classes": absent}
 
 
-def _about(results: dict) -> dict[str, str]:
+def _about(results: dict, report: Report) -> dict[str, str]:
     """How the samples were made and evaluated."""
     settings = results["evaluation"]
     rows = {}
@@ -119,9 +119,18 @@ def _about(results: dict) -> dict[str, str]:
         rows["classifiers"] = (
             f"{', '.join(settings['classifiers'])}; recipe {settings['recipe']}, eval.mode={settings['mode']}"
         )
-    rows["extractor"] = settings["extractor"]
+    rows["extractor"] = _extractors(settings["extractor"], report)
     rows["toolkit"] = (results["git"] or "no checkout")[:12]
     return rows
+
+
+def _extractors(wanted: str, report: Report) -> str:
+    """The extractors of the values in the report, and whether the one that was asked for gave none."""
+    found = report.extractors()
+    failed = wanted not in found and any(name.endswith(f"/{wanted}") for name in report.missing)
+    if failed:
+        return f"{', '.join(found) or 'none'}; {wanted} gave no value, see Missing"
+    return ", ".join(found) or wanted
 
 
 def _metrics(report: Report) -> dict:

@@ -63,7 +63,7 @@ class Report:
         for name in self.shown():
             lines += [f"  {name}: {remark}" for remark in remarks_on_settings(self.metric_info[name])]
             lines += [f"  {name}: {line}" for line in spread(self.metric_info[name])]
-        lines += [f"missing: {name}: {reason}" for name, reason in self.missing.items()]
+        lines += [f"missing: {name}: {reason}" for name, reason in self.reasons_for_missing().items()]
         lines += [f"warning: {line}" for line in self.warnings]
         return "\n".join(lines)
 
@@ -117,6 +117,22 @@ class Report:
         in_columns = {other for name in self.metrics for other in self.columns(name)}
         rows = [name for name in self.metrics if name not in in_columns]
         return [name for name in rows if len(self.metric_info[name].get("classifiers", [])) != 1]
+
+    def reasons_for_missing(self) -> dict[str, str]:
+        """What is missing -> why, and which value in the table is of another extractor or of an earlier evaluation."""
+        reasons = {}
+        for name, reason in self.missing.items():
+            others = [known for known in self.metrics if "extractor" in self.metric_info[known]]
+            others = [known for known in others if known.split("/")[0] == name.split("/")[0]]
+            if others and "/" in name:
+                reason += f" (the table has {', '.join(others)} of an earlier evaluation)"
+            reasons[name] = reason
+        return reasons
+
+    def extractors(self) -> list[str]:
+        """The extractors of the values."""
+        found = (info["extractor"] for info in self.metric_info.values() if "extractor" in info)
+        return list(dict.fromkeys(found))
 
     def columns(self, name: str) -> dict[str, str]:
         """The values that share the row of `name`: those of the same evaluation, classifier and selection -> titles."""

@@ -23,6 +23,7 @@ from pipeline.evaluation import (
     announce_time,
     disclose,
     evaluate,
+    findings_of,
     kept_if_stopped,
     no_account,
     oracle_data,
@@ -99,7 +100,8 @@ def evaluate_images(config: Config) -> int:
             None,
             {"evaluate": time.perf_counter() - start},
         )
-        written = write_results(evaluation, report, sensitive.train, account)
+        findings = findings_of(evaluation, report, sensitive.train)
+        written = write_results(evaluation, findings, sensitive.train, account)
         kept.discard()
     log.info(f"\n{written.table()}\n\nreport: {folder / REPORT}\nnumbers: {folder / RESULTS}")
     return INCOMPLETE if report.missing else 0

@@ -11,7 +11,8 @@ from data.digits import load_digits_8
 from data.glyphs import CHARACTERS
 from data.spec import DataSpec, Samples
 from evaluation.report import Report
-from evaluation.sample_checks import accuracy_warnings, public_copies, sample_warnings
+from evaluation.sample_checks import accuracy_warnings, exact_copies, sample_warnings
+from pipeline.revealed import COPIES, compared_by
 
 SPEC = DataSpec("toy", 8, 1, 2, 30, ("cat", "dog"))
 
@@ -91,8 +92,8 @@ def test_an_accuracy_that_is_not_above_the_majority_is_named(confusion, words):
 def test_copies_of_public_images_are_counted():
     public = random_images(5000, seed=3)
     samples = np.concatenate([public[[7, 4999, 7]], random_images(4, seed=4)])
-    assert public_copies(samples, public) == 3
-    assert public_copies(samples, public[:, :, :4]) == 0
+    assert exact_copies(samples, public) == 3
+    assert exact_copies(samples, public[:, :, :4]) == 0
 
 
 # ------------------------------------------------------------------------------------------ whole runs
@@ -128,7 +129,7 @@ def test_useless_samples_are_reported_and_only_requested_images_are_revealed(tmp
     )
     results, privacy = (strict_json(outcome.folder / name) for name in ("results.json", "privacy.json"))
     (reason,) = privacy["revealed"]
-    assert reason.endswith(" fid")
+    assert compared_by([reason]) == ["fid", COPIES]
     assert results["public_data"] is None and "public_copies" not in results
     (line,) = [line for line in results["warnings"] if "most frequent class" in line]
     page = (outcome.folder / "report.html").read_text()
