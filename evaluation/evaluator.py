@@ -7,7 +7,7 @@ from importlib.metadata import version
 from data.spec import DataSpec, Samples
 from evaluation.inputs import EvaluatorSettings, Images, Inputs
 from evaluation.neighbours import nearest_training
-from evaluation.reference import real_values
+from evaluation.reference import num_as_samples, real_values
 from evaluation.registry import (
     EXTRACTOR_NEEDS,
     METRICS,
@@ -79,8 +79,10 @@ class Evaluator:
                 continue
             report.metrics[name + suffix] = float(outcome.value)
             info = _info(metric, value_name, inputs, extractor) | outcome.info
-            key = "ceiling" if metric.uses_classifiers else "real_floor"
-            info |= {key: real[name]} if name in real else {}
+            if name in real and metric.uses_classifiers:
+                info["ceiling"] = real[name]
+            elif name in real:
+                info |= {"real_floor": real[name], "n_floor": num_as_samples(metric, inputs)}
             report.metric_info[name + suffix] = info
             if outcome.details:
                 report.details[name + suffix] = outcome.details

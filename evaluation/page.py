@@ -15,7 +15,7 @@ import numpy as np
 
 from data.spec import DataSpec, Samples
 from evaluation.registry import memorisation_metrics, need_classifiers
-from evaluation.report import COLUMNS, DETAILS, Report, remarks_on_settings, spread
+from evaluation.report import COLUMNS, DETAILS, Report, accuracy_interval, remarks_on_settings, spread
 from utils.files import write_json, write_text
 
 REPORT, GALLERY = "report.html", "private/nearest.html"
@@ -157,7 +157,7 @@ def _metric_row(name: str, report: Report, columns: list[str]) -> dict:
         "value": report.metrics[name],
         "better": info["better"],
         "numbers": [*map(shared.get, columns), info.get("ceiling", info.get("real_floor"))],
-        "n_real": f"{info['n_real']:,}",
+        "n_real": f"{info['n_real']:,}" if info["n_real"] else "",
         "n_fake": f"{info['n_fake']:,}",
         "remarks": _remarks(info),
     }
@@ -168,6 +168,10 @@ def _remarks(info: dict) -> list[str]:
     if "interval_95" in info:
         low, high = info["interval_95"]
         remarks.append(f"95 % interval {low:.2f} to {high:.2f}")
+        if "ceiling" in info:
+            right = round(info["ceiling"] / 100 * info["n_real"])
+            low, high = accuracy_interval(right, info["n_real"])
+            remarks.append(f"real images {low:.2f} to {high:.2f}")
     remarks += spread(info)
     if "std" in info and "classifiers" not in info:
         remarks.append(f"deviation {info['std']:.3g} over subsets")

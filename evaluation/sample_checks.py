@@ -51,6 +51,20 @@ def accuracy_warnings(report: Report) -> list[str]:
     return lines
 
 
+def zero_warnings(report: Report) -> list[str]:
+    """Warnings about fidelity metrics that found nothing in common."""
+    meanings = {
+        ("precision", "density"): "no sample is near a real image",
+        ("recall", "coverage"): "no real image is near a sample",
+    }
+    lines = []
+    for kinds, meaning in meanings.items():
+        names = [name for name, value in report.metrics.items() if name.startswith(kinds) and value == 0]
+        if names:
+            lines.append(f"{', '.join(names)} 0: {meaning}, by these features")
+    return lines
+
+
 def exact_copies(samples: np.ndarray, others: np.ndarray) -> int:
     """The number of samples (N, C, H, W) that equal one of the other images (M, C, H, W), byte by byte."""
     if samples.shape[1:] != others.shape[1:]:

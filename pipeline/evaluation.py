@@ -28,7 +28,13 @@ from evaluation.registry import (
     needs_of,
 )
 from evaluation.report import Report, earlier_report, evaluation_settings, facts_of
-from evaluation.sample_checks import accuracy_warnings, copy_warnings, exact_copies, sample_warnings
+from evaluation.sample_checks import (
+    accuracy_warnings,
+    copy_warnings,
+    exact_copies,
+    sample_warnings,
+    zero_warnings,
+)
 from evaluation.unfinished import Unfinished, unfinished
 from opacus_ext.accounting import noisy_max_release
 from opacus_ext.card import copies_of_public, privacy_card, privacy_summary
@@ -237,7 +243,7 @@ def write_results(
     written = findings.report
     warnings = [
         *copies_of_public(account.privacy), *copy_warnings(findings.training_copies, len(samples)),
-        *sample_warnings(samples, spec), *accuracy_warnings(written),
+        *sample_warnings(samples, spec), *accuracy_warnings(written), *zero_warnings(written),
     ]  # fmt: skip
     written = dataclasses.replace(written, warnings=warnings)
     if findings.training_copies is not None:

@@ -22,7 +22,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from data.spec import Samples
-from evaluation.metrics.accuracy import accuracy, accuracy_interval, confusion_matrix
+from evaluation.metrics.accuracy import accuracy, confusion_matrix
 from evaluation.metrics.auroc import area, auroc
 from evaluation.metrics.authenticity import authpct
 from evaluation.metrics.balanced_accuracy import balanced_accuracy
@@ -38,6 +38,7 @@ from evaluation.metrics.mind import mind
 from evaluation.metrics.neighbour_ratio import nn_ratio
 from evaluation.metrics.precision_recall import precision_recall
 from evaluation.neighbours import CentredPoints, centre_of, nearest, nearest_others
+from evaluation.report import accuracy_interval
 from evaluation.selection import Choice, ClassifierResult
 
 

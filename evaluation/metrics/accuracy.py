@@ -5,10 +5,9 @@ from collections.abc import Callable
 import numpy as np
 
 from evaluation.registry import Value, metric
+from evaluation.report import accuracy_interval
 from evaluation.selection import NOT_PRIVATE
 from utils.errors import Unavailable
-
-CONFIDENCE = 0.95  # of the interval
 
 
 @metric("accuracy", better="higher", needs=("classifiers", "test", "spec"))
@@ -47,18 +46,6 @@ def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, num_classes: int
     return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(
         num_classes, num_classes
     )
-
-
-def accuracy_interval(num_right: int, num_images: int) -> list[float]:
-    """The exact binomial confidence interval of an accuracy (Clopper & Pearson 1934), in percent.
-
-    It covers the accuracy on further test images with a probability of at least CONFIDENCE, also if all or none of
-    `num_images` are right, where resampling the test images gives an interval of length 0.
-    """
-    from scipy.stats import binomtest
-
-    found = binomtest(int(num_right), num_images).proportion_ci(CONFIDENCE, method="exact")
-    return [100 * float(found.low), 100 * float(found.high)]
 
 
 def _value(judged, selection: str, value_of: Callable[[np.ndarray], Value]) -> Value | Unavailable:
