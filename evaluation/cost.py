@@ -6,7 +6,7 @@ import numpy as np
 
 from data.spec import DataSpec
 from evaluation.ceiling import with_ceiling
-from evaluation.registry import CLASSIFIERS, METRICS, check_extractor, check_metrics
+from evaluation.registry import CLASSIFIERS, METRICS, check_extractor, check_metrics, need_classifiers
 from utils.errors import Unavailable
 from utils.sections import EvalConfig
 from utils.timing import Cost, batch_rows, seconds_of
@@ -21,13 +21,10 @@ def evaluation_costs(
     images; and of distances between them. Extractors that are not available on this machine are left out."""
     metrics = [METRICS.resolve(name) for name in check_metrics(config.metrics)]
     needs = {need for metric in metrics for need in metric.needs}
-    costs = []
-    if "classifiers" in needs:
-        ceilings = with_ceiling(config)
-        for name in map(CLASSIFIERS.canonical, config.classifiers):
-            seconds = _seconds_per_image(name, spec, device)
-            costs.append(_classifier_cost(name, seconds, config, spec, num_samples, num_test))
-            costs += [_ceiling_cost(name, seconds, config, spec, num_test)] if name in ceilings else []
+    costs, ceilings = [], with_ceiling(config)
+    for name, cost, seconds in _classifier_costs(config, spec, num_samples, num_test, device):
+        costs.append(cost)
+        costs += [_ceiling_cost(name, seconds, config, spec, num_test)] if name in ceilings else []
     real = spec.num_train * bool(needs & {"train_features", "train_neighbours"})
     real += num_test * bool(needs & {"train_features", "test_features", "test_logits"})
     extractors = {
@@ -38,6 +35,27 @@ def evaluation_costs(
     if "train_neighbours" in needs:
         costs.append(_neighbour_cost(spec.num_train, num_samples + num_test, device))
     return costs
+
+
+def classifier_costs(
+    config: EvalConfig, spec: DataSpec, num_samples: int, num_test: int, device: str
+) -> dict[str, Cost]:
+    """The costs of training each classifier on the samples; {} if no metric needs classifiers."""
+    found = _classifier_costs(config, spec, num_samples, num_test, device)
+    return {name: cost for name, cost, _ in found}
+
+
+def _classifier_costs(
+    config: EvalConfig, spec: DataSpec, num_samples: int, num_test: int, device: str
+) -> list[tuple[str, Cost, tuple[float, float]]]:
+    """Per classifier its name, the cost, and the measured seconds per image."""
+    if not need_classifiers(config.metrics):
+        return []
+    found = []
+    for name in map(CLASSIFIERS.canonical, config.classifiers):
+        seconds = _seconds_per_image(name, spec, device)
+        found.append((name, _classifier_cost(name, seconds, config, spec, num_samples, num_test), seconds))
+    return found
 
 
 def _seconds_per_image(name: str, spec: DataSpec, device: str) -> tuple[float, float]:

@@ -1,12 +1,13 @@
 """Compute the metrics of a configuration for one set of samples."""
 
+import hashlib
 from collections.abc import Callable
 from importlib.metadata import version
 
 from data.spec import DataSpec, Samples
 from evaluation.inputs import EvaluatorSettings, Images, Inputs
 from evaluation.neighbours import nearest_training
-from evaluation.reference import real_values
+from evaluation.reference import num_as_samples, real_values
 from evaluation.registry import (
     EXTRACTOR_NEEDS,
     METRICS,
@@ -20,6 +21,7 @@ from evaluation.registry import (
 )
 from evaluation.report import Report
 from evaluation.selection import NoisySelection
+from evaluation.unfinished import Unfinished
 from utils.errors import Unavailable, UserError
 from utils.runtime import log
 
@@ -41,20 +43,21 @@ class Evaluator:
 
     def evaluate(
         self, samples: Samples, *, train: Samples | None, test: Samples, select: NoisySelection | None,
-        validation: Samples | None = None,
+        validation: Samples | None = None, kept: Unfinished | None = None,
     ) -> Report:  # fmt: skip
         """Evaluate `samples` against the real `train` images (fidelity) and the real `test` images (accuracy).
 
         `train` may be None if no requested value compares with them (registry.comparing_with_training) and no ceiling
         is measured (ceiling.with_ceiling). `select` queries the private validation records; only eval.mode=val calls
-        it, once per classifier. `validation` holds these records themselves, for the oracle of eval.oracles. A metric
-        that cannot be computed is reported as missing and never hides the others. Raises UserError if images do not
-        have the dataset's size and channels, or if labels lie outside its classes.
+        it, once per classifier. `validation` holds these records themselves, for the oracle of eval.oracles. `kept`
+        holds results of this evaluation from before it was stopped, and gets each new one. A metric that cannot be
+        computed is reported as missing and never hides the others. Raises UserError if images do not have the dataset's
+        size and channels, or if labels lie outside its classes.
         """
         for what, images in (("samples", samples), ("training images", train), ("test images", test)):
             if images is not None:
                 check_samples(what, images, self.settings.spec)
-        inputs = Inputs(self.settings, Images(samples, train, test, select, validation))
+        inputs = Inputs(self.settings, Images(samples, train, test, select, validation), kept or Unfinished())
         report = Report()
         for metric in dict.fromkeys(METRICS.resolve(value) for value in self.values):
             self._add_metric(metric, inputs, report)
@@ -74,11 +77,12 @@ class Evaluator:
             if isinstance(outcome, Unavailable):
                 report.missing[name + suffix] = str(outcome)
                 continue
-            outcome = outcome if isinstance(outcome, Value) else Value(outcome)
             report.metrics[name + suffix] = float(outcome.value)
             info = _info(metric, value_name, inputs, extractor) | outcome.info
-            key = "ceiling" if metric.uses_classifiers else "real_floor"
-            info |= {key: real[name]} if name in real else {}
+            if name in real and metric.uses_classifiers:
+                info["ceiling"] = real[name]
+            elif name in real:
+                info |= {"real_floor": real[name], "n_floor": num_as_samples(metric, inputs)}
             report.metric_info[name + suffix] = info
             if outcome.details:
                 report.details[name + suffix] = outcome.details
@@ -98,17 +102,36 @@ class Evaluator:
 
 def _outcomes(
     metric: Metric, inputs: Inputs, extractor: str
-) -> tuple[dict[str, float | Value | Unavailable], dict[str, float]]:
+) -> tuple[dict[str, Value | Unavailable], dict[str, float]]:
     """The outcome of each value, by name without extractor, and the values of real images."""
     try:
         _require_enough_images(metric, inputs)
+        key = _guarded(f"metric {metric.name}", lambda: _key(metric, inputs, extractor))
+        # Classifiers are kept themselves, and their metrics take no time.
+        known = None if metric.uses_classifiers else inputs.kept.metric(key)
+        if known is not None:
+            return known
         arguments = [_input(need, metric, inputs, extractor) for need in metric.needs]
         found = _guarded(f"metric {metric.name}", lambda: metric.compute(*arguments))
     except Unavailable as reason:
         return dict.fromkeys(metric.better, reason), {}
     compared = metric.uses_extractor or metric.uses_classifiers
     real = _real_values(metric, inputs, extractor) if compared else {}
-    return found if isinstance(found, dict) else {metric.name: found}, real
+    values = {
+        name: outcome if isinstance(outcome, Value | Unavailable) else Value(outcome)
+        for name, outcome in (found if isinstance(found, dict) else {metric.name: found}).items()
+    }
+    if not metric.uses_classifiers:
+        inputs.kept.keep_metric(key, values, real)
+    return values, real
+
+
+def _key(metric: Metric, inputs: Inputs, extractor: str) -> str:
+    """The name of the metric's values, which depends on the weights of its extractor. Raises Unavailable."""
+    if not metric.uses_extractor:
+        return metric.name
+    identity = inputs.features(extractor).extractor.identity
+    return f"{metric.name}-{extractor}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def _input(need: str, metric: Metric, inputs: Inputs, extractor: str) -> object:

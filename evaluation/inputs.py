@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from extractors.extractor import Extractor
 from utils.errors import Unavailable
 from utils.runtime import log
 from utils.sections import EvalConfig
+
+if TYPE_CHECKING:
+    from evaluation.unfinished import Unfinished
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,11 @@ class Images:
 
 
 class Inputs:
-    """Images, features and classifiers of one evaluation: the attributes that metrics name in `needs`."""
+    """Images, features and classifiers of one evaluation: the attributes that metrics name in `needs`. Classifiers that
+    `kept` holds are not trained again."""
 
-    def __init__(self, settings: EvaluatorSettings, images: Images) -> None:
-        self.settings, self.images = settings, images
+    def __init__(self, settings: EvaluatorSettings, images: Images, kept: "Unfinished") -> None:
+        self.settings, self.images, self.kept = settings, images, kept
         self.samples, self.train, self.test = images.samples, images.train, images.test
         self.spec, self.prompt, self.weights_root = settings.spec, settings.prompt, settings.weights_root
         self.device, self.seed = settings.device, settings.seed
@@ -81,9 +86,14 @@ class Inputs:
     def classifiers(self) -> list[ClassifierResult]:
         """Every classifier of the config, trained on the samples. All choices of one whose training fails are
         Unavailable."""
-        return [
-            self._train_on_samples(CLASSIFIERS.canonical(name)) for name in self.settings.config.classifiers
-        ]
+        results = []
+        for name in map(CLASSIFIERS.canonical, self.settings.config.classifiers):
+            result = self.kept.classifier(name)
+            if result is None:
+                result = self._train_on_samples(name)
+                self.kept.keep_classifier(result)
+            results.append(result)
+        return results
 
     def _train_on_samples(self, name: str) -> ClassifierResult:
         from evaluation.classifiers.recipe import recipe_for

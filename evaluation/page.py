@@ -15,7 +15,7 @@ import numpy as np
 
 from data.spec import DataSpec, Samples
 from evaluation.registry import memorisation_metrics, need_classifiers
-from evaluation.report import COLUMNS, DETAILS, Report, remarks_on_settings, spread
+from evaluation.report import COLUMNS, DETAILS, Report, accuracy_interval, remarks_on_settings, spread
 from utils.files import write_json, write_text
 
 REPORT, GALLERY = "report.html", "private/nearest.html"
@@ -61,7 +61,7 @@ def write_page(
     facts = {
         "title": title,
         "report": report,
-        "about": _about(results),
+        "about": _about(results, report),
         "classes": [_class_row(label, samples, spec) for label in range(spec.num_classes)],
         "classifiers": _classifiers(report, spec),
         "gallery": rows,
@@ -104,7 +104,7 @@ def _summary(samples: Samples, spec: DataSpec) -> dict:
     return {"summary": text, "absent_classes": absent}
 
 
-def _about(results: dict) -> dict[str, str]:
+def _about(results: dict, report: Report) -> dict[str, str]:
     """How the samples were made and evaluated."""
     settings = results["evaluation"]
     rows = {}
@@ -119,9 +119,18 @@ def _about(results: dict) -> dict[str, str]:
         rows["classifiers"] = (
             f"{', '.join(settings['classifiers'])}; recipe {settings['recipe']}, eval.mode={settings['mode']}"
         )
-    rows["extractor"] = settings["extractor"]
+    rows["extractor"] = _extractors(settings["extractor"], report)
     rows["toolkit"] = (results["git"] or "no checkout")[:12]
     return rows
+
+
+def _extractors(wanted: str, report: Report) -> str:
+    """The extractors of the values in the report, and whether the one that was asked for gave none."""
+    found = report.extractors()
+    failed = wanted not in found and any(name.endswith(f"/{wanted}") for name in report.missing)
+    if failed:
+        return f"{', '.join(found) or 'none'}; {wanted} gave no value, see Missing"
+    return ", ".join(found) or wanted
 
 
 def _metrics(report: Report) -> dict:
@@ -148,7 +157,7 @@ def _metric_row(name: str, report: Report, columns: list[str]) -> dict:
         "value": report.metrics[name],
         "better": info["better"],
         "numbers": [*map(shared.get, columns), info.get("ceiling", info.get("real_floor"))],
-        "n_real": f"{info['n_real']:,}",
+        "n_real": f"{info['n_real']:,}" if info["n_real"] else "",
         "n_fake": f"{info['n_fake']:,}",
         "remarks": _remarks(info),
     }
@@ -159,6 +168,10 @@ def _remarks(info: dict) -> list[str]:
     if "interval_95" in info:
         low, high = info["interval_95"]
         remarks.append(f"95 % interval {low:.2f} to {high:.2f}")
+        if "ceiling" in info:
+            right = round(info["ceiling"] / 100 * info["n_real"])
+            low, high = accuracy_interval(right, info["n_real"])
+            remarks.append(f"real images {low:.2f} to {high:.2f}")
     remarks += spread(info)
     if "std" in info and "classifiers" not in info:
         remarks.append(f"deviation {info['std']:.3g} over subsets")

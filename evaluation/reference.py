@@ -8,17 +8,22 @@ from utils.errors import Unavailable
 from utils.seeding import numpy_rng
 
 
+def num_as_samples(metric: Metric, inputs: Inputs) -> int:
+    """The number of test images that stand for samples."""
+    return len(inputs.test) // 2 if "test_features" in metric.needs else len(inputs.test)
+
+
 def real_values(metric: Metric, inputs: Inputs, extractor: str) -> dict[str, float]:
     """The metric's values for real images instead of the samples, by name; {} if there are too few real images.
 
     The real images are test images. A metric that also compares with test images gets one half of them as samples and
     the other half as test images. Classifiers are trained on the real training images (evaluation/ceiling.py).
     """
-    features = inputs.features(extractor)
+    features, count = inputs.features(extractor), num_as_samples(metric, inputs)
     as_samples = as_test = np.arange(len(inputs.test))
-    if "test_features" in metric.needs:
+    if count < len(as_samples):
         order = numpy_rng(0, "real floor").permutation(len(as_samples))
-        as_samples, as_test = order[: len(order) // 2], order[len(order) // 2 :]
+        as_samples, as_test = order[:count], order[count:]
     if min(len(as_samples), len(as_test)) < metric.min_images:
         return {}
     replaced = {

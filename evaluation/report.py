@@ -19,10 +19,24 @@ from utils.files import read_json
 from utils.text import aligned
 
 DETAILS = "details.json"
+FEW_TEST_IMAGES = 500  # below, the 95 % interval of an accuracy can be wider than 9 points
 # Values that tables show in columns of the accuracy's row, not in rows of their own: name -> title.
 COLUMNS = {"balanced_accuracy": "balanced", "auroc": "AUROC"}
+CONFIDENCE = 0.95  # of the interval of an accuracy
 # Settings that change the values of classifiers, but not the names of the values.
 CHANGING = ("recipe", "recipe_version", "protocol", "num_val", "selection_epsilon", "seed")
+
+
+def accuracy_interval(num_right: int, num_images: int) -> list[float]:
+    """The exact binomial confidence interval of an accuracy (Clopper & Pearson 1934), in percent.
+
+    It covers the accuracy on further test images with a probability of at least CONFIDENCE, also if all or none of
+    `num_images` are right, where resampling the test images gives an interval of length 0.
+    """
+    from scipy.stats import binomtest
+
+    found = binomtest(int(num_right), num_images).proportion_ci(CONFIDENCE, method="exact")
+    return [100 * float(found.low), 100 * float(found.high)]
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ class Report:
         for name in self.shown():
             lines += [f"  {name}: {remark}" for remark in remarks_on_settings(self.metric_info[name])]
             lines += [f"  {name}: {line}" for line in spread(self.metric_info[name])]
-        lines += [f"missing: {name}: {reason}" for name, reason in self.missing.items()]
+        lines += [f"missing: {name}: {reason}" for name, reason in self.reasons_for_missing().items()]
         lines += [f"warning: {line}" for line in self.warnings]
         return "\n".join(lines)
 
@@ -79,8 +93,25 @@ class Report:
                 "majority class: score of always predicting the most frequent class of the test images"
             )
         if "real images" in titles:
-            lines.append("real images: their score instead of the samples; not private")
+            lines.append(f"real images: their score instead of the samples; not private; {self.about_real()}")
         return lines
+
+    def about_real(self) -> str:
+        """How far the scores of real images can be trusted: they are estimated from test images."""
+        infos = self.metric_info.values()
+        counts = [info["n_real"] for info in infos if "ceiling" in info]
+        counts += [info["n_floor"] for info in infos if "n_floor" in info]
+        if not counts:
+            return "estimated from test images"
+        count = min(counts)
+        text = f"estimated from {count:,} test images"
+        if count >= FEW_TEST_IMAGES:
+            return text
+        low, high = accuracy_interval(count // 2, count)
+        return (
+            f"{text}, which are few: other test images give other scores (an accuracy by up to "
+            f"{(high - low) / 2:.0f} points, 95 % interval)"
+        )
 
     def after(self, earlier: "Report", now: dict) -> "Report":
         """This report, computed with the settings `now`, with the values of an `earlier` one about the same samples:
@@ -118,6 +149,22 @@ class Report:
         rows = [name for name in self.metrics if name not in in_columns]
         return [name for name in rows if len(self.metric_info[name].get("classifiers", [])) != 1]
 
+    def reasons_for_missing(self) -> dict[str, str]:
+        """What is missing -> why, and which value in the table is of another extractor or of an earlier evaluation."""
+        reasons = {}
+        for name, reason in self.missing.items():
+            others = [known for known in self.metrics if "extractor" in self.metric_info[known]]
+            others = [known for known in others if known.split("/")[0] == name.split("/")[0]]
+            if others and "/" in name:
+                reason += f" (the table has {', '.join(others)} of an earlier evaluation)"
+            reasons[name] = reason
+        return reasons
+
+    def extractors(self) -> list[str]:
+        """The extractors of the values."""
+        found = (info["extractor"] for info in self.metric_info.values() if "extractor" in info)
+        return list(dict.fromkeys(found))
+
     def columns(self, name: str) -> dict[str, str]:
         """The values that share the row of `name`: those of the same evaluation, classifier and selection -> titles."""
         kind, _, which = name.partition("/")
@@ -150,7 +197,7 @@ class Report:
             self.text(name, info["majority_class"]) if "majority_class" in info else "",
             "" if real is None else self.text(name, real),
             *(shared.get(title, "") for title in COLUMNS.values()),
-            f"{info['n_real']:,}",
+            f"{info['n_real']:,}" if info["n_real"] else "",
             f"{info['n_fake']:,}",
         )
 

@@ -51,15 +51,40 @@ def accuracy_warnings(report: Report) -> list[str]:
     return lines
 
 
-def public_copies(samples: np.ndarray, public: np.ndarray) -> int:
-    """The number of samples (N, C, H, W) that equal one of the public images (M, C, H, W), byte by byte."""
-    if samples.shape[1:] != public.shape[1:]:
+def zero_warnings(report: Report) -> list[str]:
+    """Warnings about fidelity metrics that found nothing in common."""
+    meanings = {
+        ("precision", "density"): "no sample is near a real image",
+        ("recall", "coverage"): "no real image is near a sample",
+    }
+    lines = []
+    for kinds, meaning in meanings.items():
+        names = [name for name, value in report.metrics.items() if name.startswith(kinds) and value == 0]
+        if names:
+            lines.append(f"{', '.join(names)} 0: {meaning}, by these features")
+    return lines
+
+
+def exact_copies(samples: np.ndarray, others: np.ndarray) -> int:
+    """The number of samples (N, C, H, W) that equal one of the other images (M, C, H, W), byte by byte."""
+    if samples.shape[1:] != others.shape[1:]:
         return 0
     counts, found = Counter(_digests(samples)), 0
-    for start in range(0, len(public), ROWS_AT_ONCE):
-        for digest in _digests(public[start : start + ROWS_AT_ONCE]):
+    for start in range(0, len(others), ROWS_AT_ONCE):
+        for digest in _digests(others[start : start + ROWS_AT_ONCE]):
             found += counts.pop(digest, 0)
     return found
+
+
+def copy_warnings(num_copies: int | None, num_samples: int) -> list[str]:
+    """A warning if samples are training images. The number is computed from private images without noise, so it belongs
+    to the terminal and the private files of a run, and not to its privacy card."""
+    if not num_copies:
+        return []
+    return [
+        f"{num_copies:,} of {num_samples:,} samples equal a private training image, pixel for pixel: the metrics "
+        f"measure these training images instead of new images (this count is without noise; do not share it)"
+    ]
 
 
 def _digests(images: np.ndarray) -> list[bytes]:

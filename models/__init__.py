@@ -24,3 +24,5 @@ METHODS = Registry(
         "DP-LoRA": "models.dp_lora:DPLoRA",
     },
 )
+
+FASTEST = "DP-MERF"  # what a run that takes too long is advised to use

@@ -14,6 +14,8 @@ from utils.config_files import config_folders
 from utils.errors import UserError
 from utils.places import path_of
 from utils.runtime import log
+from utils.sections import SHARED_SECTIONS
+from utils.typed import leaf_types, unknown_key
 
 # Flags next to --resume_exp that belong to this call and not to the run.
 OF_THIS_CALL = {"exp_root", "dry_run", "print_config"}
@@ -46,6 +48,9 @@ def evaluation_config(argv: list[str]) -> Config:
     flags, settings, given, _ = command_line
     _check_flags(given)
     for key in settings:
+        if "." not in key and key not in USED:
+            sections = {name: kind for name, kind in SHARED_SECTIONS.items() if name in USED}
+            raise unknown_key(key, leaf_types(sections))
         if key.split(".")[0] not in USED:
             raise UserError(f"{key}={settings[key]}: an evaluation does not use this setting; leave it out")
     if {"images", "list"} & given:

@@ -8,7 +8,8 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -19,9 +20,22 @@ from data.spec import DataSpec, Samples
 from evaluation.ceiling import with_ceiling
 from evaluation.evaluator import Evaluator
 from evaluation.page import GALLERY, REPORT, write_page
-from evaluation.registry import check_classifiers, comparing_with_training, needs_of
+from evaluation.registry import (
+    METRICS,
+    TRAINING_NEEDS,
+    check_classifiers,
+    comparing_with_training,
+    needs_of,
+)
 from evaluation.report import Report, earlier_report, evaluation_settings, facts_of
-from evaluation.sample_checks import accuracy_warnings, sample_warnings
+from evaluation.sample_checks import (
+    accuracy_warnings,
+    copy_warnings,
+    exact_copies,
+    sample_warnings,
+    zero_warnings,
+)
+from evaluation.unfinished import Unfinished, unfinished
 from opacus_ext.accounting import noisy_max_release
 from opacus_ext.card import copies_of_public, privacy_card, privacy_summary
 from opacus_ext.disclosure import Disclosure
@@ -29,18 +43,14 @@ from opacus_ext.ledger import Budget, Ledger
 from opacus_ext.noise import NoiseSource
 from opacus_ext.private_data import PrivateData
 from pipeline.compose import Parts
+from pipeline.evaluation_time import classifier_time_line
 from pipeline.record import results_of, write_account
-from utils.artefacts import CARD, GRID, RESULTS
+from pipeline.revealed import CEILING, COPIES, GALLERY_ENTRY, ORACLE, SHOWN, comparison, without_failed
+from utils.artefacts import CARD, GRID, PRIVACY, RESULTS
 from utils.config import Config
-from utils.files import write_json
+from utils.files import read_json, write_json
 from utils.runtime import log
 
-REVEALED = "the private training images, which samples are compared with by"
-ORACLE = "eval.oracles=true: epochs of classifiers are chosen on the private validation images without noise"
-SHOWN = "eval.gallery=report: report.html was written with training images in it"
-CEILING = (
-    "eval.ceiling: classifiers were trained on the private training images, to report what real images reach"
-)
 INCOMPLETE = 3  # exit code: the program completed, but metrics are missing
 
 
@@ -106,20 +116,29 @@ def evaluate(evaluation: Evaluation, real: RealImages, training: dict, timing: d
     config, folder, samples = evaluation.config, evaluation.folder, evaluation.samples
     start = time.perf_counter()
     train, oracle, reasons = reveal(config, real)
+    before = read_json(folder / PRIVACY)["revealed"] if (folder / PRIVACY).exists() else []
     training = {**training, "revealed": [*training["revealed"], *reasons]}
     training["sample_warnings"] = sample_warnings(samples, evaluation.spec)
-    privacy = write_account(folder, training)  # before anything is shown, whatever happens afterwards
+    write_account(folder, training)  # before anything is shown, whatever happens afterwards
     selection = None
     if real.validation is not None:
         selection = NoisyChoice(real.validation, lambda report: write_account(folder, training, report))
-    report = evaluation.evaluator.evaluate(
-        samples, train=train, test=real.test, select=selection, validation=oracle
+    kept = unfinished(evaluation.evaluator.settings, samples, folder)
+    announce_time(evaluation, len(real.test), kept)
+    with kept_if_stopped(kept):
+        report = evaluation.evaluator.evaluate(
+            samples, train=train, test=real.test, select=selection, validation=oracle, kept=kept
+        )
+    findings = findings_of(evaluation, report, train)
+    privacy = write_account(
+        folder, training, revealed=_revealed(evaluation, findings, before, training, reasons)
     )
-    if selection is not None:
-        privacy = selection.account or privacy
     title = f"{config.method} on {evaluation.spec.name}, epsilon {config.epsilon:g}"
     timing = {**timing, "evaluate": time.perf_counter() - start}
-    written = write_results(evaluation, report, train, Account(title, privacy, privacy_card(privacy), timing))
+    written = write_results(
+        evaluation, findings, train, Account(title, privacy, privacy_card(privacy), timing)
+    )
+    kept.discard()
     log.info(f"\n{privacy_summary(privacy)}\n\n{written.table()}\n")
     places = {"report": REPORT, "samples": GRID, "privacy card": CARD, "numbers": RESULTS}
     if report.nearest and config.eval.gallery == "private":
@@ -128,40 +147,108 @@ def evaluate(evaluation: Evaluation, real: RealImages, training: dict, timing: d
     return INCOMPLETE if report.missing else 0
 
 
+def announce_time(evaluation: Evaluation, num_test: int, kept: Unfinished) -> None:
+    """Print how long the classifiers will take."""
+    settings = evaluation.evaluator.settings
+    line = classifier_time_line(
+        evaluation.config, evaluation.spec, len(evaluation.samples), num_test, settings.device, kept
+    )
+    if line is not None:
+        log.info(line)
+
+
+@contextmanager
+def kept_if_stopped(kept: Unfinished) -> Iterator[None]:
+    """Say what a stopped evaluation leaves."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not kept.is_empty():
+            log.info(
+                "finished classifiers and metrics are kept; the same command computes the remaining ones"
+            )
+        raise
+
+
 def reveal(config: Config, real: RealImages) -> tuple[Samples | None, Samples | None, list[str]]:
     """The training images, the validation images of the oracle (each None unless something in `config` needs them), and
     the reasons for which they are revealed."""
     train = oracle = None
-    users = comparing_with_training(config.eval.metrics) + (["eval.gallery"] if config.eval.gallery else [])
+    users = comparing_with_training(config.eval.metrics) + ([GALLERY_ENTRY] if config.eval.gallery else [])
     reasons = [SHOWN] if config.eval.gallery == "report" else []
-    if users:
-        reasons.insert(0, f"{REVEALED} {', '.join(users)}")
-        train = real.train.reveal(reasons[0])
-    if with_ceiling(config.eval):
-        reasons.append(CEILING)
-        train = real.train.reveal(CEILING)
+    reasons += [CEILING] if with_ceiling(config.eval) else []
+    if users or CEILING in reasons:
+        reasons.insert(0, comparison([*users, COPIES]))
+        for reason in reasons:
+            train = real.train.reveal(reason)
     if real.oracle is not None:
         reasons.append(ORACLE)
         oracle = real.oracle.reveal(ORACLE)
     return train, oracle, reasons
 
 
-def write_results(evaluation: Evaluation, report: Report, train: Samples | None, account: Account) -> Report:
-    """Write report.html and (last) results.json about `report` and what an earlier evaluation of the same samples
-    found; returns both as one Report, with warnings."""
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What this evaluation, and earlier ones of the same samples, found. `training_copies`: the number of samples that
+    equal a training image; None if nothing compared samples with the training images."""
+
+    report: Report
+    training_copies: int | None
+
+
+def findings_of(evaluation: Evaluation, report: Report, train: Samples | None) -> Findings:
+    """`report` together with what results.json has about the same samples, and the number of copies of `train`."""
+    config, folder = evaluation.config, evaluation.folder
+    earlier = earlier_report(folder, config.data_name, evaluation.facts)
+    copies = None
+    if earlier is None:
+        log.info("existing results are for different samples; overwriting them")
+    elif (folder / RESULTS).exists():
+        copies = read_json(folder / RESULTS).get("training_copies")
+    if train is not None and (config.images is not None or _uses_training(report)):
+        copies = exact_copies(evaluation.samples.images, train.images)
+    report = report if earlier is None else report.after(earlier, evaluation_settings(config))
+    return Findings(report, copies)
+
+
+def _uses_training(report: Report) -> bool:
+    """Does anything in `report` come from the training images? A failed metric has no result."""
+    compared = any(
+        TRAINING_NEEDS & set(METRICS.resolve(name.split("/")[0]).needs) or "ceiling" in info
+        for name, info in report.metric_info.items()
+    )
+    return compared or bool(report.nearest)
+
+
+def _revealed(
+    evaluation: Evaluation, findings: Findings, before: list[str], training: dict, planned: list[str]
+) -> list[str]:
+    """The entries `revealed` of privacy.json after the evaluation: those of `before`, and those of the `planned` ones
+    that led to a result."""
+    shown, others = bool(findings.report.nearest), []
+    others += [COPIES] if findings.training_copies is not None else []
+    others += [SHOWN] if shown or SHOWN in before else []
+    others += [GALLERY_ENTRY] if shown or (evaluation.folder / GALLERY).exists() else []
+    return without_failed([*before, *training["revealed"]], planned, findings.report, others)
+
+
+def write_results(
+    evaluation: Evaluation, findings: Findings, train: Samples | None, account: Account
+) -> Report:
+    """Write report.html and (last) results.json; returns the report with warnings."""
     config, spec, folder, samples = (
         evaluation.config, evaluation.spec, evaluation.folder, evaluation.samples
     )  # fmt: skip
-    earlier = earlier_report(folder, config.data_name, evaluation.facts)
-    if earlier is None:
-        log.info("existing results are for different samples; overwriting them")
-    settings = evaluation_settings(config)
-    written = report if earlier is None else report.after(earlier, settings)
+    settings, facts = evaluation_settings(config), evaluation.facts
+    written = findings.report
     warnings = [
-        *copies_of_public(account.privacy), *sample_warnings(samples, spec), *accuracy_warnings(written)
+        *copies_of_public(account.privacy), *copy_warnings(findings.training_copies, len(samples)),
+        *sample_warnings(samples, spec), *accuracy_warnings(written), *zero_warnings(written),
     ]  # fmt: skip
     written = dataclasses.replace(written, warnings=warnings)
-    results = results_of(folder, config, account.privacy, written, settings, account.timing, evaluation.facts)
+    if findings.training_copies is not None:
+        facts = facts | {"training_copies": findings.training_copies}
+    results = results_of(folder, config, account.privacy, written, settings, account.timing, facts)
     write_page(
         folder, written, samples, train, spec, account.title, account.card, config.eval.gallery, results
     )
@@ -183,11 +270,10 @@ class NoisyChoice:
     def __init__(self, validation: PrivateData, book: Callable[[dict], dict]) -> None:
         self._validation, self._book = validation, book
         self._id = f"{datetime.now():%Y-%m-%d-%H-%M-%S-%f}-{os.getpid()}"
-        self.account: dict | None = None  # the content of privacy.json since the last choice
 
     def choose(self, name: str, correct: np.ndarray) -> int:
         chosen = self._validation.report_noisy_max(name, correct)
-        self.account = self._book(self.report())
+        self._book(self.report())
         return chosen
 
     def report(self) -> dict | None:

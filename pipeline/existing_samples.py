@@ -12,6 +12,7 @@ from evaluation.images import read_images
 from evaluation.listing import evaluation_line, lacking
 from evaluation.page import REPORT
 from evaluation.report import earlier_report, facts_of
+from evaluation.unfinished import unfinished
 from opacus_ext.noise import NoiseSource
 from pipeline.configuration import FIXED
 from pipeline.evaluation import (
@@ -19,13 +20,17 @@ from pipeline.evaluation import (
     Account,
     Evaluation,
     RealImages,
+    announce_time,
     disclose,
     evaluate,
+    findings_of,
+    kept_if_stopped,
     no_account,
     oracle_data,
     validation_data,
     write_results,
 )
+from pipeline.evaluation_time import evaluation_time_lines
 from pipeline.folder import discarded_on_failure, new_folder, working_in
 from pipeline.record import values_of
 from utils.artefacts import CONFIG, PRIVACY, RESULTS, SAMPLES
@@ -74,23 +79,30 @@ def evaluate_images(config: Config) -> int:
             f"again; give another folder"
         )
     if config.dry_run:
-        log.info(describe_evaluation(config, len(samples), config.images))
+        log.info(describe_evaluation(config, spec, len(samples), config.images))
         return 0
     sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
     folder, is_new = folder_of_results(config)
     with discarded_on_failure(folder, is_new):
         require_writable(folder)
         also_to(folder / "stdout.txt")
+        evaluation = Evaluation(config, spec, evaluator, folder, samples, facts)
+        kept = unfinished(evaluator.settings, samples, None)
+        announce_time(evaluation, len(sensitive.test), kept)
         start = time.perf_counter()
-        report = evaluator.evaluate(samples, train=sensitive.train, test=sensitive.test, select=None)
+        with kept_if_stopped(kept):
+            report = evaluator.evaluate(
+                samples, train=sensitive.train, test=sensitive.test, select=None, kept=kept
+            )
         account = Account(
             f"{config.images.name} on {spec.name}",
             no_account(private=None, spent=None),
             None,
             {"evaluate": time.perf_counter() - start},
         )
-        evaluation = Evaluation(config, spec, evaluator, folder, samples, facts)
-        written = write_results(evaluation, report, sensitive.train, account)
+        findings = findings_of(evaluation, report, sensitive.train)
+        written = write_results(evaluation, findings, sensitive.train, account)
+        kept.discard()
     log.info(f"\n{written.table()}\n\nreport: {folder / REPORT}\nnumbers: {folder / RESULTS}")
     return INCOMPLETE if report.missing else 0
 
@@ -160,7 +172,7 @@ def evaluate_finished_run(config: Config) -> int:
             "privacy cost"
         )
     if config.dry_run:
-        log.info(describe_evaluation(config, len(samples), folder))
+        log.info(describe_evaluation(config, spec, len(samples), folder))
         return 0
     evaluator = _evaluator(config, spec)
     require_writable(folder)
@@ -199,14 +211,16 @@ def real_images(config: Config, spec: DataSpec, split: str) -> RealImages:
     )
 
 
-def describe_evaluation(config: Config, count: int, source: Path) -> str:
-    """What --dry_run prints: how the images would be evaluated, what it would cost, and what is missing."""
+def describe_evaluation(config: Config, spec: DataSpec, count: int, source: Path) -> str:
+    """What --dry_run prints: how the images would be evaluated, how long it would take, what it would cost, and what is
+    missing."""
     judged = config.eval
     lines = [f"{count:,} images of {source} would be evaluated", evaluation_line(config)]
     if judged.mode == "val":
         spent = sum(selection["spent"] for selection in read_json(source / PRIVACY)["selection"])
         lines.append(f"so far choices have cost these images epsilon {at_most(spent)}; it adds up")
     lines += [f"classifiers: {', '.join(judged.classifiers)}; recipe {judged.recipe}, seed {config.seed}"]
+    lines += evaluation_time_lines(config, spec, count, prepare_device(config.setup))
     lines += [f"missing: {line}" for line in lacking(judged.metrics, judged.extractor, config.weights_root)]
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ from data.sensitive import num_test_images, require_prepared
 from data.spec import DataSpec
 from evaluation.cost import evaluation_costs
 from evaluation.listing import evaluation_line, lacking
+from models import FASTEST
 from opacus_ext.card import person_guarantee
 from opacus_ext.ledger import Budget, Ledger
 from pipeline.checkpoints import Checkpoints
@@ -22,10 +23,6 @@ from utils.timing import Cost
 
 LONG = 86400  # seconds after which a shorter way is pointed out
 QUICK = 20 * 60  # seconds that preset=quick is meant for, on two CPU cores
-TOO_LONG = (
-    "this is more than the 20 minutes that preset=quick is meant for; what shortens it: fewer or smaller images "
-    "(scripts/prepare_data.py --resolution), --method DP-MERF, eval=none"
-)
 
 
 def dry_run(config: Config) -> Iterator[str]:
@@ -150,15 +147,27 @@ def _release_row(release: dict) -> tuple[str, ...]:
 
 def cost_lines(costs: list[Cost], config: Config) -> list[str]:
     """The time of each stage, from a few steps that were measured just now, and of the whole run."""
-    if not costs:
-        return []
-    lines = [f"{cost.stage}: {cost.description}, about {duration(cost.seconds)} here" for cost in costs]
+    lines = time_lines(costs, "" if config.resume is None else ", from the start of the run")
     total = sum(cost.seconds for cost in costs)
-    whole = "" if config.resume is None else ", from the start of the run"
-    lines.append(f"together{whole}: about {duration(total)} here")
-    lines.append("(extrapolated from a few steps; other load on this machine will slow it down)")
     if total > LONG and config.preset != "quick":
         lines.append("preset=quick scales the method down to minutes on a CPU")
     if total > QUICK and config.preset == "quick":
-        lines.append(TOO_LONG)
+        lines.append(_shorter_ways(config))
     return lines
+
+
+def _shorter_ways(config: Config) -> str:
+    """Advice for a quick run that takes long; it names nothing that the run does already."""
+    ways = ["fewer or smaller images (scripts/prepare_data.py --resolution)"]
+    ways += [f"--method {FASTEST}"] if config.method != FASTEST else []
+    ways += ["eval=none"] if config.eval.metrics else []
+    return f"this is more than the 20 minutes that preset=quick is meant for; what shortens it: {', '.join(ways)}"
+
+
+def time_lines(costs: list[Cost], whole: str = "") -> list[str]:
+    """The time of each stage and of all together; `whole` says what the total covers."""
+    if not costs:
+        return []
+    lines = [f"{cost.stage}: {cost.description}, about {duration(cost.seconds)} here" for cost in costs]
+    lines.append(f"together{whole}: about {duration(sum(cost.seconds for cost in costs))} here")
+    return [*lines, "(extrapolated from a few steps; other load on this machine will slow it down)"]

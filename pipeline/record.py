@@ -13,6 +13,7 @@ from evaluation.report import Report
 from opacus_ext.card import privacy_card
 from pipeline.divergence import require_not_diverged
 from pipeline.folder import find
+from pipeline.revealed import merged
 from utils.artefacts import CARD, CONFIG, ENVIRONMENT, PRIVACY, RESULTS
 from utils.config import Config, format_config
 from utils.config_files import flatten, read_yaml
@@ -193,19 +194,23 @@ def git_commit() -> str | None:
     return commit.stdout.strip() or None
 
 
-def write_privacy(folder: Path, training: dict, selection: dict | None = None) -> dict:
+def write_privacy(
+    folder: Path, training: dict, selection: dict | None = None, revealed: list[str] | None = None
+) -> dict:
     """Write and return privacy.json: the training ledger's report, and one entry in `selection` per evaluation that
     queried the private validation images, identified by its id. Earlier entries stay, because evaluating a run again
-    spends budget again. Earlier `revealed` entries also stay, including those of an interrupted evaluation.
-    results.json, if there is one, gets the sum."""
+    spends budget again. Earlier `revealed` entries also stay, including those of an interrupted evaluation, unless
+    `revealed` replaces them. results.json, if there is one, gets the sum."""
     path = folder / PRIVACY
     before = read_json(path) if path.exists() else {"selection": [], "revealed": []}
+    if revealed is None:
+        revealed = [*before["revealed"], *training["revealed"]]
     others = [entry for entry in before["selection"] if selection is None or entry["id"] != selection["id"]]
     privacy = {
         **training,
         "run": f"{folder.resolve().parent.name}/{folder.name}",
         "selection": others + ([] if selection is None else [selection]),
-        "revealed": list(dict.fromkeys([*before["revealed"], *training["revealed"]])),
+        "revealed": merged(revealed),
     }
     write_json(path, privacy)
     if (folder / RESULTS).exists():
@@ -270,9 +275,11 @@ def _of_selection(privacy: dict) -> dict:
     }
 
 
-def write_account(folder: Path, training: dict, selection: dict | None = None) -> dict:
+def write_account(
+    folder: Path, training: dict, selection: dict | None = None, revealed: list[str] | None = None
+) -> dict:
     """Write privacy.json (see `write_privacy`) and the card that explains it; returns the content of privacy.json."""
-    privacy = write_privacy(folder, training, selection)
+    privacy = write_privacy(folder, training, selection, revealed)
     write_text(folder / CARD, privacy_card(privacy))
     return privacy
 

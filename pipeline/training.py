@@ -12,7 +12,7 @@ from data.public import load_public
 from data.samples_file import read_samples, write_samples
 from data.sensitive import SensitiveData, load_sensitive
 from data.spec import PublicData, Samples
-from evaluation.sample_checks import public_copies
+from evaluation.sample_checks import exact_copies
 from opacus_ext.accounting import Release
 from opacus_ext.noise import NoiseSource
 from opacus_ext.private_data import PrivateData
@@ -168,7 +168,7 @@ def deliver(parts: Parts, folder: Path, samples: Samples, images: Images, timing
         save_grid(samples.images, samples.labels, grid)
     account = account_of(parts, folder, images)
     if images.public is not None:
-        account["public_copies"] = public_copies(samples.images, images.public.samples.images)
+        account["public_copies"] = exact_copies(samples.images, images.public.samples.images)
     account["samples_per_class"] = np.bincount(samples.labels, minlength=parts.spec.num_classes).tolist()
     return evaluate_run(parts, folder, samples, images.sensitive, images.noise, account, timing)
 

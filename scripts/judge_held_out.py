@@ -18,6 +18,7 @@ from pipeline.evaluation import RealImages, disclose, reveal
 from pipeline.existing_samples import require_same_split
 from pipeline.folder import working_in
 from pipeline.record import values_of, write_account
+from pipeline.revealed import COPIES, compared_by, without_failed
 from utils.artefacts import PRIVACY, RESULTS, SAMPLES
 from utils.config import Config
 from utils.errors import UserError
@@ -74,6 +75,7 @@ def judge(config: Config):
     from data.samples_file import read_samples
     from data.sensitive import load_sensitive, spec_of
     from evaluation.evaluator import Evaluator, EvaluatorSettings
+    from evaluation.report import Report
     from utils.device import prepare_device
 
     folder = config.exp_path
@@ -86,10 +88,18 @@ def judge(config: Config):
     shown = disclose(sensitive.validation).reveal(REASON)
     train, _, reasons = reveal(config, RealImages(disclose(sensitive.train), shown, None))
     training = read_json(folder / PRIVACY)
-    write_account(folder, {**training, "revealed": [*training["revealed"], *reasons, REASON]})
+    booked = [*training["revealed"], *reasons, REASON]
+    write_account(folder, training, revealed=booked)
     device = prepare_device(config.setup)
     evaluator = Evaluator(EvaluatorSettings(config.eval, spec, config.weights_root, device, config.seed))
-    return evaluator.evaluate(read_samples(folder / SAMPLES), train=train, test=shown, select=None)
+    report = evaluator.evaluate(read_samples(folder / SAMPLES), train=train, test=shown, select=None)
+    own = read_json(folder / RESULTS)
+    known = Report(own["metrics"] | report.metrics, own["metric_info"] | report.metric_info)
+    others = (
+        [COPIES] if COPIES in compared_by(training["revealed"]) else []
+    )  # nothing searches for copies here
+    write_account(folder, training, revealed=without_failed(booked, reasons, known, others))
+    return report
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import METHODS
-from pipeline.evaluation import INCOMPLETE, no_account
+from pipeline.evaluation import INCOMPLETE, kept_if_stopped, no_account
 from pipeline.folder import discarded_on_failure, new_folder
 from utils.artefacts import RESULTS
 from utils.config import Config, format_config, load_config
@@ -47,15 +47,20 @@ def non_private(config: Config) -> Config:
 
 def measure(config: Config) -> int:
     """Train on the real training images, test on the real test images, write results.json; the exit code."""
-    from data.sensitive import load_sensitive, spec_of
+    from data.sensitive import load_sensitive, private_cache, spec_of
     from evaluation.evaluator import Evaluator, EvaluatorSettings
     from evaluation.report import evaluation_settings
+    from evaluation.unfinished import unfinished
+    from pipeline.evaluation_time import classifier_time_line
     from pipeline.record import results_of
     from utils.device import prepare_device
 
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
     device = prepare_device(config.setup)
-    evaluator = Evaluator(EvaluatorSettings(config.eval, spec, config.weights_root, device, config.seed))
+    cache = private_cache(config.sensitive_data, config.data_root)
+    evaluator = Evaluator(
+        EvaluatorSettings(config.eval, spec, config.weights_root, device, config.seed, cache)
+    )
     for line in (*config.notes, *lines):
         log.info(line)
     names = ", ".join(config.eval.classifiers)
@@ -69,12 +74,18 @@ def measure(config: Config) -> int:
     with discarded_on_failure(folder, is_new=True):
         require_writable(folder)
         also_to(folder / "stdout.txt")
+        log.info(classifier_time_line(config, spec, spec.num_train, len(sensitive.test), device))
         start = time.perf_counter()
-        report = evaluator.evaluate(sensitive.train, train=sensitive.train, test=sensitive.test, select=None)
+        kept = unfinished(evaluator.settings, sensitive.train, None)
+        with kept_if_stopped(kept):
+            report = evaluator.evaluate(
+                sensitive.train, train=sensitive.train, test=sensitive.test, select=None, kept=kept
+            )
         account = no_account(private=False, spent=math.inf)
         timing = {"evaluate": time.perf_counter() - start}
         settings = evaluation_settings(config)
         write_json(folder / RESULTS, results_of(folder, config, account, report, settings, timing, {}))
+        kept.discard()
     log.info(f"\n{report.table()}\n\nNOT private: the classifiers were trained on the private images")
     log.info(f"run folder: {folder}")
     return INCOMPLETE if report.missing else 0

@@ -12,6 +12,7 @@ import pytest
 
 from models import METHODS
 from models.diffusion.samplers import MAX_GAMMA
+from pipeline.configuration import evaluation_config
 from utils.config import EVERY_METHOD, Config, format_config, load_config, parser
 from utils.config_files import CONFIG_FOLDER, ConfigFiles, compose, flatten, written_values
 from utils.errors import UserError
@@ -761,6 +762,33 @@ def test_an_unknown_key_suggests_the_nearest_key_of_the_same_meaning(method, key
     with pytest.raises(UserError) as error:
         load_config(["--method", method, f"{key}=3"], METHODS)
     assert suggestion in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "parts"),
+    [
+        ("eval", "eval.metrics=fid,kid", ["eval.metrics: 'fid,kid'", "write eval.metrics=[fid,kid]"]),
+        ("run", "eval.classifiers=wrn", ["write eval.classifiers=[wrn]"]),
+        ("run", "sensitive_data.class_names=a,b", ["write sensitive_data.class_names=[a,b]"]),
+        ("eval", "--metrics [fid,kid]", ["--metrics fid,kid", "eval.metrics=[fid,kid]"]),
+        ("eval", "--extractor clip", ["--extractor", "write eval.extractor="]),
+        ("eval", "--batch_size 9", ["write eval.batch_size="]),
+        ("run", "--metrics fid", ["write eval.metrics=["]),
+        ("run", "--delta 1e-5", ["write privacy.delta="]),
+        ("run", "--batch_size 9", ["gen.batch_size=", "--print_config"]),
+        ("run", "--extraktor clip", ["unknown flag '--extraktor'"]),
+        ("eval", "extractor=clip", ["unknown key 'extractor'", "'eval.extractor'"]),
+        ("eval", "train.lr=1", ["train.lr=1", "leave it out"]),
+    ],
+)
+def test_settings_that_are_written_wrongly_are_corrected(program, arguments, parts):
+    argv = ["--data_name", "digits_8", *arguments.split()]
+    with pytest.raises(UserError) as error:
+        if program == "eval":
+            evaluation_config(["--images", "x.npz", *argv])
+        else:
+            load_config(argv, METHODS)
+    assert all(part in str(error.value) for part in parts), str(error.value)
 
 
 def test_config_dir_must_exist(tmp_path):

@@ -198,6 +198,9 @@ def test_a_resumed_run_is_timed_as_a_whole_and_a_long_run_suggests_a_shorter_one
     assert "together, from the start of the run: about 11.6 days here" in lines
     assert lines[-1].startswith("preset=quick")
     assert "--method DP-MERF" in cost_lines([Long()], config)[-1]  # quick, and longer than it is meant to be
+    own = load_config(["--method", "dp-merf", "--data_name", "digits_8", "eval.metrics=[]"], METHODS)
+    advice = cost_lines([Long()], own)[-1]
+    assert "20 minutes" in advice and "DP-MERF" not in advice and "eval=none" not in advice
     Long.seconds = 1000
     assert not any("20 minutes" in line for line in cost_lines([Long()], config))
 

@@ -142,7 +142,9 @@ def test_choosing_a_classifier_is_booked_and_adds_up(finished):
     assert set(results["timing"]) > {"train", "evaluate"}
 
 
-def test_a_choice_of_an_evaluation_that_was_stopped_is_paid_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_choice_of_an_evaluation_that_was_stopped_is_paid_for(tmp_path, monkeypatch, lost):
+    """Once, since the resumed run uses it; twice if what was kept of it is lost."""
     settings = ["eval.mode=val", "sensitive_data.num_val=137", "eval.metrics=[accuracy]"]
     argv = arguments("Noise", tmp_path, *settings)
     booked = []
@@ -160,10 +162,17 @@ def test_a_choice_of_an_evaluation_that_was_stopped_is_paid_for(tmp_path, monkey
     )
     selection = strict_json(stopped.folder / "privacy.json")["selection"]
     assert [choice["spent"] for choice in selection] == [pytest.approx(1.0)]
+    (kept,) = data_root().glob("digits_8/.cache/evaluation-*")
+    if lost:
+        shutil.rmtree(kept)
     resumed = call(run_program.main, [*argv, "--resume_exp", stopped.folder.name])
     assert resumed.code == 0, resumed.err
-    assert len(strict_json(stopped.folder / "privacy.json")["selection"]) == 2
-    assert strict_json(stopped.folder / "results.json")["selection_epsilon"] == pytest.approx(2.0)
+    choices = strict_json(stopped.folder / "privacy.json")["selection"]
+    assert choices[0] == selection[0] and len(choices) == 1 + lost
+    results = strict_json(stopped.folder / "results.json")
+    assert results["selection_epsilon"] == pytest.approx(1.0 + lost)
+    assert any(name.endswith("/noisy_val") for name in results["metrics"])
+    assert not kept.exists()
 
 
 def test_a_choice_is_on_the_card_before_the_evaluation_ends(tmp_path, monkeypatch):

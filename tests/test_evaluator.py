@@ -18,7 +18,7 @@ from evaluation.ceiling import with_ceiling
 from evaluation.cost import evaluation_costs
 from evaluation.evaluator import Evaluator, EvaluatorSettings
 from evaluation.registry import check_metrics, memorisation_metrics, need_classifiers, needs_of
-from evaluation.report import Report, spread
+from evaluation.report import Report, accuracy_interval, spread
 from evaluation.selection import split_samples
 from extractors import inception, random_conv
 from models import METHODS
@@ -170,6 +170,35 @@ def test_classes_calibration_and_interval_belong_to_the_accuracy(digits):
     assert low < report.metrics[name] < high
     assert 0 < report.metrics["calibration_error/small_cnn/last_epoch"] < 1
     assert {"torch", "numpy"} <= set(info["versions"])
+
+
+@pytest.mark.parametrize("count", [40, 297])
+def test_scores_of_real_images_are_estimates_from_few_test_images(count):
+    train, test = load_digits_8()
+    metrics = ["accuracy", "fid", "fld"]
+    report = evaluate(
+        (train.take(np.arange(300)), test.take(np.arange(count))), metrics=metrics, ceiling="auto"
+    )
+    floors = {name: report.metric_info[f"{name}/random_conv"]["n_floor"] for name in ("fid", "fld")}
+    assert floors == {"fid": count, "fld": count // 2}
+    half = 50 - accuracy_interval(count // 4, count // 2)[0]
+    (line,) = [line for line in report.table().splitlines() if line.startswith("real images: ")]
+    assert f"{count // 2} test images" in line and f"{half:.0f} points" in line
+
+
+def test_many_test_images_need_no_caution():
+    info = {"better": "lower", "n_real": 9000, "n_fake": 10, "real_floor": 1.0, "n_floor": 1000}
+    text = Report({"fid/x": 1.0}, {"fid/x": info}).about_real()
+    assert "1,000 test images" in text and "points" not in text
+
+
+def test_a_metric_without_real_images_has_no_number_of_them():
+    info = {"better": "higher", "n_real": 0, "n_fake": 10}
+    lines = Report(
+        {"inception_score/x": 1.0, "fid/x": 2.0}, {"inception_score/x": info, "fid/x": info | {"n_real": 7}}
+    ).table()
+    rows = {line.split()[0]: line.split() for line in lines.splitlines() if "/x" in line}
+    assert rows["inception_score/x"][2:] == ["higher", "10"] and rows["fid/x"][2:] == ["higher", "7", "10"]
 
 
 def test_a_class_without_test_images_has_no_accuracy(digits):

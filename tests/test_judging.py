@@ -9,8 +9,9 @@ from evaluation.listing import evaluation_line
 from models import METHODS
 from opacus_ext.noise import NoiseSource
 from pipeline.configuration import evaluation_config, run_config
-from pipeline.evaluation import CEILING, ORACLE, SHOWN, RealImages, disclose, reveal, validation_data
+from pipeline.evaluation import RealImages, disclose, reveal, validation_data
 from pipeline.record import write_start
+from pipeline.revealed import CEILING, COPIES, ORACLE, SHOWN, compared_by
 from utils.command_line import read_command_line
 from utils.config import PAST_RUN, load_config
 from utils.errors import UserError
@@ -65,7 +66,7 @@ def test_training_images_are_reveal_if_something_needs_them(settings, users):
     if users is None:
         assert train is None and reasons == []
     else:
-        assert train is IMAGES and len(reasons) == 1 and reasons[0].endswith(f" {users}")
+        assert train is IMAGES and len(reasons) == 1 and compared_by(reasons) == [*users.split(", "), COPIES]
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,7 @@ def test_the_references_of_accuracy_are_in_its_row(tmp_path):
     row = re.search(r"<tr><td>accuracy/cnn/syn_val</td>.*?</tr>", text)[0]
     cells = re.findall(r"<td class='n'>(.*?)</td>", row)
     assert cells == ["<b>50</b>", "37.5", "48.12", "0.625", "91.25", "9", "20"]
+    assert re.search(r"real images 5\d\.\d\d to 99\.\d\d", row), "8 of 9 test images: a wide interval"
     assert ">auroc/cnn" not in text
     lines = found.table().splitlines()
     row = next(line for line in lines if line.startswith("accuracy/cnn/syn_val"))
@@ -154,7 +155,7 @@ def test_the_references_of_accuracy_are_in_its_row(tmp_path):
     titles = [title for title in ("majority class", "real images", "balanced", "AUROC") if title in lines[0]]
     assert len(titles) == 4 and all(title in text for title in titles)
     bare = Report({"x": 1.0}, {"x": {"better": "lower", "n_real": 0, "n_fake": 5}}).table()
-    assert bare.splitlines()[0].split() == ["metric", "value", "better", "#", "real", "#", "samples"]
+    assert bare.splitlines()[0].split() == ["metric", "value", "better", "#", "samples"]
 
 
 def test_a_sister_value_of_another_evaluation_has_a_row_of_its_own(tmp_path):

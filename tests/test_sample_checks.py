@@ -10,8 +10,9 @@ import run as run_program
 from data.digits import load_digits_8
 from data.glyphs import CHARACTERS
 from data.spec import DataSpec, Samples
-from evaluation.report import Report
-from evaluation.sample_checks import accuracy_warnings, public_copies, sample_warnings
+from evaluation.report import Report, accuracy_interval
+from evaluation.sample_checks import accuracy_warnings, exact_copies, sample_warnings, zero_warnings
+from pipeline.revealed import COPIES, compared_by
 
 SPEC = DataSpec("toy", 8, 1, 2, 30, ("cat", "dog"))
 
@@ -62,11 +63,9 @@ def test_near_copies_of_each_other_are_counted(modes):
 
 
 def report_with(confusion: list, name: str = "accuracy/cnn/syn_val") -> Report:
-    from evaluation.metrics.accuracy import bootstrap_interval
-
     counts = np.array(confusion)
     right, total = int(counts.trace()), int(counts.sum())
-    info = {"interval_95": bootstrap_interval(right, total)}
+    info = {"interval_95": accuracy_interval(right, total)}
     return Report({name: 100 * right / total}, {name: info}, {}, {name: {"confusion": confusion}})
 
 
@@ -88,11 +87,19 @@ def test_an_accuracy_that_is_not_above_the_majority_is_named(confusion, words):
     assert not accuracy_warnings(report_with(confusion, "calibration_error/cnn/syn_val"))
 
 
+def test_metrics_that_found_nothing_in_common_are_named():
+    values = {"recall/x": 0.0, "recall_k4/x": 0.0, "precision/x": 0.2, "coverage/x": 0.1, "fid/x": 0.0}
+    (line,) = zero_warnings(Report(values))
+    assert "recall/x, recall_k4/x" in line and "coverage" not in line
+    assert len(zero_warnings(Report(values | {"precision/x": 0.0}))) == 2
+    assert zero_warnings(Report({"precision/x": 0.5, "recall/x": 0.01})) == []
+
+
 def test_copies_of_public_images_are_counted():
     public = random_images(5000, seed=3)
     samples = np.concatenate([public[[7, 4999, 7]], random_images(4, seed=4)])
-    assert public_copies(samples, public) == 3
-    assert public_copies(samples, public[:, :, :4]) == 0
+    assert exact_copies(samples, public) == 3
+    assert exact_copies(samples, public[:, :, :4]) == 0
 
 
 # ------------------------------------------------------------------------------------------ whole runs
@@ -128,7 +135,7 @@ def test_useless_samples_are_reported_and_only_requested_images_are_revealed(tmp
     )
     results, privacy = (strict_json(outcome.folder / name) for name in ("results.json", "privacy.json"))
     (reason,) = privacy["revealed"]
-    assert reason.endswith(" fid")
+    assert compared_by([reason]) == ["fid", COPIES]
     assert results["public_data"] is None and "public_copies" not in results
     (line,) = [line for line in results["warnings"] if "most frequent class" in line]
     page = (outcome.folder / "report.html").read_text()

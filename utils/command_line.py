@@ -6,11 +6,11 @@ Nothing is guessed: an unknown flag, an argument that is neither, and a setting 
 import argparse
 import math
 import re
-from typing import NamedTuple
+from typing import NamedTuple, get_origin
 
 from utils.errors import UserError, unknown
-from utils.sections import check
-from utils.typed import without_none
+from utils.sections import SHARED_SECTIONS, check
+from utils.typed import leaf_types, without_none
 from utils.yaml_numbers import ADVICE, misread_numbers
 
 # Names of the published benchmark -> the name here; if the target is a flag, the error names the flag.
@@ -135,7 +135,11 @@ def _add_evaluation_flags(result: _Parser) -> None:
         help="dataset; default is the run's with --exp_path, %(default)s with --images",
     )
     add("--epsilon", "-e", default="10", help="with --exp_path: default is the run's epsilon")
-    add("--dry_run", action="store_true", help="check the command line, and stop")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="print how the images would be evaluated, the time and what is missing, and stop",
+    )
 
 
 def _add_common_flags(result: _Parser) -> None:
@@ -196,17 +200,22 @@ def short_help(program: str) -> str:
 def read_command_line(argv: list[str], program: str) -> CommandLine:
     """Read the arguments of `program`, a key of FILES. Raises UserError for a mistake in them."""
     reader = parser(program)
-    given = _given_flags(argv, reader.flags)
+    given = _given_flags(argv, reader.flags, program)
     flags, rest = reader.parse_known_args(argv)
     settings = _split_settings(rest, reader.flags)
     if "metrics" in given:
         if "eval.metrics" in settings:
             raise UserError("--metrics and eval.metrics are both given; they mean the same")
+        if flags.metrics.startswith("["):
+            raise UserError(
+                f"--metrics: {flags.metrics} is not allowed; write --metrics {flags.metrics.strip('[]')}, or "
+                f"eval.metrics={flags.metrics}"
+            )
         settings["eval.metrics"] = f"[{flags.metrics}]"
     return CommandLine(flags, settings, given, tuple(argv))
 
 
-def _given_flags(argv: list[str], known: dict[str, str]) -> set[str]:
+def _given_flags(argv: list[str], known: dict[str, str], program: str) -> set[str]:
     """Names of the flags in `argv`; raises UserError for an unknown flag and for one that is given twice."""
     given = set()
     for argument in argv:
@@ -217,12 +226,26 @@ def _given_flags(argv: list[str], known: dict[str, str]) -> set[str]:
             key = flag.lstrip("-")
             if "." in key or key in ("seed", "preset"):
                 raise UserError(f"{flag}: settings have no dashes; write {key}=<value>")
+            if settings := _settings_named(key, program):
+                more = "; --print_config lists all settings" if len(settings) > 1 else ""
+                raise UserError(f"{flag}: this is no flag but a setting; write {' or '.join(settings)}{more}")
             raise unknown("flag", flag, known)
         name = known[flag]
         if name in given and name not in REPEATABLE:
             raise UserError(f"--{name} is given twice")
         given.add(name)
     return given
+
+
+def _settings_named(name: str, program: str) -> list[str]:
+    """How to write the settings of all methods whose last part is `name`; of an evaluation those of `eval`, if there
+    is one."""
+    types = leaf_types(SHARED_SECTIONS)
+    found = [key for key in types if key.count(".") == 1 and key.endswith(f".{name}")]
+    own = [key for key in found if key.startswith("eval.")]
+    found = own if program == "eval" and own else found
+    is_list = {key: get_origin(without_none(types[key])[0]) is list for key in found}
+    return [f"{key}=[<a>,<b>]" if is_list[key] else f"{key}=<value>" for key in found]
 
 
 def _split_settings(arguments: list[str], flags: dict[str, str]) -> dict[str, str]:

@@ -33,6 +33,7 @@ from utils.places import data_root, path_of, weights_root
 from utils.presets import PRESETS, Rule, load_presets, nearest_tier
 from utils.registry import Registry
 from utils.sections import (
+    SHARED_SECTIONS,
     EvalConfig,
     GenConfig,
     PrivacyConfig,
@@ -45,14 +46,6 @@ from utils.typed import build, leaf_types, unknown_key
 
 __all__ = ["Config", "compose_config", "format_config", "load_config", "parser"]
 
-SHARED_SECTIONS = {
-    "sensitive_data": SensitiveDataConfig,
-    "public_data": PublicDataConfig,
-    "privacy": PrivacyConfig,
-    "eval": EvalConfig,
-    "setup": SetupConfig,
-    "gen": GenConfig,
-}
 RUN_KEYS = {"seed": int, "preset": str}  # the values of config.yaml that belong to no section
 FILE_CHOICES = ("eval", "setup")  # groups whose file is chosen as group=name on the command line
 

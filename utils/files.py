@@ -83,9 +83,9 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object, *, private: bool = False) -> None:
     """Strict JSON: an infinite or undefined number is written as the string "inf" or "nan"."""
-    write_text(path, json.dumps(_strict(value), indent=2) + "\n")
+    write_text(path, json.dumps(_strict(value), indent=2) + "\n", private=private)
 
 
 def read_json(path: Path) -> object:

@@ -182,3 +182,14 @@ class SetupConfig:
         threads = self.omp_n_threads
         some = threads is None or 0 < threads <= MOST_PROCESSES
         check_field(some, "omp_n_threads", threads, f"null or from 1 to {MOST_PROCESSES}")
+
+
+# Name on the command line and in YAML -> section.
+SHARED_SECTIONS = {
+    "sensitive_data": SensitiveDataConfig,
+    "public_data": PublicDataConfig,
+    "privacy": PrivacyConfig,
+    "eval": EvalConfig,
+    "setup": SetupConfig,
+    "gen": GenConfig,
+}

@@ -7,6 +7,7 @@ dataclasses.
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -161,7 +162,12 @@ def _no_value(key: str) -> UserError:
 
 
 def _wrong_type(annotation: object, value: object, key: str) -> UserError:
-    return UserError(f"{key}: {value!r} is not allowed; it must be {_describe(annotation)}")
+    hint = ""
+    is_list = typing.get_origin(without_none(annotation)[0]) is list
+    if is_list and re.fullmatch(r"[\w./, -]+", str(value)):  # the brackets were forgotten
+        parts = [part.strip() for part in str(value).split(",") if part.strip()]
+        hint = f"; write {key}=[{','.join(parts)}]"
+    return UserError(f"{key}: {value!r} is not allowed; it must be {_describe(annotation)}{hint}")
 
 
 def _describe(annotation: object) -> str:

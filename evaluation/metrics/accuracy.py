@@ -5,10 +5,9 @@ from collections.abc import Callable
 import numpy as np
 
 from evaluation.registry import Value, metric
+from evaluation.report import accuracy_interval
 from evaluation.selection import NOT_PRIVATE
 from utils.errors import Unavailable
-
-CONFIDENCE = 0.95  # of the bootstrap interval
 
 
 @metric("accuracy", better="higher", needs=("classifiers", "test", "spec"))
@@ -49,17 +48,6 @@ def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, num_classes: int
     )
 
 
-def bootstrap_interval(num_right: int, num_images: int) -> list[float]:
-    """The percentile bootstrap interval of an accuracy, in percent.
-
-    Resampling 0s and 1s with replacement gives binomial counts, so its quantiles are known without resampling.
-    """
-    from scipy.stats import binom
-
-    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-    return (100 * binom.ppf(tails, num_images, num_right / num_images) / num_images).tolist()
-
-
 def _value(judged, selection: str, value_of: Callable[[np.ndarray], Value]) -> Value | Unavailable:
     choice = judged.choices[selection]
     if isinstance(choice, Unavailable):
@@ -75,7 +63,7 @@ def _percent(logits: np.ndarray, labels: np.ndarray, num_classes: int) -> Value:
         100.0 * row[k] / n if n else None for k, (row, n) in enumerate(zip(confusion, of_class, strict=True))
     ]
     info = {
-        "interval_95": bootstrap_interval(right, len(labels)),
+        "interval_95": accuracy_interval(right, len(labels)),
         "majority_class": 100.0 * float(of_class.max() / len(labels)),
     }
     details = {"per_class": per_class, "confusion": confusion.tolist()}

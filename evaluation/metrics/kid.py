@@ -17,16 +17,19 @@ def kid(
     """Mean over random subsets of the unbiased squared MMD with the kernel (x.y / D + 1)^3; features (N, D), (M, D).
 
     About 0 for equal distributions, and may be negative. `std` in its info is the deviation over the subsets, which
-    are no larger than the smaller set.
+    are no larger than the smaller set. If both sets are one subset, there is only one, and no `std`.
     """
     subset_size = min(subset_size, len(real), len(fake))
+    is_whole = subset_size == max(len(real), len(fake))
+    num_subsets = 1 if is_whole else num_subsets
     real, fake = in_fixed_order(real), in_fixed_order(fake)
     rng = numpy_rng(0, "KID subsets")
     values = []
     for _ in progress(range(num_subsets), "KID", unit="subset"):
         chosen = (points[rng.choice(len(points), subset_size, replace=False)] for points in (real, fake))
         values.append(squared_mmd(*chosen))
-    return Value(float(np.mean(values)), {"std": float(np.std(values)), "subset_size": subset_size})
+    spread = {} if is_whole else {"std": float(np.std(values))}
+    return Value(float(np.mean(values)), spread | {"subset_size": subset_size})
 
 
 def squared_mmd(first: np.ndarray, second: np.ndarray) -> float:
