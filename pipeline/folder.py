@@ -10,6 +10,7 @@ from pathlib import Path
 
 from utils.artefacts import CONFIG, ENVIRONMENT, PROVENANCE, RESULTS, SAMPLES, STDOUT, TIMING
 from utils.errors import UserError
+from utils.text import listed
 
 AT_START = {CONFIG, PROVENANCE, ENVIRONMENT, STDOUT, TIMING}  # files of a run without a checkpoint
 
@@ -91,31 +92,17 @@ def is_finished(folder: Path) -> bool:
     return (folder / RESULTS).exists() and (folder / SAMPLES).exists()
 
 
-def find_any(exp_root: Path, name: str) -> Path:
-    """The folder of an earlier run of whatever method, by name or by path."""
+def find(exp_root: Path, name: str, method: str | None = None) -> Path:
+    """The folder of an earlier run, by name or by path. Of several with this name, the one of `method`."""
     named = sorted(exp_root.glob(f"*/{name}")) if re.fullmatch(r"[^/\\*?\[]+", name) else []
     found = [folder for folder in (*named, Path(name)) if (folder / CONFIG).is_file()]
     if not found:
+        runs = sorted(path.parent.name for path in exp_root.glob(f"{(method or '*').lower()}/*/{CONFIG}"))
+        known = f"; runs there: {listed(runs)}" if runs else ""
         raise UserError(
-            f"--resume_exp: no run '{name}' in {exp_root}; give the name of a run's folder, or its path"
+            f"--resume_exp: no run '{name}' in {exp_root}; give the name of a run's folder, or its path{known}"
         )
-    if len(found) > 1:
+    of_method = [folder for folder in found if method and folder.parent.name == method.lower()]
+    if len(of_method or found) > 1:
         raise UserError(f"--resume_exp: '{name}' may be {' or '.join(map(str, found))}; give the path of one")
-    return found[0]
-
-
-def find(exp_root: Path, method: str, name: str) -> Path:
-    """The folder of an earlier run of `method`, by name or by path."""
-    candidates = (exp_root / method.lower() / name, Path(name))
-    for folder in candidates:
-        if (folder / CONFIG).is_file():
-            return folder
-    other = next(exp_root.glob(f"*/{name}/{CONFIG}"), None) if re.fullmatch(r"[^/\\*?\[]+", name) else None
-    if other is not None:
-        raise UserError(
-            f"--resume_exp: '{name}' is no run of {method} but of {other.parts[-3]}; give its --method, or "
-            f"--resume_exp alone"
-        )
-    runs = sorted(path.parent.name for path in (exp_root / method.lower()).glob(f"*/{CONFIG}"))
-    known = f"runs of {method}: {', '.join(runs)}" if runs else f"there is no run of {method} in {exp_root}"
-    raise UserError(f"--resume_exp: no run '{name}'; {known}")
+    return (of_method or found)[0]

@@ -428,10 +428,10 @@ def test_stopped_from_the_keyboard(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        (["--epsilon", "3"], ["privacy.epsilon=10.0", "privacy.epsilon=3.0"]),
-        (["seed=5"], ["seed=0", "seed=5"]),
+        (["--epsilon", "3"], ["--epsilon 10.0", "now 3"]),
+        (["seed=5"], ["seed=0", "now 5"]),
         (["eval.mode=val"], ["eval.mode"]),
-        (["train.epochs=2"], ["train.epochs=1", "train.epochs=2"]),
+        (["train.epochs=2"], ["train.epochs=1", "now 2"]),
     ],
 )
 def test_resuming_with_another_configuration_is_refused(finished, setting, words):

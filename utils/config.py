@@ -77,7 +77,7 @@ class Config:
     preset_tier: int | None  # the tuned epsilon whose rules apply; None: the method has no preset table
     borrowed: bool  # True: preset_tier is not the requested epsilon
     description: str
-    resume: str | None  # name of the run to continue
+    resume: str | None  # folder of the run to continue
     exp_path: Path | None  # eval.py only: the run to evaluate
     images: Path | None  # eval.py only: the images to evaluate
     out: Path | None  # eval.py only: folder of the results of `images`
