@@ -117,7 +117,7 @@ class SemanticQuery:
             f"{self.spec.num_train:,} votes"
         )
         total = config.n_epochs * num_images * seconds + self.spec.num_train * vote
-        return Cost("semantic query", description, total)
+        return Cost(QUERY, description, total)
 
     def select(self, public: PublicData, private: PrivateData | None) -> PublicData:
         """The selected public images, labelled with the private class that selected them."""
