@@ -18,6 +18,7 @@ from pipeline.evaluation import RealImages, disclose, reveal
 from pipeline.existing_samples import require_same_split
 from pipeline.folder import working_in
 from pipeline.record import values_of, write_account
+from utils.arguments import Parser
 from utils.artefacts import PRIVACY, RESULTS, SAMPLES
 from utils.config import Config
 from utils.errors import UserError
@@ -29,9 +30,7 @@ REASON = "scripts/judge_held_out.py: accuracies on the private validation images
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=" ".join(__doc__.splitlines()[2:])
-    )
+    parser = Parser(description=__doc__.splitlines()[0], epilog=" ".join(__doc__.splitlines()[2:]))
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run of eval.mode=val"
     )

@@ -386,9 +386,16 @@ def test_forgetting_where_nothing_is_prepared_names_the_place(tmp_path, home):
         ([], ["--data_name", "--forget"]),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(words, named, capsys):
-    with pytest.raises(SystemExit) as raised:
-        prepare_data.main(words)
-    assert raised.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert all(name in last for name in named), last
+def test_options_that_contradict_each_other_are_refused(words, named):
+    refusal = call(prepare_data.main, words).refusal
+    assert all(name in refusal for name in named), refusal
+
+
+def test_a_mistyped_name_to_forget_suggests_no_other_set(tmp_path, home):
+    prepared(tmp_path / "root")
+    assert "did you mean" not in forget("min", "--data_root", str(tmp_path / "root")).refusal
+
+
+def test_forgetting_a_built_in_set_reports_what_is_stored(tmp_path, home):
+    outcome = forget("digits_8", "--data_root", str(tmp_path))
+    assert outcome.code == 0 and "built in" in outcome.out and "nothing" in outcome.out
