@@ -33,7 +33,9 @@ def run_config(command_line: CommandLine) -> Config:
     command_line, base = _resumed(command_line, folder)
     config = compose_config(*_without_own_checkpoint(command_line, base))
     require_same_config(folder, config, first=tuple(command_line.settings))
-    log.info(f"resuming with the original command: run.py {shlex.join(_merged_arguments(folder, command_line))}")
+    log.info(
+        f"resuming with the original command: run.py {shlex.join(_merged_arguments(folder, command_line))}"
+    )
     return config
 
 

@@ -13,7 +13,20 @@ from utils.arguments import Parser, decimal_number, one_of, whole_number
 from utils.config import load_config
 from utils.errors import UserError
 
-MISREAD = ["010", "0o10", "0x10", "0b1", "1_000", " 5", "5 ", "５", "1e0_1", "1:30", "00", "01.5"]
+MISREAD = [
+    "010",
+    "0o10",
+    "0x10",
+    "0b1",
+    "1_000",
+    " 5",
+    "5 ",
+    "\N{FULLWIDTH DIGIT FIVE}",
+    "1e0_1",
+    "1:30",
+    "00",
+    "01.5",
+]
 NOT_WHOLE = ["1.5", "1e3", "inf", "x", ""]
 PROGRAMS = [
     f"scripts.{path.relative_to('scripts').with_suffix('').as_posix().replace('/', '.')}"
@@ -59,7 +72,9 @@ def test_no_setting_is_another_number_than_it_looks(text, key):
 
 @pytest.mark.parametrize("text", MISREAD)
 def test_no_epsilon_is_another_number_than_it_looks(text):
-    refusal = call(run_program.main, ["--method", "Noise", "--data_name", "digits_8", "--epsilon", text]).refusal
+    refusal = call(
+        run_program.main, ["--method", "Noise", "--data_name", "digits_8", "--epsilon", text]
+    ).refusal
     assert "--epsilon" in refusal and text in refusal
 
 

@@ -584,7 +584,22 @@ def test_values_are_read_by_type(load, word, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["010", "08", "+010", "-07", "0_1", "00", "1:30", "1:30.5", "[1,010]", "!!int 010", "1_000", "0x10", "01.5e1"]
+    "text",
+    [
+        "010",
+        "08",
+        "+010",
+        "-07",
+        "0_1",
+        "00",
+        "1:30",
+        "1:30.5",
+        "[1,010]",
+        "!!int 010",
+        "1_000",
+        "0x10",
+        "01.5e1",
+    ],
 )
 def test_numbers_that_yaml_misreads_are_refused(load, text):
     key = "model.network.ch_mult" if text.startswith("[") else "train.n_epochs"
@@ -593,9 +608,7 @@ def test_numbers_that_yaml_misreads_are_refused(load, text):
     assert "010" in str(error.value) or text in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "value"), [("0", 0), ("-3", -3), ("+4", 4), ("1e3", 1000), ("1.5e1", 15)]
-)
+@pytest.mark.parametrize(("text", "value"), [("0", 0), ("-3", -3), ("+4", 4), ("1e3", 1000), ("1.5e1", 15)])
 def test_numbers_that_yaml_reads_correctly_are_accepted(load, text, value):
     assert load(f"train.n_epochs={text}").method_config.train.n_epochs == value
 

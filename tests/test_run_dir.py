@@ -170,13 +170,16 @@ def test_resuming_compares_everything_but_hardware_and_evaluation(tmp_path):
 
 
 def test_a_long_list_of_differences_is_cut_and_begins_with_what_was_given(tmp_path):
-    write_text(tmp_path / "config.yaml", "privacy: {epsilon: 10.0}\n" + "".join(f"k{i}: 0\n" for i in range(20)))
+    write_text(
+        tmp_path / "config.yaml", "privacy: {epsilon: 10.0}\n" + "".join(f"k{i}: 0\n" for i in range(20))
+    )
     now = FakeConfig({"privacy": {"epsilon": 1.0}, **{f"k{i}": 1 for i in range(20)}})
     with pytest.raises(UserError) as refused:
         require_same_config(tmp_path, now, first=("k7",))
     text = str(refused.value)
     assert text.index("k7=") < text.index("privacy.epsilon=10.0") < text.index("k0=")
     assert "18 more" in text and len(text) < 500
+
 
 # ------------------------------------------------------------------------------------------------- checkpoints
 
