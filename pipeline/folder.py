@@ -10,6 +10,8 @@ from pathlib import Path
 
 from utils.artefacts import CONFIG, ENVIRONMENT, PROVENANCE, RESULTS, SAMPLES, STDOUT, TIMING
 from utils.errors import UserError
+from utils.private_files import only_for_owner, replaceable_by_others
+from utils.runtime import log
 from utils.text import listed
 
 AT_START = {CONFIG, PROVENANCE, ENVIRONMENT, STDOUT, TIMING}  # files of a run without a checkpoint
@@ -54,16 +56,31 @@ def new_folder(exp_root: Path, group: str, name: str) -> Path:
 
 
 @contextmanager
+def private_work(folder: Path) -> Iterator[None]:
+    """Only the owner can read what is written in the block. Warns if other users can replace `folder`, for example by
+    a link to a folder of theirs."""
+    open_folder = replaceable_by_others(folder)
+    if open_folder is not None:
+        log.warning(
+            f"warning: every user can replace what lies in {open_folder}, also {folder.name}; "
+            f"run: chmod o-w {open_folder}"
+        )
+    with only_for_owner():
+        yield
+
+
+@contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the run in `folder` while the block lasts: two that continue the same run would draw
-    different noise for what is booked once. UserError if there is one already.
+    """`private_work` that also keeps other processes out of the run in `folder`: two that continue the same run would
+    draw different noise for what is booked once. UserError if there is one already.
 
     The lock goes with the process, however it ends. Where the file system knows no locks, nothing is kept out.
     """
     try:
         import fcntl
     except ImportError:  # not on this system
-        yield
+        with private_work(folder):
+            yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -73,7 +90,8 @@ def working_in(folder: Path) -> Iterator[None]:
             raise UserError(f"{folder}: another process works in this run; wait until it ends") from None
         except OSError:
             pass
-        yield
+        with private_work(folder):
+            yield
     finally:
         os.close(handle)
 

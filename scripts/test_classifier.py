@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import METHODS
 from pipeline.evaluation import INCOMPLETE, no_account
-from pipeline.folder import discarded_on_failure, new_folder
+from pipeline.folder import discarded_on_failure, new_folder, private_work
 from utils.artefacts import RESULTS
 from utils.config import Config, format_config, load_config
 from utils.files import require_writable, write_json
@@ -66,7 +66,7 @@ def measure(config: Config) -> int:
         return 0
     sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
     folder = new_folder(config.exp_root, GROUP, "-".join(filter(None, (spec.name, config.description))))
-    with discarded_on_failure(folder, is_new=True):
+    with discarded_on_failure(folder, is_new=True), private_work(folder):
         require_writable(folder)
         also_to(folder / "stdout.txt")
         start = time.perf_counter()
