@@ -14,8 +14,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.configuration import evaluation_config
-from pipeline.evaluation import RealImages, disclose, reveal
-from pipeline.existing_samples import require_same_split
 from pipeline.folder import working_in
 from pipeline.record import values_of, write_account
 from utils.arguments import Parser
@@ -73,6 +71,8 @@ def judge(config: Config):
     from data.samples_file import read_samples
     from data.sensitive import load_sensitive, spec_of
     from evaluation.evaluator import Evaluator, EvaluatorSettings
+    from pipeline.evaluation import RealImages, disclose, reveal
+    from pipeline.existing_samples import require_same_split
     from utils.device import prepare_device
 
     folder = config.exp_path

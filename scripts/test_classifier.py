@@ -15,7 +15,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import METHODS
-from pipeline.evaluation import INCOMPLETE, no_account
 from pipeline.folder import discarded_on_failure, new_folder, private_work
 from utils.artefacts import RESULTS
 from utils.config import Config, format_config, load_config
@@ -50,6 +49,7 @@ def measure(config: Config) -> int:
     from data.sensitive import load_sensitive, spec_of
     from evaluation.evaluator import Evaluator, EvaluatorSettings
     from evaluation.report import evaluation_settings
+    from pipeline.evaluation import INCOMPLETE, no_account
     from pipeline.record import results_of
     from utils.device import prepare_device
 

@@ -653,6 +653,17 @@ def test_help_needs_no_heavy_imports(program):
     assert not imported & {"torch", "torchvision", "scipy", "sklearn", "matplotlib", "hydra", "opacus"}
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    ["--metod=X", "--method=PrivImge", "foo.bar=1", "train.n_epocs=1", "gen.data_num=x", "--data_name=x"],
+)
+def test_a_mistake_in_a_name_is_found_without_heavy_imports(mistake):
+    outcome = execute("run.py", [mistake], PYTHONPROFILEIMPORTTIME="1")
+    assert outcome.code == 2 and outcome.err.splitlines()[-1].startswith("error: ")
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in outcome.err.splitlines()}
+    assert "argparse" in imported and not imported & {"torch", "torchvision", "scipy", "sklearn", "opacus"}
+
+
 def test_the_program_runs_from_another_folder(tmp_path):
     argv = arguments("Noise", tmp_path / "exp", "--dry_run")
     outcome = execute(str(ROOT / "run.py"), argv)
