@@ -9,10 +9,11 @@ from data.apart import training_set_of
 from data.cache import CACHE_NAME, private_places, public_places
 from data.prepare import downloads_folder, require_allowed_name
 from data.prepared import META_NAME, is_prepared, read_meta
-from data.registry import canonical_name
+from data.registry import EMBEDDED_PUBLIC, EMBEDDED_SENSITIVE, canonical_name
 from utils.artefacts import RESULTS
-from utils.errors import UserError, unknown
+from utils.errors import UserError
 from utils.files import read_json
+from utils.text import listed
 
 
 def forget(data_name: str, data_root: Path, exp_root: Path) -> Iterator[str]:
@@ -28,11 +29,16 @@ def forget(data_name: str, data_root: Path, exp_root: Path) -> Iterator[str]:
     if folder.exists() and not (is_prepared(folder) or _holds_only_a_cache(folder)):
         raise UserError(f"--forget: {folder} is not prepared data; nothing was removed")
     found = _folders_of(data_name, data_root)
-    if not found:
-        known = _names_in(data_root)
-        if not known:
-            raise UserError(f"--forget: no set is prepared in {data_root}; give its --data_root")
-        raise unknown("set to --forget", data_name, known)
+    is_built_in = data_name in EMBEDDED_SENSITIVE or data_name in EMBEDDED_PUBLIC
+    if is_built_in:
+        state = "only what was computed from it" if found else "nothing"
+        yield f"{data_name} is built in and cannot be removed; stored in {data_root}: {state}"
+    elif not found:
+        # No near match is suggested: the next command would remove that set.
+        there = listed(sorted(_names_in(data_root)), 10) or "none; give its --data_root"
+        raise UserError(
+            f"--forget: no set '{data_name}' is prepared in {data_root}; nothing was removed. Prepared there: {there}"
+        )
     source = _source_of(folder)
     for path in found:
         _remove(path)

@@ -54,6 +54,15 @@ def groups_of(part, how: str, where: str) -> np.ndarray:
     return np.array(found)
 
 
+def require_form(how: str) -> None:
+    """Raise UserError if `how` is none of FORMS, without a look at images."""
+    if ".csv:" in how:
+        path, _, column = how.rpartition(":")
+        _read_table(Path(path), column)
+    elif how.casefold() != FOLDER:
+        _pattern(how)
+
+
 def nested_note(part) -> str | None:
     """A note if class folders contain folders, which may be groups although --groups is not given."""
     names = getattr(part, "names", [])

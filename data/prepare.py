@@ -22,6 +22,7 @@ from data.groups import (
     largest_size,
     nested_note,
     require_disjoint_groups,
+    require_form,
 )
 from data.labels import compose_names, resolve
 from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta
@@ -108,8 +109,10 @@ def prepare(
     _require_utf8_paths(source, test_source, data_root)
     _require_preparable(data_name)
     known = _with_facts(known_set(data_name), facts)
-    if class_names is not None and source is None:
-        raise UserError("--class_names: name the labels of --source; add --source <path>")
+    # Before a look at what is prepared, which would hide these mistakes.
+    _require_source(source, test_source, class_names)
+    _require_shape(data_name, known, resolution, channels)
+    _require_groups(groups, images_per_person, public or (known is not None and known.public))
     folder = data_root / _folder_name(data_name, known, resolution)
     if is_prepared(folder) and not force:
         return folder, *_kept(folder, source, resolution, channels)
@@ -120,7 +123,7 @@ def prepare(
     found = _with_class_names(found, class_names, known)
     target = _target(data_name, known, found, resolution, channels, public)
     notes = list(found.notes)
-    grouping = _grouping(found, groups, images_per_person, target)
+    grouping = _grouping(found, groups, images_per_person)
     if grouping is None and not target.public and (nested := nested_note(found.train)):
         notes.append(nested)
     if not target.public and found.test is None:
@@ -182,6 +185,44 @@ def _require_preparable(data_name: str) -> None:
     if data_name in EMBEDDED_SENSITIVE or data_name in EMBEDDED_PUBLIC:
         raise UserError(f"{data_name} is embedded: there is nothing to prepare")
     require_allowed_name("--data_name", data_name)
+
+
+def _require_source(
+    source: Path | None, test_source: Path | None, class_names: tuple[str, ...] | None
+) -> None:
+    if class_names is not None and source is None:
+        raise UserError("--class_names: name the labels of --source; add --source <path>")
+    if test_source is not None and source is None:
+        raise UserError("--test_source: is the test part of --source; add --source <path>")
+    for flag, path in (("--source", source), ("--test_source", test_source)):
+        if path is not None and not path.exists():
+            raise UserError(f"{flag}: {path}: no such file or folder")
+
+
+def _require_shape(
+    data_name: str, known: KnownSet | None, resolution: int | None, channels: int | None
+) -> None:
+    for flag, value, allowed in (
+        ("--resolution", resolution, range(4, 1025)),
+        ("--channels", channels, (1, 3)),
+    ):
+        if value is not None and value not in allowed:
+            text = "1 or 3" if flag == "--channels" else "4 to 1024 pixels"
+            raise UserError(f"{flag}: {value} is not allowed; it must be {text}")
+    if known is not None and not known.public:
+        _refuse_change(data_name, "--resolution", resolution, known.facts.resolution)
+        _refuse_change(data_name, "--channels", channels, known.facts.channels)
+
+
+def _require_groups(how: str | None, limit: int | None, public: bool) -> None:
+    if limit is not None and limit < 1:
+        raise UserError(f"--images_per_person: {limit} is not allowed; it must be at least 1")
+    if limit is not None and how is None:
+        raise UserError(f"--images_per_person: {limit} cannot be checked without --groups; add it")
+    if how is not None and public:
+        raise UserError("--groups: a public set has no groups to keep together; remove it")
+    if how is not None:
+        require_form(how)
 
 
 def _with_facts(known: KnownSet | None, facts: Facts | None) -> KnownSet | None:
@@ -271,14 +312,10 @@ def _require_utf8_paths(*paths: Path | None) -> None:
     require_utf8([str(path.absolute()) for path in paths if path is not None], "path")
 
 
-def _grouping(source: Source, how: str | None, limit: int | None, target: Target) -> Grouping | None:
+def _grouping(source: Source, how: str | None, limit: int | None) -> Grouping | None:
     """The groups of the training part; UserError if the test part shares one, or one exceeds the declared limit."""
     if how is None:
-        if limit is not None:
-            raise UserError(f"--images_per_person: {limit} cannot be checked without --groups; add it")
         return None
-    if target.public:
-        raise UserError("--groups: a public set has no groups to keep together; remove it")
     found = groups_of(source.train, how, "the source")
     if source.test is not None:
         require_disjoint_groups(found, groups_of(source.test, how, "the test part"), "the source")
@@ -333,21 +370,11 @@ def _target(
     channels: int | None,
     public: bool,
 ) -> Target:
-    for flag, value, allowed in (
-        ("--resolution", resolution, range(4, 1025)),
-        ("--channels", channels, (1, 3)),
-    ):
-        if value is not None and value not in allowed:
-            text = "1 or 3" if flag == "--channels" else "4 to 1024 pixels"
-            raise UserError(f"{flag}: {value} is not allowed; it must be {text}")
     if known is None:
         height, width, found_channels = source.train.first_shape()
         own_size = min(height, width) if isinstance(source.train, ArrayPart) else CUSTOM_RESOLUTION
         size, depth = resolution or own_size, channels or found_channels
         return Target(data_name, size, depth, None, public, mixed=channels is not None)
-    if not known.public:
-        _refuse_change(data_name, "--resolution", resolution, known.facts.resolution)
-        _refuse_change(data_name, "--channels", channels, known.facts.channels)
     size, depth = resolution or known.facts.resolution, channels or known.facts.channels
     return Target(data_name, size, depth, known.facts.class_names, known.public)
 

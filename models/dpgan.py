@@ -250,7 +250,7 @@ class DPGAN(GAN):
     def _cost(self, stage: str, config: GANStage, steps: int, images: int) -> Cost:
         fakes = steps // config.d_updates * config.g_batch_size
         text = f"{steps} steps x {images} images, {steps // config.d_updates} x {config.g_batch_size} fakes"
-        return Cost(stage, text, (steps * images + fakes) * self._seconds_per_image())
+        return Cost(stage, text, (steps * images + fakes) * self._seconds_per_image(), steps)
 
     def _seconds_per_image(self) -> float:
         """Of one image and its fake in one step."""

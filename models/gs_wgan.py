@@ -262,7 +262,14 @@ class GSWGAN(GAN):
             return []
         critic, generator = self._seconds_per_step(config)
         text = f"{config.iterations} x {config.critic_iters} critic steps x {config.batch_size} images"
-        return [Cost("pretrain", text, config.iterations * (config.critic_iters * critic + generator))]
+        return [
+            Cost(
+                "pretrain",
+                text,
+                config.iterations * (config.critic_iters * critic + generator),
+                config.iterations,
+            )
+        ]
 
     def costs(self) -> list[Cost]:
         config, count = self.config.train, self.config.model.num_discriminators
@@ -279,11 +286,13 @@ class GSWGAN(GAN):
                 "critics' warm-up",
                 f"{count} critics x {steps // count} steps x {warm_up.batch_size} images",
                 steps * alone,
+                part="train",  # also of a resumed run, which trains new critics
             ),
             Cost(
                 "train",
                 f"{config.iterations} answers, {learnt} critic steps x {config.batch_size} images",
                 learnt * critic + config.iterations * generator,
+                config.iterations,
             ),
             sampling_cost(self.config.gen.data_num, 16, lambda: self._sample(labels, "cost")),
         ]

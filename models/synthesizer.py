@@ -111,6 +111,10 @@ class Synthesizer(abc.ABC):
         """Costs of the other stages, for --dry_run."""
         return []
 
+    def remaining_share(self, cost: Cost) -> float:
+        """The share of this work, from 0 to 1, that is not done in the state that was restored."""
+        return 1.0
+
 
 def balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:
     """(num_samples,) int64 running 0, 1, .. K-1, 0, 1, ..: every prefix is balanced."""

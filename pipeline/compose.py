@@ -4,7 +4,9 @@ import dataclasses
 
 from data.apart import require_apart
 from data.cache import CACHE_NAME
+from data.locations import is_embedded
 from data.public import misfit, num_public_classes
+from data.registry import known_set
 from data.sensitive import private_cache, spec_of
 from data.spec import DataSpec
 from evaluation.evaluator import Evaluator, EvaluatorSettings
@@ -12,7 +14,7 @@ from models import METHODS
 from models.synthesizer import Synthesizer
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Budget, Ledger, default_delta, weak_delta
-from utils.config import COMMAND_LINE, Config
+from utils.config import COMMAND_LINE, Config, load_config
 from utils.device import prepare_device
 from utils.errors import UserError
 from utils.memory import require_memory
@@ -33,12 +35,40 @@ class Parts:
 
 def compose(config: Config, plan: list[Release] | None = None) -> Parts:
     """Build all parts. The ledger adopts the plan of the method, or `plan`, which is calibrated already. Raises
-    UserError."""
-    for line in config.notes:
-        log.info(line)
-    spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
+    UserError, which advises preset=quick if the settings of the preset do not fit the user's own images and those of
+    preset=quick do."""
+    try:
+        parts, lines = _compose(config, plan)
+    except UserError as error:
+        may_help = config.resume is None and config.preset != "quick" and _is_for_own_images(config)
+        if may_help and _fits(config, "quick"):
+            raise UserError(f"{error}; or use preset=quick, whose settings fit this set") from error
+        raise
     for line in lines:
         log.info(line)
+    return parts
+
+
+def _is_for_own_images(config: Config) -> bool:
+    name = config.sensitive_data.name
+    return name is not None and known_set(name) is None and not is_embedded(config.sensitive_data)
+
+
+def _fits(config: Config, preset: str) -> bool:
+    """The command line of `config` can be composed with this preset."""
+    words = [word for word in config.words if not word.startswith("preset=")]
+    try:
+        _compose(load_config([*words, f"preset={preset}"], METHODS), None)
+    except UserError:
+        return False
+    return True
+
+
+def _compose(config: Config, plan: list[Release] | None) -> tuple[Parts, list[str]]:
+    """All parts, and lines for the user."""
+    lines = list(config.notes)
+    spec, more = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
+    lines += more
     require_apart(config.public_data, config.sensitive_data, config.data_root)
     if config.gen.data_num < spec.num_classes:
         raise UserError(
@@ -54,17 +84,16 @@ def compose(config: Config, plan: list[Release] | None = None) -> Parts:
     )
     evaluator = _evaluator(config, spec, runtime.device)  # before the method is built: unknown names fail now
     synthesizer = _synthesizer(config, spec, runtime)
-    for line in [*_misfit_lines(config, spec, synthesizer), *_ineffective_lines(config, synthesizer)]:
-        log.info(line)
+    lines += [*_misfit_lines(config, spec, synthesizer), *_ineffective_lines(config, synthesizer)]
     if config.sensitive_data.name is None:
         require_public_only(config.method, synthesizer)
-        return Parts(config, spec, runtime, None, synthesizer, evaluator)
+        return Parts(config, spec, runtime, None, synthesizer, evaluator), lines
     delta = config.privacy.delta or default_delta(spec.num_train)
     ledger = Ledger(Budget(config.privacy.epsilon, delta), config.privacy.accountant, config.privacy.relation)
     if ledger.budget.private and (weak := weak_delta(delta, spec.num_train)):
-        log.info(f"warning: {weak}")
+        lines.append(f"warning: {weak}")
     ledger.adopt(synthesizer.privacy_plan() if plan is None else plan)
-    return Parts(config, spec, runtime, ledger, synthesizer, evaluator)
+    return Parts(config, spec, runtime, ledger, synthesizer, evaluator), lines
 
 
 def _evaluator(config: Config, spec: DataSpec, device: str) -> Evaluator:

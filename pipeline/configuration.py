@@ -5,20 +5,17 @@ import shlex
 from pathlib import Path
 
 from models import METHODS
-from pipeline.folder import find, find_any
-from pipeline.record import command_of, values_of
+from pipeline.folder import find
+from pipeline.record import FREE_TEXT, command_of, require_same_config, values_of
 from utils.artefacts import CONFIG, ENVIRONMENT
-from utils.command_line import CommandLine, read_command_line
+from utils.command_line import CommandLine, parse_epsilon, read_command_line
 from utils.config import FLAG_KEYS, Config, compose_config
-from utils.config_files import config_folders
 from utils.errors import UserError
 from utils.places import path_of
 from utils.runtime import log
 from utils.sections import SHARED_SECTIONS
 from utils.typed import leaf_types, unknown_key
 
-# Flags next to --resume_exp that belong to this call and not to the run.
-OF_THIS_CALL = {"exp_root", "dry_run", "print_config"}
 # Another value than that of the run would let eval.mode=val query training images, or account for the query wrongly.
 FIXED = ("sensitive_data.num_train", "sensitive_data.num_val", "privacy.relation")
 # Sections and keys that an evaluation uses.
@@ -29,13 +26,19 @@ SAMPLING_ONLY = ("model.ckpt", "pretrain.n_epochs", "train.n_epochs")
 def run_config(command_line: CommandLine) -> Config:
     """The configuration of run.py.
 
-    With --resume_exp alone, or with settings, the values of that run are the base; a command line that names method,
-    data or budget must be complete. Raises UserError.
+    With --resume_exp, the values of that run are the base, and the command line may change what require_same_config
+    allows. Raises UserError.
     """
-    base = None
-    if "resume_exp" in command_line.given and not command_line.given - {"resume_exp", *OF_THIS_CALL}:
-        command_line, base = _resumed(command_line)
-    return compose_config(*_without_own_checkpoint(command_line, base))
+    if command_line.flags.resume_exp is None:
+        return compose_config(command_line, METHODS)
+    folder = _past_run(command_line)
+    command_line, base = _resumed(command_line, folder)
+    config = compose_config(*_without_own_checkpoint(command_line, base))
+    require_same_config(folder, config, first=tuple(command_line.settings))
+    log.info(
+        f"resuming with the original command: run.py {shlex.join(_merged_arguments(folder, command_line))}"
+    )
+    return config
 
 
 def evaluation_config(argv: list[str]) -> Config:
@@ -64,54 +67,67 @@ def evaluation_config(argv: list[str]) -> Config:
     return compose_config(command_line, METHODS, base)
 
 
-def _resumed(command_line: CommandLine) -> tuple[CommandLine, dict[str, object]]:
-    """The command line with the flags of the run of --resume_exp, and the values of that run."""
-    now = command_line.flags
-    folder = find_any(path_of(now.exp_root, "--exp_root"), now.resume_exp)
+def _past_run(command_line: CommandLine) -> Path:
+    """The folder of the run of --resume_exp."""
+    flags = command_line.flags
+    method = flags.method if "method" in command_line.given else None
+    return find(path_of(flags.exp_root, "--exp_root"), flags.resume_exp, method)
+
+
+def _resumed(command_line: CommandLine, folder: Path) -> tuple[CommandLine, dict[str, object]]:
+    """The command line on top of the flags of the run in `folder`, and the values of that run."""
     original = read_command_line(command_of(folder), "run")
     base = values_of(folder)
     _require_keys(folder, base)
+    _require_same_flags(folder, command_line, base)
     # A file that is chosen now replaces its section; how the data are split stays.
     chosen = {"eval", "setup"} & set(command_line.settings)
     base = {
         key: value for key, value in base.items() if key.split(".")[0] not in chosen or key == "eval.mode"
     }
-    settings = command_line.settings
-    arguments = [word for word in original.arguments if word.partition("=")[0] not in settings]
-    arguments += [f"{key}={value}" for key, value in settings.items()]
-    log.info(f"resuming with the original command: run.py {shlex.join(arguments)}")
-    of_this_call = {
-        "resume_exp": str(folder.resolve()),
-        "dry_run": now.dry_run,
-        "print_config": now.print_config,
-    }
-    flags = argparse.Namespace(**{**vars(original.flags), **of_this_call})
+    now = {name: value for name, value in vars(command_line.flags).items() if name in command_line.given}
+    of_this_call = {name: getattr(command_line.flags, name) for name in ("dry_run", "print_config")}
+    flags = {**vars(original.flags), **now, **of_this_call, "resume_exp": str(folder.resolve())}
+    flags["plugin"] = list(dict.fromkeys([*original.flags.plugin, *command_line.flags.plugin]))
     # method, data_name and epsilon come from the base, whose values the original command line led to.
-    return command_line._replace(flags=flags), base
+    given = command_line.given - set(FLAG_KEYS)
+    return command_line._replace(flags=argparse.Namespace(**flags), given=given), base
+
+
+def _require_same_flags(folder: Path, command_line: CommandLine, run: dict[str, object]) -> None:
+    """Raise UserError if method, data or budget are given and differ from those of the run in `folder`."""
+    for flag, key in FLAG_KEYS.items():
+        text = getattr(command_line.flags, flag)
+        if flag == "epsilon":
+            same = parse_epsilon(text) == run[key]
+        else:
+            same = text.casefold() == str(run[key]).casefold()
+        if flag in command_line.given and not same:
+            raise UserError(
+                f"--resume_exp: {folder.name} was started with --{flag} {run[key]} (now {text}); leave --{flag} out, "
+                f"or start a new run. {FREE_TEXT}"
+            )
+
+
+def _merged_arguments(folder: Path, command_line: CommandLine) -> list[str]:
+    """The command line of the run in `folder` with the settings that are given now."""
+    settings = command_line.settings
+    kept = [word for word in command_of(folder) if word.partition("=")[0] not in settings]
+    return kept + [f"{key}={value}" for key, value in settings.items()]
 
 
 def _without_own_checkpoint(
-    command_line: CommandLine, base: dict[str, object] | None
-) -> tuple[CommandLine, object, dict[str, object] | None]:
+    command_line: CommandLine, base: dict[str, object]
+) -> tuple[CommandLine, object, dict[str, object]]:
     """The arguments of `compose_config`. The published benchmark resumes a run to sample with model.ckpt=<its final
     checkpoint> pretrain.n_epochs=0 train.n_epochs=0: these three are replaced by the values of that run."""
     flags, settings, _, _ = command_line
     checkpoint, *epochs = (settings.get(key) for key in SAMPLING_ONLY)
-    if flags.resume_exp is None or checkpoint is None or epochs != ["0", "0"]:
+    own = Path(flags.resume_exp) / "train/checkpoints/final_checkpoint.pth"
+    if checkpoint is None or epochs != ["0", "0"] or Path(checkpoint).resolve() != own.resolve():
         return command_line, METHODS, base
-    if base is None:
-        config_folders(flags)  # imports the plugins, whose methods are in the table then
-        folder = find(
-            path_of(flags.exp_root, "--exp_root"), METHODS.canonical(flags.method), flags.resume_exp
-        )
-    else:
-        folder = Path(flags.resume_exp)
-    if Path(checkpoint).resolve() != (folder / "train/checkpoints/final_checkpoint.pth").resolve():
-        return command_line, METHODS, base
-    run = values_of(folder)
     others = {key: text for key, text in settings.items() if key not in SAMPLING_ONLY}
-    own = {key: run[key] for key in SAMPLING_ONLY if key in run}
-    return command_line._replace(settings=others), METHODS, {**(base or {}), **own}
+    return command_line._replace(settings=others), METHODS, base
 
 
 def _evaluation_base(folder: Path, command_line: CommandLine) -> dict[str, object]:

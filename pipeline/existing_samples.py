@@ -31,7 +31,7 @@ from pipeline.evaluation import (
     write_results,
 )
 from pipeline.evaluation_time import evaluation_time_lines
-from pipeline.folder import discarded_on_failure, new_folder, working_in
+from pipeline.folder import discarded_on_failure, new_folder, private_work, working_in
 from pipeline.record import values_of
 from utils.artefacts import CONFIG, PRIVACY, RESULTS, SAMPLES
 from utils.config import COMMAND_LINE, FLAG_KEYS, Config
@@ -83,7 +83,7 @@ def evaluate_images(config: Config) -> int:
         return 0
     sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
     folder, is_new = folder_of_results(config)
-    with discarded_on_failure(folder, is_new):
+    with discarded_on_failure(folder, is_new), private_work(folder):
         require_writable(folder)
         also_to(folder / "stdout.txt")
         evaluation = Evaluation(config, spec, evaluator, folder, samples, facts)

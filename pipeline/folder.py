@@ -10,6 +10,9 @@ from pathlib import Path
 
 from utils.artefacts import CONFIG, ENVIRONMENT, PROVENANCE, RESULTS, SAMPLES, STDOUT, TIMING
 from utils.errors import UserError
+from utils.private_files import only_for_owner, replaceable_by_others
+from utils.runtime import log
+from utils.text import listed
 
 AT_START = {CONFIG, PROVENANCE, ENVIRONMENT, STDOUT, TIMING}  # files of a run without a checkpoint
 
@@ -53,16 +56,31 @@ def new_folder(exp_root: Path, group: str, name: str) -> Path:
 
 
 @contextmanager
+def private_work(folder: Path) -> Iterator[None]:
+    """Only the owner can read what is written in the block. Warns if other users can replace `folder`, for example by
+    a link to a folder of theirs."""
+    open_folder = replaceable_by_others(folder)
+    if open_folder is not None:
+        log.warning(
+            f"warning: every user can replace what lies in {open_folder}, also {folder.name}; "
+            f"run: chmod o-w {open_folder}"
+        )
+    with only_for_owner():
+        yield
+
+
+@contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the run in `folder` while the block lasts: two that continue the same run would draw
-    different noise for what is booked once. UserError if there is one already.
+    """`private_work` that also keeps other processes out of the run in `folder`: two that continue the same run would
+    draw different noise for what is booked once. UserError if there is one already.
 
     The lock goes with the process, however it ends. Where the file system knows no locks, nothing is kept out.
     """
     try:
         import fcntl
     except ImportError:  # not on this system
-        yield
+        with private_work(folder):
+            yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -72,7 +90,8 @@ def working_in(folder: Path) -> Iterator[None]:
             raise UserError(f"{folder}: another process works in this run; wait until it ends") from None
         except OSError:
             pass
-        yield
+        with private_work(folder):
+            yield
     finally:
         os.close(handle)
 
@@ -91,31 +110,17 @@ def is_finished(folder: Path) -> bool:
     return (folder / RESULTS).exists() and (folder / SAMPLES).exists()
 
 
-def find_any(exp_root: Path, name: str) -> Path:
-    """The folder of an earlier run of whatever method, by name or by path."""
+def find(exp_root: Path, name: str, method: str | None = None) -> Path:
+    """The folder of an earlier run, by name or by path. Of several with this name, the one of `method`."""
     named = sorted(exp_root.glob(f"*/{name}")) if re.fullmatch(r"[^/\\*?\[]+", name) else []
     found = [folder for folder in (*named, Path(name)) if (folder / CONFIG).is_file()]
     if not found:
+        runs = sorted(path.parent.name for path in exp_root.glob(f"{(method or '*').lower()}/*/{CONFIG}"))
+        known = f"; runs there: {listed(runs)}" if runs else ""
         raise UserError(
-            f"--resume_exp: no run '{name}' in {exp_root}; give the name of a run's folder, or its path"
+            f"--resume_exp: no run '{name}' in {exp_root}; give the name of a run's folder, or its path{known}"
         )
-    if len(found) > 1:
+    of_method = [folder for folder in found if method and folder.parent.name == method.lower()]
+    if len(of_method or found) > 1:
         raise UserError(f"--resume_exp: '{name}' may be {' or '.join(map(str, found))}; give the path of one")
-    return found[0]
-
-
-def find(exp_root: Path, method: str, name: str) -> Path:
-    """The folder of an earlier run of `method`, by name or by path."""
-    candidates = (exp_root / method.lower() / name, Path(name))
-    for folder in candidates:
-        if (folder / CONFIG).is_file():
-            return folder
-    other = next(exp_root.glob(f"*/{name}/{CONFIG}"), None) if re.fullmatch(r"[^/\\*?\[]+", name) else None
-    if other is not None:
-        raise UserError(
-            f"--resume_exp: '{name}' is no run of {method} but of {other.parts[-3]}; give its --method, or "
-            f"--resume_exp alone"
-        )
-    runs = sorted(path.parent.name for path in (exp_root / method.lower()).glob(f"*/{CONFIG}"))
-    known = f"runs of {method}: {', '.join(runs)}" if runs else f"there is no run of {method} in {exp_root}"
-    raise UserError(f"--resume_exp: no run '{name}'; {known}")
+    return (of_method or found)[0]

@@ -1,6 +1,7 @@
 """Lines for a person about a run that has not begun: its privacy plan, its networks, what it will cost."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from data.public import num_public_images, require_public
 from data.sensitive import num_test_images, require_prepared
@@ -30,6 +31,7 @@ def dry_run(config: Config) -> Iterator[str]:
     comes before its steps are timed."""
     parts = compose(config)
     counts = parts.synthesizer.parameter_counts()
+    folder = None if config.resume is None else find_resumable(config, parts.spec.identity)
     yield from describe(config, parts.spec, parts.ledger, counts, evaluation_line(config))
     num_public = None
     if parts.synthesizer.uses_public_images:
@@ -38,8 +40,8 @@ def dry_run(config: Config) -> Iterator[str]:
     evaluation = [] if parts.ledger is None else evaluation_costs_of(parts)
     costs += [] if parts.ledger is None else parts.synthesizer.costs()
     yield from cost_lines([*costs, *evaluation], config)
-    if config.resume is not None:
-        yield remaining_work(parts, costs, evaluation)
+    if folder is not None:
+        yield remaining_work(parts, folder, costs, evaluation)
     unknown_time = "; until then the time of pretraining is unknown"
     needed = [(require_prepared, config.sensitive_data, "")]
     if parts.synthesizer.uses_public_images:
@@ -66,31 +68,36 @@ def evaluation_costs_of(parts: Parts) -> list[Cost]:
     )
 
 
-def remaining_work(parts: Parts, costs: list[Cost], evaluation: list[Cost]) -> str:
-    """Which stages of the run of --resume_exp are done, how many steps of its private queries, and the time of the
-    rest. `costs` are of the whole run up to the samples, `evaluation` of their evaluation."""
-    folder = find_resumable(parts.config, parts.spec.identity)
+def remaining_work(parts: Parts, folder: Path, costs: list[Cost], evaluation: list[Cost]) -> str:
+    """Which stages of the run in `folder` are done, how many of their steps, and the time of the rest. `costs` are of
+    the whole run up to the samples, `evaluation` of their evaluation."""
     if is_finished(folder):
         return f"{folder.name} is finished: no work remains"
     checkpoints = Checkpoints(folder, parts.config.method, parts.synthesizer, parts.ledger)
     restored = checkpoints.restore()
-    left = {stage: 0.0 if checkpoints.is_past(stage, restored) else 1.0 for stage in checkpoints.STAGES}
-    done = [f"{stage} {'not done' if share else 'done'}" for stage, share in left.items()]
+    left = {stage: not checkpoints.is_past(stage, restored) for stage in checkpoints.STAGES}
+    done = [f"{stage} {'not done' if is_left else 'done'}" for stage, is_left in left.items()]
+    answered = set()
     if parts.ledger is not None:
-        left["generate"] = 0.0 if (folder / SAMPLES).exists() else 1.0
+        left["generate"] = not (folder / SAMPLES).exists()
         done += [f"samples {'not done' if left['generate'] else 'done'}", "evaluation not done"]
-        steps = [
-            (release.num_steps, parts.ledger.executed(release.name)) for release in parts.ledger.releases()
-        ]
         done += [
-            f"'{release.name}' took {executed:,} of {planned:,} steps"
-            for release, (planned, executed) in zip(parts.ledger.releases(), steps, strict=True)
+            f"'{release.name}' took {parts.ledger.executed(release.name):,} of {release.num_steps:,} steps"
+            for release in parts.ledger.releases()
         ]
-        planned, executed = max(steps, default=(0, 0))
-        left["train"] *= (planned - executed) / planned if planned > 1 else 1.0
-    # What is neither training nor sampling is part of pretraining.
-    seconds = sum(cost.seconds * left.get(cost.stage, left["pretrain"]) for cost in costs)
-    seconds += sum(cost.seconds for cost in evaluation)
+        answered = {
+            release.name for release in parts.ledger.releases() if parts.ledger.executed(release.name)
+        }
+    seconds = sum(cost.seconds for cost in evaluation)
+    for cost in costs:
+        # What is neither training nor sampling is part of pretraining.
+        part = cost.part or (cost.stage if cost.stage in left else "pretrain")
+        is_done = not left[part] or cost.stage in answered  # some costs are of a query of the same name
+        share = 0.0 if is_done else parts.synthesizer.remaining_share(cost)
+        seconds += share * cost.seconds
+        if cost.steps and 0 < share < 1:
+            taken = round((1 - share) * cost.steps)
+            done.append(f"stage '{cost.stage}' took {taken:,} of {cost.steps:,} steps")
     return (
         f"{folder.name}, which will resume from {restored or 'the start'}: {', '.join(done)}; remaining: "
         f"about {duration(seconds)} here"

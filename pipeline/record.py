@@ -12,13 +12,13 @@ from pathlib import Path
 from evaluation.report import Report
 from opacus_ext.card import privacy_card
 from pipeline.divergence import require_not_diverged
-from pipeline.folder import find
 from pipeline.revealed import merged
 from utils.artefacts import CARD, CONFIG, ENVIRONMENT, PRIVACY, RESULTS
-from utils.config import Config, format_config
+from utils.config import FLAG_KEYS, Config, format_config
 from utils.config_files import flatten, read_yaml
 from utils.errors import UserError
 from utils.files import read_json, write_json, write_text
+from utils.text import listed
 
 PACKAGES = (
     "torch",
@@ -35,6 +35,7 @@ PACKAGES = (
 FREE = (
     "setup.", "eval.", "model.api_params.openai.max_", "train.dp.max_physical_batch_size", "train.dp.n_split",
 )  # fmt: skip
+FREE_TEXT = f"A resumed run may change {', '.join(f'{key}*' for key in FREE)}, but not eval.mode"
 PATH_KEYS = ("ckpt", "path")  # ends of the keys whose values are paths
 
 SCHEMA = 1
@@ -68,19 +69,21 @@ def require_same_data(folder: Path, data_identity: str) -> None:
         )
 
 
-def require_same_config(folder: Path, config: Config) -> None:
-    """Raise UserError with the settings in which `config` differs from the run in `folder`.
+def require_same_config(folder: Path, config: Config, first: Sequence[str] = ()) -> None:
+    """Raise UserError with the settings in which `config` differs from the run in `folder`, beginning with the keys
+    `first`.
 
     Keys that begin with one of FREE may differ. eval.mode may not, because it splits the data.
     """
     before, now = values_of(folder), flatten(config.snapshot)
     bound = {key for key in {*before, *now} if not key.startswith(FREE) or key == "eval.mode"}
-    different = sorted(key for key in bound if before.get(key) != now.get(key))
+    different = [key for key in bound if before.get(key) != now.get(key)]
+    different.sort(key=lambda key: (key not in first, key not in FLAG_KEYS.values(), key))
     if different:
-        then, here = (", ".join(f"{key}={values.get(key)}" for key in different) for values in (before, now))
+        changes = [f"{key}={before.get(key)} (now {now.get(key)})" for key in different]
         raise UserError(
-            f"--resume_exp: {folder.name} was started with {then}; this command has {here}; resume with the same "
-            f"configuration"
+            f"--resume_exp: {folder.name} was started with {listed(changes)}; keep that, or start a new run. "
+            f"{FREE_TEXT}"
         )
 
 
@@ -285,10 +288,9 @@ def write_account(
 
 
 def find_resumable(config: Config, data_identity: str) -> Path:
-    """The folder of the run of --resume_exp. Raises UserError unless it was started with the same settings and data,
-    and did not diverge."""
-    folder = find(config.exp_root, config.method, config.resume)
-    require_same_config(folder, config)
+    """The folder of the run of --resume_exp. Raises UserError unless it was started with the same data, and did not
+    diverge. run_config has compared the settings."""
+    folder = Path(config.resume)
     require_same_data(folder, data_identity)
     require_not_diverged(folder)
     return folder

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.arguments import Parser
 from utils.artefacts import CONFIG, RESULTS
 from utils.errors import UserError
 from utils.files import read_json, write_text
@@ -27,7 +28,7 @@ UNREADABLE = 1  # exit code: the table is written, but some results are damaged
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--exp_root", type=Path, default=Path("exp"), metavar="DIR", help="default: exp")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="the table (default: <exp_root>/table.csv)"

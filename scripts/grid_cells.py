@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline import record
 from utils.artefacts import RESULTS
+from utils.command_line import parse_epsilon, read_command_line
 from utils.errors import UserError
 from utils.files import read_json
 from utils.program import program, run_process
@@ -45,8 +46,8 @@ def done(*cell: str) -> int:
 def state(exp_root: str, method: str, data: str, epsilon: str, name: str, *arguments: str) -> tuple[int, str]:
     """(exit code, text to print) of a cell."""
     try:
-        stem = f"{data}_eps{float(epsilon)}{name}"
-    except ValueError:  # run.py reports the mistake
+        stem = f"{data}_eps{parse_epsilon(epsilon)}{name}"
+    except UserError:  # run.py reports the mistake
         return NOT_DONE, ""
     others, begun = [], None  # others: runs with other arguments, and these arguments
     for folder in sorted(Path(exp_root).glob(f"{method.lower()}/{stem}-{STARTED}")):
@@ -87,7 +88,6 @@ def dry_run(words: list[str]) -> int:
     from pipeline.configuration import run_config
     from pipeline.planning import dry_run as plan
     from utils import distributed
-    from utils.command_line import read_command_line
     from utils.log import to_terminal
 
     to_terminal()

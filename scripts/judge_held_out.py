@@ -14,11 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.configuration import evaluation_config
-from pipeline.evaluation import RealImages, disclose, reveal
-from pipeline.existing_samples import require_same_split
 from pipeline.folder import working_in
 from pipeline.record import values_of, write_account
 from pipeline.revealed import COPIES, compared_by, without_failed
+from utils.arguments import Parser
 from utils.artefacts import PRIVACY, RESULTS, SAMPLES
 from utils.config import Config
 from utils.errors import UserError
@@ -30,9 +29,7 @@ REASON = "scripts/judge_held_out.py: accuracies on the private validation images
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=" ".join(__doc__.splitlines()[2:])
-    )
+    parser = Parser(description=__doc__.splitlines()[0], epilog=" ".join(__doc__.splitlines()[2:]))
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run of eval.mode=val"
     )
@@ -76,6 +73,8 @@ def judge(config: Config):
     from data.sensitive import load_sensitive, spec_of
     from evaluation.evaluator import Evaluator, EvaluatorSettings
     from evaluation.report import Report
+    from pipeline.evaluation import RealImages, disclose, reveal
+    from pipeline.existing_samples import require_same_split
     from utils.device import prepare_device
 
     folder = config.exp_path

@@ -15,7 +15,9 @@ from data.forget import forget
 from data.prepare import prepare
 from data.prepared import PreparedMeta
 from data.registry import Facts, canonical_name, known_names, known_set
+from utils.arguments import Parser, whole_number
 from utils.config_files import CONFIG_FOLDER, read_yaml
+from utils.errors import UserError
 from utils.places import data_root
 from utils.program import program, run_process
 
@@ -26,14 +28,13 @@ FORGET_EXCLUDES = (
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Convert a dataset to the form that run.py reads. Without --source the published files are "
         "downloaded; with it, the given images are converted, whatever their layout (docs/datasets.md).",
         epilog=f"Known names: {', '.join(known_names())}. Any other name is a set of your own and needs --source.",
     )
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--data_name", metavar="NAME", help="a known name, or a name for your own set")
-    action.add_argument(
+    parser.add_argument("--data_name", metavar="NAME", help="a known name, or a name for your own set")
+    parser.add_argument(
         "--forget", metavar="NAME", help="remove this prepared set, its private cache, copies and downloads"
     )
     parser.add_argument(
@@ -53,21 +54,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="with --forget: where to look for runs, which are listed and not removed (default: exp)",
     )
     arguments = parser.parse_args(argv)
-    check_combination(parser, arguments)
+    check_combination(arguments)
     return arguments
 
 
-def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+def add_source_arguments(parser: Parser) -> None:
     """Where the images are, and what they are converted to."""
     parser.add_argument("--source", type=Path, metavar="PATH", help="folder, npz, zip or tar of your images")
     parser.add_argument("--test_source", type=Path, metavar="PATH", help="test part, if it is separate")
     parser.add_argument(
         "--resolution",
-        type=int,
+        type=whole_number,
         metavar="R",
         help="pixels; own and public sets only (default of an own set: 32)",
     )
-    parser.add_argument("--channels", type=int, metavar="C", help="1 grey, 3 RGB; own and public sets only")
+    parser.add_argument(
+        "--channels", type=whole_number, metavar="C", help="1 grey, 3 RGB; own and public sets only"
+    )
     parser.add_argument(
         "--class_names",
         type=lambda text: tuple(name.strip() for name in text.split(",")),
@@ -79,7 +82,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_group_arguments(parser: argparse.ArgumentParser) -> None:
+def add_group_arguments(parser: Parser) -> None:
     """Which images belong together, and how many at most."""
     parser.add_argument(
         "--groups",
@@ -90,20 +93,22 @@ def add_group_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--images_per_person",
-        type=int,
+        type=whole_number,
         metavar="K",
         help="with --groups: no group has more images; the privacy card states what this means for a person",
     )
 
 
-def check_combination(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def check_combination(arguments: argparse.Namespace) -> None:
     """Refuse arguments of a preparation next to --forget, and those of --forget without it."""
+    if (arguments.forget is None) == (arguments.data_name is None):
+        raise UserError("give either --data_name NAME, to prepare a set, or --forget NAME, to remove one")
     if arguments.forget is not None:
         for flag in FORGET_EXCLUDES:
             if getattr(arguments, flag) not in (None, False):
-                parser.error(f"--{flag}: is not used with --forget; remove it")
+                raise UserError(f"--{flag}: is not used with --forget; remove it")
     elif arguments.exp_root is not None:
-        parser.error("--exp_root: is used only with --forget; remove it")
+        raise UserError("--exp_root: is used only with --forget; remove it")
 
 
 def facts_of(data_name: str) -> Facts | None:

@@ -15,6 +15,7 @@ from extractors.inception import INCEPTION_WEIGHTS
 from extractors.vision_transformer import WEIGHTS_FILES, ClipExtractor, Dinov2Extractor
 from extractors.weights import expected_hash
 from utils import places
+from utils.arguments import Parser, one_of
 from utils.errors import UserError
 from utils.program import program, run_process
 
@@ -48,15 +49,16 @@ WEIGHTS = {
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Store the weights that a metric needs where run.py and eval.py read them. Without --source, "
         "download them from their publisher; with it, check and copy your own file."
     )
     parser.add_argument(
         "--name",
         required=True,
-        choices=sorted(WEIGHTS),
-        help="the extractor or metric that needs the weights",
+        type=one_of(sorted(WEIGHTS)),
+        metavar="NAME",
+        help=f"the extractor or metric that needs the weights: {', '.join(sorted(WEIGHTS))}",
     )
     parser.add_argument(
         "--source", type=Path, metavar="PATH", help="your copy of the file, or of the folder of files"

@@ -15,8 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import METHODS
-from pipeline.evaluation import INCOMPLETE, kept_if_stopped, no_account
-from pipeline.folder import discarded_on_failure, new_folder
+from pipeline.folder import discarded_on_failure, new_folder, private_work
 from utils.artefacts import RESULTS
 from utils.config import Config, format_config, load_config
 from utils.files import require_writable, write_json
@@ -51,6 +50,7 @@ def measure(config: Config) -> int:
     from evaluation.evaluator import Evaluator, EvaluatorSettings
     from evaluation.report import evaluation_settings
     from evaluation.unfinished import unfinished
+    from pipeline.evaluation import INCOMPLETE, kept_if_stopped, no_account
     from pipeline.evaluation_time import classifier_time_line
     from pipeline.record import results_of
     from utils.device import prepare_device
@@ -71,7 +71,7 @@ def measure(config: Config) -> int:
         return 0
     sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
     folder = new_folder(config.exp_root, GROUP, "-".join(filter(None, (spec.name, config.description))))
-    with discarded_on_failure(folder, is_new=True):
+    with discarded_on_failure(folder, is_new=True), private_work(folder):
         require_writable(folder)
         also_to(folder / "stdout.txt")
         log.info(classifier_time_line(config, spec, spec.num_train, len(sensitive.test), device))

@@ -102,7 +102,7 @@ def test_max_requests_may_be_raised_on_resume(tmp_path):
     (tmp_path / "config.yaml").write_text("model: {api_params: {openai: {max_requests: 5, size: 8}}}")
     require_same_config(tmp_path, settings)
     (tmp_path / "config.yaml").write_text("model: {api_params: {openai: {max_requests: 5, size: 4}}}")
-    with pytest.raises(UserError, match=r"model\.api_params\.openai\.size=4"):
+    with pytest.raises(UserError, match=r"model\.api_params\.openai\.size=4 \(now 8\)"):
         require_same_config(tmp_path, settings)
 
 

@@ -390,6 +390,29 @@ def test_samples_of_a_run_as_public_images(tmp_path):
     assert "from private images" in refused(tmp_path, *more, method="DP-MERF")
 
 
+@pytest.mark.parametrize(
+    ("method", "more", "named", "helps"),
+    [
+        ("Noise", [], "sensitive_data.num_val: 500", True),
+        ("DPDM", ["eval.mode=syn"], "train.batch_size: 4096", True),
+        ("DPDM", ["eval.mode=syn", "preset=paper"], "train.batch_size: 4096", True),
+        ("Noise", ["eval.mode=val"], "sensitive_data.num_val: 500", False),  # also with preset=quick
+        ("DPDM", ["preset=quick", "train.batch_size=9999"], "train.batch_size: 9999", False),
+    ],
+)
+def test_preset_quick_is_advised_for_a_small_set_if_it_fits(tmp_path, method, more, named, helps):
+    image = np.random.default_rng(0).integers(0, 256, (60, 8, 8), np.uint8)
+    np.savez(tmp_path / "mine.npz", x=image, y=np.arange(60) % 2)
+    outcome = call(
+        prepare_data.main,
+        ["--data_name", "mine", "--source", str(tmp_path / "mine.npz"), "--data_root", str(tmp_path)],
+    )
+    assert outcome.code == 0, outcome.err
+    argv = ["--method", method, "--data_name", "mine", "--data_root", str(tmp_path), "--dry_run"]
+    refusal = call(run_program.main, [*argv, *more]).refusal
+    assert named in refusal and ("preset=quick" in refusal) == helps, refusal
+
+
 def test_a_run_does_not_resume_after_its_data_were_prepared_again(tmp_path, prepared, monkeypatch):
     """Another split would ask images as validation images that the run was trained on."""
     settings = ["--data_root", str(prepared), "eval.mode=val", "sensitive_data.num_val=5", "gen.data_num=4"]

@@ -5,6 +5,7 @@ import random
 import shlex
 import subprocess
 import sys
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,21 @@ import pytest
 from models import METHODS
 from models.diffusion.samplers import MAX_GAMMA
 from pipeline.configuration import evaluation_config
-from utils.config import EVERY_METHOD, Config, format_config, load_config, parser
+from utils.config import (
+    EVERY_METHOD,
+    SHARED_SECTIONS,
+    Config,
+    _require_known,
+    format_config,
+    load_config,
+    parser,
+)
 from utils.config_files import CONFIG_FOLDER, ConfigFiles, compose, flatten, written_values
 from utils.errors import UserError
 from utils.presets import TIERS, load_presets, nearest_tier
 from utils.registry import Registry
 from utils.sections import GenConfig, PublicDataConfig
+from utils.typed import leaf_types
 
 REPOSITORY = CONFIG_FOLDER.parent
 SHIPPED = ConfigFiles([CONFIG_FOLDER])
@@ -585,7 +595,22 @@ def test_values_are_read_by_type(load, word, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["010", "08", "+010", "-07", "0_1", "00", "1:30", "1:30.5", "[1,010]", "!!int 010"]
+    "text",
+    [
+        "010",
+        "08",
+        "+010",
+        "-07",
+        "0_1",
+        "00",
+        "1:30",
+        "1:30.5",
+        "[1,010]",
+        "!!int 010",
+        "1_000",
+        "0x10",
+        "01.5e1",
+    ],
 )
 def test_numbers_that_yaml_misreads_are_refused(load, text):
     key = "model.network.ch_mult" if text.startswith("[") else "train.n_epochs"
@@ -594,11 +619,20 @@ def test_numbers_that_yaml_misreads_are_refused(load, text):
     assert "010" in str(error.value) or text in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "value"), [("0", 0), ("-3", -3), ("1_000", 1000), ("0x10", 16), ("01.5e1", 15)]
-)
+@pytest.mark.parametrize(("text", "value"), [("0", 0), ("-3", -3), ("+4", 4), ("1e3", 1000), ("1.5e1", 15)])
 def test_numbers_that_yaml_reads_correctly_are_accepted(load, text, value):
     assert load(f"train.n_epochs={text}").method_config.train.n_epochs == value
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_the_files_of_a_method_hold_every_setting_of_its_class(method, monkeypatch):
+    """A key that they do not hold is refused before the class is imported."""
+    known = set()
+    monkeypatch.setattr("utils.config._require_known", lambda _, names: known.update(names))
+    config = load_config(["--method", method, "--data_name", "mnist_28"], METHODS)
+    types = leaf_types({**SHARED_SECTIONS, **typing.get_type_hints(type(config.method_config))})
+    _require_known(types, known)
+    assert known >= set(config.provenance) - {"method", "data_name", "privacy.epsilon"}
 
 
 def test_texts_in_lists_are_taken_literally(load):

@@ -8,10 +8,12 @@ from tiny_runs import arguments, call
 import run as run_program
 from data.public import num_public_images
 from models import METHODS
+from pipeline.checkpoints import Checkpoints
 from pipeline.compose import compose, ineffective_settings
-from pipeline.planning import cost_lines
+from pipeline.planning import cost_lines, remaining_work
 from utils.config import load_config
-from utils.timing import seconds_of
+from utils.progress import duration
+from utils.timing import Cost, seconds_of
 
 # Of 48 public images in 6 classes: the query keeps one public class for each of the 3 private ones.
 PUBLIC_COSTS = {
@@ -228,7 +230,7 @@ def test_the_remaining_work_of_an_interrupted_run(tmp_path, monkeypatch):
     assert left.endswith(" here")
     alone = ["--exp_root", str(tmp_path / "exp"), "--resume_exp", folder.name, "--dry_run"]
     refusal = call(run_program.main, [*alone, "train.n_epochs=9"]).refusal
-    assert "train.n_epochs=3" in refusal and "train.n_epochs=9" in refusal
+    assert "train.n_epochs=3" in refusal and "now 9" in refusal
     for more in ([], ["setup.omp_n_threads=1", "eval=quick", "train.dp.max_physical_batch_size=64"]):
         outcome = call(run_program.main, [*alone, *more])
         assert outcome.out.splitlines()[-1].startswith(told), outcome.err
@@ -239,6 +241,46 @@ def test_the_remaining_work_of_an_interrupted_run(tmp_path, monkeypatch):
     assert finished.code == 0, finished.err
     line = dry_run(tmp_path, "PDP-Diffusion", *resume).splitlines()[-1]
     assert folder.name in line and "is finished" in line
+
+
+def test_the_remaining_time_counts_finished_steps_and_samples(tmp_path):
+    config = load_config(["--method", "PDP-Diffusion", "--data_name", "digits_8", "preset=quick"], METHODS)
+    costs = [Cost("pretrain", "", 1000.0, 10), Cost("train", "", 3000.0, 2), Cost("generate", "", 100.0)]
+
+    def remaining(stage: str, step: int, file: str | None) -> str:
+        parts = compose(config)
+        folder = tmp_path / f"{stage}-{step}-{file}"
+        checkpoints = Checkpoints(folder, config.method, parts.synthesizer, parts.ledger)
+        if step:
+            parts.synthesizer._start_stage(stage)
+            parts.synthesizer.step = step
+            checkpoints.save(stage, file)
+        return remaining_work(compose(config), folder, costs, []).partition("; remaining: about ")[2]
+
+    whole = remaining("pretrain", 0, None)
+    assert whole == f"{duration(4100)} here"
+    assert remaining("pretrain", 9, "snapshot") == f"{duration(3200)} here"
+    assert remaining("pretrain", 10, "final") == f"{duration(3100)} here"
+    assert remaining("train", 1, "snapshot") == f"{duration(1600)} here"
+    assert remaining("train", 2, "final") == f"{duration(100)} here"
+
+
+@pytest.mark.parametrize(
+    "method", ["PrivImage", "DP-FETA-Pro", "DP-MERF", "DPGAN", "GS-WGAN", "PE", "DP-LDM"]
+)
+def test_every_stage_that_a_snapshot_counts_has_its_number_of_steps(make_method, method):
+    method = make_method(method)
+    costs = [*method.public_costs(48), *method.costs()]
+    counted = [cost for cost in costs if cost.stage in ("pretrain", "train")]
+    assert counted and all(cost.steps > 0 for cost in counted)
+    assert [method.remaining_share(cost) for cost in costs] == [1.0] * len(costs)
+
+
+def test_half_of_the_rounds_of_pe_leave_half_of_the_work(make_method):
+    method = make_method("PE")
+    (cost,) = method.costs()
+    method.iteration = cost.steps / 2
+    assert method.remaining_share(cost) == 0.5
 
 
 def stop_in_training(runtime, stage: str, *_) -> None:

@@ -437,10 +437,10 @@ def test_stopped_from_the_keyboard(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        (["--epsilon", "3"], ["privacy.epsilon=10.0", "privacy.epsilon=3.0"]),
-        (["seed=5"], ["seed=0", "seed=5"]),
+        (["--epsilon", "3"], ["--epsilon 10.0", "now 3"]),
+        (["seed=5"], ["seed=0", "now 5"]),
         (["eval.mode=val"], ["eval.mode"]),
-        (["train.epochs=2"], ["train.epochs=1", "train.epochs=2"]),
+        (["train.epochs=2"], ["train.epochs=1", "now 2"]),
     ],
 )
 def test_resuming_with_another_configuration_is_refused(finished, setting, words):
@@ -660,6 +660,17 @@ def test_help_needs_no_heavy_imports(program):
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in outcome.err.splitlines()}
     assert "argparse" in imported
     assert not imported & {"torch", "torchvision", "scipy", "sklearn", "matplotlib", "hydra", "opacus"}
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    ["--metod=X", "--method=PrivImge", "foo.bar=1", "train.n_epocs=1", "gen.data_num=x", "--data_name=x"],
+)
+def test_a_mistake_in_a_name_is_found_without_heavy_imports(mistake):
+    outcome = execute("run.py", [mistake], PYTHONPROFILEIMPORTTIME="1")
+    assert outcome.code == 2 and outcome.err.splitlines()[-1].startswith("error: ")
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in outcome.err.splitlines()}
+    assert "argparse" in imported and not imported & {"torch", "torchvision", "scipy", "sklearn", "opacus"}
 
 
 def test_the_program_runs_from_another_folder(tmp_path):

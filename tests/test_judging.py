@@ -138,6 +138,31 @@ def test_a_resumed_run_has_all_values_of_the_run(tmp_path):
     assert other.eval.metrics == [] and other.eval.mode == started.eval.mode and other.gen.data_num == 77
 
 
+def test_a_flag_on_the_resumed_command_line_keeps_the_rest_of_the_run(tmp_path):
+    started = run_folder(tmp_path, "gen.data_num=77", "eval=none", "seed=5")
+    same = ["--method", "noise", "--epsilon", "3", "--weights_root", str(tmp_path), "seed=5"]
+    resumed = run_config(read_command_line(["--resume_exp", str(tmp_path), *same], "run"))
+    assert resumed.snapshot == started.snapshot and resumed.weights_root == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        (["--epsilon", "1"], ["--epsilon 3.0", "now 1"]),
+        (["--method", "DPDM"], ["--method Noise", "now DPDM"]),
+        (["--data_name", "mnist_28"], ["--data_name digits_8", "now mnist_28"]),
+        (["gen.data_num=5", "seed=1"], ["gen.data_num=77 (now 5)", "seed=0 (now 1)"]),
+    ],
+)
+def test_a_change_of_the_run_is_refused_in_a_short_line_before_its_plan(tmp_path, more, found, capsys):
+    run_folder(tmp_path, "gen.data_num=77")
+    with pytest.raises(UserError) as refused:
+        run_config(read_command_line(["--resume_exp", str(tmp_path), *more], "run"))
+    text = str(refused.value)
+    assert all(part in text for part in found) and "eval.*" in text and len(text) < 500, text
+    assert "PrivImage" not in text and capsys.readouterr().out == ""
+
+
 def test_a_damaged_past_run_is_refused(tmp_path):
     run_folder(tmp_path)
     text = (tmp_path / "config.yaml").read_text()

@@ -808,8 +808,29 @@ def test_a_published_set_that_is_already_prepared_is_kept(tmp_path):
         "mnist_28", tmp_path / "root", source=write_files(tmp_path / "raw", files)
     )
     assert prepare_known("mnist_28", tmp_path / "root") == (folder, meta, [ANY])
-    with pytest.raises(UserError, match="--force"):
+    with pytest.raises(UserError, match="--channels"):
         prepare_known("mnist_28", tmp_path / "root", channels=3)
+
+
+@pytest.mark.parametrize(
+    ("more", "flag"),
+    [
+        ({"resolution": 3}, "--resolution: 3"),
+        ({"channels": 2}, "--channels: 2"),
+        ({"source": Path("nowhere")}, "--source: nowhere"),
+        ({"test_source": Path("nowhere")}, "--test_source"),
+        ({"images_per_person": 2}, "--groups"),
+        ({"images_per_person": 0, "groups": "folder"}, "--images_per_person: 0"),
+        ({"groups": "("}, "--groups"),
+        ({"groups": "nowhere.csv:patient"}, r"nowhere\.csv"),
+        ({"groups": "folder", "public": True}, "--groups"),
+    ],
+)
+def test_a_prepared_set_does_not_hide_a_mistake(tmp_path, more, flag):
+    np.savez(tmp_path / "a.npz", x=colour_images(28)[..., 0], y=np.arange(28) % 2)
+    prepare("mine", tmp_path / "root", source=tmp_path / "a.npz")
+    with pytest.raises(UserError, match=flag):
+        prepare("mine", tmp_path / "root", **more)
 
 
 def test_script_prints_what_it_did_and_exits_with_2_on_bad_input(tmp_path, capsys):

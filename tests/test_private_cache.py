@@ -19,7 +19,7 @@ from data.sensitive import load_sensitive
 from data.spec import DataSpec
 from evaluation.features import extract
 from extractors.random_conv import RandomConvExtractor
-from pipeline.folder import create
+from pipeline.folder import create, working_in
 from scripts import prepare_data
 from utils import private_files
 from utils.config_files import read_yaml
@@ -273,6 +273,50 @@ def test_programs_leave_private_results_next_to_the_images_alone(tmp_path, home)
     assert not (tmp_path / "root").exists() and not home.exists()
 
 
+def test_all_files_of_a_run_and_of_its_evaluation_are_for_the_owner_only(tmp_path, home):
+    root, before = tmp_path / "secure", os.umask(0o022)
+    try:
+        folder = prepared(root)
+        run = run_noise(tmp_path, folder, "gen.data_num=20", "eval=none").folder
+        require_private(run)
+        out = tmp_path / "out"
+        out.mkdir(mode=0o755)
+        words = ["--images", str(tmp_path / "mine.npz"), "--out", str(out), "--metrics", "authpct"]
+        words += [
+            "--data_name",
+            "mine",
+            f"sensitive_data.path={folder}",
+            "--data_root",
+            str(tmp_path / "root"),
+        ]
+        more = ["eval.extractor=random_conv", "eval.gallery=report"]
+        outcome = call(eval_program.main, [*words, *more])
+        assert outcome.code == 0, outcome.err
+        files = [path for path in out.rglob("*") if path.is_file()]
+        assert files and all(rights(path) == 0o600 for path in files)
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(before)
+
+
+def test_public_results_keep_the_usual_permissions_in_a_run(tmp_path, umask):
+    with private_files.only_for_owner():
+        write_text(tmp_path / "private", "")
+        with private_files.for_everyone():
+            write_text(tmp_path / "public", "")
+        write_text(tmp_path / "again", "")
+    found = [rights(tmp_path / name) for name in ("private", "public", "again")]
+    assert found == [0o600, 0o666 & ~umask, 0o600]
+
+
+@pytest.mark.parametrize(("mode", "warns"), [(0o777, True), (0o1777, False), (0o755, False), (0o775, False)])
+def test_a_parent_in_which_everyone_can_replace_the_run_is_reported(tmp_path, captured, mode, warns):
+    folder = create(tmp_path / "exp", "DPDM", "mine", 1.0, "")
+    (tmp_path / "exp").chmod(mode)
+    with working_in(folder):
+        assert any(str(tmp_path / "exp") in line for line in captured.messages) == warns
+
+
 def test_a_run_that_computes_nothing_from_private_images_keeps_nothing(tmp_path, home):
     folder = prepared(tmp_path / "secure")
     assert run_noise(tmp_path, folder, "gen.data_num=20", "eval=none").code == 0
@@ -386,9 +430,16 @@ def test_forgetting_where_nothing_is_prepared_names_the_place(tmp_path, home):
         ([], ["--data_name", "--forget"]),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(words, named, capsys):
-    with pytest.raises(SystemExit) as raised:
-        prepare_data.main(words)
-    assert raised.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert all(name in last for name in named), last
+def test_options_that_contradict_each_other_are_refused(words, named):
+    refusal = call(prepare_data.main, words).refusal
+    assert all(name in refusal for name in named), refusal
+
+
+def test_a_mistyped_name_to_forget_suggests_no_other_set(tmp_path, home):
+    prepared(tmp_path / "root")
+    assert "did you mean" not in forget("min", "--data_root", str(tmp_path / "root")).refusal
+
+
+def test_forgetting_a_built_in_set_reports_what_is_stored(tmp_path, home):
+    outcome = forget("digits_8", "--data_root", str(tmp_path))
+    assert outcome.code == 0 and "built in" in outcome.out and "nothing" in outcome.out

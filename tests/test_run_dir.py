@@ -18,7 +18,7 @@ from evaluation.report import Report
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Budget, Ledger
 from pipeline.checkpoints import Checkpoints
-from pipeline.folder import create, discard_unstarted, find, find_any
+from pipeline.folder import create, discard_unstarted, find
 from pipeline.record import (
     command_of,
     require_same_config,
@@ -86,20 +86,17 @@ def test_folders_of_the_same_second_do_not_collide(tmp_path):
 def test_a_run_is_found_by_name_and_by_path(tmp_path):
     folder = create(tmp_path, "Noise", "digits_8", 1.0, "")
     with pytest.raises(UserError, match="no run"):
-        find(tmp_path, "Noise", folder.name)  # nothing says that it is a run
+        find(tmp_path, folder.name)  # nothing says that it is a run
     write_text(folder / "config.yaml", "seed: 0\n")
-    assert find(tmp_path, "Noise", folder.name) == find(tmp_path, "DPDM", str(folder)) == folder
-    with pytest.raises(UserError, match="is no run of PrivImage but of noise; give its --method, or"):
-        find(tmp_path, "PrivImage", folder.name)
+    assert find(tmp_path, folder.name) == find(Path("elsewhere"), str(folder)) == folder
     for name in ("nowhere", ".", ""):
-        with pytest.raises(UserError, match=folder.name):
-            find(tmp_path, "Noise", name)
-        with pytest.raises(UserError, match=f"no run '{name}' in "):
-            find_any(tmp_path, name)
-    assert find_any(tmp_path, folder.name) == find_any(Path("elsewhere"), str(folder)) == folder
-    write_text(tmp_path / "dpdm" / folder.name / "config.yaml", "seed: 0\n")
+        with pytest.raises(UserError, match=f"no run '{name}' in .*{folder.name}"):
+            find(tmp_path, name)
+    other = tmp_path / "dpdm" / folder.name
+    write_text(other / "config.yaml", "seed: 0\n")
     with pytest.raises(UserError, match=r"may be .*dpdm.* or .*noise.*; give the path of one"):
-        find_any(tmp_path, folder.name)
+        find(tmp_path, folder.name)
+    assert find(tmp_path, folder.name, "Noise") == folder and find(tmp_path, folder.name, "DPDM") == other
 
 
 def test_the_arguments_of_a_run_are_restored(tmp_path):
@@ -163,13 +160,25 @@ def test_resuming_compares_everything_but_hardware_and_evaluation(tmp_path):
     require_same_config(tmp_path, snapshot())
     require_same_config(tmp_path, snapshot(setup={"device": "cuda"}, eval={"mode": "syn", "num_val": 9}))
     for changes, key in (
-        ({"seed": 1}, "seed=1"),
-        ({"eval": {"mode": "val", "num_val": 5}}, "eval.mode=val"),
-        ({"privacy": {"epsilon": 1.0, "delta": None}}, "privacy.epsilon=1.0"),
-        ({"train": {"lr": 0.1}}, "train.lr=0.1"),
+        ({"seed": 1}, r"seed=0 \(now 1\)"),
+        ({"eval": {"mode": "val", "num_val": 5}}, r"eval\.mode=syn \(now val\)"),
+        ({"privacy": {"epsilon": 1.0, "delta": None}}, r"privacy\.epsilon=inf \(now 1\.0\)"),
+        ({"train": {"lr": 0.1}}, r"train\.lr=None \(now 0\.1\)"),
     ):
         with pytest.raises(UserError, match=key):
             require_same_config(tmp_path, snapshot(**changes))
+
+
+def test_a_long_list_of_differences_is_cut_and_begins_with_what_was_given(tmp_path):
+    write_text(
+        tmp_path / "config.yaml", "privacy: {epsilon: 10.0}\n" + "".join(f"k{i}: 0\n" for i in range(20))
+    )
+    now = FakeConfig({"privacy": {"epsilon": 1.0}, **{f"k{i}": 1 for i in range(20)}})
+    with pytest.raises(UserError) as refused:
+        require_same_config(tmp_path, now, first=("k7",))
+    text = str(refused.value)
+    assert text.index("k7=") < text.index("privacy.epsilon=10.0") < text.index("k0=")
+    assert "18 more" in text and len(text) < 500
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints

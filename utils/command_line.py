@@ -8,10 +8,10 @@ import math
 import re
 from typing import NamedTuple, get_origin
 
-from utils.errors import UserError, unknown
+from utils.arguments import PLAIN, Parser, is_plain_number, looks_like_number
+from utils.errors import UserError
 from utils.sections import SHARED_SECTIONS, check
-from utils.typed import leaf_types, without_none
-from utils.yaml_numbers import ADVICE, misread_numbers
+from utils.typed import Number, leaf_types, without_none
 
 # Names of the published benchmark -> the name here; if the target is a flag, the error names the flag.
 ALIASES = {
@@ -23,7 +23,6 @@ ALIASES = {
     "public_data": "public_data.name",
 }
 
-REPEATABLE = ("plugin",)
 LARGEST_EPSILON = 1000  # a larger one is no guarantee, and takes the accountants minutes
 PURPOSE = {
     "run": "Train one synthesizer on one dataset at one privacy budget, generate, and evaluate.",
@@ -47,19 +46,15 @@ class CommandLine(NamedTuple):
     arguments: tuple[str, ...]  # as they were given, without the program's name
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError, and knows its flags."""
-
-    def __init__(self, **options) -> None:
-        self.flags: dict[str, str] = {}  # option string -> name of the flag
-        super().__init__(**options)
-
-    def add_argument(self, *names: str, **options) -> argparse.Action:
-        self.flags.update(dict.fromkeys(names, max(names, key=len).lstrip("-")))
-        return super().add_argument(*names, **options)
-
-    def error(self, message: str) -> None:
-        raise UserError(message)
+class _Parser(Parser):
+    def unknown_flag(self, flag: str) -> UserError:
+        key = flag.lstrip("-")
+        if "." in key or key in ("seed", "preset"):
+            return UserError(f"{flag}: settings have no dashes; write {key}=<value>")
+        if settings := _settings_named(key, is_evaluation=self.prog == FILES["eval"]):
+            more = "; --print_config lists all settings" if len(settings) > 1 else ""
+            return UserError(f"{flag}: this is no flag but a setting; write {' or '.join(settings)}{more}")
+        return super().unknown_flag(flag)
 
 
 def parser(program: str) -> _Parser:
@@ -69,7 +64,6 @@ def parser(program: str) -> _Parser:
         usage="%(prog)s [flags] [key=value ...]",
         description=PURPOSE[program],
         epilog=SETTINGS_HELP,
-        allow_abbrev=False,
     )
     if program == "eval":
         _add_evaluation_flags(result)
@@ -200,7 +194,7 @@ def short_help(program: str) -> str:
 def read_command_line(argv: list[str], program: str) -> CommandLine:
     """Read the arguments of `program`, a key of FILES. Raises UserError for a mistake in them."""
     reader = parser(program)
-    given = _given_flags(argv, reader.flags, program)
+    given = reader.given_flags(argv)
     flags, rest = reader.parse_known_args(argv)
     settings = _split_settings(rest, reader.flags)
     if "metrics" in given:
@@ -215,35 +209,13 @@ def read_command_line(argv: list[str], program: str) -> CommandLine:
     return CommandLine(flags, settings, given, tuple(argv))
 
 
-def _given_flags(argv: list[str], known: dict[str, str], program: str) -> set[str]:
-    """Names of the flags in `argv`; raises UserError for an unknown flag and for one that is given twice."""
-    given = set()
-    for argument in argv:
-        if not argument.startswith("-") or re.match(r"-\.?\d", argument):  # a negative number is a value
-            continue
-        flag = argument.partition("=")[0]
-        if flag not in known:
-            key = flag.lstrip("-")
-            if "." in key or key in ("seed", "preset"):
-                raise UserError(f"{flag}: settings have no dashes; write {key}=<value>")
-            if settings := _settings_named(key, program):
-                more = "; --print_config lists all settings" if len(settings) > 1 else ""
-                raise UserError(f"{flag}: this is no flag but a setting; write {' or '.join(settings)}{more}")
-            raise unknown("flag", flag, known)
-        name = known[flag]
-        if name in given and name not in REPEATABLE:
-            raise UserError(f"--{name} is given twice")
-        given.add(name)
-    return given
-
-
-def _settings_named(name: str, program: str) -> list[str]:
+def _settings_named(name: str, is_evaluation: bool) -> list[str]:
     """How to write the settings of all methods whose last part is `name`; of an evaluation those of `eval`, if there
     is one."""
     types = leaf_types(SHARED_SECTIONS)
     found = [key for key in types if key.count(".") == 1 and key.endswith(f".{name}")]
     own = [key for key in found if key.startswith("eval.")]
-    found = own if program == "eval" and own else found
+    found = own if is_evaluation and own else found
     is_list = {key: get_origin(without_none(types[key])[0]) is list for key in found}
     return [f"{key}=[<a>,<b>]" if is_list[key] else f"{key}=<value>" for key in found]
 
@@ -267,11 +239,10 @@ def _split_settings(arguments: list[str], flags: dict[str, str]) -> dict[str, st
 
 def parse_epsilon(text: str) -> float:
     """The budget as a number; inf is allowed."""
-    try:
-        epsilon = float(text)
-    except ValueError:
-        epsilon = float("nan")
+    epsilon = float(text) if is_plain_number(text) else math.nan
     allowed = f"a number greater than 0 and at most {LARGEST_EPSILON:g}, or inf for a non-private run"
+    if looks_like_number(text) and not is_plain_number(text):
+        allowed = f"{allowed}; {PLAIN}"
     check(0 < epsilon <= LARGEST_EPSILON or epsilon == math.inf, "--epsilon", text, allowed)
     return epsilon
 
@@ -281,7 +252,7 @@ def parse_value(text: str, annotation: object, key: str) -> object:
 
     Text settings, and the entries of lists of texts, are taken literally, since a path may hold any character; one
     pair of quotes around them is removed, and null means None where None is allowed. The type itself is checked later
-    (utils/typed.py). Raises UserError for a number that YAML reads as another one, such as 010.
+    (utils/typed.py). Raises UserError for a number that is not a plain decimal one, such as 010, 0x10 or 1_000.
     """
     inner, optional = without_none(annotation)
     if inner is str:
@@ -291,10 +262,10 @@ def parse_value(text: str, annotation: object, key: str) -> object:
         return text[1:-1] if quoted else text
     if re.fullmatch(r"[+-]?inf", text):
         return float(text)
-    return _read_yaml(text, key, is_texts=inner == list[str])
+    return _read_yaml(text, inner, key)
 
 
-def _read_yaml(text: str, key: str, is_texts: bool) -> object:
+def _read_yaml(text: str, kind: object, key: str) -> object:
     """`text` as YAML if it is a scalar or a list of scalars, else `text` itself."""
     import yaml
     from omegaconf import OmegaConf
@@ -307,12 +278,20 @@ def _read_yaml(text: str, key: str, is_texts: bool) -> object:
     try:
         tokens = list(yaml.scan(text, Loader=yaml.SafeLoader))
         # A comment is no token, so that the text after it would be dropped in silence.
-        if not text.strip() or " #" in text or not all(isinstance(token, allowed) for token in tokens):
+        if (
+            not text
+            or text != text.strip()
+            or " #" in text
+            or not all(isinstance(token, allowed) for token in tokens)
+        ):
             return text
-        if is_texts and text.startswith("["):
+        if kind == list[str] and text.startswith("["):
             return yaml.load(text, Loader=yaml.BaseLoader)
-        for _, number in misread_numbers(text):
-            raise UserError(f"{key}: {text} is not allowed: YAML reads {number} as another number; {ADVICE}")
+        scalars = [token for token in tokens if isinstance(token, yaml.ScalarToken)]
+        if kind in (int, float, Number) or text.startswith("["):
+            for token in scalars:
+                if token.plain and looks_like_number(token.value) and not is_plain_number(token.value):
+                    raise UserError(f"{key}: {text} is not allowed; {PLAIN}")
         # OmegaConf's reader, because plain YAML reads 1e-3 as text
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     except (yaml.YAMLError, OmegaConfBaseException):

@@ -17,10 +17,12 @@ import functools
 import json
 import re
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 
 from utils.command_line import CommandLine, parse_epsilon, parse_value, parser, read_command_line
 from utils.config_files import (
+    CONFIG_FOLDER,
     ConfigFiles,
     compose,
     config_folders,
@@ -47,6 +49,7 @@ from utils.typed import build, leaf_types, unknown_key
 __all__ = ["Config", "compose_config", "format_config", "load_config", "parser"]
 
 RUN_KEYS = {"seed": int, "preset": str}  # the values of config.yaml that belong to no section
+SHARED_TYPES = {**RUN_KEYS, **leaf_types(SHARED_SECTIONS)}  # dotted key -> annotation
 FILE_CHOICES = ("eval", "setup")  # groups whose file is chosen as group=name on the command line
 
 OWN_IMAGES = "custom"  # data/custom.yaml and public_data/custom.yaml describe the user's own images
@@ -70,7 +73,7 @@ class Config:
     preset_tier: int | None  # the tuned epsilon whose rules apply; None: the method has no preset table
     borrowed: bool  # True: preset_tier is not the requested epsilon
     description: str
-    resume: str | None  # name of the run to continue
+    resume: str | None  # folder of the run to continue
     exp_path: Path | None  # eval.py only: the run to evaluate
     images: Path | None  # eval.py only: the images to evaluate
     out: Path | None  # eval.py only: folder of the results of `images`
@@ -111,7 +114,7 @@ class _Schema:
     @functools.cached_property
     def types(self) -> dict[str, object]:
         """Dotted key -> annotation of every single value."""
-        return {**RUN_KEYS, **leaf_types(self.sections)}
+        return {**SHARED_TYPES, **leaf_types(self.own)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,21 +172,25 @@ def compose_config(
         base.pop(key, None)
     files = ConfigFiles(config_folders(flags))
     method = methods.canonical(flags.method)
+    choices = {group: settings.pop(group) for group in FILE_CHOICES if group in settings}
+    # First what needs no import of the method, which takes seconds.
+    shared = {key: text for key, text in settings.items() if key in SHARED_TYPES}
+    early = base | _parse_settings(shared, SHARED_TYPES)
+    cell = _choose_cell(files, method, flags, choices, early)
+    parts = files.parts(cell.files)
+    written = written_values(parts)  # before Hydra composes them: the reader refuses what Hydra would misread
+    if cell.files["method"].is_relative_to(CONFIG_FOLDER):  # these files hold every setting
+        _require_known(settings, {*SHARED_TYPES, *(key for key, _, _ in written)})
     schema = _Schema(method, methods.resolve(method).Config)
     for key in base:
         if key not in schema.types:
             raise unknown_key(key, schema.types, PAST_RUN)
-    choices = {group: settings.pop(group) for group in FILE_CHOICES if group in settings}
     command = _parse_settings(settings, schema.types)
-    early = base | command
-    cell = _choose_cell(files, schema, flags, choices, early)
     layers = _value_layers(files, cell, schema, flag_layers["epsilon"], early, data_root(flags.data_root))
     layers += [(key, value, PAST_RUN) for key, value in base.items()]
     if "public_data.name" in command:  # with the spelling of its file
         command = {**command, "public_data.name": cell.public_name}
     layers += [(key, value, COMMAND_LINE) for key, value in command.items()]
-    parts = files.parts(cell.files)
-    written = written_values(parts)  # before Hydra composes them: the reader refuses what Hydra would misread
     typed = _typed_values(compose(parts), schema, layers)
     check(typed["seed"] >= 0, "seed", typed["seed"], "0 or more")
     plain = {name: _plain(value) for name, value in typed.items()}
@@ -267,16 +274,25 @@ def _parse_settings(settings: dict[str, str], types: dict[str, object]) -> dict[
     return values
 
 
+def _require_known(keys: Iterable[str], known: set[str]) -> None:
+    """Raise UserError for a key that is not among `known`, nor a section of them, nor in a section that is null."""
+    for key in keys:
+        parents = [key[:end] for end, letter in enumerate(key) if letter == "."]
+        is_section = any(name.startswith(f"{key}.") for name in known)
+        if key not in known and not is_section and known.isdisjoint(parents):
+            raise unknown_key(key, known)
+
+
 def _choose_cell(
     files: ConfigFiles,
-    schema: _Schema,
+    method: str,
     flags: argparse.Namespace,
     choices: dict[str, str],
     command: dict[str, object],
 ) -> _Cell:
     epsilon = parse_epsilon(flags.epsilon)
     data_name, data_file = _choose_data(files, flags, command)
-    table_path = files.find("presets", schema.method)
+    table_path = files.find("presets", method)
     tables = [load_presets(files.find("presets", EVERY_METHOD)), load_presets(table_path)]
     by_default = "quick" if data_name in tables[0].quick_by_default else "paper"
     preset = command.get("preset") or files.main().get("preset") or by_default
@@ -288,7 +304,7 @@ def _choose_cell(
         "public_data": files.require("public_data", "none"),  # until the other files have named one
         "eval": files.require("eval", choices.get("eval", preset)),
         "setup": files.require("setup", choices.get("setup", files.default("setup"))),
-        "method": files.require("method", schema.method),
+        "method": files.require("method", method),
     }
     written = {key: value for key, value, _ in written_values(files.parts(chosen))}
     facts = None

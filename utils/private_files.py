@@ -1,11 +1,38 @@
 """Files and folders that only their owner can read, whatever the umask is."""
 
+import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 OF_OTHERS = 0o077  # the rights of everyone but the owner
+_usual_umasks: list[int] = []  # of the process, before each enclosing block of `only_for_owner`
+
+
+@contextlib.contextmanager
+def only_for_owner() -> Iterator[None]:
+    """Only the owner can read the files and folders that this process creates in the block."""
+    _usual_umasks.append(os.umask(OF_OTHERS))
+    try:
+        yield
+    finally:
+        os.umask(_usual_umasks.pop())
+
+
+@contextlib.contextmanager
+def for_everyone() -> Iterator[None]:
+    """Within `only_for_owner`: create files with the permissions that are usual outside of it. For public results in a
+    folder that users share."""
+    if not _usual_umasks:
+        yield
+        return
+    before = os.umask(_usual_umasks[0])
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def make_private_folder(folder: Path) -> None:
@@ -26,6 +53,16 @@ def create_private_file(path: Path) -> None:
     """Create an empty file with mode 0600, replacing an existing one. Writing to it keeps the mode."""
     path.unlink(missing_ok=True)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+def replaceable_by_others(path: Path) -> Path | None:
+    """The nearest folder above `path` in which every user of the machine can replace entries; None if there is none.
+    A folder with the sticky bit, such as /tmp, is safe."""
+    for folder in path.resolve().parents:
+        mode = folder.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            return folder
+    return None
 
 
 def readable_by_others(path: Path) -> bool:

@@ -16,6 +16,8 @@ class Cost:
     stage: str
     description: str  # "2100 steps x 3929 images x 32 noise draws"
     seconds: float  # on this machine, extrapolated from a short measurement
+    steps: int | None = None  # of the stage, if a snapshot counts them
+    part: str = ""  # train or generate, to which the work belongs; "": `stage` if it is one, else pretrain
 
 
 def sampling_cost(num_images: int, rows: int, draw: Callable[[], object]) -> Cost:

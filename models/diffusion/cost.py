@@ -20,13 +20,15 @@ def training_cost(release: Release, num_train: int, config: TrainConfig, seconds
         images = min(images, release.max_batch_size)
     draws = config.loss.n_noise_samples
     description = f"{release.num_steps} steps x {images:.0f} images x {draws} noise draws"
-    return Cost("train", description, release.num_steps * images * draws * seconds * CLIPPING)
+    return Cost(
+        "train", description, release.num_steps * images * draws * seconds * CLIPPING, release.num_steps
+    )
 
 
 def warm_up_cost(stage: str, config: PretrainConfig, num_images: int, seconds: float) -> Cost:
     """Of a stage without noise on `num_images`; `seconds` per image."""
     steps, batch_size = steps_of(num_images, config.batch_size, config.n_epochs)
-    return Cost(stage, f"{steps} steps x {batch_size} images", steps * batch_size * seconds)
+    return Cost(stage, f"{steps} steps x {batch_size} images", steps * batch_size * seconds, steps)
 
 
 def generation_cost(gen: GenConfig, sampler: SamplerConfig, seconds: float) -> Cost:

@@ -218,6 +218,11 @@ class LatentDiffusion(DiffusionSynthesizer):
     def costs(self) -> list[Cost]:
         return [*self.latents.private_costs(self.spec.num_train, self.config.gen.data_num), *super().costs()]
 
+    def remaining_share(self, cost: Cost) -> float:
+        if cost.stage != "autoencoder":
+            return super().remaining_share(cost)
+        return 0.0 if self.latents.done else 1 - self.latents.step / cost.steps
+
     def parameter_counts(self) -> dict[str, int]:
         weights = sum(parameter.numel() for parameter in self.latents.autoencoder.parameters())
         return {"autoencoder": weights, **super().parameter_counts()}

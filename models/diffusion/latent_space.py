@@ -147,7 +147,7 @@ class LatentSpace:
         encoding = seconds_of(lambda: self.encode(images)) / rows
         decoding = seconds_of(lambda: self.decode(latents)) / rows
         text = f"{num_images:,} private images to latents, {num_samples:,} samples back"
-        return [Cost("latents", text, num_images * encoding + num_samples * decoding)]
+        return [Cost("latents", text, num_images * encoding + num_samples * decoding, part="generate")]
 
     def _start(self) -> None:
         if self.training is None:

@@ -12,6 +12,7 @@ from models.diffusion.checkpoint import chosen_weights, read_checkpoint, require
 from models.fitting.stages import Staged, load_weights
 from models.synthesizer import Synthesizer
 from opacus_ext.private_data import PrivateData
+from utils.timing import Cost
 
 
 class StagedNetwork(Staged, Synthesizer):
@@ -89,6 +90,13 @@ class StagedNetwork(Staged, Synthesizer):
         """A later stage has started, so a resumed run skips this one."""
         order = ["start", *self._stages()]
         return order.index(self.stage) > order.index(stage)
+
+    def _steps_taken(self) -> int:
+        return self.step - (self._steps_before if self.stage == "pretrain" else 0)
+
+    def remaining_share(self, cost: Cost) -> float:
+        done = cost.stage in self._stages() and self._is_past(cost.stage)
+        return 0.0 if done else super().remaining_share(cost)
 
     def _start_stage(self, stage: str) -> None:
         """Train all parameters, or in the private stage those that the method chooses.

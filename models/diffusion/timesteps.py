@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from utils.arguments import WHOLE
 from utils.errors import FieldError
 
 MAX_BETA = 0.999  # keeps the last alpha-bar of the cosine schedule above 0
@@ -40,7 +41,7 @@ def respaced(num_timesteps: int, respacing: str) -> list[int]:
     """
     if respacing.startswith("ddim"):
         return _strided(num_timesteps, respacing)
-    counts = [int(part) for part in respacing.split(",") if part.strip().isdecimal()]
+    counts = [int(part) for part in respacing.split(",") if WHOLE.fullmatch(part.strip())]
     if len(counts) != len(respacing.split(",")):
         raise _refused(respacing, "a number such as 100, ddim100, or a list such as 10,20")
     borders = [_border(part, len(counts), num_timesteps) for part in range(len(counts) + 1)]

@@ -154,7 +154,7 @@ class EmbeddingGenerator(Staged):
         text = f"embedding of {num_images} images, {schedule.num_steps} steps x {schedule.batch_size} images"
         seconds = num_images * self.seconds_per_embedded_image()
         seconds += schedule.num_steps * schedule.batch_size * self.seconds_per_image()
-        return Cost(stage, text, seconds)
+        return Cost(stage, text, seconds, schedule.num_steps)
 
     def fit(
         self, stage: str, target: torch.Tensor, schedule: Schedule, snapshot_freq: int | None = None
@@ -371,6 +371,9 @@ class EmbeddingSynthesizer(Synthesizer):
         query, left = self.pretraining.costs(num_images)
         schedule = self._pretraining(left)
         return [*query, self.fitted.cost("pretrain", schedule, left)] if schedule.num_steps else query
+
+    def remaining_share(self, cost: Cost) -> float:
+        return self.fitted.remaining_share(cost)
 
     def costs(self) -> list[Cost]:
         labels = balanced_labels(16, self.spec.num_classes)

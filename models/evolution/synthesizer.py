@@ -197,7 +197,10 @@ class PrivateEvolution(Synthesizer, abc.ABC):
             f"{settings.num_iterations} votes of {self.spec.num_train:,} private images for {max(sizes[:-1])} images, "
             f"{ahead} variations of each"
         )
-        return [Cost("train", described, seconds)]
+        return [Cost("train", described, seconds, settings.num_iterations)]
+
+    def remaining_share(self, cost: Cost) -> float:
+        return 1 - self.iteration / cost.steps if cost.stage == "train" else self.api.remaining_share(cost)
 
     def _seconds_per_comparison(self) -> float:
         """Of one private record with one candidate."""

@@ -10,6 +10,7 @@ from data.spec import Samples
 from models.nn.ema import EMA
 from utils.errors import UserError
 from utils.runtime import Runtime
+from utils.timing import Cost
 
 
 class Staged(abc.ABC):
@@ -76,6 +77,16 @@ class Staged(abc.ABC):
             self.runtime.snapshot("train" if self.stage == "train" else "pretrain")
             preview = self._preview()
             self.runtime.preview(self.stage, self.step, preview.images, preview.labels)
+
+    def _steps_taken(self) -> int:
+        """The steps of the current stage that count for this run."""
+        return self.step
+
+    def remaining_share(self, cost: Cost) -> float:
+        """Synthesizer.remaining_share."""
+        if cost.stage == self.stage and cost.steps:
+            return max(0.0, 1 - self._steps_taken() / cost.steps)
+        return 1.0
 
     # Checkpoints
 

@@ -26,6 +26,7 @@ from utils.checkpoint_files import not_finite
 from utils.errors import Diverged, UserError, unknown
 from utils.files import atomic, write_json
 from utils.images import to_float
+from utils.private_files import for_everyone
 from utils.progress import progress
 from utils.runtime import Runtime, log
 from utils.sections import PublicDataConfig, check
@@ -117,7 +118,7 @@ class SemanticQuery:
             f"{self.spec.num_train:,} votes"
         )
         total = config.n_epochs * num_images * seconds + self.spec.num_train * vote
-        return Cost("semantic query", description, total)
+        return Cost(QUERY, description, total)
 
     def select(self, public: PublicData, private: PrivateData | None) -> PublicData:
         """The selected public images, labelled with the private class that selected them."""
@@ -197,7 +198,7 @@ class SemanticQuery:
         if cached is None:
             return
         try:
-            with atomic(cached) as temporary:
+            with for_everyone(), atomic(cached) as temporary:
                 torch.save(classifier.state_dict(), temporary)
         except OSError as error:
             log.warning(f"{cached}: the query classifier is not kept ({error.strerror or error})")

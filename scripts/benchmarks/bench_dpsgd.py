@@ -24,6 +24,7 @@ from scripts.benchmarks.dpsgd.cases import CASES, Case
 from scripts.benchmarks.dpsgd.competitors import COMPETITORS
 from scripts.benchmarks.dpsgd.measure import measure, peak, peak_in_fresh_process
 from scripts.benchmarks.dpsgd.report import merge, time_table, write_page
+from utils.arguments import Parser, one_of, whole_number
 from utils.errors import UserError
 from utils.program import program, run_process
 
@@ -32,14 +33,14 @@ DTYPES = {"float32": None, "bf16": torch.bfloat16}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=one_of(("cpu", "cuda")), default="cpu")
     parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), help="bf16: autocast (default: float32; on cuda bf16)"
+        "--dtype", type=one_of(tuple(DTYPES)), help="bf16: autocast (default: float32; on cuda bf16)"
     )
-    parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="default: 1 2; on cuda 1")
+    parser.add_argument(
+        "--threads", type=whole_number, nargs="+", metavar="N", help="default: 1 2; on cuda 1"
+    )
     parser.add_argument(
         "--cases",
         nargs="+",
@@ -47,7 +48,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="names or patterns (default: all; on cuda: those for a GPU)",
     )
     parser.add_argument("--competitors", nargs="+", default=["*"], metavar="NAME", help="default: all")
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="default: 9")
+    parser.add_argument("--rounds", type=whole_number, default=9, metavar="N", help="default: 9")
     parser.add_argument(
         "--memory",
         action="store_true",

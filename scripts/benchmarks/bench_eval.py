@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from utils.arguments import Parser, whole_number
 from utils.program import program, run_process
 
 MIB = 2**20
@@ -26,11 +27,13 @@ STEPS, STEP_IMAGES = 5, 64  # training of a classifier
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num_images", type=int, default=50_000, help="images in each of the two sets")
-    parser.add_argument("--dim", type=int, default=2048, help="features per image")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--num_images", type=whole_number, default=50_000, help="images in each of the two sets"
+    )
+    parser.add_argument("--dim", type=whole_number, default=2048, help="features per image")
+    parser.add_argument("--threads", type=whole_number, help="CPU threads (default: all cores)")
+    parser.add_argument("--seed", type=whole_number, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a table to FILE")
     return parser.parse_args(argv)

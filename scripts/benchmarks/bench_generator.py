@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from models.nn.generator import Generator, GeneratorConfig
+from utils.arguments import Parser, whole_number
 from utils.program import program, run_process
 
 
@@ -75,16 +76,14 @@ def medians(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, floa
 
 @program
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--image_size", type=int, default=28)
-    parser.add_argument("--channels", type=int, default=1)
-    parser.add_argument("--g_conv_dim", type=int, default=41)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image_size", type=whole_number, default=28)
+    parser.add_argument("--channels", type=whole_number, default=1)
+    parser.add_argument("--g_conv_dim", type=whole_number, default=41)
     parser.add_argument("--no_attention", action="store_true")
-    parser.add_argument("--batch_size", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch_size", type=whole_number, default=100)
+    parser.add_argument("--threads", type=whole_number, default=1)
+    parser.add_argument("--rounds", type=whole_number, default=5)
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     config = GeneratorConfig(60, 128, given.g_conv_dim, not given.no_attention, [2])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from utils.arguments import Parser, whole_number
 from utils.program import program, run_process
 
 GOAL = 20  # times faster than one by one
@@ -40,11 +41,11 @@ CASES = (
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="turns per way")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=whole_number, default=5, help="turns per way")
+    parser.add_argument("--threads", type=whole_number, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--stack", type=int, help="critics at once, in all cases")
+    parser.add_argument("--stack", type=whole_number, help="critics at once, in all cases")
     parser.add_argument("--case", help="only the cases whose name contains this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a table to FILE")

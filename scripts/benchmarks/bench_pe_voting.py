@@ -19,23 +19,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from utils.arguments import Parser, one_of, whole_number
 from utils.program import program, run_process
 
 MIB = 2**20
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--num_candidates", type=int, default=60_000, help="candidates of all classes together"
+        "--num_candidates", type=whole_number, default=60_000, help="candidates of all classes together"
     )
-    parser.add_argument("--num_records", type=int, default=55_000, help="private images")
-    parser.add_argument("--dim", type=int, default=2048, help="features per image")
-    parser.add_argument("--num_classes", type=int, default=10)
-    parser.add_argument("--num_neighbors", type=int, default=1, help="votes per record")
-    parser.add_argument("--backends", nargs="+", default=["torch", "faiss"], choices=["torch", "faiss"])
-    parser.add_argument("--rounds", type=int, default=2, help="runs per backend")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--num_records", type=whole_number, default=55_000, help="private images")
+    parser.add_argument("--dim", type=whole_number, default=2048, help="features per image")
+    parser.add_argument("--num_classes", type=whole_number, default=10)
+    parser.add_argument("--num_neighbors", type=whole_number, default=1, help="votes per record")
+    parser.add_argument("--backends", nargs="+", default=["torch", "faiss"], type=one_of(("torch", "faiss")))
+    parser.add_argument("--rounds", type=whole_number, default=2, help="runs per backend")
+    parser.add_argument("--threads", type=whole_number, help="CPU threads (default: all cores)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
     return parser.parse_args(argv)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from utils.arguments import Parser, decimal_number, one_of, whole_number
 from utils.artefacts import ENVIRONMENT, RESULTS
 from utils.files import read_json, write_text
 from utils.program import program, run_process
@@ -68,11 +69,13 @@ WITHOUT_PUBLIC_SET = ("DPDM", "DP-FETA", "DP-FETA-Pro")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_name", default="digits_8")
-    parser.add_argument("--epsilons", type=float, nargs="+", default=[10.0, 1.0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--epsilons", type=decimal_number, nargs="+", default=[10.0, 1.0])
+    parser.add_argument("--seeds", type=whole_number, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--variants", nargs="+", type=one_of(VARIANTS), default=list(VARIANTS), metavar="NAME"
+    )
     parser.add_argument("--exp_root", type=Path, default=Path("exp/ideas"), metavar="DIR")
     parser.add_argument("--settings", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all runs")
     parser.add_argument("--table_only", action="store_true", help="run nothing")

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.benchmarks.compare_ideas import ROOT, caveats_of
+from utils.arguments import Parser, decimal_number
 from utils.artefacts import ENVIRONMENT, RESULTS
 from utils.files import read_json, write_text
 from utils.program import program, run_process
@@ -45,9 +46,9 @@ PUBLISHED = {
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--exp_root", type=Path, default=Path("exp/kernel_methods"), metavar="DIR")
-    parser.add_argument("--epsilons", type=float, nargs="+", default=[10.0, 1.0])
+    parser.add_argument("--epsilons", type=decimal_number, nargs="+", default=[10.0, 1.0])
     parser.add_argument("--methods", nargs="+", default=["DP-MERF", "DP-NTK", "DP-Kernel"])
     parser.add_argument("--data", nargs="+", default=["mnist_28", "fmnist_28"])
     parser.add_argument(

@@ -97,6 +97,10 @@ class ImageAPI(abc.ABC):
         """What `prepare` will take with so many public images, for --dry_run."""
         return []
 
+    def remaining_share(self, cost: Cost) -> float:
+        """The share of this work, from 0 to 1, that is not done in the state that was restored."""
+        return 1.0
+
     def seconds_per_image(self) -> float | None:
         """What one image takes on this machine, for --dry_run; None where that shows only after `prepare`."""
         return None

@@ -89,6 +89,9 @@ class DiffusionAPI(ImageAPI):
     def public_costs(self, num_images: int, num_classes: int) -> list[Cost]:
         return [] if self.is_ready else self._new_pretraining(num_classes).public_costs(num_images)
 
+    def remaining_share(self, cost: Cost) -> float:
+        return 1.0 if self._interrupted is None else 1 - self._interrupted["step"] / cost.steps
+
     def seconds_per_image(self) -> float:
         """Of a new image; a variation takes fewer calls of the network."""
         few, rows = dataclasses.replace(self.config.sampler, num_steps=2), batch_rows(self.spec.resolution)
