@@ -120,7 +120,7 @@ def unfinished(settings: EvaluatorSettings, samples: Samples, folder: Path | Non
     choice that is booked in this one; None for images without a run.
     """
     cache = settings.cache
-    if cache is None or cache.folder is None:
+    if not settings.config.metrics or cache is None or cache.folder is None:
         return Unfinished()
     config = {key: value for key, value in asdict(settings.config).items() if key not in CHOOSING}
     facts = [
