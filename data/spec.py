@@ -54,6 +54,11 @@ class Samples:
         assert self.labels.shape == (len(self.images),), (self.labels.shape, self.images.shape)
         assert self.labels.dtype == np.int64, self.labels.dtype
 
+    @classmethod
+    def none(cls, image_shape: tuple[int, int, int]) -> "Samples":
+        """No image: what a run has whose only product is a classifier."""
+        return cls(np.empty((0, *image_shape), np.uint8), np.empty(0, np.int64))
+
     def __len__(self) -> int:
         return len(self.images)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from data.spec import DataSpec, Samples
-from evaluation.inputs import EvaluatorSettings, Images, Inputs
+from evaluation.inputs import Classify, EvaluatorSettings, Images, Inputs
 from evaluation.neighbours import nearest_training
 from evaluation.reference import num_as_samples, real_values
 from evaluation.registry import (
@@ -43,21 +43,23 @@ class Evaluator:
 
     def evaluate(
         self, samples: Samples, *, train: Samples | None, test: Samples, select: NoisySelection | None,
-        validation: Samples | None = None, kept: Unfinished | None = None,
+        validation: Samples | None = None, kept: Unfinished | None = None, released: Classify | None = None,
     ) -> Report:  # fmt: skip
         """Evaluate `samples` against the real `train` images (fidelity) and the real `test` images (accuracy).
 
         `train` may be None if no requested value compares with them (registry.comparing_with_training) and no ceiling
         is measured (ceiling.with_ceiling). `select` queries the private validation records; only eval.mode=val calls
         it, once per classifier. `validation` holds these records themselves, for the oracle of eval.oracles. `kept`
-        holds results of this evaluation from before it was stopped, and gets each new one. A metric that cannot be
+        holds results of this evaluation from before it was stopped, and gets each new one. `released` is a classifier
+        that the run releases; with it there may be no samples. A metric that cannot be
         computed is reported as missing and never hides the others. Raises UserError if images do not have the dataset's
         size and channels, or if labels lie outside its classes.
         """
         for what, images in (("samples", samples), ("training images", train), ("test images", test)):
-            if images is not None:
+            if images is not None and not (images is samples and released is not None and len(samples) == 0):
                 check_samples(what, images, self.settings.spec)
-        inputs = Inputs(self.settings, Images(samples, train, test, select, validation), kept or Unfinished())
+        images = Images(samples, train, test, select, validation, released)
+        inputs = Inputs(self.settings, images, kept or Unfinished())
         report = Report()
         for metric in dict.fromkeys(METRICS.resolve(value) for value in self.values):
             self._add_metric(metric, inputs, report)
@@ -115,7 +117,7 @@ def _outcomes(
         found = _guarded(f"metric {metric.name}", lambda: metric.compute(*arguments))
     except Unavailable as reason:
         return dict.fromkeys(metric.better, reason), {}
-    compared = metric.uses_extractor or metric.uses_classifiers
+    compared = len(inputs.samples) > 0 and (metric.uses_extractor or metric.uses_classifiers)
     real = _real_values(metric, inputs, extractor) if compared else {}
     values = {
         name: outcome if isinstance(outcome, Value | Unavailable) else Value(outcome)
@@ -184,7 +186,8 @@ def check_samples(what: str, samples: Samples, spec: DataSpec) -> None:
 
 def _require_enough_images(metric: Metric, inputs: Inputs) -> None:
     """Raise Unavailable if an image set is too small for the metric to be meaningful."""
-    counts = [("samples", inputs.samples)]
+    judges_released = metric.uses_classifiers and inputs.images.released is not None
+    counts = [] if judges_released else [("samples", inputs.samples)]
     counts += [("real images", inputs.train)] if "train_features" in metric.needs else []
     counts += [("test images", inputs.test)] if "test_features" in metric.needs else []
     for what, images in counts:

@@ -1,5 +1,6 @@
 """The inputs of metrics by name. Each one is computed at most once per evaluation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,8 @@ from evaluation.features import Features, extract
 from evaluation.neighbours import NUM_NEIGHBOURS, CentredPoints, centre_of, nearest_others
 from evaluation.registry import CLASSIFIERS, EXTRACTOR_NEEDS, check_classifiers
 from evaluation.selection import (
+    LAST_EPOCH,
+    RELEASED,
     Choice,
     ClassifierResult,
     NoisySelection,
@@ -48,12 +51,17 @@ class EvaluatorSettings:
     prompt: str = "an image of a {}"
 
 
+# (N, C, H, W) uint8 -> logits (N, K): a classifier that needs no training
+Classify = Callable[[np.ndarray], np.ndarray]
+
+
 @dataclass(frozen=True)
 class Images:
     """The images of one evaluation.
 
     `train` is None if nothing compares with the training images. `select` queries the private validation records
-    through a booked mechanism; `validation` holds these records themselves, for the oracle.
+    through a booked mechanism; `validation` holds these records themselves, for the oracle. `released` is the
+    classifier that the run releases; without it there is at least one sample.
     """
 
     samples: Samples
@@ -61,6 +69,7 @@ class Images:
     test: Samples
     select: NoisySelection | None
     validation: Samples | None
+    released: Classify | None = None
 
 
 class Inputs:
@@ -84,15 +93,18 @@ class Inputs:
 
     @cached_property
     def classifiers(self) -> list[ClassifierResult]:
-        """Every classifier of the config, trained on the samples. All choices of one whose training fails are
-        Unavailable."""
+        """Every classifier of the config, trained on the samples, and the released one, if there is one. All choices of
+        one whose training fails are Unavailable."""
         results = []
-        for name in map(CLASSIFIERS.canonical, self.settings.config.classifiers):
+        for name in map(CLASSIFIERS.canonical, self.settings.config.classifiers if len(self.samples) else ()):
             result = self.kept.classifier(name)
             if result is None:
                 result = self._train_on_samples(name)
                 self.kept.keep_classifier(result)
             results.append(result)
+        if self.images.released is not None:
+            logits = self.images.released(self.test.images)
+            results.append(ClassifierResult(RELEASED, 0, 0, {LAST_EPOCH: Choice(0, logits)}))
         return results
 
     def _train_on_samples(self, name: str) -> ClassifierResult:

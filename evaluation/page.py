@@ -62,7 +62,9 @@ def write_page(
         "title": title,
         "report": report,
         "about": _about(results, report),
-        "classes": [_class_row(label, samples, spec) for label in range(spec.num_classes)],
+        "classes": [_class_row(label, samples, spec) for label in range(spec.num_classes)]
+        if len(samples)
+        else [],
         "classifiers": _classifiers(report, spec),
         "gallery": rows,
         "gallery_note": _gallery_note(report, (folder / GALLERY).exists()),
@@ -97,6 +99,8 @@ def _render(**facts: object) -> str:
 
 
 def _summary(samples: Samples, spec: DataSpec) -> dict:
+    if len(samples) == 0:
+        return {"summary": "No images: the product of this run is a classifier.", "absent_classes": []}
     counts = np.bincount(samples.labels, minlength=spec.num_classes)
     absent = [spec.class_names[label] for label in np.flatnonzero(counts == 0)]
     text = f"{len(samples):,} images in {spec.num_classes - len(absent)} of {spec.num_classes} classes, "

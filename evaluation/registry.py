@@ -10,11 +10,12 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from extractors import EXTRACTORS
 from utils.errors import UserError
 from utils.registry import Registry
+from utils.sections import EvalConfig
 
 CLASSIFIERS = Registry(
     "eval.classifiers",
@@ -135,6 +136,14 @@ def comparing_with_training(names: Iterable[str]) -> list[str]:
 def need_classifiers(names: Iterable[str]) -> list[str]:
     """Those of these values that need trained classifiers, by their canonical names."""
     return [name for name in check_metrics(names) if METRICS.resolve(name).uses_classifiers]
+
+
+def of_classifiers(config: EvalConfig) -> tuple[EvalConfig, list[str]]:
+    """The part of an evaluation that needs no samples, for a run whose only product is a classifier, and the names of
+    the metrics that are left out."""
+    kept = need_classifiers(config.metrics)
+    left_out = [name for name in check_metrics(config.metrics) if name not in kept]
+    return replace(config, metrics=kept, ceiling="none", gallery=None, oracles=False), left_out
 
 
 def memorisation_metrics() -> dict[str, str]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from data.spec import DataSpec, Samples
 from evaluation.classifiers.recipe import RECIPE_VERSIONS
+from evaluation.selection import RELEASED
 from utils.artefacts import RESULTS
 from utils.config import Config
 from utils.errors import UserError
@@ -85,9 +86,9 @@ class Report:
         """The meaning of the columns in `titles`."""
         lines = []
         if any(name.startswith("accuracy/") for name in self.metrics):
-            lines.append(
-                "accuracy: percent of real test images that a classifier trained on the samples gets right"
-            )
+            line = "accuracy: percent of real test images that a classifier trained on the samples gets right"
+            is_released = any(f"/{RELEASED}/" in name for name in self.metrics)
+            lines.append(line + (f"; {RELEASED}: the classifier of the run itself" if is_released else ""))
         if "majority class" in titles:
             lines.append(
                 "majority class: score of always predicting the most frequent class of the test images"

@@ -17,7 +17,9 @@ ROWS_AT_ONCE = 4096
 
 
 def sample_warnings(samples: Samples, spec: DataSpec) -> list[str]:
-    """Warnings about the samples alone; no real image is read."""
+    """Warnings about the samples alone; no real image is read. A run may have none (Synthesizer.makes_images)."""
+    if len(samples) == 0:
+        return []
     return [*_constant(samples), *_absent_classes(samples, spec), *_copies_of_each_other(samples)]
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LAST_EPOCH, NOISY_VAL, SYN_VAL = "last_epoch", "noisy_val", "syn_val"
 BEST_VAL, BEST_TEST = "best_val", "best_test"  # oracles
+RELEASED = "released"  # the classifier that a run releases, next to those that are trained on its samples
 SELECTIONS_OF_MODE = {
     "val": (NOISY_VAL, SYN_VAL, LAST_EPOCH),
     "syn": (SYN_VAL, LAST_EPOCH),

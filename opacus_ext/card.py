@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from opacus_ext.ledger import weak_delta
+from utils.artefacts import CLASSIFIER, SAMPLES
 from utils.text import at_most
 
 _RELATION = {
@@ -58,15 +59,19 @@ def privacy_summary(report: dict) -> str:
     report = _without_empty_stages(report)
     budget = report["budget"]
     if not report["private"]:
-        lines = ["privacy: this run is NOT private (epsilon = inf); the samples may reveal training images"]
+        lines = [
+            f"privacy: this run is NOT private (epsilon = inf); {_products(report)} may reveal training images"
+        ]
     elif not report["releases"]:
-        lines = ["privacy: the samples do not depend on the private images at all; nothing was spent"]
+        lines = [
+            f"privacy: {_products(report)} do not depend on the private images at all; nothing was spent"
+        ]
     elif report["not_computed"]:
         lines = ["privacy: the epsilon of this run could not be computed"]
     else:
         lines = [
-            f"privacy: the samples are ({at_most(report['spent'])}, {at_most(budget['delta'])})-differentially private "
-            f"for each image with its label ({_RELATION[report['relation']]})"
+            f"privacy: {_products(report)} are ({at_most(report['spent'])}, {at_most(budget['delta'])})-differentially "
+            f"private for each image with its label ({_RELATION[report['relation']]})"
         ]
         lines += [
             f"  {release['name']}: {release['executed']:,} of {release['planned']:,} steps, epsilon "
@@ -92,10 +97,18 @@ def _subject_lines(report: dict) -> list[str]:
     if "run" not in report:
         return []
     return [
-        f"This card covers the samples (gen/gen.npz) of run **{report['run']}**, trained on "
+        f"This card covers {_products(report, with_files=True)} of run **{report['run']}**, trained on "
         f"{report['num_records']:,} private images of **{report['data']}**.",
         "",
     ]
+
+
+def _products(report: dict, with_files: bool = False) -> str:
+    """What the run releases, in the plural. A report without the entry is about samples that are still to be made."""
+    files = report.get("products", [SAMPLES])
+    names = {SAMPLES: "the samples", CLASSIFIER: "the weights of the classifier"}
+    found = [f"{names[name]} ({name})" if with_files else names[name] for name in names if name in files]
+    return " and ".join(found)
 
 
 def _warnings(report: dict) -> list[str]:
@@ -122,14 +135,14 @@ def _warnings(report: dict) -> list[str]:
 
 def _headline(report: dict) -> str:
     if not report["private"]:
-        return "**This run is NOT private** (epsilon = inf): the samples may reveal training images."
+        return f"**This run is NOT private** (epsilon = inf): {_products(report)} may reveal training images."
     if not report["releases"]:
-        return "The samples do not depend on the private images at all."
+        return f"{_products(report).capitalize()} do not depend on the private images at all."
     if report["not_computed"]:
-        return "**The epsilon of this run could not be computed**, so nothing is claimed about the samples."
-    budget = report["budget"]
+        return f"**The epsilon of this run could not be computed**, so nothing is claimed about {_products(report)}."
+    budget, products = report["budget"], _products(report).capitalize()
     return (
-        f"The samples are **({at_most(report['spent'])}, {at_most(budget['delta'])})-differentially private** with "
+        f"{products} are **({at_most(report['spent'])}, {at_most(budget['delta'])})-differentially private** with "
         f"respect to the private training images (budget: epsilon {budget['epsilon']:g}). Whatever anyone computes "
         f"from them, {_RELATION[report['relation']]} changes the odds of any outcome by a factor of at most e^epsilon, "
         f"up to delta."
@@ -191,7 +204,7 @@ def _list(title: str, items: list[str]) -> list[str]:
 def _samples_are(report: dict) -> list[str]:
     """What to know about the samples before use; none of it is computed from real images."""
     counts = report.get("samples_per_class")
-    if counts is None:  # not drawn yet
+    if not counts or not any(counts):  # not drawn yet, or a run whose product is a classifier
         return []
     copies = copies_of_public(report)
     if not copies and report["public_data"] is not None:

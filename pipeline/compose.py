@@ -10,6 +10,7 @@ from data.registry import known_set
 from data.sensitive import private_cache, spec_of
 from data.spec import DataSpec
 from evaluation.evaluator import Evaluator, EvaluatorSettings
+from evaluation.registry import of_classifiers
 from models import METHODS
 from models.synthesizer import Synthesizer
 from opacus_ext.accounting import Release
@@ -84,6 +85,12 @@ def _compose(config: Config, plan: list[Release] | None) -> tuple[Parts, list[st
     )
     evaluator = _evaluator(config, spec, runtime.device)  # before the method is built: unknown names fail now
     synthesizer = _synthesizer(config, spec, runtime)
+    if not synthesizer.makes_images:
+        judged, left_out = of_classifiers(config.eval)
+        if left_out:
+            lines.append(f"{config.method} makes no images here; not computed: {', '.join(left_out)}")
+        config = dataclasses.replace(config, eval=judged)
+        evaluator = _evaluator(config, spec, runtime.device)
     lines += [*_misfit_lines(config, spec, synthesizer), *_ineffective_lines(config, synthesizer)]
     if config.sensitive_data.name is None:
         require_public_only(config.method, synthesizer)

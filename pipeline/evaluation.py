@@ -19,6 +19,7 @@ from data.sensitive import SensitiveData
 from data.spec import DataSpec, Samples
 from evaluation.ceiling import with_ceiling
 from evaluation.evaluator import Evaluator
+from evaluation.inputs import Classify
 from evaluation.page import GALLERY, REPORT, write_page
 from evaluation.registry import (
     METRICS,
@@ -46,7 +47,7 @@ from pipeline.compose import Parts
 from pipeline.evaluation_time import classifier_time_line
 from pipeline.record import results_of, write_account
 from pipeline.revealed import CEILING, COPIES, GALLERY_ENTRY, ORACLE, SHOWN, comparison, without_failed
-from utils.artefacts import CARD, GRID, PRIVACY, RESULTS
+from utils.artefacts import CARD, CLASSIFIER, GRID, PRIVACY, RESULTS
 from utils.config import Config
 from utils.files import read_json, write_json
 from utils.runtime import log
@@ -74,8 +75,9 @@ class Evaluation:
     spec: DataSpec
     evaluator: Evaluator
     folder: Path
-    samples: Samples
+    samples: Samples  # none, if the only product of the run is a classifier
     facts: dict  # what results.json states about the samples (evaluation.report.facts_of)
+    released: Classify | None = None  # the classifier that the run releases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +92,10 @@ class Account:
 
 def evaluate_run(
     parts: Parts, folder: Path, samples: Samples, sensitive: SensitiveData, noise: NoiseSource, training: dict,
-    timing: dict[str, float],
+    timing: dict[str, float], released: Classify | None,
 ) -> int:  # fmt: skip
-    """Evaluate the samples of the run that has just made them. `training` is the report of its ledger, and facts about
-    the samples. Returns the exit code."""
+    """Evaluate the samples and the `released` classifier of the run that has just made them. `training` is the report
+    of its ledger, and facts about the samples. Returns the exit code."""
     config, device = parts.config, parts.runtime.device
     real = RealImages(
         Disclosure(sensitive.train, parts.ledger),
@@ -102,7 +104,7 @@ def evaluate_run(
         oracle_data(config, sensitive.validation),
     )
     facts = facts_of(samples, parts.spec)
-    evaluation = Evaluation(config, parts.spec, parts.evaluator, folder, samples, facts)
+    evaluation = Evaluation(config, parts.spec, parts.evaluator, folder, samples, facts, released)
     return evaluate(evaluation, real, training, timing)
 
 
@@ -127,8 +129,9 @@ def evaluate(evaluation: Evaluation, real: RealImages, training: dict, timing: d
     announce_time(evaluation, len(real.test), kept)
     with kept_if_stopped(kept):
         report = evaluation.evaluator.evaluate(
-            samples, train=train, test=real.test, select=selection, validation=oracle, kept=kept
-        )
+            samples, train=train, test=real.test, select=selection, validation=oracle, kept=kept,
+            released=evaluation.released,
+        )  # fmt: skip
     findings = findings_of(evaluation, report, train)
     privacy = write_account(
         folder, training, revealed=_revealed(evaluation, findings, before, training, reasons)
@@ -140,7 +143,9 @@ def evaluate(evaluation: Evaluation, real: RealImages, training: dict, timing: d
     )
     kept.discard()
     log.info(f"\n{privacy_summary(privacy)}\n\n{written.table()}\n")
-    places = {"report": REPORT, "samples": GRID, "privacy card": CARD, "numbers": RESULTS}
+    places = {"report": REPORT} | ({"samples": GRID} if len(samples) else {})
+    places |= {"classifier": CLASSIFIER} if evaluation.released is not None else {}
+    places |= {"privacy card": CARD, "numbers": RESULTS}
     if report.nearest and config.eval.gallery == "private":
         places["nearest training images, not to be shared"] = GALLERY
     log.info("\n".join(f"{what}: {folder / name}" for what, name in places.items()))
@@ -149,6 +154,8 @@ def evaluate(evaluation: Evaluation, real: RealImages, training: dict, timing: d
 
 def announce_time(evaluation: Evaluation, num_test: int, kept: Unfinished) -> None:
     """Print how long the classifiers will take."""
+    if len(evaluation.samples) == 0:
+        return
     settings = evaluation.evaluator.settings
     line = classifier_time_line(
         evaluation.config, evaluation.spec, len(evaluation.samples), num_test, settings.device, kept

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 
 from data.samples_file import read_samples
@@ -9,10 +10,13 @@ from data.sensitive import load_sensitive, private_cache, require_prepared, spec
 from data.spec import DataSpec, Samples
 from evaluation.evaluator import Evaluator, EvaluatorSettings
 from evaluation.images import read_images
+from evaluation.inputs import Classify
 from evaluation.listing import evaluation_line, lacking
 from evaluation.page import REPORT
+from evaluation.registry import of_classifiers
 from evaluation.report import earlier_report, facts_of
 from evaluation.unfinished import unfinished
+from models.released.classifier import logits_of, read_classifier
 from opacus_ext.noise import NoiseSource
 from pipeline.configuration import FIXED
 from pipeline.evaluation import (
@@ -33,7 +37,7 @@ from pipeline.evaluation import (
 from pipeline.evaluation_time import evaluation_time_lines
 from pipeline.folder import discarded_on_failure, new_folder, private_work, working_in
 from pipeline.record import values_of
-from utils.artefacts import CONFIG, PRIVACY, RESULTS, SAMPLES
+from utils.artefacts import CLASSIFIER, CONFIG, PRIVACY, RESULTS, SAMPLES
 from utils.config import COMMAND_LINE, FLAG_KEYS, Config
 from utils.config_files import flatten
 from utils.device import prepare_device
@@ -164,6 +168,11 @@ def evaluate_finished_run(config: Config) -> int:
     # Split as in the run: images that it held out are no training images, however its samples are judged now.
     split = values_of(folder)["eval.mode"]
     samples, spec, lines = samples_of(config, split)
+    released = classifier_of(config, spec)
+    if len(samples) == 0:
+        judged, left_out = of_classifiers(config.eval)
+        config = dataclasses.replace(config, eval=judged)
+        lines += (f"{folder} has no samples; not computed: {', '.join(left_out)}",) if left_out else ()
     for line in (*config.notes, *lines):
         log.info(line)
     if (split, config.eval.mode) == ("val", "syn"):
@@ -179,22 +188,42 @@ def evaluate_finished_run(config: Config) -> int:
     also_to(folder / "stdout.txt")
     real = real_images(config, spec, split)
     with working_in(folder):
-        evaluation = Evaluation(config, spec, evaluator, folder, samples, facts_of(samples, spec))
+        facts = facts_of(samples, spec)
+        evaluation = Evaluation(config, spec, evaluator, folder, samples, facts, released)
         return evaluate(evaluation, real, read_json(folder / PRIVACY), timing={})
 
 
 def samples_of(config: Config, split: str) -> tuple[Samples, DataSpec, tuple[str, ...]]:
     """The samples of the run, the DataSpec of what it was trained on, and lines to print."""
     path = config.exp_path / SAMPLES
-    samples = read_samples(path)
     spec, lines = spec_of(config.sensitive_data, split, config.data_root)
     require_same_split(config.exp_path, config, spec)
+    if not path.exists() and (config.exp_path / CLASSIFIER).exists():
+        samples = Samples.none(spec.image_shape)
+    else:
+        samples = read_samples(path)
     if earlier_report(config.exp_path, config.data_name, facts_of(samples, spec)) is None:
         raise UserError(
             f"{path}: other samples than those that {RESULTS} is about, or {spec.name} was prepared again; to judge "
             f"them apart: python eval.py --images {path} --data_name {config.data_name} --out <folder>"
         )
     return samples, spec, lines
+
+
+def classifier_of(config: Config, spec: DataSpec) -> Classify | None:
+    """The classifier that the run released, or None."""
+    path = config.exp_path / CLASSIFIER
+    if not path.exists():
+        return None
+    device = prepare_device(config.setup)
+    read = read_classifier(path, config.weights_root, device)
+    if (read.class_names, read.resolution, read.channels) != (
+        spec.class_names,
+        spec.resolution,
+        spec.channels,
+    ):
+        raise UserError(f"{path}: made for other classes or images than those of {spec.name}")
+    return partial(logits_of, read.classifier, device=device)
 
 
 def real_images(config: Config, spec: DataSpec, split: str) -> RealImages:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from utils.artefacts import CONFIG, ENVIRONMENT, PROVENANCE, RESULTS, SAMPLES, STDOUT, TIMING
+from utils.artefacts import CLASSIFIER, CONFIG, ENVIRONMENT, PROVENANCE, RESULTS, SAMPLES, STDOUT, TIMING
 from utils.errors import UserError
 from utils.private_files import only_for_owner, replaceable_by_others
 from utils.runtime import log
@@ -107,7 +107,7 @@ def discard_unstarted(folder: Path) -> bool:
 
 
 def is_finished(folder: Path) -> bool:
-    return (folder / RESULTS).exists() and (folder / SAMPLES).exists()
+    return (folder / RESULTS).exists() and any((folder / name).exists() for name in (SAMPLES, CLASSIFIER))
 
 
 def find(exp_root: Path, name: str, method: str | None = None) -> Path:

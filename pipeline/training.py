@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from data.samples_file import read_samples, write_samples
 from data.sensitive import SensitiveData, load_sensitive
 from data.spec import PublicData, Samples
 from evaluation.sample_checks import exact_copies
+from models.released.classifier import logits_of, write_classifier
 from opacus_ext.accounting import Release
 from opacus_ext.noise import NoiseSource
 from opacus_ext.private_data import PrivateData
@@ -27,7 +29,7 @@ from pipeline.record import find_resumable, training_overrides, write_account, w
 from pipeline.stage_times import StageTimes
 from utils import distributed
 from utils import log as logs
-from utils.artefacts import GRID, RESULTS, SAMPLES
+from utils.artefacts import CLASSIFIER, GRID, PRIVACY, PRODUCTS, RESULTS, SAMPLES
 from utils.config import Config
 from utils.config_files import flatten
 from utils.device import prepare_device
@@ -160,17 +162,31 @@ def work(parts: Parts, folder: Path, images: Images) -> int:
 
 
 def deliver(parts: Parts, folder: Path, samples: Samples, images: Images, timing: dict[str, float]) -> int:
-    """Write the samples and evaluate them. Returns the exit code."""
+    """Write the products of the run and evaluate them. Returns the exit code."""
     path, grid = folder / SAMPLES, folder / GRID
-    if not path.exists():
+    if len(samples) and not path.exists():
         write_samples(path, samples)
-    if not grid.exists():
+    if len(samples) and not grid.exists():
         save_grid(samples.images, samples.labels, grid)
     account = account_of(parts, folder, images)
+    released = parts.synthesizer.released_classifier()
+    if released is not None and not (folder / CLASSIFIER).exists():
+        write_classifier(folder / CLASSIFIER, released, parts.spec, origin_of(parts, folder))
+    account["products"] = [name for name in PRODUCTS if (folder / name).exists()]
     if images.public is not None:
         account["public_copies"] = exact_copies(samples.images, images.public.samples.images)
     account["samples_per_class"] = np.bincount(samples.labels, minlength=parts.spec.num_classes).tolist()
-    return evaluate_run(parts, folder, samples, images.sensitive, images.noise, account, timing)
+    classify = None if released is None else partial(logits_of, released, device=parts.runtime.device)
+    return evaluate_run(parts, folder, samples, images.sensitive, images.noise, account, timing, classify)
+
+
+def origin_of(parts: Parts, folder: Path) -> dict:
+    """What the file of a released classifier states about its run."""
+    account = read_json(folder / PRIVACY)
+    facts = {
+        key: account[key] for key in ("private", "spent", "budget", "relation", "releases", "noise_seeded")
+    }
+    return {"method": parts.config.method, "data": parts.config.data_name, **facts}
 
 
 def account_of(parts: Parts, folder: Path, images: Images) -> dict:
@@ -248,7 +264,10 @@ def name_of(public: PublicData | None) -> str | None:
 
 
 def generate(parts: Parts, folder: Path, images: Images, times: StageTimes) -> Samples:
-    """The samples of the run: those of gen/gen.npz if an earlier start left them, else drawn now."""
+    """The samples of the run: those of gen/gen.npz if an earlier start left them, else drawn now. None at all if the
+    only product is a classifier."""
+    if not parts.synthesizer.makes_images:
+        return Samples.none(parts.spec.image_shape)
     kept = distributed.from_main(
         lambda: read_samples(folder / SAMPLES) if (folder / SAMPLES).exists() else None
     )

@@ -6,7 +6,7 @@ import numpy as np
 
 from evaluation.registry import Value, metric
 from evaluation.report import accuracy_interval
-from evaluation.selection import NOT_PRIVATE
+from evaluation.selection import NOT_PRIVATE, RELEASED
 from utils.errors import Unavailable
 
 
@@ -24,12 +24,19 @@ def accuracy(classifiers: list, test, spec) -> dict[str, Value | Unavailable]:
 def for_each_choice(
     metric_name: str, classifiers: list, value_of: Callable[[np.ndarray], Value]
 ) -> dict[str, Value | Unavailable]:
-    """`value_of` the logits (N, K) on the test images, per classifier and selection, and the mean over classifiers."""
+    """`value_of` the logits (N, K) on the test images, per classifier and selection, and the mean over the classifiers
+    that were trained on the samples."""
     values = {}
-    for selection in classifiers[0].choices:
-        each = {judged.name: _value(judged, selection, value_of) for judged in classifiers}
+    for selection in dict.fromkeys(name for judged in classifiers for name in judged.choices):
+        each = {
+            judged.name: _value(judged, selection, value_of)
+            for judged in classifiers
+            if selection in judged.choices
+        }
         values |= {f"{metric_name}/{name}/{selection}": value for name, value in each.items()}
-        values[f"{metric_name}/mean/{selection}"] = _mean(each)
+        trained = {name: value for name, value in each.items() if name != RELEASED}
+        if trained:
+            values[f"{metric_name}/mean/{selection}"] = _mean(trained)
     return values
 
 
