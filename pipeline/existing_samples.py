@@ -15,6 +15,7 @@ from evaluation.listing import evaluation_line, lacking
 from evaluation.page import REPORT
 from evaluation.registry import of_classifiers
 from evaluation.report import earlier_report, facts_of
+from evaluation.selection import RELEASED
 from evaluation.unfinished import unfinished
 from models.released.classifier import logits_of, read_classifier
 from opacus_ext.noise import NoiseSource
@@ -223,7 +224,7 @@ def classifier_of(config: Config, spec: DataSpec) -> Classify | None:
         spec.channels,
     ):
         raise UserError(f"{path}: made for other classes or images than those of {spec.name}")
-    return partial(logits_of, read.classifier, device=device)
+    return partial(logits_of, read.classifier, device=device, description=RELEASED)
 
 
 def real_images(config: Config, spec: DataSpec, split: str) -> RealImages:

@@ -14,6 +14,7 @@ from data.samples_file import read_samples, write_samples
 from data.sensitive import SensitiveData, load_sensitive
 from data.spec import PublicData, Samples
 from evaluation.sample_checks import exact_copies
+from evaluation.selection import RELEASED
 from models.released.classifier import logits_of, write_classifier
 from opacus_ext.accounting import Release
 from opacus_ext.noise import NoiseSource
@@ -176,7 +177,11 @@ def deliver(parts: Parts, folder: Path, samples: Samples, images: Images, timing
     if images.public is not None:
         account["public_copies"] = exact_copies(samples.images, images.public.samples.images)
     account["samples_per_class"] = np.bincount(samples.labels, minlength=parts.spec.num_classes).tolist()
-    classify = None if released is None else partial(logits_of, released, device=parts.runtime.device)
+    classify = (
+        None
+        if released is None
+        else partial(logits_of, released, device=parts.runtime.device, description=RELEASED)
+    )
     return evaluate_run(parts, folder, samples, images.sensitive, images.noise, account, timing, classify)
 
 

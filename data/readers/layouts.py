@@ -15,7 +15,7 @@ from data.readers.cifar import read_cifar
 from data.readers.idx import IDX_NAME, read_idx
 from data.readers.images import read_dataset_json, read_image_files
 from data.readers.npz import read_npz, read_npz_folder
-from data.readers.source import LAYOUTS, FilePart, Source
+from data.readers.source import LAYOUTS, FilePart, Part, Source
 from data.registry import NO_QUIRKS, SourceQuirks
 from data.trees.folder import FolderTree
 from data.trees.opening import ARCHIVE_ENDINGS, open_tree
@@ -36,6 +36,23 @@ def open_source(path: Path, quirks: SourceQuirks = NO_QUIRKS) -> Source:
     if len(source.train) == 0 or (source.test is not None and len(source.test) == 0):
         raise UserError(f"{path}: there are no images in its training or test part")
     return _with_composed_names(source, path)
+
+
+def open_unlabelled(path: Path) -> tuple[Part, list[str], list[str]]:
+    """All images at `path`, whatever its folders are named: the images, a name for each, and notes about files that are
+    not used. The labels of the part are all 0. UserError as for `open_source`."""
+    if path.suffix.lower() == ".npz" and not path.is_dir():
+        source = read_npz(path)
+        part = source.train if source.test is None else source.train.join(source.test)
+        return part, [str(row) for row in range(len(part))], list(source.notes)
+    tree = _unwrapped(open_tree(path))
+    names = [name for name in tree.names if not is_document(name)]
+    if not names:
+        raise UserError(f"{path}: empty, there are no images in it")
+    documents = [name for name in tree.names if is_document(name)]
+    notes = [*tree.notes, *left_out(documents, "no image")]
+    part = FilePart(tree, names, np.zeros(len(names), np.int64))
+    return part, names, [f"{path.name}: {note}" for note in notes]
 
 
 def _open_tree(path: Path, quirks: SourceQuirks) -> Source:

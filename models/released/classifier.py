@@ -54,9 +54,17 @@ class ClassifierFile:
 
 
 @torch.no_grad()
-def logits_of(classifier: nn.Module, images: np.ndarray, device: str, batch_size: int = 256) -> np.ndarray:
-    """(N, C, H, W) uint8, N > 0 -> (N, K) float32."""
-    starts = progress(range(0, len(images), batch_size), "released classifier", unit="batch")
+def logits_of(
+    classifier: nn.Module,
+    images: np.ndarray,
+    device: str,
+    description: str | None = None,
+    batch_size: int = 256,
+) -> np.ndarray:
+    """(N, C, H, W) uint8, N > 0 -> (N, K) float32. No description: no progress bar."""
+    starts = range(0, len(images), batch_size)
+    if description is not None:
+        starts = progress(starts, description, unit="batch")
     parts = [classifier(to_float(images[start : start + batch_size], device)) for start in starts]
     return torch.cat(parts).float().cpu().numpy()
 
