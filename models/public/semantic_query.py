@@ -17,7 +17,9 @@ from torch import nn
 
 from data.cache import public_cache
 from data.spec import DataSpec, PublicData
+from models.linear.features import FeatureMap
 from models.nn.resnet import CLASSIFIERS
+from models.public import prototypes
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Ledger
 from opacus_ext.private_data import PrivateData
@@ -40,16 +42,18 @@ QUERY_ANSWER = "pretrain/semantic_query.json"
 
 @dataclass(frozen=True)
 class QueryConfig:
-    network: str  # resnet50 (CIFAR style) or small_cnn
-    image_size: int  # pixels that the classifier sees
+    network: (
+        str  # resnet50 (CIFAR style), small_cnn, or efficientnet_lite0, which is published and not trained
+    )
+    image_size: int  # pixels that the classifier sees; efficientnet_lite0 has its own
     n_epochs: int
     batch_size: int
     lr: float  # SGD with momentum 0.9 and a cosine schedule
     weight_decay: float
 
     def __post_init__(self) -> None:
-        if self.network not in CLASSIFIERS:
-            raise unknown("pretrain.query.network", self.network, CLASSIFIERS)
+        if self.network not in (*CLASSIFIERS, prototypes.NETWORK):
+            raise unknown("pretrain.query.network", self.network, (*CLASSIFIERS, prototypes.NETWORK))
         for field in ("image_size", "n_epochs", "batch_size"):
             check(getattr(self, field) > 0, f"pretrain.query.{field}", getattr(self, field), "at least 1")
 
@@ -80,7 +84,8 @@ class SemanticQuery:
     reuse it with public_data.selective.semantic_path, which books the same cost on their ledger.
 
     The classifier is the one after the last epoch, of all public images; the published one is the best of all epochs
-    on public images held out for that. Its learning rate ends at 0, so that the last epochs hardly differ.
+    on public images held out for that. Its learning rate ends at 0, so that the last epochs hardly differ. With
+    network=efficientnet_lite0 it is the nearest class mean in published features (models/public/prototypes.py).
     """
 
     def __init__(
@@ -107,6 +112,9 @@ class SemanticQuery:
         """Of training the classifier on the public set, unless it is in the cache, and of the private images' votes."""
         config, rows = self.config, batch_rows(self.config.image_size)
         device = self.runtime.device
+        if self._is_published:
+            text = f"features of {num_images} public images, and {self.spec.num_train:,} votes"
+            return Cost(QUERY, text, (num_images + self.spec.num_train) * self._seconds_of_features())
         classifier = CLASSIFIERS[config.network](self.spec.channels, num_classes).to(device)
         images = torch.zeros(rows, self.spec.channels, config.image_size, config.image_size, device=device)
         seconds = seconds_of(lambda: classifier(images).sum().backward()) / rows
@@ -164,7 +172,7 @@ class SemanticQuery:
         @torch.no_grad()
         def votes(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             parts = [
-                classifier(_resized(part, self.config.image_size)).topk(self.words, dim=1).indices
+                classifier(self._as_input(part)).topk(self.words, dim=1).indices
                 for part in images.split(self.selective.batch_size)
             ]
             return torch.cat(parts) if parts else labels.new_zeros(0, self.words)
@@ -172,8 +180,12 @@ class SemanticQuery:
         return private.noisy_histogram(QUERY, votes, num_public, self.words, by_class=True).cpu().numpy()
 
     def _classifier(self, public: PublicData) -> nn.Module:
-        """The query classifier, trained on public data or read from the cache (keyed by data and configuration), by the
-        main process for all."""
+        """The query classifier: a published one, or one that is trained on public data or read from the cache (keyed by
+        data and configuration), by the main process for all."""
+        if self._is_published:
+            classifier = prototypes.Prototypes(public, self.spec, self.runtime)
+            distributed.copy_from_main(classifier.state_dict().values())
+            return classifier
         with self.runtime.seeded("query classifier"):
             channels = public.samples.images.shape[1]
             classifier = CLASSIFIERS[self.config.network](channels, public.num_classes).to(
@@ -184,6 +196,19 @@ class SemanticQuery:
                 self._train_or_read(classifier, public)
         distributed.copy_from_main(classifier.state_dict().values())
         return classifier.eval()
+
+    @property
+    def _is_published(self) -> bool:
+        return self.config.network == prototypes.NETWORK
+
+    def _as_input(self, images: torch.Tensor) -> torch.Tensor:
+        return images if self._is_published else _resized(images, self.config.image_size)
+
+    def _seconds_of_features(self) -> float:
+        """Per image, measured."""
+        features = FeatureMap(prototypes.FEATURES, self.spec, self.runtime.weights_root, self.runtime.device)
+        blank = torch.zeros(8, *self.spec.image_shape, device=self.runtime.device)
+        return seconds_of(lambda: features(blank)) / 8
 
     def _train_or_read(self, classifier: nn.Module, public: PublicData) -> None:
         cached = self._cache_path(public)
