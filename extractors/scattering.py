@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 SCALES, ANGLES = 2, 8  # J and L
 STEP = 2**SCALES  # pixels between two positions at which coefficients are kept
 NUM_CHANNELS = 1 + SCALES * ANGLES + ANGLES**2 * SCALES * (SCALES - 1) // 2  # of one colour channel: 81
+AT_ONCE = 32  # images, whose coefficients fit into the cache of a processor
 GROUPS = 27  # of the group norm (Tramèr and Boneh 2021, arXiv:2011.11660, section 3)
 
 
@@ -31,12 +32,13 @@ class ScatteringExtractor:
     def __init__(self, spec: DataSpec, weights_root: Path, device: str) -> None:
         import torch
 
-        self.identity = f"v1, J={SCALES}, L={ANGLES}, {GROUPS} groups"
+        self.identity = f"v2, J={SCALES}, L={ANGLES}, {GROUPS} groups"
         self.info = {"J": str(SCALES), "L": str(ANGLES)}
         self.device = device
         height = spec.resolution + -spec.resolution % STEP + 2 * STEP
         lowpass, bands = filter_bank(height)
         self._lowpass = torch.tensor(lowpass, dtype=torch.float32, device=device)
+        self._lowpass_at_half = 4 * _every(self._lowpass, 2)
         self._bands = torch.tensor(bands, dtype=torch.float32, device=device)  # (J, L, H, W)
 
     @classmethod
@@ -47,8 +49,8 @@ class ScatteringExtractor:
         import torch
 
         with torch.no_grad():
-            scattered = self._scatter(to_float(images, self.device))
-            return torch.nn.functional.group_norm(scattered, GROUPS).flatten(1), None
+            parts = [self._scatter(to_float(part, self.device)) for part in images.split(AT_ONCE)]
+            return torch.nn.functional.group_norm(torch.cat(parts), GROUPS).flatten(1), None
 
     def _scatter(self, images: "torch.Tensor") -> "torch.Tensor":
         """(B, C, H, W) in [-1, 1] -> (B, 81 C, H/4, W/4), the coefficients before normalisation."""
@@ -57,28 +59,38 @@ class ScatteringExtractor:
         extra = -images.shape[2] % STEP
         padded = torch.nn.functional.pad(images, (STEP, STEP + extra, STEP, STEP + extra), mode="reflect")
         spectrum = torch.fft.fft2(padded)
-        coefficients = [self._average(spectrum)[:, :, None]]
-        # (B, C, L, H, W) each
-        first = [torch.fft.fft2(self._modulus(spectrum, band)) for band in self._bands]
-        coefficients += [self._average(order) for order in first]
-        second = torch.fft.fft2(self._modulus(first[0], self._bands[1]))  # (B, C, L, L, H, W)
-        coefficients.append(self._average(second).flatten(2, 3))
+        whole, half = self._lowpass, self._lowpass_at_half
+        # (B, C, L, H, W), and for the coarser wavelets, which carry no finer detail, at every other pixel
+        fine = torch.fft.fft2(self._modulus(spectrum, self._bands[0], 1))
+        coarse = torch.fft.fft2(self._modulus(spectrum, self._bands[1], 2))
+        second = torch.fft.fft2(self._modulus(fine, self._bands[1], 2))  # (B, C, L, L, H / 2, W / 2)
+        coefficients = [self._average(spectrum, whole, STEP)[:, :, None], self._average(fine, whole, STEP)]
+        coefficients += [
+            self._average(coarse, half, STEP // 2),
+            self._average(second, half, STEP // 2).flatten(2, 3),
+        ]
         return torch.cat(coefficients, dim=2).flatten(1, 2)
 
-    def _modulus(self, spectrum: "torch.Tensor", band: "torch.Tensor") -> "torch.Tensor":
+    @staticmethod
+    def _modulus(spectrum: "torch.Tensor", bands: "torch.Tensor", step: int) -> "torch.Tensor":
+        """|x * band| at every `step`-th pixel, for each of the bands."""
         import torch
 
-        return torch.fft.ifft2(spectrum[..., None, :, :] * band).abs()
+        return torch.fft.ifft2(_every(spectrum[..., None, :, :] * bands, step)).abs()
 
-    def _average(self, spectrum: "torch.Tensor") -> "torch.Tensor":
-        """Low-pass filter and keep every fourth position, without the padding. In the frequency domain keeping every
-        fourth position means adding up the frequencies that then look alike."""
+    @staticmethod
+    def _average(spectrum: "torch.Tensor", lowpass: "torch.Tensor", step: int) -> "torch.Tensor":
+        """Low-pass filter and keep every `step`-th pixel, without the padding."""
         import torch
 
-        height, width = spectrum.shape[-2] // STEP, spectrum.shape[-1] // STEP
-        filtered = (spectrum * self._lowpass).unflatten(-1, (STEP, width)).sum(-2)
-        folded = filtered.unflatten(-2, (STEP, height)).sum(-3) / STEP**2
-        return torch.fft.ifft2(folded).real[..., 1:-1, 1:-1]
+        return torch.fft.ifft2(_every(spectrum * lowpass, step)).real[..., 1:-1, 1:-1]
+
+
+def _every(spectrum: "torch.Tensor", step: int) -> "torch.Tensor":
+    """The spectrum (..., H / step, W / step) of every `step`-th pixel: the frequencies that then look alike add up."""
+    height, width = spectrum.shape[-2] // step, spectrum.shape[-1] // step
+    columns = spectrum.unflatten(-1, (step, width)).sum(-2)
+    return columns.unflatten(-2, (step, height)).sum(-3) / step**2
 
 
 @functools.lru_cache(maxsize=4)

@@ -52,9 +52,13 @@ def test_coefficients_follow_their_definition():
     lowpass, bands = filter_bank(len(padded))
     first = [[np.abs(convolved(padded, band)) for band in bands[scale]] for scale in range(SCALES)]
     second = [np.abs(convolved(one, band)) for one in first[0] for band in bands[1]]
-    layers = [padded, *first[0], *first[1], *second]
+    # Layers of the coarser wavelets are kept at every other pixel, and averaged with the filter at these pixels.
+    half = np.fft.fft2(4 * np.fft.ifft2(lowpass)[::2, ::2])
+    coarse = [layer[::2, ::2] for layer in (*first[1], *second)]
+    inner, inner_half = slice(STEP, -STEP, STEP), slice(STEP // 2, -STEP // 2, STEP // 2)
     expected = np.stack(
-        [convolved(layer, lowpass).real[STEP:-STEP:STEP, STEP:-STEP:STEP] for layer in layers]
+        [convolved(layer, lowpass).real[inner, inner] for layer in (padded, *first[0])]
+        + [convolved(layer, half).real[inner_half, inner_half] for layer in coarse]
     )
     found = extractor(8)._scatter(to_float(picture))[0]
     assert found.shape[0] == NUM_CHANNELS == 1 + SCALES * ANGLES + ANGLES**2
