@@ -1,9 +1,12 @@
 """Compose the parts of a run from its configuration: data spec, ledger, method, evaluator. Reads no image."""
 
 import dataclasses
+from pathlib import Path
 
-from data.apart import require_apart
+from data.apart import require_apart, training_set_of
 from data.cache import CACHE_NAME
+from data.in_distribution import require_agreement, require_class_count, require_use
+from data.locations import IN_DISTRIBUTION, is_in_distribution
 from data.public import misfit, num_public_classes
 from data.sensitive import private_cache, spec_of
 from data.spec import DataSpec
@@ -12,11 +15,16 @@ from models import METHODS
 from models.synthesizer import Synthesizer
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Budget, Ledger, default_delta, weak_delta
+from pipeline.record import values_of
 from utils.config import COMMAND_LINE, Config
+from utils.config_files import flatten
 from utils.device import prepare_device
 from utils.errors import UserError
 from utils.memory import require_memory
 from utils.runtime import Runtime, log
+
+# What decides which records of a set are declared public.
+PUBLIC_SHARE = tuple(f"sensitive_data.{key}" for key in ("num_public", "public_seed", "num_train"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,9 @@ def compose(config: Config, plan: list[Release] | None = None) -> Parts:
     UserError."""
     for line in config.notes:
         log.info(line)
+    require_use(config.method, config.sensitive_data, hasattr(config.method_config, "public_data"))
+    require_agreement(config.public_data, config.sensitive_data)
+    require_same_public_share(config)
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
     for line in lines:
         log.info(line)
@@ -54,6 +65,7 @@ def compose(config: Config, plan: list[Release] | None = None) -> Parts:
     )
     evaluator = _evaluator(config, spec, runtime.device)  # before the method is built: unknown names fail now
     synthesizer = _synthesizer(config, spec, runtime)
+    require_use(config.method, config.sensitive_data, synthesizer.learns_from_public_images)
     for line in [*_misfit_lines(config, spec, synthesizer), *_ineffective_lines(config, synthesizer)]:
         log.info(line)
     if config.sensitive_data.name is None:
@@ -81,7 +93,10 @@ def _evaluator(config: Config, spec: DataSpec, device: str) -> Evaluator:
 def _synthesizer(config: Config, spec: DataSpec, runtime: Runtime) -> Synthesizer:
     method_config = config.method_config
     if hasattr(method_config, "public_data"):
-        known = num_public_classes(method_config.public_data, config.data_root)
+        if is_in_distribution(config.public_data):
+            known = require_class_count(config.public_data, spec)
+        else:
+            known = num_public_classes(method_config.public_data, config.data_root)
         public = dataclasses.replace(method_config.public_data, n_classes=known)
         method_config = dataclasses.replace(method_config, public_data=public)
     return METHODS.resolve(config.method)(method_config, spec, runtime)
@@ -100,6 +115,10 @@ def _ineffective_lines(config: Config, synthesizer: Synthesizer) -> list[str]:
     if config.eval.mode != "val":
         why = f"no private image is held out with eval.mode={config.eval.mode}"
         idle = {**idle, "eval.selection_epsilon": why, "sensitive_data.num_val": why}
+    if not config.sensitive_data.num_public:
+        idle["sensitive_data.public_seed"] = "no image is declared public (sensitive_data.num_public=0)"
+    if is_in_distribution(config.public_data):
+        idle["public_data.per_class"] = "sensitive_data.num_public states how many images are public"
     return ineffective_settings(config.provenance, idle)
 
 
@@ -112,6 +131,26 @@ def ineffective_settings(provenance: dict[str, str], idle: dict[str, str]) -> li
         for name, why in idle.items()
         if f"{key}.".startswith(f"{name}.")
     ]
+
+
+def require_same_public_share(config: Config) -> None:
+    """Raise UserError if the run starts from the checkpoint of a run that learned from other records of the same set as
+    public ones: some of them would be private here, although nothing protects them any more."""
+    now = flatten(config.snapshot)
+    for key, path in now.items():
+        if not key.endswith(".ckpt") or path is None:
+            continue
+        name = config.sensitive_data.name
+        folders = [folder for folder in Path(path).resolve().parents if training_set_of(folder) is not None]
+        if not folders or name is None or training_set_of(folders[0]) != name:
+            continue
+        before = values_of(folders[0])
+        if before.get(PUBLIC_SHARE[0]) and any(before.get(share) != now[share] for share in PUBLIC_SHARE):
+            settings = " ".join(f"{share}={before.get(share)}" for share in PUBLIC_SHARE)
+            raise UserError(
+                f"{key}: {path} was trained on images of {name} that were declared public, and would be private here; "
+                f"give {settings} public_data.name={IN_DISTRIBUTION}"
+            )
 
 
 def require_public_only(method: str, synthesizer: Synthesizer) -> None:

@@ -18,7 +18,10 @@ from utils.runtime import log
 # Flags next to --resume_exp that belong to this call and not to the run.
 OF_THIS_CALL = {"exp_root", "dry_run", "print_config"}
 # Another value than that of the run would let eval.mode=val query training images, or account for the query wrongly.
-FIXED = ("sensitive_data.num_train", "sensitive_data.num_val", "privacy.relation")
+FIXED = (
+    "sensitive_data.num_train", "sensitive_data.num_val", "sensitive_data.num_public", "sensitive_data.public_seed",
+    "privacy.relation",
+)  # fmt: skip
 # Sections and keys that an evaluation uses.
 USED = ("eval", "sensitive_data", "privacy", "setup", "seed", "preset")
 SAMPLING_ONLY = ("model.ckpt", "pretrain.n_epochs", "train.n_epochs")
