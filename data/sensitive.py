@@ -20,7 +20,7 @@ from data.registry import EMBEDDED_NUM_TRAIN, EMBEDDED_SENSITIVE, known_set, pre
 from data.spec import DataSpec, Samples
 from data.splits import public_share, training_subset, validation_split
 from utils.errors import UserError
-from utils.sections import SensitiveDataConfig
+from utils.sections import SensitiveDataConfig, check
 
 ROWS_AT_ONCE = 4096  # copied at a time when a split of mapped images is written to disk
 
@@ -262,10 +262,9 @@ def _public_rows(
             f"public and private images; prepare the images of other people with --public, and give them as "
             f"public_data.name=<name>"
         )
-    if num_public >= num_used:
-        raise UserError(f"{key}: {num_public} is not allowed; there are only {num_used} training images")
     labels = _train_labels(section, folder, meta)
     if labels is None:
+        check(num_public < num_used, key, num_public, f"below {num_used}, the number of training images")
         return None
     labels = labels[training_subset(available, num_used)]
     counts = np.bincount(labels, minlength=num_classes)
