@@ -1,4 +1,4 @@
-"""In-distribution public data: sensitive_data.num_public records leave the private set, and methods pretrain on them."""
+"""In-distribution public data: sensitive_data.num_public records leave the private set; methods pretrain on them."""
 
 import dataclasses
 
