@@ -1,9 +1,11 @@
 """In-distribution public data: sensitive_data.num_public records leave the private set; methods pretrain on them."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from test_data_loading import own_section, public_section, sensitive_section, write_set
 from tiny_runs import arguments, call, data_root, strict_json
 
@@ -18,10 +20,13 @@ from data.splits import public_share
 from models import METHODS
 from opacus_ext.card import privacy_card
 from opacus_ext.ledger import Budget, Ledger, default_delta
-from opacus_ext.private_data import PrivateData
+from opacus_ext.private_data import PrivateData, records_of
 from pipeline.compose import compose
+from pipeline.training import load_images
+from utils.artefacts import CARD
 from utils.config import load_config
 from utils.errors import FieldError, UserError
+from utils.images import to_uint8
 
 SHARE = ("public_data.name=in_distribution", "sensitive_data.num_public=60")
 STARTS = {  # methods that pretrain, with what they need for it
@@ -217,6 +222,19 @@ def test_methods_pretrain_on_the_share_and_never_see_it_as_private(
     assert len(synthesizer.generate(6)) == 6
 
 
+def test_a_run_trains_on_the_rest_alone():
+    """The public images and those behind the ledger are together the training part, each once."""
+    parts = composed("PDP-Diffusion", *SHARE)
+    images = load_images(parts)
+    everything = load_sensitive(sensitive_section("digits_8"), "syn", data_root()).train
+    batches = [batch for batch, _ in records_of(images.private).batches(slice(0, 1437))]
+    rest = to_uint8(torch.cat(batches))
+    assert (len(rest), len(images.public), parts.spec.num_train) == (1377, 60, 1377)
+    found = Counter(image.tobytes() for part in (rest, images.public.samples.images) for image in part)
+    assert found == Counter(image.tobytes() for image in everything.images)
+    assert np.bincount(images.public.samples.labels).tolist() == [6] * 10
+
+
 def test_a_run_records_its_share_and_resumes_with_no_other(tmp_path):
     more = [
         *SHARE,
@@ -233,10 +251,7 @@ def test_a_run_records_its_share_and_resumes_with_no_other(tmp_path):
     assert (public["name"], public["images"], public["classes"]) == ("in_distribution", 60, 10)
     assert (public["of_private_set"], public["public_seed"]) == ("digits_8", 0)
     assert any("60" in line and "public_seed=0" in line for line in privacy["assumptions"])
-    card = (
-        (done.folder / "privacy_card.md").read_text() if (done.folder / "privacy_card.md").exists() else None
-    )
-    card = card or privacy_card(privacy)
+    card = (done.folder / CARD).read_text()
     assert "60 training images of digits_8" in card and "Nothing protects them" in card and "distinct" in card
     for other in ("sensitive_data.num_public=70", "sensitive_data.public_seed=1"):
         name = other.partition("=")[0]
