@@ -46,7 +46,7 @@ def compose(config: Config, plan: list[Release] | None = None) -> Parts:
         log.info(line)
     require_use(config.method, config.sensitive_data, hasattr(config.method_config, "public_data"))
     require_agreement(config.public_data, config.sensitive_data)
-    require_same_public_share(config)
+    starts_from_share = has_checkpoint_of_public_share(config)
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
     for line in lines:
         log.info(line)
@@ -65,7 +65,8 @@ def compose(config: Config, plan: list[Release] | None = None) -> Parts:
     )
     evaluator = _evaluator(config, spec, runtime.device)  # before the method is built: unknown names fail now
     synthesizer = _synthesizer(config, spec, runtime)
-    require_use(config.method, config.sensitive_data, synthesizer.learns_from_public_images)
+    learns = synthesizer.learns_from_public_images or starts_from_share
+    require_use(config.method, config.sensitive_data, learns)
     for line in [*_misfit_lines(config, spec, synthesizer), *_ineffective_lines(config, synthesizer)]:
         log.info(line)
     if config.sensitive_data.name is None:
@@ -133,10 +134,13 @@ def ineffective_settings(provenance: dict[str, str], idle: dict[str, str]) -> li
     ]
 
 
-def require_same_public_share(config: Config) -> None:
-    """Raise UserError if the run starts from the checkpoint of a run that learned from other records of the same set as
-    public ones: some of them would be private here, although nothing protects them any more."""
-    now = flatten(config.snapshot)
+def has_checkpoint_of_public_share(config: Config) -> bool:
+    """True if the run starts from a checkpoint that learned from records of this set that were declared public.
+
+    UserError unless the same ones are declared public here: others would count as private, although nothing protects
+    them any more. The settings of the earlier run are in the folder of its checkpoint.
+    """
+    now, found = flatten(config.snapshot), False
     for key, path in now.items():
         if not key.endswith(".ckpt") or path is None:
             continue
@@ -145,12 +149,16 @@ def require_same_public_share(config: Config) -> None:
         if not folders or name is None or training_set_of(folders[0]) != name:
             continue
         before = values_of(folders[0])
-        if before.get(PUBLIC_SHARE[0]) and any(before.get(share) != now[share] for share in PUBLIC_SHARE):
+        if not before.get(PUBLIC_SHARE[0]):
+            continue
+        found = True
+        if any(before.get(share) != now[share] for share in PUBLIC_SHARE):
             settings = " ".join(f"{share}={before.get(share)}" for share in PUBLIC_SHARE)
             raise UserError(
                 f"{key}: {path} was trained on images of {name} that were declared public, and would be private here; "
                 f"give {settings} public_data.name={IN_DISTRIBUTION}"
             )
+    return found
 
 
 def require_public_only(method: str, synthesizer: Synthesizer) -> None:

@@ -21,7 +21,7 @@ from models import METHODS
 from opacus_ext.card import privacy_card
 from opacus_ext.ledger import Budget, Ledger, default_delta
 from opacus_ext.private_data import PrivateData, records_of
-from pipeline.compose import compose
+from pipeline.compose import compose, has_checkpoint_of_public_share
 from pipeline.training import load_images
 from utils.artefacts import CARD
 from utils.config import load_config
@@ -277,6 +277,9 @@ def test_a_checkpoint_that_learned_from_public_records_binds_the_next_run(tmp_pa
     for other in (more, more[:1]):
         refusal = call(run_program.main, arguments("PDP-Diffusion", tmp_path, *other)).refusal
         assert "model.ckpt" in refusal and "num_public=60" in refusal
+    same = load_config(arguments("PDP-Diffusion", tmp_path, more[0], *SHARE), METHODS)
+    assert has_checkpoint_of_public_share(same)
+    assert not has_checkpoint_of_public_share(load_config(arguments("PDP-Diffusion", tmp_path), METHODS))
 
 
 def test_dry_run_counts_the_share(tmp_path):
