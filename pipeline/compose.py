@@ -145,7 +145,9 @@ def has_checkpoint_of_public_share(config: Config) -> bool:
         if not key.endswith(".ckpt") or path is None:
             continue
         name = config.sensitive_data.name
-        folders = [folder for folder in Path(path).resolve().parents if training_set_of(folder) is not None]
+        folders = [
+            folder for folder in Path(path).resolve().parents[:3] if training_set_of(folder) is not None
+        ]
         if not folders or name is None or training_set_of(folders[0]) != name:
             continue
         before = values_of(folders[0])
