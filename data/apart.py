@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
-from data.locations import has_public_images, is_embedded, public_folders, sensitive_folder
+from data.locations import (
+    has_public_images,
+    is_embedded,
+    is_in_distribution,
+    public_folders,
+    sensitive_folder,
+)
 from data.prepared import is_prepared, read_meta
 from utils.artefacts import CONFIG, PRIVACY
 from utils.config_files import flatten, read_yaml
@@ -13,9 +19,10 @@ from utils.sections import PublicDataConfig, SensitiveDataConfig
 def require_apart(public: PublicDataConfig, section: SensitiveDataConfig, data_root: Path) -> None:
     """Raise UserError if the public data are the private images, or the output of a run on private images.
 
-    Output of a run is not public, because the ledger would not include the privacy cost of that run.
+    Output of a run is not public, because the ledger would not include the privacy cost of that run. Records of the
+    private set that are declared public are no breach: they left it, and come from no folder of their own.
     """
-    if not has_public_images(public):
+    if not has_public_images(public) or (is_in_distribution(public) and public.train_path is None):
         return
     named = public.train_path is None
     if not is_embedded(section):

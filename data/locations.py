@@ -6,6 +6,8 @@ from data.prepared import is_prepared
 from data.registry import EMBEDDED_SENSITIVE
 from utils.sections import PublicDataConfig, SensitiveDataConfig
 
+IN_DISTRIBUTION = "in_distribution"  # public_data.name of the private records that are declared public
+
 
 def is_embedded(section: SensitiveDataConfig) -> bool:
     """True for a sensitive set that comes with the toolkit."""
@@ -20,6 +22,11 @@ def sensitive_folder(section: SensitiveDataConfig, data_root: Path) -> Path:
 def has_public_images(section: PublicDataConfig) -> bool:
     """False without public data, and for central_*, whose images the method makes from private queries."""
     return section.name is not None and not section.name.startswith("central_")
+
+
+def is_in_distribution(section: PublicDataConfig) -> bool:
+    """True if the public images are those records of the private set that sensitive_data.num_public declares public."""
+    return section.name == IN_DISTRIBUTION
 
 
 def public_folders(section: PublicDataConfig, data_root: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from data.groups import (
     require_form,
 )
 from data.labels import compose_names, resolve
+from data.locations import IN_DISTRIBUTION
 from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta
 from data.readers.layouts import open_source
 from data.readers.source import ArrayPart, Part, Source
@@ -184,6 +185,11 @@ def _refuse_mixed(forms: Counter, name: str) -> None:
 def _require_preparable(data_name: str) -> None:
     if data_name in EMBEDDED_SENSITIVE or data_name in EMBEDDED_PUBLIC:
         raise UserError(f"{data_name} is embedded: there is nothing to prepare")
+    if data_name == IN_DISTRIBUTION:
+        raise UserError(
+            f"--data_name: {data_name} stands for the images that sensitive_data.num_public declares public; give "
+            f"another name"
+        )
     require_allowed_name("--data_name", data_name)
 
 

@@ -239,15 +239,24 @@ def read_groups(folder: Path, meta: PreparedMeta) -> np.ndarray | None:
     return _read_array(folder / GROUPS_NAME, np.int64, (meta.num_train,), meta)
 
 
+def read_train_labels(folder: Path, meta: PreparedMeta) -> np.ndarray:
+    """(num_train,) int64: the labels of the training part, checked like those of `read_prepared`. Reads no image."""
+    return _read_labels(folder, meta, "train", meta.num_train)
+
+
 def _read_part(folder: Path, meta: PreparedMeta, part: str, count: int) -> Samples:
     shape = (count, meta.channels, meta.resolution, meta.resolution)
     images = _read_array(folder / f"{part}_images.npy", np.uint8, shape, meta)
+    return Samples(images, _read_labels(folder, meta, part, count))
+
+
+def _read_labels(folder: Path, meta: PreparedMeta, part: str, count: int) -> np.ndarray:
     path = folder / f"{part}_labels.npy"
     labels = _read_array(path, np.int64, (count,), meta)
     low, high, last = labels.min(), labels.max(), len(meta.class_names) - 1
     if low < 0 or high > last:
         raise UserError(f"{path}: labels run from {low} to {high}; allowed are 0 to {last}")
-    return Samples(images, labels)
+    return labels
 
 
 def _read_array(path: Path, dtype: type, shape: tuple[int, ...], meta: PreparedMeta) -> np.ndarray:

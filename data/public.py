@@ -8,7 +8,7 @@ import numpy as np
 
 from data.cache import CACHE_NAME, public_cache
 from data.convert import resized, to_channels
-from data.locations import has_public_images, public_folders
+from data.locations import has_public_images, is_in_distribution, public_folders
 from data.prepare import Target, convert_source
 from data.prepared import Prepared, is_prepared, new_prepared, read_meta, read_prepared, sha256_of
 from data.readers.layouts import open_source
@@ -47,7 +47,7 @@ def load_public(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> P
 
 def misfit(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> str | None:
     """One line if names and numbers indicate that the public set is of another kind than the private images."""
-    if not has_public_images(section):
+    if not has_public_images(section) or is_in_distribution(section):
         return None
     reasons = []
     if section.name in EMBEDDED_PUBLIC:
@@ -73,6 +73,7 @@ def require_public(section: PublicDataConfig, data_root: Path) -> None:
     """Raise UserError, with the command that helps, if public images are missing. Opens no image."""
     if (
         not has_public_images(section)
+        or is_in_distribution(section)
         or section.name in EMBEDDED_PUBLIC
         or public_folders(section, data_root)
     ):

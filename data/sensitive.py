@@ -7,52 +7,78 @@ import numpy as np
 
 from data.cache import PrivateCache, private_places
 from data.locations import is_embedded, sensitive_folder
-from data.prepared import PreparedMeta, is_prepared, new_prepared, read_groups, read_meta, read_prepared
+from data.prepared import (
+    PreparedMeta,
+    is_prepared,
+    new_prepared,
+    read_groups,
+    read_meta,
+    read_prepared,
+    read_train_labels,
+)
 from data.registry import EMBEDDED_NUM_TRAIN, EMBEDDED_SENSITIVE, known_set, prepare_command
 from data.spec import DataSpec, Samples
-from data.splits import training_subset, validation_split
+from data.splits import public_share, training_subset, validation_split
 from utils.errors import UserError
-from utils.sections import SensitiveDataConfig
+from utils.sections import SensitiveDataConfig, check
 
 ROWS_AT_ONCE = 4096  # copied at a time when a split of mapped images is written to disk
 
 
 @dataclass(frozen=True)
 class SensitiveData:
-    """Private images and labels by part. `validation` is None unless eval.mode is val."""
+    """Images and labels by part. `validation` is None unless eval.mode is val.
+
+    `public` holds the records that sensitive_data.num_public declares public, which are in no other part; None if there
+    are none.
+    """
 
     train: Samples
     validation: Samples | None
     test: Samples
+    public: Samples | None = None
 
 
 @dataclass(frozen=True)
 class _Selection:
-    """Which training images a run uses: `num_used` of the `available` ones, of which `num_held_out` are for validation.
+    """Which training images a run uses: `num_used` of the `available` ones, of which `num_public` are declared public,
+    and of the others `num_held_out` are for validation.
 
     groups (num_used,): the group of every image that is used; None for a set that was prepared without groups.
+    public_rows (num_public,): sorted indices into the images that are used; None before the set is prepared.
     """
 
     available: int
     num_used: int
+    num_public: int
     num_held_out: int
     groups: np.ndarray | None
+    public_rows: np.ndarray | None
 
-    def rows(self, num_val: int) -> tuple[np.ndarray, np.ndarray]:
-        """(train rows, validation rows): sorted indices into the training part on disk."""
+    @property
+    def num_private(self) -> int:
+        return self.num_used - self.num_public - self.num_held_out
+
+    def rows(self, num_val: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(train rows, validation rows, public rows): sorted indices into the training part on disk."""
         used = training_subset(self.available, self.num_used)
-        if not self.num_held_out:
-            return used, used[:0]
-        train, held_out = validation_split(self.num_used, num_val, self.groups)
-        return used[train], used[held_out]
+        protected = np.setdiff1d(np.arange(self.num_used), self.public_rows, assume_unique=True)
+        train, held_out = protected, protected[:0]
+        if self.num_held_out:
+            train, held_out = (
+                protected[part] for part in validation_split(len(protected), num_val, self.groups)
+            )
+        return used[train], used[held_out], used[self.public_rows]
 
 
 def spec_of(section: SensitiveDataConfig, mode: str, data_root: Path) -> tuple[DataSpec, tuple[str, ...]]:
-    """The public facts of the data, and notes for the user. Reads YAML numbers and meta.json, no image.
+    """The public facts of the data, and notes for the user. Reads YAML numbers and meta.json, and the labels if
+    num_public is set; no image of a prepared set.
 
-    At most `section.num_train` of the images on disk are used; mode "val" holds out num_val of them. A note reports
-    the two counts if they differ. UserError if the disk contradicts the configuration in resolution, channels or
-    classes, if num_val leaves no training image, or if a custom set has not been prepared.
+    At most `section.num_train` of the images on disk are used; num_public of them are declared public, and mode "val"
+    holds out num_val of the others. A note reports the two counts if they differ, and the public share. UserError if
+    the disk contradicts the configuration in resolution, channels or classes, if the classes do not have num_public
+    records, if num_val leaves no training image, or if a custom set has not been prepared.
     """
     return _spec_of(section, mode, data_root, _read_meta(section, data_root))
 
@@ -67,13 +93,12 @@ def _spec_of(
         raise _not_prepared(section, folder, data_root)
     class_names = _class_names(section, meta)
     selection = _select(section, mode, folder, meta)
-    num_private = selection.num_used - selection.num_held_out
     spec = DataSpec(
         section.name or "none",
         section.resolution,
         section.num_channels,
         len(class_names),
-        num_private,
+        selection.num_private,
         class_names,
         "" if meta is None else meta.identity,
         section.path is None and (is_embedded(section) or known_set(section.name or "") is not None),
@@ -81,8 +106,10 @@ def _spec_of(
         num_unused=selection.available - selection.num_used,
         images_per_person=None if meta is None else meta.images_per_person,
         images_per_person_is="" if meta is None else meta.images_per_person_is,
+        num_public=selection.num_public,
+        public_seed=section.public_seed,
     )
-    return spec, _count_notes(section, selection.available, num_private)
+    return spec, (*_count_notes(section, selection), *_public_notes(section, selection))
 
 
 def num_test_images(section: SensitiveDataConfig, data_root: Path) -> int:
@@ -111,13 +138,20 @@ def load_sensitive(section: SensitiveDataConfig, mode: str, data_root: Path) -> 
     spec, _ = _spec_of(section, mode, data_root, meta)  # checks the configuration against the disk
     train, test = _load_parts(section, data_root, meta)
     selection = _select(section, mode, sensitive_folder(section, data_root), meta)
-    if selection.num_held_out == 0 and selection.num_used == len(train):
+    if selection.num_private == len(train):
         return SensitiveData(train, None, test)
-    train_rows, validation_rows = selection.rows(section.num_val)
+    train_rows, validation_rows, public_rows = selection.rows(section.num_val)
     cache = private_cache(section, data_root)
-    name = f"train-{selection.num_used}-without-{selection.num_held_out}-{spec.identity}"
-    kept = _take(train, train_rows, cache, name)
-    return SensitiveData(kept, train.take(validation_rows) if selection.num_held_out else None, test)
+    name = f"train-{selection.num_used}-without-{selection.num_held_out}"
+    if selection.num_public:
+        name += f"-public-{selection.num_public}-seed-{section.public_seed}"
+    kept = _take(train, train_rows, cache, f"{name}-{spec.identity}")
+    return SensitiveData(
+        kept,
+        train.take(validation_rows) if selection.num_held_out else None,
+        test,
+        train.take(public_rows) if selection.num_public else None,
+    )
 
 
 def private_cache(section: SensitiveDataConfig, data_root: Path) -> PrivateCache:
@@ -188,12 +222,15 @@ def _select(section: SensitiveDataConfig, mode: str, folder: Path, meta: Prepare
     else:
         available = EMBEDDED_NUM_TRAIN[section.name] if is_embedded(section) else section.num_train
     num_used = available if section.num_train is None else min(available, section.num_train)
+    num_public, public_rows = section.num_public, np.arange(0)
+    if num_public:
+        public_rows = _public_rows(section, available, num_used, folder, meta)
     if mode != "val":
-        return _Selection(available, num_used, 0, None)
-    _check_num_val(section, num_used)
+        return _Selection(available, num_used, num_public, 0, None, public_rows)
+    _check_num_val(section, num_used - num_public)
     groups = None if meta is None else read_groups(folder, meta)
     if groups is None:
-        return _Selection(available, num_used, section.num_val, None)
+        return _Selection(available, num_used, num_public, section.num_val, None, public_rows)
     groups = groups[training_subset(available, num_used)]
     held_out = len(validation_split(num_used, section.num_val, groups)[1])
     if held_out == 0:
@@ -201,7 +238,52 @@ def _select(section: SensitiveDataConfig, mode: str, folder: Path, meta: Prepare
             f"sensitive_data.num_val: {section.num_val} is smaller than half of every group, so no group can be held "
             f"out; give a larger number, or use eval.mode=syn, which holds out no image"
         )
-    return _Selection(available, num_used, held_out, groups)
+    return _Selection(available, num_used, num_public, held_out, groups, public_rows)
+
+
+def _public_rows(
+    section: SensitiveDataConfig, available: int, num_used: int, folder: Path, meta: PreparedMeta | None
+) -> np.ndarray | None:
+    """Indices, into the images that are used, of those that are declared public; None before the set is prepared.
+
+    UserError if num_public is no multiple of the number of classes, a class would have no private record left, or the
+    set was prepared with groups: a person would have images on both sides.
+    """
+    key, num_public = "sensitive_data.num_public", section.num_public
+    num_classes = len(_class_names(section, meta))
+    if num_public % num_classes:
+        raise UserError(
+            f"{key}: {num_public} is not allowed; it must be a multiple of the {num_classes} classes, for instance "
+            f"{key}={-(-num_public // num_classes) * num_classes}"
+        )
+    if meta is not None and meta.images_per_person is not None:
+        raise UserError(
+            f"{key}: {num_public} is not allowed for {folder}, which was prepared with --groups: a person would have "
+            f"public and private images; prepare the images of other people with --public, and give them as "
+            f"public_data.name=<name>"
+        )
+    labels = _train_labels(section, folder, meta)
+    if labels is None:
+        check(num_public < num_used, key, num_public, f"below {num_used}, the number of training images")
+        return None
+    labels = labels[training_subset(available, num_used)]
+    counts = np.bincount(labels, minlength=num_classes)
+    smallest = int(counts.argmin())
+    if num_public // num_classes >= counts[smallest]:
+        allowed = num_classes * max(0, int(counts[smallest]) - 1)
+        raise UserError(
+            f"{key}: {num_public} are {num_public // num_classes} of each of {num_classes} classes, but class "
+            f"'{_class_names(section, meta)[smallest]}' has {counts[smallest]} training images, of which one must stay "
+            f"private; at most {allowed} are possible"
+        )
+    return public_share(labels, num_public, num_classes, section.public_seed)
+
+
+def _train_labels(section: SensitiveDataConfig, folder: Path, meta: PreparedMeta | None) -> np.ndarray | None:
+    """The labels of the training part; None before the set is prepared."""
+    if is_embedded(section):
+        return EMBEDDED_SENSITIVE.resolve(section.name)()[0].labels
+    return None if meta is None else read_train_labels(folder, meta)
 
 
 def _check_num_val(section: SensitiveDataConfig, num_used: int) -> None:
@@ -213,7 +295,18 @@ def _check_num_val(section: SensitiveDataConfig, num_used: int) -> None:
         )
 
 
-def _count_notes(section: SensitiveDataConfig, available: int, num_private: int) -> tuple[str, ...]:
+def _public_notes(section: SensitiveDataConfig, selection: _Selection) -> tuple[str, ...]:
+    if not selection.num_public:
+        return ()
+    return (
+        f"{section.name}: {selection.num_public:,} of {selection.num_used:,} training images are declared public and "
+        f"have no protection (sensitive_data.num_public; which: by class, position and public_seed="
+        f"{section.public_seed}); N = {selection.num_private:,}",
+    )
+
+
+def _count_notes(section: SensitiveDataConfig, selection: _Selection) -> tuple[str, ...]:
+    available, num_private = selection.available, selection.num_private
     if section.num_train is None or section.num_train == available:
         return ()
     if section.num_train < available:

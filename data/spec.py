@@ -14,7 +14,8 @@ class DataSpec:
     which the settings of the presets were compared. `protocol`: which of the two published evaluation
     protocols its test classifiers follow, "standard" or "cifar". `num_unused`: training images that the run does
     not use. `images_per_person`: the largest number of training images of one person (or other group), declared or
-    observed when the images were prepared.
+    observed when the images were prepared. `num_public`: records of the set that were declared public, equally many
+    per class, chosen by `public_seed`; they are not among num_train.
     """
 
     name: str
@@ -29,6 +30,8 @@ class DataSpec:
     num_unused: int = 0
     images_per_person: int | None = None
     images_per_person_is: str = ""
+    num_public: int = 0
+    public_seed: int = 0
 
     def __post_init__(self) -> None:
         assert self.channels in (1, 3), self.channels

@@ -37,6 +37,19 @@ def training_subset(num_records: int, num_used: int) -> np.ndarray:
     return random_test_rows(num_records, num_used, "training subset")
 
 
+def public_share(labels: np.ndarray, num_public: int, num_classes: int, seed: int) -> np.ndarray:
+    """Sorted indices of the records that are declared public: of each class the first num_public / num_classes in a
+    permutation that depends on the seed and on the number of records alone.
+
+    `labels` (N,) decide only to which class a record counts; every class must have that many.
+    """
+    order = numpy_rng(seed, "public share").permutation(len(labels))
+    each = num_public // num_classes
+    chosen = [order[labels[order] == label][:each] for label in range(num_classes)]
+    assert all(len(rows) == each for rows in chosen), "a class has too few records"
+    return np.sort(np.concatenate(chosen))
+
+
 def validation_split(
     num_records: int, num_val: int, groups: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:

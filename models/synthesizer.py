@@ -103,6 +103,11 @@ class Synthesizer(abc.ABC):
         """Images of public_data are read for this method, if the configuration names any."""
         return True
 
+    @property
+    def learns_from_public_images(self) -> bool:
+        """With these settings public images have an effect, in this run or in that of the checkpoint it starts from."""
+        return self.uses_public_images
+
     def public_costs(self, num_images: int) -> list[Cost]:
         """Costs of learning from `num_images` public images, for --dry_run."""
         return []

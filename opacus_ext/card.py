@@ -227,7 +227,15 @@ def _made_from(report: dict) -> list[str]:
         return []
     public, overrides = report["public_data"], report["overrides"]
     found = "public images: none"
-    if public is not None:
+    if public is not None and "of_private_set" in public:
+        found = (
+            f"public images: **{public['images']:,} training images of {public['of_private_set']}** itself, declared "
+            f"public: the first {public['images'] // public['classes']} of each class in a fixed permutation "
+            f"(sensitive_data.public_seed={public['public_seed']}). **Nothing protects them**, and the samples may be "
+            f"copies of them. The private images are protected as far as records are distinct: a private image that "
+            f"is also among the public ones is public"
+        )
+    elif public is not None:
         found = (
             f"public images: **{public['name']}**, {public['images']:,} images in {public['classes']} classes; it "
             f"is assumed, not checked, that they are public and contain no private image"

@@ -257,6 +257,7 @@ class PrivateData:
             "assumptions": [
                 f"the number of records, {self.spec.num_train}, is public",
                 *_choice_of_records(self.spec),
+                *_public_share(self.spec),
                 f"the image size and the {self.spec.num_classes} classes are public",
                 "the hyperparameters: choosing them by looking at these records is not accounted for",
                 *([_TUNED_ON_THIS_SET] if self.spec.is_benchmark else []),
@@ -278,6 +279,19 @@ def _choice_of_records(spec: DataSpec) -> list[str]:
     return [
         f"which records are used: {spec.num_unused} more training images are left out, by position only "
         f"(sensitive_data.num_train)"
+    ]
+
+
+def _public_share(spec: DataSpec) -> list[str]:
+    """The assumption about records that were declared public."""
+    if not spec.num_public:
+        return []
+    each = spec.num_public // spec.num_classes
+    return [
+        f"which records are private: {spec.num_public} more of the training images were declared public "
+        f"(sensitive_data.num_public), of each class the first {each} in a permutation that depends on "
+        f"sensitive_data.public_seed={spec.public_seed} and the number of images; nothing protects them, and the "
+        f"guarantee is for this split as it is, because labels of private images have a part in it"
     ]
 
 

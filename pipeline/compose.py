@@ -1,10 +1,12 @@
 """Compose the parts of a run from its configuration: data spec, ledger, method, evaluator. Reads no image."""
 
 import dataclasses
+from pathlib import Path
 
-from data.apart import require_apart
+from data.apart import require_apart, training_set_of
 from data.cache import CACHE_NAME
-from data.locations import is_embedded
+from data.in_distribution import require_agreement, require_class_count, require_use
+from data.locations import IN_DISTRIBUTION, is_embedded, is_in_distribution
 from data.public import misfit, num_public_classes
 from data.registry import known_set
 from data.sensitive import private_cache, spec_of
@@ -15,11 +17,16 @@ from models import METHODS
 from models.synthesizer import Synthesizer
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Budget, Ledger, default_delta, weak_delta
+from pipeline.record import values_of
 from utils.config import COMMAND_LINE, Config, load_config
+from utils.config_files import flatten
 from utils.device import prepare_device
 from utils.errors import UserError
 from utils.memory import require_memory
 from utils.runtime import Runtime, log
+
+# What decides which records of a set are declared public.
+PUBLIC_SHARE = tuple(f"sensitive_data.{key}" for key in ("num_public", "public_seed", "num_train"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +75,9 @@ def _fits(config: Config, preset: str) -> bool:
 def _compose(config: Config, plan: list[Release] | None) -> tuple[Parts, list[str]]:
     """All parts, and lines for the user."""
     lines = list(config.notes)
+    require_use(config.method, config.sensitive_data, hasattr(config.method_config, "public_data"))
+    require_agreement(config.public_data, config.sensitive_data)
+    starts_from_share = has_checkpoint_of_public_share(config)
     spec, more = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
     lines += more
     require_apart(config.public_data, config.sensitive_data, config.data_root)
@@ -91,6 +101,8 @@ def _compose(config: Config, plan: list[Release] | None) -> tuple[Parts, list[st
             lines.append(f"{config.method} makes no images here; not computed: {', '.join(left_out)}")
         config = dataclasses.replace(config, eval=judged)
         evaluator = _evaluator(config, spec, runtime.device)
+    learns = synthesizer.learns_from_public_images or starts_from_share
+    require_use(config.method, config.sensitive_data, learns)
     lines += [*_misfit_lines(config, spec, synthesizer), *_ineffective_lines(config, synthesizer)]
     if config.sensitive_data.name is None:
         require_public_only(config.method, synthesizer)
@@ -117,7 +129,10 @@ def _evaluator(config: Config, spec: DataSpec, device: str) -> Evaluator:
 def _synthesizer(config: Config, spec: DataSpec, runtime: Runtime) -> Synthesizer:
     method_config = config.method_config
     if hasattr(method_config, "public_data"):
-        known = num_public_classes(method_config.public_data, config.data_root)
+        if is_in_distribution(config.public_data):
+            known = require_class_count(config.public_data, spec)
+        else:
+            known = num_public_classes(method_config.public_data, config.data_root)
         public = dataclasses.replace(method_config.public_data, n_classes=known)
         method_config = dataclasses.replace(method_config, public_data=public)
     return METHODS.resolve(config.method)(method_config, spec, runtime)
@@ -136,6 +151,10 @@ def _ineffective_lines(config: Config, synthesizer: Synthesizer) -> list[str]:
     if config.eval.mode != "val":
         why = f"no private image is held out with eval.mode={config.eval.mode}"
         idle = {**idle, "eval.selection_epsilon": why, "sensitive_data.num_val": why}
+    if not config.sensitive_data.num_public:
+        idle["sensitive_data.public_seed"] = "no image is declared public (sensitive_data.num_public=0)"
+    if is_in_distribution(config.public_data):
+        idle["public_data.per_class"] = "sensitive_data.num_public states how many images are public"
     return ineffective_settings(config.provenance, idle)
 
 
@@ -148,6 +167,35 @@ def ineffective_settings(provenance: dict[str, str], idle: dict[str, str]) -> li
         for name, why in idle.items()
         if f"{key}.".startswith(f"{name}.")
     ]
+
+
+def has_checkpoint_of_public_share(config: Config) -> bool:
+    """True if the run starts from a checkpoint that learned from records of this set that were declared public.
+
+    UserError unless the same ones are declared public here: others would count as private, although nothing protects
+    them any more. The settings of the earlier run are in the folder of its checkpoint.
+    """
+    now, found = flatten(config.snapshot), False
+    for key, path in now.items():
+        if not key.endswith(".ckpt") or path is None:
+            continue
+        name = config.sensitive_data.name
+        folders = [
+            folder for folder in Path(path).resolve().parents[:3] if training_set_of(folder) is not None
+        ]
+        if not folders or name is None or training_set_of(folders[0]) != name:
+            continue
+        before = values_of(folders[0])
+        if not before.get(PUBLIC_SHARE[0]):
+            continue
+        found = True
+        if any(before.get(share) != now[share] for share in PUBLIC_SHARE):
+            settings = " ".join(f"{share}={before.get(share)}" for share in PUBLIC_SHARE)
+            raise UserError(
+                f"{key}: {path} was trained on images of {name} that were declared public, and would be private here; "
+                f"give {settings} public_data.name={IN_DISTRIBUTION}"
+            )
+    return found
 
 
 def require_public_only(method: str, synthesizer: Synthesizer) -> None:

@@ -17,7 +17,10 @@ from utils.sections import SHARED_SECTIONS
 from utils.typed import leaf_types, unknown_key
 
 # Another value than that of the run would let eval.mode=val query training images, or account for the query wrongly.
-FIXED = ("sensitive_data.num_train", "sensitive_data.num_val", "privacy.relation")
+FIXED = (
+    "sensitive_data.num_train", "sensitive_data.num_val", "sensitive_data.num_public", "sensitive_data.public_seed",
+    "privacy.relation",
+)  # fmt: skip
 # Sections and keys that an evaluation uses.
 USED = ("eval", "sensitive_data", "privacy", "setup", "seed", "preset")
 SAMPLING_ONLY = ("model.ckpt", "pretrain.n_epochs", "train.n_epochs")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.locations import is_in_distribution
 from data.public import num_public_images, require_public
 from data.sensitive import num_test_images, require_prepared
 from data.spec import DataSpec
@@ -35,7 +36,9 @@ def dry_run(config: Config) -> Iterator[str]:
     yield from describe(config, parts.spec, parts.ledger, counts, evaluation_line(config))
     num_public = None
     if parts.synthesizer.uses_public_images:
-        num_public = num_public_images(config.public_data, config.data_root)
+        num_public = parts.spec.num_public
+        if not is_in_distribution(config.public_data):
+            num_public = num_public_images(config.public_data, config.data_root)
     costs = [] if num_public is None else parts.synthesizer.public_costs(num_public)
     evaluation = [] if parts.ledger is None else evaluation_costs_of(parts)
     costs += [] if parts.ledger is None else parts.synthesizer.costs()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.in_distribution import public_part
+from data.locations import is_in_distribution
 from data.public import load_public
 from data.samples_file import read_samples, write_samples
 from data.sensitive import SensitiveData, load_sensitive
@@ -103,13 +105,14 @@ def run(parts: Parts) -> int:
 
 
 def load_images(parts: Parts) -> Images:
-
     config, sensitive, private = parts.config, None, None
     with distributed.main_goes_first():  # public images are rendered or converted once
         if parts.ledger is not None:
             sensitive = load_sensitive(config.sensitive_data, config.eval.mode, config.data_root)
         public = None
-        if parts.synthesizer.uses_public_images:
+        if is_in_distribution(config.public_data):
+            public = public_part(sensitive.public, parts.spec)
+        elif parts.synthesizer.uses_public_images:
             public = load_public(config.public_data, parts.spec, config.data_root)
     # All processes draw the same Poisson samples, so they share the secret key.
     noise = distributed.from_main(lambda: NoiseSource(config.privacy.noise_seed))
@@ -200,6 +203,8 @@ def account_of(parts: Parts, folder: Path, images: Images) -> dict:
     described = None
     if public is not None:
         described = {"name": public.name, "images": len(public), "classes": public.num_classes}
+    if parts.spec.num_public:
+        described |= {"of_private_set": parts.spec.name, "public_seed": parts.spec.public_seed}
     return {
         **images.private.report(),
         "public_data": described,

@@ -445,6 +445,9 @@ def _facts_of_own_images(
         if not isinstance(value, int) or value < 1:
             return None
         facts[fact] = value
+    num_public = command.get("sensitive_data.num_public", written.get("sensitive_data.num_public"))
+    if isinstance(num_public, int):  # anything else is refused later
+        facts["N"] = max(1, facts["N"] - num_public)
     return facts
 
 

@@ -39,6 +39,10 @@ class SensitiveDataConfig:
     n_classes: int | None  # None: read from the prepared data (custom sets)
     num_train: int | None  # upper limit of training images, validation included; None: all
     num_val: int  # images held out of the training part when eval.mode=val
+    num_public: (
+        int  # training images, equally many per class, that are declared public and leave the private set
+    )
+    public_seed: int  # which ones
     class_names: list[str] | None  # in label order; None: from the prepared data
     path: str | None  # folder of prepared data; None: <data_root>/<name>
     prompt: str  # ImageReward prompt, "{}" stands for the class name
@@ -51,7 +55,8 @@ class SensitiveDataConfig:
         for field in ("n_classes", "num_train"):
             value = getattr(self, field)
             check_field(value is None or value > 0, field, value, "null or at least 1")
-        check_field(self.num_val >= 0, "num_val", self.num_val, "0 or more")
+        for field in ("num_val", "num_public", "public_seed"):
+            check_field(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,10 @@ class LatentDiffusion(DiffusionSynthesizer):
             "a public set, on which the autoencoder is trained, unless model.autoencoder or model.ckpt is given",
         )
 
+    @property
+    def learns_from_public_images(self) -> bool:
+        return super().learns_from_public_images or self.config.model.autoencoder is None
+
     # Seams
 
     @property

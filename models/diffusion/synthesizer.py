@@ -73,6 +73,10 @@ class DiffusionSynthesizer(StagedNetwork):
             warms_up=pretrain.warm_up.n_epochs > 0,
         )
 
+    @property
+    def learns_from_public_images(self) -> bool:
+        return self.config.pretrain.n_epochs > 0 or self.config.model.ckpt is not None
+
     def _flips(self) -> bool:
         """Public images may be mirrored."""
         return self.config.public_data.flip

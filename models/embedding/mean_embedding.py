@@ -357,6 +357,10 @@ class EmbeddingSynthesizer(Synthesizer):
         self.noisy_embedding = None if embedding is None else embedding.to(self.runtime.device)
         self.pretraining.load_state_dict(state["central"])
 
+    @property
+    def learns_from_public_images(self) -> bool:
+        return self.pretraining.used
+
     def idle_settings(self) -> dict[str, str]:
         idle = self.pretraining.idle_settings()
         if self.pretraining.central is not None:

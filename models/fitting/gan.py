@@ -38,6 +38,10 @@ class GAN(Staged, Synthesizer):
     def pretraining_plan(self) -> list[Release]:
         return self.pretraining.plan()
 
+    @property
+    def learns_from_public_images(self) -> bool:
+        return self.pretraining.used
+
     def idle_settings(self) -> dict[str, str]:
         return self.pretraining.idle_settings()
 
