@@ -6,6 +6,7 @@ METHODS = Registry(
     "method",
     {
         "Noise": "models.noop:Noise",
+        "IDPS": "models.idps:IDPS",
         "DP-Linear": "models.dp_linear:DPLinear",
         "DP-MERF": "models.dp_merf:DPMERF",
         "DP-NTK": "models.dp_ntk:DPNTK",

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.nn.discriminator import Discriminator, ProjectionHead
+from models.nn.wide_resnet import WSConv2d
 from opacus_ext.gradients.per_example import per_example_gradients
-from scripts.benchmarks.dpsgd.wide_resnet import WideResNetCritic, WSConv2d
+from scripts.benchmarks.dpsgd.wide_resnet import WideResNetCritic
 
 
 def count(network: nn.Module) -> int:

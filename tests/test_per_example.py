@@ -18,6 +18,7 @@ from models.diffusion.denoiser import denoise
 from models.nn.discriminator import Discriminator
 from models.nn.lora import LoRALinear
 from models.nn.unet import Attention, UNet
+from models.nn.wide_resnet import WSConv2d
 from opacus_ext.gradients import convolutions, per_example, planner
 from opacus_ext.gradients.convolutions import Geometry
 from opacus_ext.gradients.per_example import clip_coefficients, clipped_sum, per_example_gradients
@@ -31,7 +32,7 @@ from opacus_ext.gradients.rules import (
     squared_norms,
 )
 from opacus_ext.validate import validate_independence
-from scripts.benchmarks.dpsgd.wide_resnet import WideResNetCritic, WSConv2d
+from scripts.benchmarks.dpsgd.wide_resnet import WideResNetCritic
 from utils.errors import UserError
 
 

@@ -103,6 +103,27 @@ ROUNDS: Settings = {
 TOYS: dict[str, Settings] = {
     "Noise": {},
     "DP-Linear": {},
+    "IDPS": {
+        "sensitive_data.num_public": (None, "30"),
+        "model.network.nf": ("4", "8"),
+        "model.network.ch_mult": "[1,2]",
+        "model.network.attn_resolutions": "[]",
+        "model.network.num_res_blocks": ("1", None),
+        "model.sampler.num_steps": "2",
+        "model.sampler_acc.num_steps": "3",
+        "pretrain.batch_size": ("16", "30"),
+        "pretrain.n_epochs": ("1", "4"),
+        "pretrain.snapshot_freq": "2",
+        "pool.num": ("24", "60"),
+        "warm_up.batch_size": ("12", "30"),
+        "warm_up.n_epochs": "2",
+        "warm_up.snapshot_freq": "2",
+        "train.batch_size": ("60", "null"),  # every record in every step: the accounting is then a closed form
+        "train.n_epochs": ("4", "2"),
+        "train.snapshot_freq": ("2", None),
+        "train.augmult": "2",
+        "gen.batch_size": ("8", None),
+    },
     "DP-MERF": {**GENERATOR, "model.d_rff": ("20", "100"), "train.epochs": "1"},
     "DP-NTK": {
         **GENERATOR,

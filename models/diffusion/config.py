@@ -42,7 +42,7 @@ class NetworkConfig:
             f"empty, or name one of the levels' sizes: {', '.join(map(str, sizes))}",
         )
 
-    def make(self, label_dim: int) -> UNet:
+    def make(self, label_dim: int, dropout: float = 0.0, num_augment_labels: int = 0) -> UNet:
         sizes = level_sizes(self.image_size, len(self.ch_mult))
         if missing := [size for size in self.attn_resolutions if size not in sizes]:
             log.info(f"model.network.attn_resolutions: no level has {missing} pixels; there are {sizes}")
@@ -54,6 +54,8 @@ class NetworkConfig:
             ch_mult=self.ch_mult,
             attn_resolutions=self.attn_resolutions,
             num_res_blocks=self.num_res_blocks,
+            dropout=dropout,
+            num_augment_labels=num_augment_labels,
         )
 
 

@@ -34,8 +34,8 @@ class Staged(abc.ABC):
         """Name in the checkpoint -> a new optimizer for the stage."""
 
     @abc.abstractmethod
-    def _preview(self) -> Samples:
-        """A few images that show the progress of training."""
+    def _preview(self) -> Samples | None:
+        """A few images that show the progress of training; None if the networks make no images."""
 
     def _ema_rate(self) -> float:
         """Decay of the average."""
@@ -76,7 +76,8 @@ class Staged(abc.ABC):
             # The snapshot comes first: a preview must not outlive the booking of its steps.
             self.runtime.snapshot("train" if self.stage == "train" else "pretrain")
             preview = self._preview()
-            self.runtime.preview(self.stage, self.step, preview.images, preview.labels)
+            if preview is not None:
+                self.runtime.preview(self.stage, self.step, preview.images, preview.labels)
 
     def _steps_taken(self) -> int:
         """The steps of the current stage that count for this run."""

@@ -34,6 +34,8 @@ class UNet(nn.Module):
 
     Labels run from 0 to label_dim - 1; `null_label` (= label_dim) stands for "no label", in training and in guidance.
     nf: base width; ch_mult: width factor per level; attn_resolutions: levels, by pixels, that attend.
+    dropout: share of the inner features of residual blocks that training sets to 0; it draws from torch's global
+    generator, so DP-SGD must have none. num_augment_labels: size of the description of how an image was augmented.
     """
 
     def __init__(
@@ -46,11 +48,16 @@ class UNet(nn.Module):
         ch_mult: list[int],
         attn_resolutions: list[int],
         num_res_blocks: int = 2,
+        dropout: float = 0.0,
+        num_augment_labels: int = 0,
     ) -> None:
         super().__init__()
         self.null_label = label_dim
         self.nf = nf
         condition = 4 * nf
+        self.augment_embedding = None
+        if num_augment_labels:
+            self.augment_embedding = nn.Linear(num_augment_labels, nf, bias=False)
         self.label_embedding = nn.Embedding(label_dim + 1, nf)
         self.condition_in = _linear(nf, condition)
         self.condition_out = _linear(condition, condition)
@@ -90,11 +97,18 @@ class UNet(nn.Module):
 
         self.output_norm = _norm(width)
         self.output_conv = _conv(width, channels, scale=NEAR_ZERO)
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                module.dropout = dropout
 
     def forward(
-        self, images: torch.Tensor, noise_condition: torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
+        self, images: torch.Tensor, noise_condition: torch.Tensor, labels: torch.Tensor,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """`augment_labels` (B, num_augment_labels); None: images that are not augmented."""
         condition = sinusoidal_embedding(noise_condition, self.nf) + self.label_embedding(labels)
+        if augment_labels is not None:
+            condition = condition + self.augment_embedding(augment_labels)
         condition = self.condition_out(F.silu(self.condition_in(condition)))
         h = self.input_conv(images)
         skips = [h]
@@ -142,6 +156,7 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.resample = RESAMPLERS[resample]
+        self.dropout = 0.0
         self.norm_in = _norm(in_channels)
         self.conv_in = _conv(in_channels, out_channels)
         self.condition = _linear(condition, out_channels)
@@ -156,7 +171,8 @@ class ResidualBlock(nn.Module):
         """`size` (H, W) is where an up-sampling block goes to."""
         h = self.conv_in(self.resample(F.silu(self.norm_in(x)), size))
         h = h + self.condition(F.silu(condition))[:, :, None, None]
-        h = self.conv_out(F.silu(self.norm_out(h)))
+        h = F.silu(self.norm_out(h))
+        h = self.conv_out(F.dropout(h, self.dropout, self.training) if self.dropout else h)
         return (self.shortcut(self.resample(x, size)) + h) * SKIP_SCALE
 
 

@@ -21,7 +21,13 @@ from utils.images import to_float
 from utils.progress import progress
 from utils.registry import Registry
 
-KINDS = Registry("classifier", {"linear": "models.linear.classifier:LinearClassifier"})
+KINDS = Registry(
+    "classifier",
+    {
+        "linear": "models.linear.classifier:LinearClassifier",
+        "wide_resnet": "models.released.wide_resnet:WideResNetClassifier",
+    },
+)
 VERSION = 1
 FACTS = {"class_names": list, "resolution": int, "channels": int, "origin": dict}
 
