@@ -24,6 +24,7 @@ METHODS = Registry(
         "DP-LDM": "models.dp_ldm:DPLDM",
         "DP-LoRA": "models.dp_lora:DPLoRA",
     },
+    aliases={"DPTrainer": "IDPS"},  # the published program
 )
 
 FASTEST = "DP-MERF"  # what a run that takes too long is advised to use

@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 from toys import QUERY, SELECTIVE, TOYS, trial_settings
 
-from data.locations import has_public_images
+from data.locations import has_public_images, is_in_distribution
 from data.spec import DataSpec, PublicData, Samples
 from models import METHODS
 from opacus_ext.ledger import Budget, Ledger
@@ -96,7 +96,8 @@ def make_method(spec) -> Callable[..., object]:
     def make(name: str, *settings: str, epsilon=10, runtime: Runtime | None = None):
         config = small_config(name, settings, str(epsilon))
         if hasattr(config, "public_data") and has_public_images(config.public_data):
-            section = dataclasses.replace(config.public_data, n_classes=PUBLIC_CLASSES)
+            count = NUM_CLASSES if is_in_distribution(config.public_data) else PUBLIC_CLASSES
+            section = dataclasses.replace(config.public_data, n_classes=count)
             config = dataclasses.replace(config, public_data=section)
         return METHODS.resolve(name)(config, spec, runtime or Runtime())
 
@@ -112,6 +113,11 @@ def make_trial(make_method, make_private, public) -> Callable[..., Trial]:
         private = make_private(synthesizer.privacy_plan(), float(epsilon), noise_seed, records)
         section = getattr(synthesizer.config, "public_data", None)
         without = section is None or not has_public_images(section)
-        return Trial(name, synthesizer, private, None if without else public)
+        given = public
+        if not without and is_in_distribution(section):
+            given = PublicData(
+                "in_distribution", random_samples(1, 48, NUM_CLASSES), synthesizer.spec.class_names
+            )
+        return Trial(name, synthesizer, private, None if without else given)
 
     return make

@@ -118,7 +118,10 @@ TOYS: dict[str, Settings] = {
         "warm_up.batch_size": ("12", "30"),
         "warm_up.n_epochs": "2",
         "warm_up.snapshot_freq": "2",
-        "train.batch_size": ("60", "null"),  # every record in every step: the accounting is then a closed form
+        "train.batch_size": (
+            "60",
+            "null",
+        ),  # every record in every step: the accounting is then a closed form
         "train.n_epochs": ("4", "2"),
         "train.snapshot_freq": ("2", None),
         "train.augmult": "2",

@@ -13,8 +13,10 @@ class Registry:
     noun if there is no key ("method").
     """
 
-    def __init__(self, kind: str, entries: dict[str, object]) -> None:
+    def __init__(self, kind: str, entries: dict[str, object], aliases: dict[str, str] | None = None) -> None:
+        """`aliases`: other names -> names of entries."""
         self.kind = kind
+        self._aliases = {name.casefold(): entry for name, entry in (aliases or {}).items()}
         self._entries = dict(entries)
 
     def __iter__(self) -> Iterator[str]:
@@ -49,5 +51,5 @@ class Registry:
         self._entries[found or name] = target
 
     def _find(self, name: str) -> str | None:
-        folded = str(name).casefold()
+        folded = self._aliases.get(str(name).casefold(), str(name)).casefold()
         return next((known for known in self._entries if known.casefold() == folded), None)
