@@ -55,9 +55,7 @@ class UNet(nn.Module):
         self.null_label = label_dim
         self.nf = nf
         condition = 4 * nf
-        self.augment_embedding = None
-        if num_augment_labels:
-            self.augment_embedding = nn.Linear(num_augment_labels, nf, bias=False)
+        self.augment_embedding = nn.Linear(num_augment_labels, nf, False) if num_augment_labels else None
         self.label_embedding = nn.Embedding(label_dim + 1, nf)
         self.condition_in = _linear(nf, condition)
         self.condition_out = _linear(condition, condition)
