@@ -67,7 +67,7 @@ class DPLinear(Synthesizer):
 
     @property
     def uses_public_images(self) -> bool:
-        return self.config.model.num_directions is not None
+        return self.linear.needs_public_images
 
     def public_costs(self, num_images: int) -> list[Cost]:
         return [

@@ -18,6 +18,7 @@ from models.synthesizer import Synthesizer
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Budget, Ledger, default_delta, weak_delta
 from pipeline.record import values_of
+from pipeline.teaching import with_teacher
 from utils.config import COMMAND_LINE, Config, load_config
 from utils.config_files import flatten
 from utils.device import prepare_device
@@ -108,7 +109,9 @@ def _compose(config: Config, plan: list[Release] | None) -> tuple[Parts, list[st
         require_public_only(config.method, synthesizer)
         return Parts(config, spec, runtime, None, synthesizer, evaluator), lines
     delta = config.privacy.delta or default_delta(spec.num_train)
-    ledger = Ledger(Budget(config.privacy.epsilon, delta), config.privacy.accountant, config.privacy.relation)
+    budget = Budget(config.privacy.epsilon, delta)
+    synthesizer = with_teacher(synthesizer, config, budget)
+    ledger = Ledger(budget, config.privacy.accountant, config.privacy.relation)
     if ledger.budget.private and (weak := weak_delta(delta, spec.num_train)):
         lines.append(f"warning: {weak}")
     ledger.adopt(synthesizer.privacy_plan() if plan is None else plan)

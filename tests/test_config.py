@@ -337,7 +337,7 @@ def test_a_changed_defaults_list_is_read_again(load, toy_folder):
     load("-m Plain")
     write(toy_folder / "method" / "_small.yaml", "gen: {data_num: 6, batch_size: 1}\n")
     write(toy_folder / "method" / "Plain.yaml", "defaults: [_small]\n")
-    assert load("-m Plain").gen == GenConfig(6, 1)
+    assert load("-m Plain").gen == GenConfig(6, 1, None, 0.7, "relabel")
 
 
 # --- layers --------------------------------------------------------------------------------------------------------
@@ -459,7 +459,10 @@ def test_other_budgets_borrow_a_tier_and_report_it(load, epsilon, tier, borrowed
 def test_without_a_preset_table_nothing_is_borrowed(load):
     config = load("-m Plain -e 3 -dn mnist_28")
     assert (config.preset_tier, config.borrowed, config.notes) == (None, False, ())
-    assert config.method_config == Plain.Config(GenConfig(60, 10)) and config.public_data.name is None
+    assert (
+        config.method_config == Plain.Config(GenConfig(60, 10, None, 0.7, "relabel"))
+        and config.public_data.name is None
+    )
 
 
 def test_quick_is_the_default_of_the_embedded_digits_only(load):
@@ -897,7 +900,7 @@ def test_a_plugin_adds_its_class_and_its_config_files(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path / "shelf"))
     monkeypatch.setitem(sys.modules, "test_config", sys.modules[__name__])
     config = load_config(["-m", "mine", "--plugin", "my_plugin"], PLUGIN_METHODS)
-    assert config.method == "Mine" and config.gen == GenConfig(60, 10)
+    assert config.method == "Mine" and config.gen == GenConfig(60, 10, None, 0.7, "relabel")
 
 
 PLUGIN_METHODS = Registry("method", {})

@@ -132,8 +132,13 @@ class PrivacyConfig:
 class GenConfig:
     data_num: int  # images to generate
     batch_size: int  # images per forward pass of the generator
+    teacher: list[str] | None  # settings of a DP classifier that labels the samples; None: there is none
+    teacher_share: float  # of epsilon, for the teacher alone
+    teacher_use: str  # relabel: samples get its labels; filter: samples that it labels otherwise are left out
 
     def __post_init__(self) -> None:
+        check_field(0 < self.teacher_share < 1, "teacher_share", self.teacher_share, "between 0 and 1")
+        check_choice("teacher_use", self.teacher_use, ("relabel", "filter"))
         for field in ("data_num", "batch_size"):
             check_field(getattr(self, field) > 0, field, getattr(self, field), "a positive number of images")
 

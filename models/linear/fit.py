@@ -146,7 +146,11 @@ class LinearFit:
             if (step.index + 1) % self.config.snapshot_freq == 0 and step.index + 1 < total:
                 self.runtime.snapshot("train")
 
-    def costs(self) -> list[Cost]:
+    @property
+    def needs_public_images(self) -> bool:
+        return self.features.config.num_directions is not None
+
+    def costs(self, stage: str = "train") -> list[Cost]:
         num_images = self.spec.num_train
         seconds = num_images * self.seconds_per_image()
         text = f"features of {num_images} images"
@@ -157,7 +161,7 @@ class LinearFit:
             # A step multiplies features and weights, and features and gradients of the logits.
             seconds += release.num_steps * 2 * seconds_of(lambda: self.layer(batch))
             text += f", {release.num_steps} steps x {rows} images"
-        return [Cost("train", text, seconds)]
+        return [Cost(stage, text, seconds)]
 
     def seconds_per_image(self) -> float:
         """Of the features, measured on a small batch."""

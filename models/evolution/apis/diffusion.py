@@ -160,7 +160,7 @@ class DiffusionAPI(ImageAPI):
     def _new_pretraining(self, label_dim: int) -> PublicPretraining:
         config, sampler = self.config, self.config.sampler
         model = ModelConfig(config.network, config.ema_rate, sampler, sampler, ckpt=None, ckpt_weights="ema")
-        gen = GenConfig(data_num=config.batch_size, batch_size=config.batch_size)
+        gen = GenConfig(config.batch_size, config.batch_size, None, 0.5, "relabel")
         section = PublicPretraining.Config(model, config.pretrain, gen)
         return PublicPretraining(section, label_dim, self.spec, self.runtime)
 

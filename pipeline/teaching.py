@@ -1,0 +1,44 @@
+"""Add a teacher to a method (gen.teacher): its settings, and its share of the budget."""
+
+from models import METHODS
+from models.linear.features import FeatureMap
+from models.linear.fit import LinearFit
+from models.linear.taught import TEACHER, Taught
+from models.synthesizer import Synthesizer
+from opacus_ext.accounting import calibrate
+from opacus_ext.ledger import Budget
+from utils.config import Config, load_config
+from utils.errors import UserError
+
+METHOD = "DP-Linear"  # whose settings, presets included, a teacher has
+
+
+def with_teacher(synthesizer: Synthesizer, config: Config, budget: Budget) -> Synthesizer:
+    """`synthesizer` with the teacher of the configuration, if it has one. Raises UserError for its settings."""
+    gen = config.gen
+    if gen.teacher is None:
+        return synthesizer
+    if not synthesizer.makes_images:
+        raise UserError(f"gen.teacher: {config.method} makes no images here that a teacher could label")
+    section = teacher_settings(config)
+    spec, runtime = synthesizer.spec, synthesizer.runtime
+    features = FeatureMap(section.model, spec, runtime.weights_root, runtime.device)
+    teacher = LinearFit(TEACHER, section.train, features, spec, runtime)
+    noise_multiplier = 0.0
+    if budget.private:
+        noise_multiplier = calibrate(
+            lambda noise: [teacher.release(noise)], gen.teacher_share * budget.epsilon, budget.delta,
+            config.privacy.accountant, config.privacy.relation,
+        )  # fmt: skip
+    return Taught(synthesizer, teacher, noise_multiplier, gen.teacher_use)
+
+
+def teacher_settings(config: Config):
+    """The configuration of DP-Linear for the same data, preset and budget, changed by the settings in gen.teacher."""
+    data = [word for word in config.words if word.partition("=")[0].startswith("sensitive_data.")]
+    argv = ["--method", METHOD, "--data_name", config.data_name, "--epsilon", f"{config.epsilon:g}"]
+    argv += ["--data_root", str(config.data_root), f"preset={config.preset}", *data, *config.gen.teacher]
+    try:
+        return load_config(argv, METHODS).method_config
+    except UserError as error:
+        raise UserError(f"gen.teacher: {error}") from error
