@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.arguments import Parser
+from utils.arguments import Parser, one_of
 from utils.artefacts import CLASSIFIER
 from utils.errors import UserError
 from utils.files import write_text
@@ -34,7 +34,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("predictions.csv"), metavar="FILE", help="default: predictions.csv"
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", type=one_of(("cpu", "cuda")), default="cpu", help="cpu (default) or cuda")
     return parser.parse_args(argv)
 
 
@@ -46,8 +46,12 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--exp_path: {arguments.exp_path} released no classifier (it has no {CLASSIFIER})")
     if arguments.out.exists():
         raise UserError(f"--out: {arguments.out} exists; give another file")
+    import torch
+
     from models.released.classifier import read_classifier
 
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: cuda, but torch sees no GPU; use cpu")
     read = read_classifier(path, weights_root(None), arguments.device)
     print(describe(path, read.origin))
     rows, notes = predictions(read, arguments.images, arguments.device)

@@ -13,6 +13,7 @@ from models import METHODS
 from models.diffusion.augmented import NUM_LABELS, augmented
 from models.nn.wide_resnet import PlainWSConv2d, WideResNet
 from models.released.agreement import draw_agreeing
+from models.released.classifier import ORIGIN, logits_of, read_classifier, write_classifier
 from models.warm_start.augmentation import cut_out, several_views, shifted
 from models.warm_start.classifier import MixingSGD
 from opacus_ext.accounting import epsilon_of
@@ -227,3 +228,16 @@ def test_the_warm_up_alone_costs_nothing(tmp_path):
     assert math.isfinite(results["metrics"]["accuracy/released/last_epoch"])
     privacy = json.loads((outcome.folder / "privacy.json").read_text())
     assert privacy["num_records"] == 1437 - 30
+
+
+def test_the_file_of_the_classifier_gives_the_same_classifier(make_trial, samples, spec, tmp_path):
+    trial = make_trial("IDPS")
+    trial.run()
+    path = tmp_path / "classifier.pth"
+    write_classifier(path, trial.synthesizer.released_classifier(), spec, dict.fromkeys(ORIGIN))
+    read = read_classifier(path, tmp_path, "cpu").classifier
+    found, expected = (
+        logits_of(network, samples.images, "cpu")
+        for network in (read, trial.synthesizer.released_classifier())
+    )
+    assert np.array_equal(found, expected)

@@ -11,7 +11,7 @@ from data.spec import DataSpec, PublicData, Samples
 from models.linear.classifier import LinearClassifier
 from models.linear.features import FeatureConfig, FeatureMap
 from models.linear.fit import LEAST_RIDGE
-from models.released.classifier import logits_of, read_classifier, write_classifier
+from models.released.classifier import ORIGIN, logits_of, read_classifier, write_classifier
 from opacus_ext.ledger import Budget, Ledger
 from opacus_ext.private_data import PrivateData
 from utils.errors import UserError
@@ -151,11 +151,11 @@ def test_the_file_gives_the_same_classifier(make_trial, samples, spec, tmp_path)
     trial = make_trial("DP-Linear", "model.num_directions=5", "public_data.name=glyphs")
     trial.run()
     classifier, path = trial.synthesizer.released_classifier(), tmp_path / "classifier.pth"
-    write_classifier(path, classifier, spec, {"method": "DP-Linear"})
+    write_classifier(path, classifier, spec, dict.fromkeys(ORIGIN) | {"method": "DP-Linear"})
     read = read_classifier(path, tmp_path, "cpu")
     assert isinstance(read.classifier, LinearClassifier)
     assert (read.class_names, read.resolution, read.channels) == (spec.class_names, 8, 1)
-    assert read.origin == {"method": "DP-Linear"}
+    assert read.origin["method"] == "DP-Linear"
     images = samples.images
     assert np.array_equal(logits_of(read.classifier, images, "cpu"), logits_of(classifier, images, "cpu"))
 
@@ -167,9 +167,16 @@ def test_the_file_gives_the_same_classifier(make_trial, samples, spec, tmp_path)
         ({"kind": "tree"}, "kind"),
         ({"class_names": None}, "class_names"),
         ({"settings": {}}, "settings"),
+        ({"class_names": [0, 1, 2]}, "class_names"),
+        ({"origin": {}}, "origin"),
+        ({"resolution": -3}, "resolution"),
+        ({"channels": 7}, "channels"),
+        ({"state": "weights"}, "state"),
+        ({"state": {"layer.weight": torch.full((3, 65), torch.nan)}}, "NaN"),
+        ({"resolution": 16}, "damaged"),
         (
             {"settings": {"features": "pixels", "num_directions": 3, "whitening": 0.5, "constant": 0.3}},
-            "architecture",
+            "damaged",
         ),
     ],
 )
@@ -177,7 +184,7 @@ def test_a_damaged_file_is_one_line(change, named, make_trial, spec, tmp_path):
     trial = make_trial("DP-Linear")
     trial.run()
     path = tmp_path / "classifier.pth"
-    write_classifier(path, trial.synthesizer.released_classifier(), spec, {})
+    write_classifier(path, trial.synthesizer.released_classifier(), spec, dict.fromkeys(ORIGIN))
     content = torch.load(path, weights_only=True)
     torch.save({**content, **change}, path)
     with pytest.raises(UserError, match=named):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -137,6 +138,24 @@ def test_every_image_gets_a_class(finished, images, tmp_path):
     assert np.mean(right) > 0.7
     assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
     assert "notes.txt" in outcome.out  # is named as left out
+
+
+@pytest.mark.parametrize("kind", ["zip", "npz"])
+def test_archives_without_labels_are_classified(kind, finished, images, tmp_path):
+    _, test = load_digits_8()
+    path = tmp_path / f"images.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in sorted(images.rglob("*.png")):
+                archive.write(file, file.name)
+    else:
+        np.savez(path, images=test.images[:20, 0])
+    out = tmp_path / "found.csv"
+    outcome = call(predict, ["--exp_path", str(finished), "--images", str(path), "--out", str(out)])
+    assert outcome.code == 0, outcome.err
+    rows = list(csv.DictReader(out.open()))
+    right = [int(row["class"]) == label for row, label in zip(rows, test.labels[:20], strict=True)]
+    assert np.mean(right) > 0.7
 
 
 def test_images_of_another_size_and_colour_are_converted(finished, tmp_path):

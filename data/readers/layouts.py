@@ -14,7 +14,7 @@ from data.readers.celeba import read_celeba
 from data.readers.cifar import read_cifar
 from data.readers.idx import IDX_NAME, read_idx
 from data.readers.images import read_dataset_json, read_image_files
-from data.readers.npz import read_npz, read_npz_folder
+from data.readers.npz import read_npz, read_npz_folder, read_npz_images
 from data.readers.source import LAYOUTS, FilePart, Part, Source
 from data.registry import NO_QUIRKS, SourceQuirks
 from data.trees.folder import FolderTree
@@ -42,9 +42,8 @@ def open_unlabelled(path: Path) -> tuple[Part, list[str], list[str]]:
     """All images at `path`, whatever its folders are named: the images, a name for each, and notes about files that are
     not used. The labels of the part are all 0. UserError as for `open_source`."""
     if path.suffix.lower() == ".npz" and not path.is_dir():
-        source = read_npz(path)
-        part = source.train if source.test is None else source.train.join(source.test)
-        return part, [str(row) for row in range(len(part))], list(source.notes)
+        part = read_npz_images(path)
+        return part, [str(row) for row in range(len(part))], []
     tree = _unwrapped(open_tree(path))
     names = [name for name in tree.names if not is_document(name)]
     if not names:

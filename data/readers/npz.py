@@ -41,6 +41,22 @@ def read_npz(path: Path) -> Source:
     return replace(source, class_names=names, notes=tuple(notes))
 
 
+def read_npz_images(path: Path) -> ArrayPart:
+    """The images of one npz, of all its parts; labels are not needed, and those of the result are all 0."""
+    arrays, _ = _load(path)
+    found = [
+        _as_uint8(as_nhwc(array, f"{path}: {key}"), f"{path}: {key}")
+        for (_, kind), (key, array) in arrays.items()
+        if kind == "images"
+    ]
+    if not found:
+        raise UserError(f"{path}: holds no images; known names: {_NAMES}")
+    if len({images.shape[1:] for images in found}) > 1:
+        raise UserError(f"{path}: its images have several sizes; give them in files of their own")
+    images = np.concatenate(found)
+    return ArrayPart(images, np.zeros(len(images), np.int64))
+
+
 Arrays = dict[tuple[str, str], tuple[str, np.ndarray]]  # (part, images or labels) -> name in the file, array
 
 

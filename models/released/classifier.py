@@ -5,6 +5,7 @@ that neither the run's folder nor its configuration is needed. Legend: B batch, 
 """
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +15,6 @@ import torch
 from torch import nn
 
 from data.spec import DataSpec
-from models.fitting.stages import load_weights
 from utils import checkpoint_files
 from utils.errors import UserError
 from utils.images import to_float
@@ -29,7 +29,7 @@ KINDS = Registry(
     },
 )
 VERSION = 1
-FACTS = {"class_names": list, "resolution": int, "channels": int, "origin": dict}
+ORIGIN = ("method", "data", "private", "spent", "budget", "relation", "releases", "noise_seeded")
 
 
 class ReleasedClassifier(nn.Module, abc.ABC):
@@ -50,7 +50,7 @@ class ReleasedClassifier(nn.Module, abc.ABC):
 
 @dataclass(frozen=True)
 class ClassifierFile:
-    """A classifier read from its file. `origin`: method, data, epsilon, delta and further facts about its run."""
+    """A classifier read from its file. `origin`: facts about its run, with the keys ORIGIN."""
 
     classifier: ReleasedClassifier
     class_names: tuple[str, ...]
@@ -98,16 +98,45 @@ def read_classifier(path: Path, weights_root: Path, device: str) -> ClassifierFi
         raise UserError(
             f"{path}: not a released classifier of this version; give gen/classifier.pth of a run"
         )
-    wrong = [key for key, kind in FACTS.items() if not isinstance(content.get(key), kind)]
-    if wrong or content.get("kind") not in KINDS:
-        raise UserError(f"{path}: damaged ({wrong[0] if wrong else 'kind'} is missing or of another type)")
+    wrong = [key for key, fits in FITS.items() if not fits(content.get(key))]
+    if wrong:
+        raise UserError(f"{path}: damaged ({wrong[0]}: {str(content.get(wrong[0]))[:60]})")
+    checkpoint_files.require_finite(str(path), content["state"])
     names = tuple(content["class_names"])
     spec = DataSpec("", content["resolution"], content["channels"], len(names), 0, names)
     try:
         classifier = KINDS.resolve(content["kind"]).rebuild(content["settings"], spec, weights_root, device)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AssertionError, UserError) as error:
         raise UserError(f"{path}: damaged (settings: {error})") from error
-    load_weights(classifier, content["state"], str(path))
+    own = {name: tensor.shape for name, tensor in classifier.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in content["state"].items()}
+    if own != found:
+        name = next(name for name in [*own, *found] if own.get(name) != found.get(name))
+        raise UserError(
+            f"{path}: damaged ({name} does not fit {len(names)} classes and images of {spec.resolution} px with "
+            f"{spec.channels} channels)"
+        )
+    classifier.load_state_dict(content["state"])
     return ClassifierFile(
         classifier.to(device).eval(), names, spec.resolution, spec.channels, content["origin"]
     )
+
+
+def _is_state(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
+
+
+# Key of the file -> whether its value can be used
+FITS: dict[str, Callable[[object], bool]] = {
+    "kind": lambda value: isinstance(value, str) and value in KINDS,
+    "settings": lambda value: isinstance(value, dict),
+    "state": _is_state,
+    "class_names": _are_names,
+    "resolution": lambda value: isinstance(value, int) and value > 0,
+    "channels": lambda value: value in (1, 3),
+    "origin": lambda value: isinstance(value, dict) and value.keys() >= set(ORIGIN),
+}
