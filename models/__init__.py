@@ -27,4 +27,5 @@ METHODS = Registry(
     aliases={"DPTrainer": "IDPS"},  # the published program
 )
 
+TEACHERS = "DP-Linear"  # whose settings, presets included, the teacher of gen.teacher has
 FASTEST = "DP-MERF"  # what a run that takes too long is advised to use

@@ -1,6 +1,6 @@
 """Add a teacher to a method (gen.teacher): its settings, and its share of the budget."""
 
-from models import METHODS
+from models import METHODS, TEACHERS
 from models.linear.features import FeatureMap
 from models.linear.fit import LinearFit
 from models.linear.taught import TEACHER, Taught
@@ -9,8 +9,6 @@ from opacus_ext.accounting import calibrate
 from opacus_ext.ledger import Budget
 from utils.config import Config, load_config
 from utils.errors import UserError
-
-METHOD = "DP-Linear"  # whose settings, presets included, a teacher has
 
 
 def with_teacher(synthesizer: Synthesizer, config: Config, budget: Budget) -> Synthesizer:
@@ -33,10 +31,10 @@ def with_teacher(synthesizer: Synthesizer, config: Config, budget: Budget) -> Sy
     return Taught(synthesizer, teacher, noise_multiplier, gen.teacher_use)
 
 
-def teacher_settings(config: Config):
-    """The configuration of DP-Linear for the same data, preset and budget, changed by the settings in gen.teacher."""
+def teacher_settings(config: Config) -> object:
+    """The configuration of the method TEACHERS for the same data and budget, with the settings of gen.teacher."""
     data = [word for word in config.words if word.partition("=")[0].startswith("sensitive_data.")]
-    argv = ["--method", METHOD, "--data_name", config.data_name, "--epsilon", f"{config.epsilon:g}"]
+    argv = ["--method", TEACHERS, "--data_name", config.data_name, "--epsilon", f"{config.epsilon:g}"]
     argv += ["--data_root", str(config.data_root), f"preset={config.preset}", *data, *config.gen.teacher]
     try:
         return load_config(argv, METHODS).method_config

@@ -244,7 +244,7 @@ OWN_SIZES = [
         (60_000, 64, 2),
         (9, 256, 3),
     )
-]
+] + [{"N": 2000, "resolution": 28, "channels": 1, "classes": 2}]
 
 
 @pytest.mark.parametrize("table", shipped_tables())
