@@ -147,6 +147,13 @@ def test_clipping_about_a_public_centre_is_refused(make_method):
         make_method("IDPS", "train.extender=dope")
 
 
+@pytest.mark.parametrize("section", ["warm_up", "train"])
+def test_crops_shift_less_than_an_image(section, make_method):
+    make_method("IDPS", f"{section}.pad=7")
+    with pytest.raises(UserError, match=rf"{section}\.pad: 8 .*below 8"):
+        make_method("IDPS", f"{section}.pad=8")
+
+
 @pytest.mark.parametrize("extender", ["none", "mirror"])
 def test_extenders_have_the_same_plan_and_cost(extender, make_trial):
     trial = make_trial("IDPS", f"train.extender={extender}", epsilon=1)

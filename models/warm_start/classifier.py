@@ -24,7 +24,7 @@ from utils.draws import Draws
 from utils.images import to_float
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import check_choice, check_field
+from utils.sections import check, check_choice, check_field
 from utils.timing import Cost, batch_rows, seconds_of
 from utils.typed import Number
 
@@ -102,6 +102,9 @@ class WarmStartedClassifier(Staged):
         runtime: Runtime,
     ) -> None:  # fmt: skip
         self.model, self.warm_up, self.config = model, warm_up, train
+        for section, pad in (("warm_up", warm_up.pad), ("train", train.pad)):
+            allowed = f"below {spec.resolution}, the pixels of an image's side"
+            check(pad < spec.resolution, f"{section}.pad", pad, allowed)
         self.flip, self.spec, self.runtime = flip, spec, runtime
         with runtime.seeded("classifier"):
             network = self._new_network()
