@@ -32,7 +32,6 @@ from utils.timing import Cost, batch_rows, seconds_of
 from utils.typed import Number
 
 CLASS_MEANS, LEAST_SQUARES, SGD = "class_means", "least_squares", "sgd"
-FEWEST = 0.01  # of an equal share of the records: the least that a class counts, since its noisy number may be negative
 LEAST_RIDGE = 1e-6  # of the number of records: solves the normal equations without noise
 
 
@@ -91,19 +90,16 @@ class LinearFit:
         return LinearClassifier(self.features, self.layer)
 
     def _fit_class_means(self, private: PrivateData) -> None:
-        """The nearest class mean m_k: the largest x . m_k - |m_k|^2 / 2. The constant feature carries the noisy number
-        of records per class, and in the classifier the second term."""
-        constant = self.features.config.constant
-        bound = math.hypot(1.0, constant)
+        """The class whose mean has the direction nearest to x: classes of any size count alike, and no noisy number of
+        records is needed."""
+        bound = math.hypot(1.0, self.features.config.constant)
         self.class_sums = private.noisy_sum(self.name, lambda x, _: self.features(x), bound, by_class=True)
         std = private.ledger.planned(self.name).noise_multiplier * bound
-        counts = (self.class_sums[:, -1:] / constant).clamp(
-            min=FEWEST * self.spec.num_train / self.spec.num_classes
-        )
-        means = self.class_sums[:, :-1] / counts
-        # The noise adds its own share to |m_k|^2, which is known.
-        squares = means.square().sum(1, keepdim=True) - means.shape[1] * (std / counts) ** 2
-        self._set_weights(torch.cat([means, -squares / (2 * constant)], 1))
+        sums = self.class_sums[:, :-1]
+        # The noise adds its own share to |sum|^2, which is known.
+        squares = sums.square().sum(1, keepdim=True) - sums.shape[1] * std**2
+        lengths = squares.clamp(min=max(std**2, 1e-12)).sqrt()
+        self._set_weights(F.pad(sums / lengths, (0, 1)))
 
     def _fit_least_squares(self, private: PrivateData) -> None:
         """Ridge regression of one-hot labels: (X^T X + r I)^-1 X^T Y, from noisy X^T X and X^T Y.
