@@ -4,7 +4,8 @@ from scripts.benchmarks.synthesis_or_classifier import merged, page, row_of
 
 RESULTS = {
     "method": "DP-Linear", "data": "toys", "epsilon": 1.0, "spent_epsilon": 0.99, "seed": 0, "num_records": 60,
-    "git": "abc", "timing": {"train": 2.0, "evaluate": 3.0}, "metric_info": {"accuracy/small_cnn/syn_val": {"ceiling": 99.0}},
+    "git": "abc", "timing": {"train": 2.0, "evaluate": 3.0},
+    "metric_info": {"accuracy/small_cnn/syn_val": {"ceiling": 99.0}},
     "overrides": ["seed=0", "train.fit=sgd", "eval.metrics=[accuracy]"],
     "metrics": {"accuracy/released/last_epoch": 91.0, "accuracy/small_cnn/syn_val": 80.0},
 }  # fmt: skip
