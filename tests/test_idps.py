@@ -163,6 +163,20 @@ def test_extenders_have_the_same_plan_and_cost(extender, make_trial):
     assert epsilon_of([release], 1e-5) <= 1.0001
 
 
+@pytest.mark.parametrize(
+    ("setting", "idle"),
+    [
+        ("train.extender=none", "train.public_batch_size"),
+        ("pool.data=public", "pool.num"),
+        ("warm_up.n_epochs=0", "warm_up"),
+    ],
+)
+def test_settings_without_effect_are_named(setting, idle, make_method):
+    assert idle in make_method("IDPS", setting).idle_settings()
+    other = {"train.extender=none": "train.extender=mirror"}.get(setting, "train.augmult=2")
+    assert idle not in make_method("IDPS", other).idle_settings()
+
+
 def test_mirror_mixes_the_noisy_and_the_public_direction():
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer = MixingSGD([parameter], lr=1.0)
