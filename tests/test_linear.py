@@ -249,6 +249,15 @@ def test_sgd_resumes_at_its_booked_step(make_trial):
     )
 
 
+@pytest.mark.parametrize("fit", FITS)
+def test_the_result_of_a_query_is_kept_at_once(fit, make_trial):
+    trial = make_trial("DP-Linear", *SGD, f"train.fit={fit}")
+    kept = []
+    trial.synthesizer.runtime.snapshot = lambda stage: kept.append(trial.private.ledger.executed("linear"))
+    trial.run()
+    assert kept[-1] == trial.private.ledger.planned("linear").num_steps
+
+
 def test_public_directions_survive_a_restart(make_trial, public):
     settings = ("model.num_directions=5", "public_data.name=glyphs")
     trial = make_trial("DP-Linear", *settings)

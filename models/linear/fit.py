@@ -79,12 +79,13 @@ class LinearFit:
         return Release(self.name, noise_multiplier)
 
     def fit(self, private: PrivateData) -> None:
-        """Make the query, and continue where a restored state ends."""
+        """Make the query, continuing where a restored state ends, and keep its result."""
         if private.ledger.executed(self.name) == private.ledger.planned(self.name).num_steps:
             return
-        {CLASS_MEANS: self._fit_class_means, LEAST_SQUARES: self._fit_least_squares, SGD: self._fit_sgd}[
-            self.config.fit
-        ](private)
+        {
+            CLASS_MEANS: self._fit_class_means, LEAST_SQUARES: self._fit_least_squares, SGD: self._fit_sgd
+        }[self.config.fit](private)  # fmt: skip
+        self.runtime.snapshot("train")  # a result that is lost would be queried again
 
     def classifier(self) -> LinearClassifier:
         return LinearClassifier(self.features, self.layer)
