@@ -160,6 +160,11 @@ def test_the_file_gives_the_same_classifier(make_trial, samples, spec, tmp_path)
     assert np.array_equal(logits_of(read.classifier, images, "cpu"), logits_of(classifier, images, "cpu"))
 
 
+def test_the_file_names_the_extractor_that_auto_chose(make_method):
+    settings = make_method("DP-Linear", "model.features=auto").released_classifier().settings()
+    assert settings["features"] in ("inception", "random_conv")
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -5,7 +5,7 @@ projection that public images determine, unit norm, and a constant feature. Lege
 features, M features of the extractor.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,8 +46,9 @@ class FeatureMap(nn.Module):
 
     def __init__(self, config: FeatureConfig, spec: DataSpec, weights_root: Path, device: str) -> None:
         super().__init__()
-        self.config = config
         self._extract = build_extractor("model.features", config.features, spec, weights_root, device)
+        # By name, since "auto" may be another extractor where a released classifier is used.
+        self.config = replace(config, features=self._extract.name)
         blank = torch.zeros(1, *spec.image_shape, device=device)
         num_extracted = self._extracted(blank).shape[1]
         most = num_extracted if config.num_directions is None else config.num_directions
