@@ -281,8 +281,8 @@ def _weights_are(report: dict) -> list[str]:
     if not report["releases"]:
         return [f"{files} do not depend on the private images; {licenses}"]
     return [
-        f"{files} are computed from the noisy results of the queries above and from public data: to share them in addition to "
-        f"{_products(report)} does not increase epsilon, unless a copy of this folder was resumed too; {licenses}"
+        f"{files} are computed from the noisy results of the queries above and from public data: to share them in "
+        f"addition to {_products(report)} does not increase epsilon, unless a copy of this folder was resumed too; {licenses}"
     ]
 
 
