@@ -41,9 +41,11 @@ def _counts(part: Part, class_names: tuple[str, ...]) -> dict[str, int]:
 def _likely_cause(source_name: str, part: Part) -> str:
     if part.labels.dtype.kind != "U" or not isinstance(part, FilePart):
         return "check that the labels of the source are its classes"
-    if str(part.labels[0]) in PurePosixPath(part.names[0]).parts[:-1]:
+    folders, label = PurePosixPath(part.names[0]).parts[:-1], str(part.labels[0])
+    if label in folders:
+        parent = "/".join((source_name, *folders[: folders.index(label)]))
         return (
-            f"each folder in {source_name} is a class; if these are parts of one class, give the folder above as "
+            f"each folder in {parent} is a class; if these are parts of one class, give the folder of all classes as "
             f"--source, and if they are patients, add --groups folder"
         )
     return (

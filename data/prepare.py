@@ -252,8 +252,11 @@ def _with_facts(known: KnownSet | None, facts: Facts | None) -> KnownSet | None:
 
 def require_allowed_name(flag: str, data_name: str) -> None:
     """Raise UserError unless `data_name` is a plain name, which cannot lead out of the data root."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", data_name):
-        raise UserError(f"{flag}: '{data_name}' is not allowed; it must be letters, digits, '_', '-' and '.'")
+    if not re.fullmatch(r"[^\W_][\w.-]*", data_name):
+        raise UserError(
+            f"{flag}: '{data_name}' is not allowed; it must be letters, digits, '_', '-' and '.', and begin with a "
+            f"letter or a digit"
+        )
 
 
 def downloads_folder(name: str, data_root: Path) -> Path:

@@ -282,7 +282,8 @@ def _weights_are(report: dict) -> list[str]:
         return [f"{files} do not depend on the private images; {licenses}"]
     return [
         f"{files} are computed from the noisy results of the queries above and from public data: to share them in "
-        f"addition to {_products(report)} does not increase epsilon, unless a copy of this folder was resumed too; {licenses}"
+        f"addition to {_products(report)} does not increase epsilon, unless a copy of this folder was resumed too; "
+        f"{licenses}"
     ]
 
 

@@ -860,6 +860,7 @@ def test_folders_of_patients_that_become_classes_are_reported(tmp_path, inside):
     files |= class_files([f"patient-{number:02}" for number in range(1, 12)], 9, prefix=inside)
     (warning,) = class_notes(tmp_path, write_files(tmp_path / "scans", files))
     assert "12 of 12 classes" in warning and "1 class has no test image (patient-00)" in warning
+    assert f"each folder in scans/{inside}".rstrip("/") + " is" in warning
     assert "--groups folder" in warning and "\n" not in warning
 
 
@@ -879,13 +880,41 @@ def test_the_likely_cause_of_tiny_classes_fits_the_layout(tmp_path, layout, reme
         files = {f"{labels[row]}_{row}.png": png(image) for row, image in enumerate(images)}
         source = write_files(tmp_path / "raw", files)
     (warning,) = class_notes(tmp_path, source)
-    assert "20 of 20 classes" in warning and remedy in warning and "folder above" not in warning
+    assert "20 of 20 classes" in warning and remedy in warning and "each folder" not in warning
 
 
 @pytest.mark.parametrize("public", [False, True])
 def test_usual_classes_cause_no_warning(tmp_path, public):
     source = write_files(tmp_path / "raw", class_files(per_class=10))
     assert class_notes(tmp_path, source, public=public) == []
+
+
+@pytest.mark.parametrize(("side", "hinted"), [(28, True), (64, False)])
+def test_how_to_keep_small_images_as_they_are_is_reported(tmp_path, side, hinted):
+    _, notes = prepare_custom(tmp_path, write_files(tmp_path / "raw", class_files(per_class=7, side=side)))
+    assert any("32x32" in note for note in notes)
+    assert any("--resolution 28" in note for note in notes) == hinted
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [(bytes(128) + b"DICM" + bytes(9), "DICOM"), (b"\0\0\0\x18ftypheic\0", "HEIC")]
+)
+def test_image_files_of_other_kinds_are_named(tmp_path, content, kind):
+    source = write_files(tmp_path / "raw", class_files() | {"cat/scan": content})
+    with pytest.raises(UserError, match=f"cat/scan: {kind}.*PNG"):
+        prepare_custom(tmp_path, source)
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"), [("\xfcbersicht", True), ("_a", False), (".a", False), ("a/b", False)]
+)
+def test_names_of_sets_begin_with_a_letter_or_a_digit(tmp_path, name, allowed):
+    source = write_files(tmp_path / "raw", class_files())
+    if allowed:
+        assert prepare(name, tmp_path / "root", source=source)[1].name == name
+        return
+    with pytest.raises(UserError, match="--data_name"):
+        prepare(name, tmp_path / "root", source=source)
 
 
 def test_a_given_test_part_without_a_class_is_reported(tmp_path):
