@@ -33,6 +33,8 @@ def decode(content: bytes, where: str) -> Image.Image:
         reason = "" if unrecognised else f" ({error})"
         if content.startswith(b"version https://git-lfs"):
             raise UserError(f"{where}: a Git LFS pointer, not the image itself; run: git lfs pull") from error
+        if kind := _other_kind(content):
+            raise UserError(f"{where}: {kind} is not read; convert it, for example to PNG") from error
         raise UserError(f"{where}: not an image, or corrupt{reason}") from error
     if frames > 1:
         raise UserError(f"{where}: holds {frames:,} images; allowed: one in each file, so split it")
@@ -44,6 +46,13 @@ def decode(content: bytes, where: str) -> Image.Image:
     if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
         raise UserError(f"{where}: has transparent pixels; put it on a background first")
     return picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
+
+
+def _other_kind(content: bytes) -> str | None:
+    """The kind of a file that holds images in a form that Pillow does not read; None if it is not known."""
+    if content[128:132] == b"DICM":
+        return "DICOM"
+    return "HEIC" if content[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1") else None
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -127,4 +136,7 @@ def _sizes_note(sizes: Counter, resolution: int) -> str | None:
     listed = ", ".join(f"{width}x{height}: {count:,}" for (width, height), count in most)
     more = f" and {len(sizes) - len(most)} more sizes" if len(sizes) > len(most) else ""
     kinds = f"mixed image sizes ({listed}{more})" if len(sizes) > 1 else f"images of {listed.split(':')[0]}"
-    return f"{kinds}: cropped to the central square and resized to {resolution}x{resolution}"
+    sides = {side for size in sizes for side in size}
+    smaller = len(sides) == 1 and max(sides) < resolution
+    hint = f" (--resolution {max(sides)} keeps them as they are)" if smaller else ""
+    return f"{kinds}: cropped to the central square and resized to {resolution}x{resolution}{hint}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.progress import open_bar
 
 TIMEOUT = 30  # seconds without a byte
 ATTEMPTS_PER_MIRROR = 3  # each resumes where the last one stopped
@@ -96,8 +97,6 @@ def _fetch(url: str, part: Path) -> None:
 
 
 def _receive(response, part: Path, start: int) -> None:
-    from tqdm import tqdm
-
     expected = response.headers.get("Content-Length")
     total = start + int(expected) if expected else None
     first = response.read(BLOCK)
@@ -105,7 +104,7 @@ def _receive(response, part: Path, start: int) -> None:
         _refuse_html(response.headers.get("Content-Type", ""), first)
     with (
         part.open("ab" if start else "wb") as file,
-        tqdm(
+        open_bar(
             desc=part.name.removesuffix(".part"), total=total, initial=start, unit="B", unit_scale=True
         ) as bar,
     ):

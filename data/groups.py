@@ -4,25 +4,19 @@ In `<class>/<group>/<file>` the class is the folder that gives the label, and th
 file. A group may have images of several classes.
 """
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 
+from data.group_tables import groups_in_table, read_groups_table, table_of
 from utils.errors import UserError
 from utils.seeding import numpy_rng
 
 FOLDER = "folder"
 FORMS = "allowed: 'folder' (<class>/<group>/<file>), <file>.csv:<column>, or a regular expression on the path"
-FILE_COLUMNS = (
-    "file",
-    "filename",
-    "path",
-    "image",
-)  # columns of a csv file that name the files; else its first column
 
 
 def groups_of(part, how: str, where: str) -> np.ndarray:
@@ -37,11 +31,9 @@ def groups_of(part, how: str, where: str) -> np.ndarray:
     if how.casefold() == FOLDER:
         found = [_folder_group(name, str(label)) for name, label in zip(names, part.labels, strict=True)]
         need = "is in no folder below its class folder; give <class>/<group>/<file>, or another form"
-    elif ".csv:" in how:
-        path, _, column = how.rpartition(":")
-        table = _read_table(Path(path), column)
-        found = [table.get(name, table.get(PurePosixPath(name).name)) for name in names]
-        need = f"is in no line of {path}"
+    elif (place := table_of(how)) is not None:
+        found = groups_in_table(read_groups_table(*place), names, place[0])
+        need = f"is in no line of {place[0]}"
     else:
         pattern = _pattern(how)
         found = [_match_of(pattern, name) for name in names]
@@ -56,9 +48,8 @@ def groups_of(part, how: str, where: str) -> np.ndarray:
 
 def require_form(how: str) -> None:
     """Raise UserError if `how` is none of FORMS, without a look at images."""
-    if ".csv:" in how:
-        path, _, column = how.rpartition(":")
-        _read_table(Path(path), column)
+    if (place := table_of(how)) is not None:
+        read_groups_table(*place)
     elif how.casefold() != FOLDER:
         _pattern(how)
 
@@ -87,8 +78,8 @@ def _folder_group(name: str, label: str) -> str:
 def _pattern(text: str) -> re.Pattern:
     try:
         pattern = re.compile(text)
-    except re.error as error:
-        raise UserError(f"--groups: '{text}' is not allowed ({error}); {FORMS}") from error
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"--groups: '{text}' is not a valid regular expression; {FORMS}") from error
     if pattern.groups > 1:
         raise UserError(
             f"--groups: '{text}' has {pattern.groups} groups; the one in parentheses is the group"
@@ -99,25 +90,6 @@ def _pattern(text: str) -> re.Pattern:
 def _match_of(pattern: re.Pattern, name: str) -> str | None:
     found = pattern.search(name)
     return found and found[pattern.groups]
-
-
-def _read_table(path: Path, column: str) -> dict[str, str]:
-    """File name, as the csv file gives it -> group."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns, rows = list(reader.fieldnames or []), list(reader)
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise UserError(f"--groups: {path} cannot be read as a csv file ({error})") from error
-    if column not in columns:
-        raise UserError(f"--groups: {path} has no column '{column}'; it has {', '.join(columns) or 'none'}")
-    key = next((name for name in columns if name.casefold() in FILE_COLUMNS), columns[0])
-    table: dict[str, str] = {}
-    for row in rows:
-        file, group = row[key], row[column]
-        if file and table.setdefault(file, group) != group:
-            raise UserError(f"--groups: {path} has two groups for {file}: {table[file]} and {group}")
-    return table
 
 
 def require_disjoint_groups(train: np.ndarray, test: np.ndarray, where: str) -> None:

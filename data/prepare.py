@@ -26,6 +26,7 @@ from data.groups import (
 )
 from data.labels import compose_names, resolve
 from data.locations import IN_DISTRIBUTION
+from data.odd_classes import class_warnings
 from data.prepared import PreparedMeta, is_prepared, new_prepared, read_meta
 from data.readers.layouts import open_source
 from data.readers.source import ArrayPart, Part, Source
@@ -133,9 +134,25 @@ def prepare(
         notes.append(note)
     # data/apart.py compares the path of the source.
     meta, more = convert_source(found, target, folder, str(source.resolve()), grouping)
+    if known is None:
+        more += _class_notes(source, found, meta)
     if not target.public and readable_by_others(folder):
         more.append(f"warning: others can read the images: the file system of {folder} keeps no permissions")
     return folder, meta, [f"{data_name}: {note}" for note in notes + more]
+
+
+def _class_notes(path: Path, source: Source, meta: PreparedMeta) -> list[str]:
+    """What the user should know about the classes of a custom set."""
+    test = source.test if meta.num_test else None  # a public set has none
+    notes = class_warnings(path.resolve().name, source.train, test, meta.class_names)
+    if source.class_names is None and source.train.labels.dtype.kind != "U":
+        names = ",".join(f"<name of {label}>" for label in meta.class_names[:2])
+        more = ",..." if len(meta.class_names) > 2 else ""
+        notes.append(
+            f"the source has no class names, so the classes are called by their numbers; to name them, repeat with "
+            f"--force --class_names {names}{more}"
+        )
+    return notes
 
 
 def convert_source(
@@ -241,8 +258,11 @@ def _with_facts(known: KnownSet | None, facts: Facts | None) -> KnownSet | None:
 
 def require_allowed_name(flag: str, data_name: str) -> None:
     """Raise UserError unless `data_name` is a plain name, which cannot lead out of the data root."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", data_name):
-        raise UserError(f"{flag}: '{data_name}' is not allowed; it must be letters, digits, '_', '-' and '.'")
+    if not re.fullmatch(r"[^\W_][\w.-]*", data_name):
+        raise UserError(
+            f"{flag}: '{data_name}' is not allowed; it must be letters, digits, '_', '-' and '.', and begin with a "
+            f"letter or a digit"
+        )
 
 
 def downloads_folder(name: str, data_root: Path) -> Path:

@@ -38,6 +38,7 @@ def privacy_card(report: dict) -> str:
     lines += _revealed_lines(report["revealed"])
     lines += _list("Assumed public", report["assumptions"])
     lines += _list("What this does not cover", _caveats(report))
+    lines += _list("Weights and previews", _weights_are(report))
     lines += _list("Not for sharing", _private_files(report))
     return "\n".join(lines)
 
@@ -114,7 +115,7 @@ def _products(report: dict, with_files: bool = False) -> str:
 def _warnings(report: dict) -> list[str]:
     """Facts that weaken or void the guarantee of this run."""
     lines = []
-    if report["noise_seeded"] or any(selection["noise_seeded"] for selection in report.get("selection", [])):
+    if _is_seeded(report):
         lines.append(
             "**the noise was seeded (privacy.noise_seed): anyone can remove it; the guarantee is void**"
         )
@@ -131,6 +132,11 @@ def _warnings(report: dict) -> list[str]:
         weak = weak_delta(report["budget"]["delta"], report["num_records"])
         lines += [] if weak is None else [f"**{weak}**"]
     return lines
+
+
+def _is_seeded(report: dict) -> bool:
+    selections = report.get("selection", [])
+    return report["noise_seeded"] or any(selection["noise_seeded"] for selection in selections)
 
 
 def _headline(report: dict) -> str:
@@ -212,12 +218,14 @@ def _samples_are(report: dict) -> list[str]:
     low, high = min(counts), max(counts)
     labels = f"{low:,} of each class" if low == high else f"{low:,} to {high:,} of each class"
     if high - low <= 1:
-        learned = (
-            "learns with noise, for training only" if report["learns_class_shares"] else "does not learn"
+        estimated = (
+            "The method estimates them with noise and uses the estimate only in training"
+            if report["learns_class_shares"]
+            else "The method does not estimate them"
         )
         labels += (
-            f", balanced by construction: they do not follow the class shares of the private images, which the "
-            f"method {learned}"
+            f". Every class gets an equal share of the samples, whatever its share of the private images is, because "
+            f"class shares are private. {estimated}"
         )
     return [*copies, f"labels: {labels}", *(f"warning: {line}" for line in report.get("sample_warnings", []))]
 
@@ -271,11 +279,28 @@ def _revealed_lines(reasons: list[str]) -> list[str]:
     ]
 
 
+def _weights_are(report: dict) -> list[str]:
+    """Whether the checkpoints and previews of the run may be shared. They hold weights, the state of optimizers, noisy
+    results and bookings: post-processing of the queries in the table, and public data."""
+    files = "the checkpoints and previews of the run (train/, and pretrain/ if there is one)"
+    if not report["private"] or report["not_computed"] or _is_seeded(report):
+        return [f"{files} have no guarantee and may reveal training images: do not share them"]
+    licenses = "they may contain public images and weights trained on them, whose licenses apply"
+    if not report["releases"]:
+        return [f"{files} do not depend on the private images; {licenses}"]
+    return [
+        f"{files} are computed from the noisy results of the queries above and from public data: to share them in "
+        f"addition to {_products(report)} does not increase epsilon, unless a copy of this folder was resumed too; "
+        f"{licenses}"
+    ]
+
+
 def _private_files(report: dict) -> list[str]:
     """The files that hold private images, or results computed from them without noise."""
     name = report["data"]
     return [
-        "in the folder of the run: results.json, details.json, report.html, stdout.txt and private/",
+        "in the folder of the run: results.json, details.json, report.html and stdout.txt; with "
+        "eval.gallery=private also private/",
         "in the folder of the prepared images: the images, meta.json and .cache, which holds features of the images, "
         "predictions of classifiers that were trained on them, and with eval.mode=val possibly copies of them "
         "(in ~/.cache/dp-image-bench/private if it is read-only)",

@@ -1,6 +1,7 @@
 """Groups of images, such as those of one patient, and the splits that keep them together."""
 
 import dataclasses
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,61 @@ def test_a_csv_file_with_a_missing_image_or_column_is_reported(patients):
     table.write_text("\n".join(table.read_text().splitlines()[:-1]))
     with pytest.raises(UserError, match="1 of 42 images"):
         prepared(patients, groups=how)
+
+
+MALFORMED = {  # lines or bytes of the table -> what the message names
+    b"": ["empty"],
+    b"\xff\xfep\x00": ["UTF-8"],
+    "path,who\nill/a.png,J\xfcrgen".encode("cp1252"): ["UTF-8"],
+    b"path;who\nill/a.png;anna": ["'who'", "path;who", "commas"],
+    b"path,who\nill/a.png,anna\n\nill/b.png,": ["line 4", "'who'"],
+    b"path,who\nill/a.png,  ": ["line 2", "'who'"],
+    b"path,who\nill/a.png": ["line 2", "'who'"],
+    b"path,who\n,anna": ["line 2", "'path'"],
+    b"path,who\nill/a.png,Smith, Anna": ["line 2", "3 values", "quotes"],
+    b'path,who\nill/a.png,"anna': ["line 2", "quotation"],
+    b"path,who\nill/a.png,anna\nill/a.png,bob": ["ill/a.png", "anna", "bob"],
+    b"path,who,who\nill/a.png,anna,bob": ["2 columns 'who'"],
+    b"who,age\nanna,3": ["'who'", "names the files"],
+}
+
+
+@pytest.mark.parametrize("content", MALFORMED)
+def test_a_malformed_table_is_reported_by_its_place(content, patients):
+    table = patients.parent / "patients.csv"
+    table.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        prepared(patients, groups=f"{table}:who")
+    text = str(error.value)
+    assert all(words in text for words in ["--groups", "patients.csv", *MALFORMED[content]])
+    assert "\n" not in text and "codec" not in text and "Errno" not in text
+    assert not (patients.parent / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "told"), [("a.csv", "column"), ("a.csv:", "column"), ("none.CSV:who", "No such")]
+)
+def test_a_table_without_a_column_or_a_file_is_reported(how, told, patients):
+    with pytest.raises(UserError, match=told) as error:
+        prepared(patients, groups=how)
+    assert "Errno" not in str(error.value)
+
+
+def test_a_file_name_of_several_images_needs_a_path(patients):
+    table = patients.parent / "patients.csv"
+    table.write_text("file,who\n0.png,anna\n1.png,bob\n2.png,eve")
+    with pytest.raises(UserError, match=r"0\.png.*ill/patient-\d+/0\.png"):
+        prepared(patients, groups=f"{table}:who")
+
+
+def test_paths_of_a_table_may_be_written_by_other_programs(patients):
+    (patients / "ill" / "patient-1").rename(patients / "ill" / "M\xfcller")  # composed
+    how = of_csv(patients)
+    table = Path(how.rpartition(":")[0])
+    text = unicodedata.normalize("NFD", table.read_text(encoding="utf-8")).replace("/", "\\")
+    table.write_text(text.replace("ill\\", ".\\ill\\"), encoding="utf-8-sig")
+    _, meta, _ = prepared(patients, groups=how)
+    assert meta.images_per_person == PER_PATIENT
 
 
 def test_images_outside_a_group_folder_and_arrays_are_reported(patients, tmp_path):

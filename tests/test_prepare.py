@@ -91,8 +91,18 @@ def prepare_known(name: str, root: Path, **options):
 
 
 def prepare_custom(tmp_path: Path, source: Path, **options):
+    """The prepared set and the notes, without those on the classes, which sets as small as these always cause."""
     folder, _, notes = prepare("mine", tmp_path / "root", source=source, **options)
-    return read_prepared(folder), notes
+    return read_prepared(folder), [note for note in notes if not is_about_classes(note)]
+
+
+def is_about_classes(note: str) -> bool:
+    return any(words in note for words in ("fewer than", "no test image", "--class_names"))
+
+
+def class_notes(tmp_path: Path, source: Path, **options) -> list[str]:
+    _, _, notes = prepare("mine", tmp_path / "root", source=source, **options)
+    return [note for note in notes if is_about_classes(note)]
 
 
 # ------------------------------------------------------------------------------------------------ layouts
@@ -842,6 +852,86 @@ def test_script_prints_what_it_did_and_exits_with_2_on_bad_input(tmp_path, capsy
     assert "use it: python run.py --data_name mine" in text
     assert main([*arguments, str(tmp_path / "missing")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("inside", ["", "pneumonia/"])
+def test_folders_of_patients_that_become_classes_are_reported(tmp_path, inside):
+    files = class_files(("patient-00",), 1, prefix=inside)
+    files |= class_files([f"patient-{number:02}" for number in range(1, 12)], 9, prefix=inside)
+    (warning,) = class_notes(tmp_path, write_files(tmp_path / "scans", files))
+    assert "12 of 12 classes" in warning and "1 class has no test image (patient-00)" in warning
+    assert f"each folder in scans/{inside}".rstrip("/") + " is" in warning
+    assert "--groups folder" in warning and "\n" not in warning
+
+
+def test_many_classes_without_a_test_image_are_not_all_listed(tmp_path):
+    files = class_files([f"c{number:02}" for number in range(20)], 1) | class_files(["dog"], 7)
+    (warning,) = class_notes(tmp_path, write_files(tmp_path / "scans", files))
+    assert "20 classes have no test image" in warning and "c00" in warning and "c19" not in warning
+
+
+@pytest.mark.parametrize(("layout", "remedy"), [("flat", "underscore"), ("npz", "labels")])
+def test_the_likely_cause_of_tiny_classes_fits_the_layout(tmp_path, layout, remedy):
+    images, labels = colour_images(40), np.arange(40) % 20
+    if layout == "npz":
+        source = tmp_path / "a.npz"
+        np.savez(source, x=images, y=labels.astype(str))
+    else:
+        files = {f"{labels[row]}_{row}.png": png(image) for row, image in enumerate(images)}
+        source = write_files(tmp_path / "raw", files)
+    (warning,) = class_notes(tmp_path, source)
+    assert "20 of 20 classes" in warning and remedy in warning and "each folder" not in warning
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_usual_classes_cause_no_warning(tmp_path, public):
+    source = write_files(tmp_path / "raw", class_files(per_class=10))
+    assert class_notes(tmp_path, source, public=public) == []
+
+
+@pytest.mark.parametrize(("side", "hinted"), [(28, True), (64, False)])
+def test_how_to_keep_small_images_as_they_are_is_reported(tmp_path, side, hinted):
+    _, notes = prepare_custom(tmp_path, write_files(tmp_path / "raw", class_files(per_class=7, side=side)))
+    assert any("32x32" in note for note in notes)
+    assert any("--resolution 28" in note for note in notes) == hinted
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [(bytes(128) + b"DICM" + bytes(9), "DICOM"), (b"\0\0\0\x18ftypheic\0", "HEIC")]
+)
+def test_image_files_of_other_kinds_are_named(tmp_path, content, kind):
+    source = write_files(tmp_path / "raw", class_files() | {"cat/scan": content})
+    with pytest.raises(UserError, match=f"cat/scan: {kind}.*PNG"):
+        prepare_custom(tmp_path, source)
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"), [("\xfcbersicht", True), ("_a", False), (".a", False), ("a/b", False)]
+)
+def test_names_of_sets_begin_with_a_letter_or_a_digit(tmp_path, name, allowed):
+    source = write_files(tmp_path / "raw", class_files())
+    if allowed:
+        assert prepare(name, tmp_path / "root", source=source)[1].name == name
+        return
+    with pytest.raises(UserError, match="--data_name"):
+        prepare(name, tmp_path / "root", source=source)
+
+
+def test_a_given_test_part_without_a_class_is_reported(tmp_path):
+    files = class_files(per_class=12, prefix="train/") | class_files(("dog",), 12, prefix="test/")
+    (warning,) = class_notes(tmp_path, write_files(tmp_path / "raw", files))
+    assert "no test image (cat)" in warning
+
+
+@pytest.mark.parametrize("named", ["nowhere", "in the file", "on the command line"])
+def test_how_to_name_the_classes_is_reported_if_they_have_no_names(tmp_path, named):
+    arrays = {"x": colour_images(60), "y": np.arange(60) % 2}
+    if named == "in the file":
+        arrays["class_names"] = ["cat", "dog"]
+    np.savez(tmp_path / "a.npz", **arrays)
+    names = ("cat", "dog") if named == "on the command line" else None
+    notes = class_notes(tmp_path, tmp_path / "a.npz", class_names=names)
+    assert sum("--class_names" in note for note in notes) == (named == "nowhere")
 
 
 def test_every_known_set_can_be_downloaded_or_names_its_source():

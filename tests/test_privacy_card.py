@@ -132,6 +132,28 @@ def test_the_card_lists_private_files_and_the_command_that_removes_them(two_stag
     assert "--forget toy`" in section
 
 
+def weights_section(report: dict) -> str:
+    return privacy_card(report).split("**Weights and previews**")[1].split("**")[0]
+
+
+def test_the_card_states_that_epsilon_covers_checkpoints(two_stages):
+    text = weights_section(two_stages)
+    assert "train/" in text and "pretrain/" in text and "does not increase epsilon" in text
+    assert "train/" not in privacy_card(two_stages).split("**Not for sharing**")[1]
+
+
+@pytest.mark.parametrize(
+    "change", [{"private": False}, {"noise_seeded": True}, {"not_computed": "the grid is too coarse"}]
+)
+def test_checkpoints_without_a_guarantee_are_not_for_sharing(two_stages, change):
+    text = weights_section({**two_stages, **change})
+    assert "do not share" in text and "does not increase" not in text
+
+
+def test_checkpoints_of_a_run_without_queries_depend_on_public_data(two_stages):
+    assert "do not depend on the private images" in weights_section({**two_stages, "releases": []})
+
+
 @pytest.mark.parametrize(
     ("epsilon", "delta"), [(10.0, 1e-4), (1.0, 1e-5), (0.1, 1e-6), (3.0, 0.4), (0.0, 0.01)]
 )
@@ -166,11 +188,11 @@ def test_the_card_describes_the_samples_and_their_inputs(two_stages):
     card = privacy_card({**two_stages, **MADE})
     assert "**letters**, 1,240 images" in card and "train.n_epochs=2" in card
     assert "no sample equals" in card and "3 of 40 samples are odd" in card
-    assert "20 of each class, balanced by construction" in card and "does not learn" in card
+    assert "20 of each class. Every class gets an equal share" in card and "does not estimate" in card
     learning = privacy_card({**two_stages, **MADE, "learns_class_shares": True})
-    assert "learns with noise" in learning
+    assert "estimates them with noise" in learning
     uneven = privacy_card({**two_stages, **MADE, "samples_per_class": [5, 35]})
-    assert "5 to 35 of each class" in uneven and "balanced" not in uneven
+    assert "5 to 35 of each class" in uneven and "equal share" not in uneven
     without = privacy_card({**two_stages, **MADE, "public_data": None, "overrides": []})
     assert "public images: none" in without and "command line: none" in without
     assert "equals a public image" not in without

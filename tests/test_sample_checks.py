@@ -124,7 +124,7 @@ def test_samples_that_are_public_images_are_reported(tmp_path):
     assert any(copies in line for line in results["warnings"])
     assert f"**glyphs**, {expected['images']:,} images" in card and "1,240 images" in page
     assert "public_data.per_class=20" in card and "setup.precision" not in card and "eval.metrics" not in card
-    assert privacy["samples_per_class"] == [10] * 10 and "balanced by construction" in card
+    assert privacy["samples_per_class"] == [10] * 10 and "an equal share of the samples" in card
     # calibration_error trains classifiers on samples: no training image was needed
     assert privacy["revealed"] == [] and "without noise**, to the program" not in card
 

@@ -396,6 +396,7 @@ LEFT_OUT = {
     "README.md": "README.md", "LICENSE": "LICENSE", ".gitattributes": ".gitattributes", "thumbs.db": "thumbs.db",
     "@eaDir/1.png": "@eaDir", "$RECYCLE.BIN/1.png": "$RECYCLE.BIN", "cat/notes.txt": "cat/notes.txt",
     "cat/._0.png": "cat/._0.png", "labels.csv": "labels.csv", "__MACOSX/cat/._0.png": "__MACOSX",
+    "Report.DOCX": "Report.DOCX", "cat/ages.xlsx": "cat/ages.xlsx", "talk.pptx": "talk.pptx", "a.ods": "a.ods",
 }  # fmt: skip
 
 

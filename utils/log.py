@@ -6,13 +6,22 @@ import sys
 from pathlib import Path
 
 from utils import distributed
+from utils.progress import above_bars
 from utils.runtime import log
+
+
+class _AboveBars(logging.StreamHandler):
+    """Writes a line above the progress bars that are on the terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with above_bars(self.stream):
+            super().emit(record)
 
 
 def to_terminal() -> None:
     """Send log lines to standard output as they are."""
     logging.raiseExceptions = False  # a full disk under stdout.txt is reported once, by what fails next
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _AboveBars(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(lambda record: distributed.is_main())
     log.handlers = [handler]

@@ -2,10 +2,26 @@
 
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 from tqdm import tqdm
 
 from utils import distributed
+
+
+class _Lines:
+    """Writes what tqdm draws as lines of their own, for an output that cannot move its cursor back."""
+
+    def __init__(self, stream) -> None:
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None)  # tqdm draws in ASCII if it is not UTF-8
+
+    def write(self, text: str) -> None:
+        if line := text.strip():  # tqdm clears a line with spaces and ends a bar with a line end
+            self._stream.write(f"{line}\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def progress(
@@ -17,18 +33,26 @@ def progress(
         total = len(iterable)
     if not distributed.is_main() or initial >= total:
         return iterable
+    return open_bar(iterable, desc=description, total=total, initial=initial, unit=unit)
+
+
+def open_bar(iterable: Iterable | None = None, **options) -> tqdm:
+    """A bar on stderr, with the options of tqdm, for work that `progress` cannot wrap; close it at the end."""
     terminal = sys.stderr.isatty()
     return tqdm(
         iterable,
-        desc=description,
-        total=total,
-        initial=initial,
-        unit=unit,
-        file=sys.stderr,
+        file=sys.stderr if terminal else _Lines(sys.stderr),
         mininterval=0.2 if terminal else 30.0,
         maxinterval=10.0 if terminal else 60.0,
         dynamic_ncols=terminal,
+        **options,
     )
+
+
+def above_bars(stream) -> AbstractContextManager:
+    """Context in which the bars are removed from the terminal, so that a line written to `stream` starts at its left
+    edge; afterwards they are drawn again below it."""
+    return tqdm.external_write_mode(file=stream)
 
 
 def duration(seconds: float) -> str:

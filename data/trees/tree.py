@@ -20,6 +20,7 @@ _DOCUMENT_NAMES = {
 }  # fmt: skip
 _DOCUMENT_ENDINGS = {
     ".md", ".rst", ".txt", ".rtf", ".pdf", ".html", ".htm", ".csv", ".tsv", ".xls", ".xlsx", ".doc", ".docx", ".odt",
+    ".ods", ".odp", ".ppt", ".pptx",
     ".json", ".jsonl", ".yaml", ".yml", ".toml", ".xml", ".ini", ".cfg", ".log", ".bib", ".cff", ".url", ".lnk",
     ".py", ".ipynb", ".sh", ".bat", ".m", ".md5", ".sha1", ".sha256",
 }  # fmt: skip

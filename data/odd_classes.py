@@ -1,0 +1,53 @@
+"""Signs that the classes of a custom source are something else, such as patients, and what to do about it."""
+
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from data.readers.source import FilePart, Part
+from utils.text import listed
+
+FEW = 10  # images; a set most of whose classes have fewer is hardly meant
+
+
+def class_warnings(
+    source_name: str, train: Part, test: Part | None, class_names: tuple[str, ...]
+) -> list[str]:
+    """One line if more than half of the classes have fewer than FEW images, or if a class has no test image.
+
+    `test` None: there is no test part by design. `class_names`: the names of integer labels.
+    """
+    counts = _counts(train, class_names)
+    tested = counts if test is None else _counts(test, class_names)
+    total = counts if test is None else {name: counts[name] + tested[name] for name in class_names}
+    few = [name for name in class_names if total[name] < FEW]
+    untested = [name for name in class_names if not tested[name]]
+    found = []
+    if 2 * len(few) > len(class_names):
+        found.append(f"{len(few):,} of {len(class_names):,} classes have fewer than {FEW} images")
+    if untested:
+        number = "1 class has" if len(untested) == 1 else f"{len(untested):,} classes have"
+        found.append(f"{number} no test image ({listed(untested)})")
+    return [f"warning: {' and '.join(found)}; {_likely_cause(source_name, train)}"] if found else []
+
+
+def _counts(part: Part, class_names: tuple[str, ...]) -> dict[str, int]:
+    labels, counts = np.unique(part.labels, return_counts=True)
+    by_name = part.labels.dtype.kind == "U"
+    names = labels.tolist() if by_name else [class_names[label] for label in labels.tolist()]
+    return dict.fromkeys(class_names, 0) | dict(zip(names, counts.tolist(), strict=True))
+
+
+def _likely_cause(source_name: str, part: Part) -> str:
+    if part.labels.dtype.kind != "U" or not isinstance(part, FilePart):
+        return "check that the labels of the source are its classes"
+    folders, label = PurePosixPath(part.names[0]).parts[:-1], str(part.labels[0])
+    if label in folders:
+        parent = "/".join((source_name, *folders[: folders.index(label)]))
+        return (
+            f"each folder in {parent} is a class; if these are parts of one class, give the folder of all classes as "
+            f"--source, and if they are patients, add --groups folder"
+        )
+    return (
+        "the class of a file is its name up to the first underscore; put the files into one folder per class"
+    )
