@@ -5,6 +5,7 @@ file. A group may have images of several classes.
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -70,9 +71,18 @@ def nested_note(part) -> str | None:
 
 
 def _folder_group(name: str, label: str) -> str:
-    parts = PurePosixPath(name).parts[:-1]
-    below = parts[parts.index(label) + 1 :] if label in parts else ()
-    return "/".join(below)
+    around = folders_around(name, label)
+    return "" if around is None else "/".join(around[1])
+
+
+def folders_around(name: str, label: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """The folders of a file above and below the folder of its class; None if its class comes from no folder. Labels are
+    in Unicode's composed form, names as the source writes them."""
+    parts = PurePosixPath(unicodedata.normalize("NFC", name)).parts[:-1]
+    if label not in parts:
+        return None
+    place = parts.index(label)
+    return parts[:place], parts[place + 1 :]
 
 
 def _pattern(text: str) -> re.Pattern:

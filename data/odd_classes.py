@@ -1,9 +1,8 @@
 """Signs that the classes of a custom source are something else, such as patients, and what to do about it."""
 
-from pathlib import PurePosixPath
-
 import numpy as np
 
+from data.groups import folders_around
 from data.readers.source import FilePart, Part
 from utils.text import listed
 
@@ -41,9 +40,9 @@ def _counts(part: Part, class_names: tuple[str, ...]) -> dict[str, int]:
 def _likely_cause(source_name: str, part: Part) -> str:
     if part.labels.dtype.kind != "U" or not isinstance(part, FilePart):
         return "check that the labels of the source are its classes"
-    folders, label = PurePosixPath(part.names[0]).parts[:-1], str(part.labels[0])
-    if label in folders:
-        parent = "/".join((source_name, *folders[: folders.index(label)]))
+    around = folders_around(part.names[0], str(part.labels[0]))
+    if around is not None:
+        parent = "/".join((source_name, *around[0]))
         return (
             f"each folder in {parent} is a class; if these are parts of one class, give the folder of all classes as "
             f"--source, and if they are patients, add --groups folder"

@@ -182,6 +182,12 @@ def test_paths_of_a_table_may_be_written_by_other_programs(patients):
     assert meta.images_per_person == PER_PATIENT
 
 
+def test_groups_are_below_class_folders_in_any_form_of_unicode(patients):
+    (patients / "ill").rename(patients / unicodedata.normalize("NFD", "verg\xf6\xdfert"))
+    _, meta, _ = prepared(patients, groups="folder")
+    assert meta.images_per_person == PER_PATIENT and "verg\xf6\xdfert" in meta.class_names
+
+
 def test_images_outside_a_group_folder_and_arrays_are_reported(patients, tmp_path):
     Image.new("L", (8, 8)).save(patients / "ill" / "stray.png")
     with pytest.raises(UserError, match=r"ill/stray.png"):
