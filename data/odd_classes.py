@@ -1,4 +1,4 @@
-"""Signs that the classes of a custom source are something else, such as patients, and what to do about it."""
+"""How many images each class of a custom source has, and signs that the classes are something else, such as patients."""
 
 import numpy as np
 
@@ -6,7 +6,19 @@ from data.groups import folders_around
 from data.readers.source import FilePart, Part
 from utils.text import listed
 
+MOST_SHOWN = 20  # classes whose numbers are printed
 FEW = 10  # images; a set most of whose classes have fewer is hardly meant
+
+
+def counts_line(labels: np.ndarray, test_labels: np.ndarray | None, class_names: tuple[str, ...]) -> str:
+    """The number of prepared images of each class: training, and test if there is a test part."""
+    counts = np.bincount(labels, minlength=len(class_names))
+    shown = [f"{name}: {count:,}" for name, count in zip(class_names, counts, strict=True)]
+    if test_labels is not None:
+        tested = np.bincount(test_labels, minlength=len(class_names))
+        shown = [f"{text} + {count:,}" for text, count in zip(shown, tested, strict=True)]
+    kind = "images" if test_labels is None else "training + test images"
+    return f"classes ({kind}): {listed(shown, MOST_SHOWN)}"
 
 
 def class_warnings(

@@ -239,6 +239,12 @@ def read_groups(folder: Path, meta: PreparedMeta) -> np.ndarray | None:
     return _read_array(folder / GROUPS_NAME, np.int64, (meta.num_train,), meta)
 
 
+def read_labels(folder: Path, meta: PreparedMeta) -> tuple[np.ndarray, np.ndarray | None]:
+    """The labels of the training part and of the test part, if there is one. Reads no image."""
+    test = _read_labels(folder, meta, "test", meta.num_test) if meta.num_test else None
+    return read_train_labels(folder, meta), test
+
+
 def read_train_labels(folder: Path, meta: PreparedMeta) -> np.ndarray:
     """(num_train,) int64: the labels of the training part, checked like those of `read_prepared`. Reads no image."""
     return _read_labels(folder, meta, "train", meta.num_train)

@@ -12,8 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.forget import forget
+from data.odd_classes import counts_line
 from data.prepare import prepare
-from data.prepared import PreparedMeta
+from data.prepared import PreparedMeta, read_labels
 from data.registry import Facts, canonical_name, known_names, known_set
 from utils.arguments import Parser, whole_number
 from utils.config_files import CONFIG_FOLDER, read_yaml
@@ -143,7 +144,7 @@ def main(argv: list[str]) -> int:
         f"{meta.resolution}x{meta.resolution}, {'grey' if meta.channels == 1 else 'RGB'}"
     )
     if known_set(meta.name) is None:
-        print(f"classes: {', '.join(meta.class_names[:20])}{', ...' if len(meta.class_names) > 20 else ''}")
+        print(counts_line(*read_labels(folder, meta), meta.class_names))
         print(usage_line(folder, meta, arguments["public"], data_root()))
     return 0
 

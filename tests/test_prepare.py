@@ -1092,3 +1092,11 @@ def test_known_set_is_downloaded_into_the_cache_and_prepared(tmp_path, mirror, m
 def test_a_test_folder_passed_on_its_own_is_not_taken_for_a_class(tmp_path):
     source = open_source(write_files(tmp_path / "raw", class_files(prefix="test/")))
     assert set(source.train.labels.tolist()) == {"cat", "dog"}
+
+
+def test_the_images_of_every_class_are_counted(tmp_path):
+    from data.odd_classes import counts_line
+
+    labels, tested = np.array([0, 0, 0, 1]), np.array([0, 1, 1])
+    assert counts_line(labels, tested, ("cat", "dog")).endswith("cat: 3 + 1, dog: 1 + 2")
+    assert counts_line(labels, None, ("cat", "dog")).endswith("cat: 3, dog: 1")

@@ -49,8 +49,10 @@ def _listed_files(tree: FileTree, names: list[str], listing: str) -> FilePart:
     try:
         entries = json.loads(read_one(tree, listing))["labels"]
         pairs = [(posixpath.normpath(folder + file.replace("\\", "/")), label) for file, label in entries]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{where} has no list 'labels' of [file, integer] pairs ({error})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{where} is not valid JSON") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(f"{where} has no list 'labels' of [file, integer] pairs") from None
     wrong = next(
         ((file, label) for file, label in pairs if type(label) is not int or abs(label) > _MOST_LABEL), None
     )
