@@ -268,13 +268,11 @@ def _public_rows(
         return None
     labels = labels[training_subset(available, num_used)]
     counts = np.bincount(labels, minlength=num_classes)
-    smallest = int(counts.argmin())
-    if num_public // num_classes >= counts[smallest]:
-        allowed = num_classes * max(0, int(counts[smallest]) - 1)
+    if num_public // num_classes >= counts.min():
+        # Without the number and the class: sizes of classes are private.
         raise UserError(
-            f"{key}: {num_public} are {num_public // num_classes} of each of {num_classes} classes, but class "
-            f"'{_class_names(section, meta)[smallest]}' has {counts[smallest]} training images, of which one must stay "
-            f"private; at most {allowed} are possible"
+            f"{key}: {num_public} are {num_public // num_classes} of each of {num_classes} classes, but a class has "
+            f"too few training images, of which one must stay private; give a smaller multiple of {num_classes}"
         )
     return public_share(labels, num_public, num_classes, section.public_seed)
 

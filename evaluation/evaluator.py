@@ -38,7 +38,7 @@ class Evaluator:
         self.settings, self.values = settings, check_metrics(config.metrics)
         check_extractor(config.extractor)
         using = need_classifiers(self.values)
-        if using and not check_classifiers(config.classifiers):
+        if using and not check_classifiers(config.classifiers) and settings.has_samples:
             raise UserError(f"eval.classifiers: empty; the metric {using[0]} needs at least one")
 
     def evaluate(

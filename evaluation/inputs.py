@@ -49,6 +49,7 @@ class EvaluatorSettings:
     seed: int
     cache: PrivateCache | None = None
     prompt: str = "an image of a {}"
+    has_samples: bool = True  # False: a released classifier alone is evaluated
 
 
 # (N, C, H, W) uint8 -> logits (N, K): a classifier that needs no training
@@ -96,7 +97,7 @@ class Inputs:
         """Every classifier of the config, trained on the samples, and the released one, if there is one. All choices of
         one whose training fails are Unavailable."""
         results = []
-        for name in map(CLASSIFIERS.canonical, self.settings.config.classifiers if len(self.samples) else ()):
+        for name in map(CLASSIFIERS.canonical, self.settings.config.classifiers):
             result = self.kept.classifier(name)
             if result is None:
                 result = self._train_on_samples(name)

@@ -143,7 +143,8 @@ def of_classifiers(config: EvalConfig) -> tuple[EvalConfig, list[str]]:
     the metrics that are left out."""
     kept = need_classifiers(config.metrics)
     left_out = [name for name in check_metrics(config.metrics) if name not in kept]
-    return replace(config, metrics=kept, ceiling="none", gallery=None, oracles=False), left_out
+    only = replace(config, metrics=kept, classifiers=[], ceiling="none", gallery=None, oracles=False)
+    return only, left_out
 
 
 def memorisation_metrics() -> dict[str, str]:

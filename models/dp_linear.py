@@ -13,6 +13,8 @@ from models.linear.fit import SGD, FitConfig, LinearFit
 from models.synthesizer import Synthesizer, balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
+from utils.errors import UserError
+from utils.images import to_uint8
 from utils.runtime import Runtime
 from utils.sections import GenConfig, PublicDataConfig
 from utils.timing import Cost
@@ -35,7 +37,12 @@ class DPLinear(Synthesizer):
         return [self.linear.release()]
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
-        if public is not None:
+        if self.linear.needs_public_images:
+            if public is None:
+                raise UserError(
+                    "model.num_directions: needs public images, and this run has none; give public_data.name, or "
+                    "model.num_directions=null"
+                )
             self.linear.features.learn(public)
 
     def train(self, private: PrivateData) -> None:
@@ -49,7 +56,7 @@ class DPLinear(Synthesizer):
     def generate(self, num_samples: int) -> Samples:
         """The class means, each scaled to the full range of pixels, repeated."""
         means = self.linear.class_sums[:, :-1].clamp(min=0)
-        pixels = (255 * means / means.amax(1, keepdim=True).clamp(min=1e-12)).round().byte().cpu().numpy()
+        pixels = to_uint8(2 * means / means.amax(1, keepdim=True).clamp(min=1e-12) - 1)
         labels = balanced_labels(num_samples, self.spec.num_classes)
         return Samples(pixels.reshape(-1, *self.spec.image_shape)[labels], labels)
 

@@ -19,10 +19,12 @@ from opacus_ext.accounting import Release
 from opacus_ext.ledger import Budget, Ledger, default_delta, weak_delta
 from pipeline.record import values_of
 from pipeline.teaching import with_teacher
+from utils.artefacts import ENVIRONMENT
 from utils.config import COMMAND_LINE, Config, load_config
 from utils.config_files import flatten
 from utils.device import prepare_device
 from utils.errors import UserError
+from utils.files import read_json
 from utils.memory import require_memory
 from utils.runtime import Runtime, log
 
@@ -78,9 +80,9 @@ def _compose(config: Config, plan: list[Release] | None) -> tuple[Parts, list[st
     lines = list(config.notes)
     require_use(config.method, config.sensitive_data, hasattr(config.method_config, "public_data"))
     require_agreement(config.public_data, config.sensitive_data)
-    starts_from_share = has_checkpoint_of_public_share(config)
     spec, more = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
     lines += more
+    starts_from_share = has_checkpoint_of_public_share(config, spec.identity)
     require_apart(config.public_data, config.sensitive_data, config.data_root)
     if config.gen.data_num < spec.num_classes:
         raise UserError(
@@ -101,7 +103,7 @@ def _compose(config: Config, plan: list[Release] | None) -> tuple[Parts, list[st
         if left_out:
             lines.append(f"{config.method} makes no images here; not computed: {', '.join(left_out)}")
         config = dataclasses.replace(config, eval=judged)
-        evaluator = _evaluator(config, spec, runtime.device)
+        evaluator = _evaluator(config, spec, runtime.device, has_samples=False)
     learns = synthesizer.learns_from_public_images or starts_from_share
     require_use(config.method, config.sensitive_data, learns)
     lines += [*_misfit_lines(config, spec, synthesizer), *_ineffective_lines(config, synthesizer)]
@@ -118,13 +120,20 @@ def _compose(config: Config, plan: list[Release] | None) -> tuple[Parts, list[st
     return Parts(config, spec, runtime, ledger, synthesizer, evaluator), lines
 
 
-def _evaluator(config: Config, spec: DataSpec, device: str) -> Evaluator:
+def _evaluator(config: Config, spec: DataSpec, device: str, has_samples: bool = True) -> Evaluator:
     cache = None
     if config.sensitive_data.name is not None:
         cache = private_cache(config.sensitive_data, config.data_root)
     return Evaluator(
         EvaluatorSettings(
-            config.eval, spec, config.weights_root, device, config.seed, cache, config.sensitive_data.prompt
+            config.eval,
+            spec,
+            config.weights_root,
+            device,
+            config.seed,
+            cache,
+            config.sensitive_data.prompt,
+            has_samples,
         )
     )
 
@@ -172,15 +181,16 @@ def ineffective_settings(provenance: dict[str, str], idle: dict[str, str]) -> li
     ]
 
 
-def has_checkpoint_of_public_share(config: Config) -> bool:
+def has_checkpoint_of_public_share(config: Config, identity: str) -> bool:
     """True if the run starts from a checkpoint that learned from records of this set that were declared public.
 
     UserError unless the same ones are declared public here: others would count as private, although nothing protects
-    them any more. The settings of the earlier run are in the folder of its checkpoint.
+    them any more. The settings of the earlier run are in the folder of its checkpoint. `identity`: of the prepared set
+    now; which records are public depends on all of them.
     """
     now, found = flatten(config.snapshot), False
     for key, path in now.items():
-        if not key.endswith(".ckpt") or path is None:
+        if not key.endswith((".ckpt", ".adapters")) or path is None:
             continue
         name = config.sensitive_data.name
         folders = [
@@ -197,6 +207,11 @@ def has_checkpoint_of_public_share(config: Config) -> bool:
             raise UserError(
                 f"{key}: {path} was trained on images of {name} that were declared public, and would be private here; "
                 f"give {settings} public_data.name={IN_DISTRIBUTION}"
+            )
+        if read_json(folders[0] / ENVIRONMENT)["data_identity"] != identity:
+            raise UserError(
+                f"{key}: {path} was trained on images of {name} that were declared public, and {name} was prepared "
+                f"again since: other images would be public now; train it again"
             )
     return found
 

@@ -293,7 +293,7 @@ def validation_data(
     config: Config, spec: DataSpec, images: Samples | None, noise: NoiseSource, device: str
 ) -> PrivateData | None:
     """The validation images behind a ledger of their own, which plans one noisy choice per classifier; or None."""
-    if images is None or "classifiers" not in needs_of(config.eval.metrics):
+    if images is None or not config.eval.classifiers or "classifiers" not in needs_of(config.eval.metrics):
         return None
     names = check_classifiers(config.eval.classifiers)
     each = config.eval.selection_epsilon / len(names)

@@ -58,11 +58,11 @@ def evaluate_existing(config: Config) -> int:
     return evaluate_finished_run(config) if config.images is None else evaluate_images(config)
 
 
-def _evaluator(config: Config, spec: DataSpec) -> Evaluator:
+def _evaluator(config: Config, spec: DataSpec, has_samples: bool = True) -> Evaluator:
     return Evaluator(
         EvaluatorSettings(
         config.eval, spec, config.weights_root, prepare_device(config.setup), config.seed,
-        private_cache(config.sensitive_data, config.data_root), config.sensitive_data.prompt,
+        private_cache(config.sensitive_data, config.data_root), config.sensitive_data.prompt, has_samples,
         )
     )  # fmt: skip
 
@@ -184,7 +184,7 @@ def evaluate_finished_run(config: Config) -> int:
     if config.dry_run:
         log.info(describe_evaluation(config, spec, len(samples), folder))
         return 0
-    evaluator = _evaluator(config, spec)
+    evaluator = _evaluator(config, spec, has_samples=len(samples) > 0)
     require_writable(folder)
     also_to(folder / "stdout.txt")
     real = real_images(config, spec, split)
@@ -245,11 +245,13 @@ def describe_evaluation(config: Config, spec: DataSpec, count: int, source: Path
     """What --dry_run prints: how the images would be evaluated, how long it would take, what it would cost, and what is
     missing."""
     judged = config.eval
-    lines = [f"{count:,} images of {source} would be evaluated", evaluation_line(config)]
+    what = f"{count:,} images of {source}" if count else f"the released classifier of {source}"
+    lines = [f"{what} would be evaluated", evaluation_line(config)]
     if judged.mode == "val":
         spent = sum(selection["spent"] for selection in read_json(source / PRIVACY)["selection"])
         lines.append(f"so far choices have cost these images epsilon {at_most(spent)}; it adds up")
-    lines += [f"classifiers: {', '.join(judged.classifiers)}; recipe {judged.recipe}, seed {config.seed}"]
+    if count:
+        lines += [f"classifiers: {', '.join(judged.classifiers)}; recipe {judged.recipe}, seed {config.seed}"]
     lines += evaluation_time_lines(config, spec, count, prepare_device(config.setup))
     lines += [f"missing: {line}" for line in lacking(judged.metrics, judged.extractor, config.weights_root)]
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from data.sensitive import SensitiveData, load_sensitive
 from data.spec import PublicData, Samples
 from evaluation.sample_checks import exact_copies
 from evaluation.selection import RELEASED
-from models.released.classifier import logits_of, write_classifier
+from models.released.classifier import ORIGIN, logits_of, write_classifier
 from opacus_ext.accounting import Release
 from opacus_ext.noise import NoiseSource
 from opacus_ext.private_data import PrivateData
@@ -191,10 +191,8 @@ def deliver(parts: Parts, folder: Path, samples: Samples, images: Images, timing
 def origin_of(parts: Parts, folder: Path) -> dict:
     """What the file of a released classifier states about its run."""
     account = read_json(folder / PRIVACY)
-    facts = {
-        key: account[key] for key in ("private", "spent", "budget", "relation", "releases", "noise_seeded")
-    }
-    return {"method": parts.config.method, "data": parts.config.data_name, **facts}
+    config, facts = parts.config, {key: account[key] for key in ORIGIN if key in account}
+    return {"method": config.method, "data": config.data_name, "num_public": parts.spec.num_public, **facts}
 
 
 def account_of(parts: Parts, folder: Path, images: Images) -> dict:

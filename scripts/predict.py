@@ -99,8 +99,13 @@ def describe(path: Path, origin: dict) -> str:
     """One line about where the classifier comes from."""
     budget = origin["budget"]
     claim = f"({at_most(origin['spent'])}, {at_most(budget['delta'])})-differentially private"
-    claim = claim if origin["private"] and not origin["noise_seeded"] else "NOT private"
-    return f"{path}: {origin['method']} on {origin['data']}, {claim}"
+    if origin["not_computed"]:
+        claim = "its epsilon could not be computed"
+    if not origin["private"] or origin["noise_seeded"]:
+        claim = "NOT private"
+    public = origin["num_public"]
+    exception = f", except {public:,} images that were declared public" if public else ""
+    return f"{path}: {origin['method']} on {origin['data']}, {claim}{exception}"
 
 
 if __name__ == "__main__":

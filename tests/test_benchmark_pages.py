@@ -4,7 +4,13 @@ from pathlib import Path
 
 from tiny_runs import ROOT, strict_json
 
-from scripts.benchmarks import bench_eval, bench_gs_wgan, compare_ideas, kernel_methods
+from scripts.benchmarks import (
+    bench_eval,
+    bench_gs_wgan,
+    compare_ideas,
+    kernel_methods,
+    synthesis_or_classifier,
+)
 from scripts.benchmarks.dpsgd.report import write_page
 
 DOCS, RESULTS = ROOT / "docs", ROOT / "docs/results"
@@ -26,6 +32,11 @@ def test_page_of_the_kernel_methods():
     assert kernel_methods.as_markdown(cells) == page("kernel_methods.md")
 
 
+def test_page_of_classifiers():
+    rows = strict_json(RESULTS / "synthesis_or_classifier.json") + synthesis_or_classifier.synthesis_rows()
+    assert synthesis_or_classifier.page(rows) == page("synthesis_or_classifier.md")
+
+
 def test_page_of_the_evaluator():
     assert bench_eval.as_markdown(strict_json(RESULTS / "bench_eval.json")) == page("bench_eval.md")
 
@@ -45,6 +56,9 @@ def test_every_file_of_caveats_is_on_a_page():
     """A typo in a file name must not drop a caveat."""
     folder: Path = compare_ideas.CAVEATS
     pages = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
-    assert set(pages) == {"comparison_digits_8", "comparison_mnist_28", "kernel_methods"}
-    written = page("comparison.md") + page("comparison_mnist_28.md") + page("kernel_methods.md")
+    assert set(pages) == {
+        "comparison_digits_8", "comparison_mnist_28", "kernel_methods", "synthesis_or_classifier"
+    }  # fmt: skip
+    names = ("comparison", "comparison_mnist_28", "kernel_methods", "synthesis_or_classifier")
+    written = "".join(page(f"{name}.md") for name in names)
     assert all(text.strip() in written for text in pages.values())

@@ -236,7 +236,7 @@ def values_before_presets(method: str, data: str, preset: str) -> dict[str, obje
 
 
 OWN_SIZES = [
-    {"N": number, "resolution": resolution, "channels": 3, "classes": classes}
+    {"N": number, "resolution": resolution, "channels": 3, "classes": classes, "num_public": 2 * classes}
     for number, resolution, classes in (
         (1000, 8, 2),
         (5000, 28, 5000),
@@ -244,7 +244,7 @@ OWN_SIZES = [
         (60_000, 64, 2),
         (9, 256, 3),
     )
-] + [{"N": 2000, "resolution": 28, "channels": 1, "classes": 2}]
+] + [{"N": 2000, "resolution": 28, "channels": 1, "classes": 2, "num_public": 0}]
 
 
 @pytest.mark.parametrize("table", shipped_tables())

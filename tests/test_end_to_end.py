@@ -89,7 +89,7 @@ def test_what_was_planned_was_executed_within_the_budget(finished, method):
     assert privacy["spent"] <= 10 * (1 + 1e-6)
     assert results["spent_epsilon"] == privacy["spent"]
     assert privacy["spent"] == 0 if method == "Noise" else privacy["spent"] > 9.9
-    num_private = 1300 if method == "PrivImage" else 1437
+    num_private = {"PrivImage": 1300, "IDPS": 1437 - 30}.get(method, 1437)
     assert privacy["budget"]["delta"] == pytest.approx(1 / (num_private * np.log(num_private)))
     assert privacy["revealed"], "the evaluation's look at the private images is not listed"
     assert privacy["noise_seeded"] is False

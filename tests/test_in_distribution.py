@@ -132,8 +132,8 @@ def test_the_share_is_no_breach_but_its_name_hides_no_path(tmp_path):
     ("changes", "words"),
     [
         (dict(num_public=10), ["10", "4 classes", "num_public=12"]),
-        (dict(num_public=40), ["40", "class 0", "10", "36"]),
-        (dict(num_public=400), ["400", "class 0", "36"]),
+        (dict(num_public=40), ["40", "multiple of 4"]),  # sizes of classes are private
+        (dict(num_public=400), ["400", "multiple of 4"]),
         (dict(num_public=28, num_val=12), ["num_val", "12", "11"]),
     ],
 )
@@ -273,13 +273,16 @@ def test_a_checkpoint_that_learned_from_public_records_binds_the_next_run(tmp_pa
         "sensitive_data: {name: digits_8, num_public: 60, public_seed: 0, num_train: 1437}\n"
     )
     path = folder / "pretrain" / "checkpoints" / "final_checkpoint.pth"
+    (folder / "environment.json").write_text('{"data_identity": ""}')  # the embedded set has none
     more = [f"model.ckpt={path}", "sensitive_data.num_public=70", SHARE[0]]
     for other in (more, more[:1]):
         refusal = call(run_program.main, arguments("PDP-Diffusion", tmp_path, *other)).refusal
         assert "model.ckpt" in refusal and "num_public=60" in refusal
     same = load_config(arguments("PDP-Diffusion", tmp_path, more[0], *SHARE), METHODS)
-    assert has_checkpoint_of_public_share(same)
-    assert not has_checkpoint_of_public_share(load_config(arguments("PDP-Diffusion", tmp_path), METHODS))
+    assert has_checkpoint_of_public_share(same, "")
+    with pytest.raises(UserError, match="prepared again"):
+        has_checkpoint_of_public_share(same, "second")
+    assert not has_checkpoint_of_public_share(load_config(arguments("PDP-Diffusion", tmp_path), METHODS), "")
 
 
 def test_dry_run_counts_the_share(tmp_path):

@@ -80,9 +80,17 @@ def cells():
                 yield pytest.param(method, size, marks=() if size in GENERAL else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("method", "size"), cells())
+def needs(method: str, size: tuple[int, int, int, int]) -> list[str]:
+    """What only the user can decide: which share of the images is public, here 4 percent."""
+    if method != "IDPS":
+        return []
+    number, _, _, classes = size
+    return [f"sensitive_data.num_public={classes * max(1, int(min(2000, 0.04 * number) / classes))}"]
+
+
+@pytest.mark.parametrize(("method", "size"), list(cells()))
 def test_quick_takes_minutes_on_own_images(method, size, tmp_path, monkeypatch):
-    costs = stages(own_images(method, *size, "preset=quick"), tmp_path, monkeypatch)
+    costs = stages(own_images(method, *size, "preset=quick", *needs(method, size)), tmp_path, monkeypatch)
     assert any(cost.stage == "train" for cost in costs)
     listed = {cost.stage: round(cost.seconds) for cost in costs}
     assert sum(cost.seconds for cost in costs) <= 60 * MINUTES, listed

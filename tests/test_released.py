@@ -87,6 +87,19 @@ def test_a_finished_run_without_images_is_evaluated_again(without_images):
     assert 0 < after["calibration_error/released/last_epoch"] < 1
 
 
+def test_an_evaluation_without_images_is_planned(without_images):
+    outcome = call(eval_program.main, ["--exp_path", str(without_images.folder), "--dry_run"])
+    assert outcome.code == 0, outcome.err
+    assert "classifier" in outcome.out and "small_cnn" not in outcome.out
+
+
+def test_directions_need_public_images(tmp_path):
+    refusal = call(
+        run_program.main, arguments("DP-Linear", tmp_path / "exp", "model.num_directions=8")
+    ).refusal
+    assert "num_directions" in refusal and "public_data.name" in refusal
+
+
 def test_a_classifier_of_other_classes_is_refused(finished, tmp_path):
     import shutil
 

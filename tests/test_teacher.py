@@ -40,7 +40,7 @@ def test_both_queries_are_planned_and_together_meet_the_budget(make_taught, make
     assert 9 < private.ledger.report()["spent"] <= 10
 
 
-@pytest.mark.parametrize("name", ["DP-MERF", "DPDM", "PE"])
+@pytest.mark.parametrize("name", ["DP-MERF", "DPDM", "PE", "DP-FETA"])
 def test_samples_get_the_labels_of_the_teacher(name, make_taught, make_private):
     taught = make_taught(name)
     private = make_private(taught.privacy_plan(), 10.0)
@@ -100,8 +100,17 @@ def test_without_privacy_the_teacher_has_no_noise(make_taught):
         ("DP-MERF", ["gen.teacher=[]", "gen.teacher_use=label"], "relabel"),
         ("DP-MERF", ["gen.teacher=[model.num_directions=5]"], "num_directions"),
         ("DP-Linear", ["gen.teacher=[]", "model.features=random_conv"], "no images"),
+        ("DP-MERF", ["gen.teacher_use=filter"], "gen.teacher=[]"),
+        ("DP-MERF", ["gen.teacher=[gen.data_num=5]"], "gen.data_num"),
+        ("DP-MERF", ["gen.teacher=[train.fit=sgd,train.batch_size=2000]"], "gen.teacher: train.batch_size"),
+        ("DP-MERF", ["gen.teacher=[train.fit=sgd,train.batch_size=200,train.n_epochs=0]"], "n_epochs"),
     ],
 )
 def test_mistakes_are_one_line(method, settings, named, tmp_path):
     refusal = call(run_program.main, arguments(method, tmp_path / "exp", *settings)).refusal
     assert named in refusal
+
+
+def test_a_method_that_selects_public_classes_can_have_a_teacher(make_taught):
+    plan = make_taught("PrivImage").privacy_plan()
+    assert [release.name for release in plan] == ["teacher", "semantic query", "dp-sgd"]

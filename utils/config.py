@@ -446,8 +446,8 @@ def _facts_of_own_images(
             return None
         facts[fact] = value
     num_public = command.get("sensitive_data.num_public", written.get("sensitive_data.num_public"))
-    if isinstance(num_public, int):  # anything else is refused later
-        facts["N"] = max(1, facts["N"] - num_public)
+    facts["num_public"] = num_public if isinstance(num_public, int) else 0  # anything else is refused later
+    facts["N"] = max(1, facts["N"] - facts["num_public"])
     return facts
 
 

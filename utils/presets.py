@@ -32,7 +32,8 @@ TABLE_KEYS = (*PRESETS, "quick_by_default", "include")
 CONDITIONS = ("data", "epsilon", "if", "installed", "missing")
 TIERS = (1, 10)  # the budgets of the published, tuned settings
 OWN = "own"  # `data` of a rule for the user's own images
-FACTS = ("N", "resolution", "channels", "classes")  # N: private training images
+# N: private training images; num_public: images of the set that are declared public
+FACTS = ("N", "resolution", "channels", "classes", "num_public")
 Facts = Mapping[str, int]
 MOST_PACE = 4  # below 16 px the fixed work of a step dominates, not the pixels
 

@@ -13,6 +13,7 @@ from models.released.classifier import ReleasedClassifier, logits_of
 from models.synthesizer import Synthesizer, balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
+from utils import distributed
 from utils.errors import UserError
 from utils.runtime import log
 from utils.timing import Cost
@@ -26,11 +27,11 @@ class Taught(Synthesizer):
     """`method` with a teacher, whose noise multiplier is fixed. What the teacher does not change is the method's."""
 
     def __init__(self, method: Synthesizer, teacher: LinearFit, noise_multiplier: float, use: str) -> None:
+        self.selects_public_classes = method.selects_public_classes
+        self.learns_class_shares = method.learns_class_shares
         super().__init__(method.config, method.spec, method.runtime)
         self.method, self.teacher = method, teacher
         self.noise_multiplier, self.use = noise_multiplier, use
-        self.selects_public_classes = method.selects_public_classes
-        self.learns_class_shares = method.learns_class_shares
 
     def privacy_plan(self) -> list[Release]:
         return [self.teacher.release(self.noise_multiplier), *self.method.privacy_plan()]
@@ -58,7 +59,11 @@ class Taught(Synthesizer):
     def generate(self, num_samples: int) -> Samples:
         if self.use == RELABEL:
             drawn = self.method.generate(num_samples)
-            return Samples(drawn.images, self._labels_of(drawn.images))
+            labels = self._labels_of(drawn.images)
+            log.info(
+                f"gen.teacher: {int((labels != drawn.labels).sum()):,} of {num_samples:,} samples are relabelled"
+            )
+            return Samples(drawn.images, labels)
         return self._filtered(num_samples)
 
     def _filtered(self, num_samples: int) -> Samples:
@@ -84,8 +89,12 @@ class Taught(Synthesizer):
         return drawn.take(np.array([next(places[label]) for label in wanted]))
 
     def _labels_of(self, images: np.ndarray) -> np.ndarray:
+        """(N,) int64, by one process for all: rounding may decide a label."""
         classifier: LinearClassifier = self.teacher.classifier()
-        return logits_of(classifier, images, self.runtime.device, TEACHER).argmax(1).astype(np.int64)
+        device = self.runtime.device
+        return distributed.from_main(
+            lambda: logits_of(classifier, images, device, TEACHER).argmax(1).astype(np.int64)
+        )
 
     def released_classifier(self) -> ReleasedClassifier:
         return self.method.released_classifier() or self.teacher.classifier()

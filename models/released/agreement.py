@@ -6,6 +6,7 @@ import numpy as np
 from torch import nn
 
 from models.released.classifier import logits_of
+from utils import distributed
 from utils.runtime import log
 
 ROUNDS = 5  # of drawing again what the classifier does not confirm
@@ -17,13 +18,19 @@ def draw_agreeing(
     """One image per label (N,): (N, C, H, W) uint8. draw(labels, stream) draws images; those that `classifier` labels
     otherwise are drawn again, ROUNDS times at most."""
     images = draw(labels, "generate")
-    wrong = np.flatnonzero(logits_of(classifier, images, device).argmax(1) != labels)
+
+    def is_wrong(rows: np.ndarray) -> np.ndarray:
+        """By one process for all, because rounding may decide a label."""
+        return distributed.from_main(
+            lambda: logits_of(classifier, images[rows], device).argmax(1) != labels[rows]
+        )
+
+    wrong = np.flatnonzero(is_wrong(np.arange(len(labels))))
     for number in range(1, ROUNDS + 1):
         if len(wrong) == 0:
             break
         images[wrong] = draw(labels[wrong], f"generate again {number}")
-        found = logits_of(classifier, images[wrong], device).argmax(1)
-        wrong = wrong[found != labels[wrong]]
+        wrong = wrong[is_wrong(wrong)]
     if len(wrong):
         log.info(
             f"gen.agree: the classifier labels {len(wrong):,} of {len(labels):,} samples otherwise after {ROUNDS} more "

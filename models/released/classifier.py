@@ -29,7 +29,10 @@ KINDS = Registry(
     },
 )
 VERSION = 1
-ORIGIN = ("method", "data", "private", "spent", "budget", "relation", "releases", "noise_seeded")
+ORIGIN = (
+    "method", "data", "private", "spent", "budget", "relation", "releases", "noise_seeded", "not_computed",
+    "num_public",
+)  # fmt: skip
 
 
 class ReleasedClassifier(nn.Module, abc.ABC):

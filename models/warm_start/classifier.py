@@ -21,6 +21,7 @@ from opacus_ext.dpsgd import DPSGDConfig, dpsgd_release, dpsgd_steps
 from opacus_ext.private_data import PrivateData
 from utils import distributed
 from utils.draws import Draws
+from utils.errors import FieldError
 from utils.images import to_float
 from utils.progress import progress
 from utils.runtime import Runtime
@@ -31,7 +32,7 @@ from utils.typed import Number
 DP_SGD = "dp-sgd"
 EXTENDERS = ("none", "mirror")
 DOPE = (
-    "train.extender: dope is not available: it clips gradients about a public centre, which the mechanisms of this "
+    "extender: dope is not available: it clips gradients about a public centre, which the mechanisms of this "
     "toolkit do not do; use none or mirror"
 )
 
@@ -85,7 +86,8 @@ class TrainConfig:
     dp: DPSGDConfig
 
     def __post_init__(self) -> None:
-        check_field(self.extender != "dope", "extender", "dope", DOPE.partition(": ")[2])
+        if self.extender == "dope":
+            raise FieldError(DOPE)
         check_choice("extender", self.extender, EXTENDERS)
         for field in ("snapshot_freq", "augmult", "public_batch_size"):
             check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
