@@ -1,4 +1,4 @@
-"""How many images each class of a custom source has, and signs that the classes are something else, such as patients."""
+"""Numbers of images per class of a custom source, and signs that its classes are something else, such as patients."""
 
 import numpy as np
 
