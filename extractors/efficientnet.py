@@ -67,7 +67,7 @@ class EfficientNetLite0At96(EfficientNetLite0Extractor):
 
 
 class EfficientNetLite0At112(EfficientNetLite0Extractor):
-    """More detail for three and a half times the time."""
+    """More detail for four times the time."""
 
     name = "efficientnet_lite0_112"
     RESOLUTION = 112

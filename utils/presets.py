@@ -8,13 +8,13 @@ override them and scale a cell down to minutes on a CPU. Within a table a later 
         set: {model.network.ch_mult: [2, 2]}
       - when: {data: own, if: resolution <= 32 and N > 5000}
         set: {train.n_epochs: "= min(30, 60000 / N)"}
-        note: one line that a run under this rule prints          # optional
+        note: one line that a run prints in which this rule sets a value          # optional
 
 `data: own` matches the user's own images. Only with it, `if` is a condition on their public facts (FACTS below, and
 `pace`: how many of them cost as much as one image of 32 px), and a value that starts with "=" is a formula of these
 (utils/formula.py). `installed: <module>` and `missing: <module>` depend on an optional package; a run records the
-values, so that a resumed run does not depend on it. A rule without `set` only prints its note. `include: _diffusion`
-puts the rules of presets/_diffusion.yaml before those of the table.
+values, so that a resumed run does not depend on it. `include: _diffusion` puts the rules of presets/_diffusion.yaml
+before those of the table.
 """
 
 import importlib.util
@@ -65,12 +65,9 @@ class Rule:
         return self.data is None or data_name in self.data
 
     def _fits_packages(self) -> bool:
-        has = {
-            name: importlib.util.find_spec(name) is not None
-            for name in (self.installed, self.missing)
-            if name
-        }
-        return has.get(self.installed, True) and not has.get(self.missing, False)
+        if self.installed is not None and not _is_installed(self.installed):
+            return False
+        return self.missing is None or not _is_installed(self.missing)
 
     def evaluated(self, facts: Facts | None) -> "Rule":
         """The rule with its formulas replaced by numbers."""
@@ -83,6 +80,10 @@ class Rule:
         """The rule without its values in these sections."""
         kept = {key: value for key, value in self.values.items() if key.split(".")[0] not in sections}
         return replace(self, values=kept)
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _names(facts: Facts) -> dict[str, float]:
@@ -131,8 +132,7 @@ def _included(path: Path, name: str) -> Path:
 
 def _read_rule(rule: object, layer: str) -> Rule:
     known = isinstance(rule, dict) and not set(rule) - {"when", "set", "note"}
-    values = rule.get("set", {}) if known and "note" in rule else known and rule.get("set")
-    if not isinstance(values, dict):
+    if not known or not isinstance(rule.get("set"), dict):
         raise UserError(
             f"{layer}: {rule!r} is not a rule; expected 'when: {{...}}' and 'set: {{key: value}}'"
         )
@@ -149,4 +149,4 @@ def _read_rule(rule: object, layer: str) -> Rule:
         raise UserError(f"{layer}: if: '{condition}' is not allowed without data: {OWN}")
     if epsilon is not None and epsilon not in TIERS:
         raise UserError(f"{layer}: epsilon: {epsilon!r} is not allowed; it must be one of the tiers 1 and 10")
-    return Rule(layer, data, epsilon, values, condition, rule.get("note"), installed, missing)
+    return Rule(layer, data, epsilon, rule["set"], condition, rule.get("note"), installed, missing)
