@@ -7,7 +7,8 @@ come from the pool, and with gen.agree only those that the classifier labels ali
 Where the published code differs: it reports the best epoch on the test images, standardises pixels with statistics of
 the whole training set, updates the average of the weights after every physical batch, and can steer the pool by a
 classifier that has seen all private images. Here the last average is the product and is tested once, pixels are in
-[-1, 1], the average is updated once per step, and the pool is not steered.
+[-1, 1], the average is updated once per step, and the pool is not steered. The diffusion network has its full learning
+rate from the first step; the published one raises it over the first 5 percent of training.
 """
 
 from dataclasses import dataclass, replace

@@ -37,6 +37,18 @@ def test_the_classifier_has_the_published_size(num_classes, published):
     assert sum(parameter.numel() for parameter in network.parameters()) == published
 
 
+@pytest.mark.parametrize("data", ["cifar10_32", "cifar100_32"])
+def test_published_runs_mirror_images_in_every_stage(data):
+    config = load_config(["--method", "IDPS", "--data_name", data, "--epsilon", "2", "preset=paper"], METHODS)
+    assert config.method_config.public_data.flip and config.method_config.pretrain.flip
+
+
+def test_characters_are_mirrored_in_no_preset():
+    for data in ("digits_8", "mnist_28"):
+        config = load_config(["--method", "IDPS", "--data_name", data, "--epsilon", "1"], METHODS)
+        assert not config.method_config.public_data.flip and not config.method_config.pretrain.flip
+
+
 @pytest.mark.parametrize(("data", "steps", "sigma"), [("cifar10_32", 360, 3.306), ("cifar100_32", 600, 4.19)])
 def test_the_published_plan_and_its_noise(data, steps, sigma):
     config = load_config(
@@ -94,6 +106,11 @@ def test_mirror_images_are_described():
     is_mirrored = described[:, 0] == 1
     assert 5 < is_mirrored.sum() < 35
     torch.testing.assert_close(changed[is_mirrored], images[is_mirrored].flip(-1), atol=1e-5, rtol=0)
+
+
+def test_images_are_turned_upside_down_with_half_of_the_probability():
+    _, described = augmented(torch.zeros(4000, 1, 4, 4), Runtime().draws("x", 4000), 0.4, True)
+    assert described[:, 1].mean().item() == pytest.approx(0.2, abs=0.03)
 
 
 def test_characters_are_never_mirrored():

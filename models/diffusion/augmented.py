@@ -77,11 +77,12 @@ def augmented(
     """(B, C, H, W) -> the images after random augmentations, and (B, NUM_LABELS) what was done to each.
 
     Each augmentation happens with `probability`. With `flip` every other image is mirrored from left to right as well,
-    and an image may be turned upside down like any other augmentation; without it neither happens.
+    and an image is turned upside down with half of `probability`; without it neither happens.
     """
-    chosen = (rng.uniform(5) < probability).float()  # upside down, scale, rotation, stretch, shift
+    chance = rng.uniform(5)  # upside down, scale, rotation, stretch, shift
+    chosen = (chance < probability).float()
     mirrored = (rng.uniform() < 0.5).float() * flip
-    upside_down = chosen[:, 0] * flip
+    upside_down = (chance[:, 0] < probability / 2).float() * flip
     normal, turned = rng.normal(4), rng.uniform(2)
     scale, stretch = SCALE * normal[:, 0] * chosen[:, 1], SCALE * normal[:, 1] * chosen[:, 3]
     angle = (2 * turned[:, 0] - 1) * math.pi * chosen[:, 2]
