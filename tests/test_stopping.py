@@ -1,5 +1,6 @@
 """Programs that end early: signals, output that cannot be written, disks that are full or protected, no memory."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from tiny_runs import ROOT, arguments, call
 
 import eval as eval_program
 import run as run_program
-from utils.stopping import STOP_SIGNALS, StoppedBySignal, exit_code, signals_interrupt
+from utils.stopping import STOP_SIGNALS, StoppedBySignal, exit_code, raise_swallowed, signals_interrupt
 
 
 def terminate(*_) -> None:
@@ -54,6 +55,16 @@ def test_sigterm_in_a_run_prints_how_to_resume(tmp_path, monkeypatch):
         f"stopped; to continue from the last snapshot: python run.py --resume_exp {stopped.folder}"
         in stopped.out
     )
+
+
+def test_a_signal_that_a_library_swallows_stops_the_next_step():
+    with pytest.raises(StoppedBySignal) as stop, signals_interrupt():
+        with contextlib.suppress(StoppedBySignal):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.01)
+        raise_swallowed()
+    assert exit_code(stop.value) == 128 + signal.SIGUSR1
+    raise_swallowed()  # nothing is left for the next program of this process
 
 
 def test_sigterm_in_eval(monkeypatch):

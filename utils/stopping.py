@@ -23,6 +23,16 @@ def exit_code(stop: KeyboardInterrupt) -> int:
     return 128 + (stop.args[0] if isinstance(stop, StoppedBySignal) else signal.SIGINT)
 
 
+_come: list[int] = []  # the signal that was raised, until the program ends
+
+
+def raise_swallowed() -> None:
+    """Raise again the signal that has come: if work goes on, a library has swallowed its exception. Long loops call
+    this between steps."""
+    if _come:
+        raise StoppedBySignal(_come[0])
+
+
 @contextlib.contextmanager
 def signals_interrupt() -> Iterator[None]:
     """Within: the first of STOP_SIGNALS raises StoppedBySignal, and later ones do nothing (`timeout` sends two; SLURM
@@ -35,6 +45,7 @@ def signals_interrupt() -> Iterator[None]:
             other
         ) in handled:  # not SIG_IGN: Python complains about a signal that has come and is ignored since
             signal.signal(other, lambda *_: None)
+        _come.append(number)
         raise StoppedBySignal(number)
 
     for number in handled:
@@ -42,6 +53,7 @@ def signals_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
+        _come.clear()
         for number in handled:
             signal.signal(number, before[number])
 

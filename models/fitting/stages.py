@@ -10,6 +10,7 @@ from data.spec import Samples
 from models.nn.ema import EMA
 from utils.errors import UserError
 from utils.runtime import Runtime
+from utils.stopping import raise_swallowed
 from utils.timing import Cost
 
 
@@ -72,6 +73,7 @@ class Staged(abc.ABC):
     def _finish_step(self, snapshot_freq: int | None) -> None:
         """Count a finished step. After every `snapshot_freq` steps (None: never), write a snapshot and a preview."""
         self.step += 1
+        raise_swallowed()
         if snapshot_freq is not None and self.step % snapshot_freq == 0:
             # The snapshot comes first: a preview must not outlive the booking of its steps.
             self.runtime.snapshot("train" if self.stage == "train" else "pretrain")
