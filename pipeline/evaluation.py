@@ -166,7 +166,7 @@ def announce_time(evaluation: Evaluation, num_test: int, kept: Unfinished) -> No
 
 @contextmanager
 def kept_if_stopped(kept: Unfinished) -> Iterator[None]:
-    """Say what a stopped evaluation leaves."""
+    """Report that finished parts are kept if the evaluation is stopped."""
     try:
         yield
     except KeyboardInterrupt:

@@ -23,14 +23,14 @@ def exit_code(stop: KeyboardInterrupt) -> int:
     return 128 + (stop.args[0] if isinstance(stop, StoppedBySignal) else signal.SIGINT)
 
 
-_come: list[int] = []  # the signal that was raised, until the program ends
+_raised: list[int] = []  # the first signal that raised an exception, until the program ends
 
 
 def raise_swallowed() -> None:
-    """Raise again the signal that has come: if work goes on, a library has swallowed its exception. Long loops call
-    this between steps."""
-    if _come:
-        raise StoppedBySignal(_come[0])
+    """Raise StoppedBySignal again if a signal was received and the program still runs: a library has swallowed the
+    exception. Training loops call this between steps."""
+    if _raised:
+        raise StoppedBySignal(_raised[0])
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def signals_interrupt() -> Iterator[None]:
             other
         ) in handled:  # not SIG_IGN: Python complains about a signal that has come and is ignored since
             signal.signal(other, lambda *_: None)
-        _come.append(number)
+        _raised.append(number)
         raise StoppedBySignal(number)
 
     for number in handled:
@@ -53,7 +53,7 @@ def signals_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        _come.clear()
+        _raised.clear()
         for number in handled:
             signal.signal(number, before[number])
 

@@ -28,6 +28,7 @@ from utils.draws import Draws
 from utils.progress import progress
 from utils.runtime import Runtime
 from utils.sections import check_choice, check_field
+from utils.stopping import raise_swallowed
 from utils.timing import Cost, batch_rows, seconds_of
 from utils.typed import Number
 
@@ -140,6 +141,7 @@ class LinearFit:
         start = private.ledger.executed(self.name)
         steps = dpsgd_steps(self.name, mapped, self.layer, self.optimizer, loss, self.config.dp)
         for step in progress(steps, f"{self.name} (DP-SGD)", total, initial=start):
+            raise_swallowed()
             if (step.index + 1) % self.config.snapshot_freq == 0 and step.index + 1 < total:
                 self.runtime.snapshot("train")
 
