@@ -2,7 +2,8 @@
 
 Every image is flipped, scaled, rotated, stretched and shifted at random, and the network gets a description of this
 as input (Karras et al. 2022, arXiv:2206.00364, appendix F.2). Samples are drawn for "not augmented". Without this a
-diffusion network copies a few thousand images. Images are resampled bilinearly here, where the published code filters with wavelets.
+diffusion network copies a few thousand images. Images are resampled bilinearly here; the published code filters with
+wavelets.
 Legend: B batch, C channels, H W pixels.
 """
 
