@@ -13,10 +13,10 @@ from data.prepared import is_prepared, read_meta
 from utils.artefacts import CONFIG, PRIVACY
 from utils.config_files import flatten, read_yaml
 from utils.errors import UserError
-from utils.sections import PublicDataConfig, SensitiveDataConfig
+from utils.sections import PublicSetConfig, SensitiveDataConfig
 
 
-def require_apart(public: PublicDataConfig, section: SensitiveDataConfig, data_root: Path) -> None:
+def require_apart(public: PublicSetConfig, section: SensitiveDataConfig, data_root: Path) -> None:
     """Raise UserError if the public data are the private images, or the output of a run on private images.
 
     Output of a run is not public, because the ledger would not include the privacy cost of that run. Records of the

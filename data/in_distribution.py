@@ -4,12 +4,12 @@ the private set, so the settings must agree that they are used."""
 from data.locations import IN_DISTRIBUTION, is_in_distribution
 from data.spec import DataSpec, PublicData, Samples
 from utils.errors import UserError
-from utils.sections import PublicDataConfig, SensitiveDataConfig, check
+from utils.sections import PublicSetConfig, SensitiveDataConfig, check
 
 NUM_PUBLIC = "sensitive_data.num_public"
 
 
-def require_agreement(public: PublicDataConfig, section: SensitiveDataConfig) -> None:
+def require_agreement(public: PublicSetConfig, section: SensitiveDataConfig) -> None:
     """Raise UserError if records are declared public that the public set does not contain, or the other way round, or
     if settings of another public set are given."""
     name = public.name
@@ -35,12 +35,6 @@ def require_agreement(public: PublicDataConfig, section: SensitiveDataConfig) ->
             f"public_data.train_path: {public.train_path} is not allowed with public_data.name={IN_DISTRIBUTION}; give "
             f"the set in this path another name"
         )
-    if public.selective.ratio < 1:
-        raise UserError(
-            f"public_data.selective.ratio: {public.selective.ratio} is not allowed with public_data.name="
-            f"{IN_DISTRIBUTION}, whose classes are the private ones, so that a query would select nothing; it must be "
-            f"1 (instead of PrivImage use PDP-Diffusion)"
-        )
 
 
 def require_use(method: str, section: SensitiveDataConfig, learns: bool) -> None:
@@ -52,7 +46,7 @@ def require_use(method: str, section: SensitiveDataConfig, learns: bool) -> None
         )
 
 
-def require_class_count(public: PublicDataConfig, spec: DataSpec) -> int:
+def require_class_count(public: PublicSetConfig, spec: DataSpec) -> int:
     """The number of private classes; UserError if public_data.n_classes states another one."""
     stated = public.n_classes
     check(stated in (None, spec.num_classes), "public_data.n_classes", stated, f"null or {spec.num_classes}")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data.prepared import is_prepared
 from data.registry import EMBEDDED_SENSITIVE
-from utils.sections import PublicDataConfig, SensitiveDataConfig
+from utils.sections import PublicSetConfig, SensitiveDataConfig
 
 IN_DISTRIBUTION = "in_distribution"  # public_data.name of the private records that are declared public
 
@@ -19,17 +19,17 @@ def sensitive_folder(section: SensitiveDataConfig, data_root: Path) -> Path:
     return Path(section.path) if section.path is not None else data_root / str(section.name)
 
 
-def has_public_images(section: PublicDataConfig) -> bool:
+def has_public_images(section: PublicSetConfig) -> bool:
     """False without public data, and for central_*, whose images the method makes from private queries."""
     return section.name is not None and not section.name.startswith("central_")
 
 
-def is_in_distribution(section: PublicDataConfig) -> bool:
+def is_in_distribution(section: PublicSetConfig) -> bool:
     """True if the public images are those records of the private set that sensitive_data.num_public declares public."""
     return section.name == IN_DISTRIBUTION
 
 
-def public_folders(section: PublicDataConfig, data_root: Path) -> list[Path]:
+def public_folders(section: PublicSetConfig, data_root: Path) -> list[Path]:
     """Prepared folders of the public set: train_path, or <data_root>/<name> and <name>_<resolution>."""
     if section.train_path is not None:
         candidates = [Path(section.train_path)]

@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.memory import require_memory
 from utils.progress import progress
 from utils.runtime import log
-from utils.sections import PublicDataConfig
+from utils.sections import PublicSetConfig
 
 GLYPH_SEED = 0  # the public set is the same in every run
 ROWS_AT_ONCE = 4096  # converted at a time
@@ -31,7 +31,7 @@ _CHARACTER = re.compile(
 CONVERSION_VERSION = 2  # part of every cache key: increase it when converted pixels change
 
 
-def load_public(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> PublicData | None:
+def load_public(section: PublicSetConfig, spec: DataSpec, data_root: Path) -> PublicData | None:
     """The public set with images (N, C, H, W) uint8 of the spec's shape, or None if there are no public images.
 
     Grey is made with PIL's "L" weights, RGB from grey by repetition; resizing is antialiased. UserError if the set is
@@ -45,7 +45,7 @@ def load_public(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> P
     return load(section, spec, data_root)
 
 
-def misfit(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> str | None:
+def misfit(section: PublicSetConfig, spec: DataSpec, data_root: Path) -> str | None:
     """One line if names and numbers indicate that the public set is of another kind than the private images."""
     if not has_public_images(section) or is_in_distribution(section):
         return None
@@ -69,7 +69,7 @@ def misfit(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> str | 
     )
 
 
-def require_public(section: PublicDataConfig, data_root: Path) -> None:
+def require_public(section: PublicSetConfig, data_root: Path) -> None:
     """Raise UserError, with the command that helps, if public images are missing. Opens no image."""
     if (
         not has_public_images(section)
@@ -87,7 +87,7 @@ def require_public(section: PublicDataConfig, data_root: Path) -> None:
         raise UserError(f"public_data.train_path: {section.train_path} does not exist")
 
 
-def num_public_images(section: PublicDataConfig, data_root: Path) -> int | None:
+def num_public_images(section: PublicSetConfig, data_root: Path) -> int | None:
     """About how many public images there are, without decoding one; None if there are none, or not yet."""
     if not has_public_images(section):
         return None
@@ -108,7 +108,7 @@ def num_public_images(section: PublicDataConfig, data_root: Path) -> int | None:
     return count if per_class is None else min(count, per_class * num_public_classes(section, data_root))
 
 
-def num_public_classes(section: PublicDataConfig, data_root: Path) -> int | None:
+def num_public_classes(section: PublicSetConfig, data_root: Path) -> int | None:
     """The number of public classes without decoding an image; None if there are no public images.
 
     Before the set is prepared it is the number in the configuration, which may be None.
@@ -122,7 +122,7 @@ def num_public_classes(section: PublicDataConfig, data_root: Path) -> int | None
     return count
 
 
-def _count_classes(section: PublicDataConfig, data_root: Path) -> int | None:
+def _count_classes(section: PublicSetConfig, data_root: Path) -> int | None:
     if section.name in EMBEDDED_PUBLIC:
         from data.glyphs import CHARACTERS
 
@@ -136,7 +136,7 @@ def _count_classes(section: PublicDataConfig, data_root: Path) -> int | None:
     return len(read_meta(stored[0]).class_names) if stored else None
 
 
-def _check_class_count(section: PublicDataConfig, count: int) -> None:
+def _check_class_count(section: PublicSetConfig, count: int) -> None:
     if section.n_classes is not None and section.n_classes != count:
         raise UserError(
             f"public_data.n_classes: {section.n_classes}, but {section.train_path or section.name} has {count} "
@@ -147,7 +147,7 @@ def _check_class_count(section: PublicDataConfig, count: int) -> None:
 # ------------------------------------------------------------------------------------------------------ glyphs
 
 
-def _load_glyphs(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> PublicData:
+def _load_glyphs(section: PublicSetConfig, spec: DataSpec, data_root: Path) -> PublicData:
     from data.glyphs import CHARACTERS, DEFAULT_PER_CLASS, rendering_key
 
     per_class = DEFAULT_PER_CLASS if section.per_class is None else section.per_class
@@ -167,7 +167,7 @@ def _load_glyphs(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> 
 # ------------------------------------------------------------------------------------------------------ stored sets
 
 
-def _load_stored(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> PublicData:
+def _load_stored(section: PublicSetConfig, spec: DataSpec, data_root: Path) -> PublicData:
     prepared = _prepared_from_path(section, spec, data_root) or _prepared_by_name(section, spec, data_root)
     meta = prepared.meta
     as_wanted = (meta.channels, meta.resolution) == (
@@ -178,7 +178,7 @@ def _load_stored(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> 
     return PublicData(section.name, train, meta.class_names)
 
 
-def _prepared_by_name(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> Prepared:
+def _prepared_by_name(section: PublicSetConfig, spec: DataSpec, data_root: Path) -> Prepared:
     """The smallest stored size that is large enough, else the largest, which is then enlarged."""
     stored = public_folders(section, data_root)
     sizes = {read_meta(folder).resolution: folder for folder in reversed(stored)}
@@ -190,7 +190,7 @@ def _prepared_by_name(section: PublicDataConfig, spec: DataSpec, data_root: Path
     return read_prepared(sizes[min(enough) if enough else max(sizes)])
 
 
-def _prepared_from_path(section: PublicDataConfig, spec: DataSpec, data_root: Path) -> Prepared | None:
+def _prepared_from_path(section: PublicSetConfig, spec: DataSpec, data_root: Path) -> Prepared | None:
     """A folder of class folders, an archive or an npz at train_path, converted once; None for a prepared folder."""
     if section.train_path is None or is_prepared(Path(section.train_path)):
         return None
@@ -219,9 +219,7 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(repr((CONVERSION_VERSION, parts)).encode()).hexdigest()[:16]
 
 
-def _converted_copy(
-    prepared: Prepared, section: PublicDataConfig, spec: DataSpec, data_root: Path
-) -> Samples:
+def _converted_copy(prepared: Prepared, section: PublicSetConfig, spec: DataSpec, data_root: Path) -> Samples:
     """The first per_class training images of each class at the shape of `spec`; computed once, then cached."""
     meta = prepared.meta
     key = _key(meta.content_hash, spec.resolution, spec.channels, section.per_class)

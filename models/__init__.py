@@ -1,9 +1,9 @@
 """The table of methods. A class outside this repository registers itself with METHODS.register in a --plugin module."""
 
-from utils.registry import Registry
+from models.public.config import PublicDataConfig
+from utils.config import MethodRegistry
 
-METHODS = Registry(
-    "method",
+METHODS = MethodRegistry(
     {
         "Noise": "models.noop:Noise",
         "IDPS": "models.idps:IDPS",
@@ -24,6 +24,7 @@ METHODS = Registry(
         "DP-LDM": "models.dp_ldm:DPLDM",
         "DP-LoRA": "models.dp_lora:DPLoRA",
     },
+    extended={"public_data": PublicDataConfig},
     aliases={"DPTrainer": "IDPS"},  # the published program
 )
 

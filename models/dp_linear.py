@@ -10,13 +10,14 @@ from data.spec import DataSpec, PublicData, Samples
 from models.linear.classifier import LinearClassifier
 from models.linear.features import FeatureConfig, FeatureMap
 from models.linear.fit import SGD, FitConfig, LinearFit
+from models.public.config import PublicDataConfig
 from models.synthesizer import Synthesizer, balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.errors import UserError
 from utils.images import to_uint8
 from utils.runtime import Runtime
-from utils.sections import GenConfig, PublicDataConfig
+from utils.sections import GenConfig
 from utils.timing import Cost
 
 

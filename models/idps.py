@@ -21,6 +21,7 @@ from models.diffusion.augmented import AugmentConfig, AugmentedPretraining
 from models.diffusion.config import ModelConfig
 from models.diffusion.cost import generation_cost, seconds_per_image
 from models.diffusion.public_pretraining import PublicStageConfig
+from models.public.config import PublicDataConfig
 from models.released.agreement import draw_agreeing
 from models.released.wide_resnet import WideResNetClassifier
 from models.synthesizer import Synthesizer, balanced_labels
@@ -30,7 +31,7 @@ from opacus_ext.private_data import PrivateData
 from utils import distributed
 from utils.errors import UserError
 from utils.runtime import Runtime
-from utils.sections import GenConfig, PublicDataConfig, check_choice, check_field
+from utils.sections import GenConfig, check_choice, check_field
 from utils.timing import Cost
 
 POOL = "pretrain/pool.npz"

@@ -6,12 +6,15 @@ from typing import ClassVar
 
 import numpy as np
 
+from data.locations import IN_DISTRIBUTION, is_in_distribution
 from data.spec import DataSpec, PublicData, Samples
+from models.public.config import PublicDataConfig
 from models.released.classifier import ReleasedClassifier
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
+from utils.errors import UserError
 from utils.runtime import Runtime
-from utils.sections import GenConfig, PublicDataConfig, check
+from utils.sections import GenConfig, check
 from utils.timing import Cost
 
 
@@ -42,9 +45,8 @@ class Synthesizer(abc.ABC):
 
     def __init__(self, config, spec: DataSpec, runtime: Runtime) -> None:
         public = getattr(config, "public_data", None)
-        if public is not None and not self.selects_public_classes:
-            ratio, allowed = public.selective.ratio, "1: this method pretrains on all public classes"
-            check(ratio == 1, "public_data.selective.ratio", ratio, allowed)
+        if public is not None:
+            _require_ratio(public, self.selects_public_classes)
         self.config = config
         self.spec = spec
         self.runtime = runtime
@@ -129,3 +131,15 @@ def balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:
 def preview_labels(num_classes: int) -> np.ndarray:
     """Balanced labels of a preview: eight per class, and of more than 16 classes no more images than of 16."""
     return balanced_labels(8 * min(num_classes, 16), num_classes)
+
+
+def _require_ratio(public: PublicDataConfig, selects: bool) -> None:
+    """Raise UserError if public_data.selective.ratio asks for a selection that the method (`selects`: it can make one)
+    or the public set does not allow."""
+    ratio, key = public.selective.ratio, "public_data.selective.ratio"
+    check(ratio == 1 or selects, key, ratio, "1: this method pretrains on all public classes")
+    if ratio < 1 and is_in_distribution(public):
+        raise UserError(
+            f"{key}: {ratio} is not allowed with public_data.name={IN_DISTRIBUTION}, whose classes are the private "
+            f"ones, so that a query would select nothing; it must be 1 (instead of PrivImage use PDP-Diffusion)"
+        )

@@ -8,6 +8,7 @@ import torch
 
 from data.spec import DataSpec, Samples
 from models.public.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
+from models.public.config import CentralConfig
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Budget, Ledger
 from opacus_ext.noise import NoiseSource
@@ -15,7 +16,6 @@ from opacus_ext.private_data import PrivateData
 from utils.draws import Draws
 from utils.errors import UserError
 from utils.runtime import Runtime
-from utils.sections import CentralConfig
 
 
 def config(**changes) -> CentralConfig:

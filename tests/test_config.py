@@ -13,11 +13,12 @@ import pytest
 
 from models import METHODS
 from models.diffusion.samplers import MAX_GAMMA
+from models.public.config import PublicDataConfig
 from pipeline.configuration import evaluation_config
 from utils.config import (
     EVERY_METHOD,
-    SHARED_SECTIONS,
     Config,
+    MethodRegistry,
     _require_known,
     format_config,
     load_config,
@@ -26,8 +27,7 @@ from utils.config import (
 from utils.config_files import CONFIG_FOLDER, ConfigFiles, compose, flatten, written_values
 from utils.errors import UserError
 from utils.presets import TIERS, Rule, load_presets, nearest_tier
-from utils.registry import Registry
-from utils.sections import GenConfig, PublicDataConfig
+from utils.sections import GenConfig
 from utils.typed import leaf_types
 
 REPOSITORY = CONFIG_FOLDER.parent
@@ -129,6 +129,10 @@ class Plain:
         gen: GenConfig
 
 
+def registry(entries: dict[str, type]) -> MethodRegistry:
+    return MethodRegistry(entries, {"public_data": PublicDataConfig})
+
+
 TOY_YAML = """
 # @package _global_
 public_data: {name: imagenet, selective: {ratio: 0.1}}
@@ -175,7 +179,7 @@ def load(toy_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DPIB_DATA_ROOT", raising=False)
     monkeypatch.delenv("DPIB_WEIGHTS_ROOT", raising=False)
-    methods = Registry("method", {"Toy": Toy, "Plain": Plain})
+    methods = registry({"Toy": Toy, "Plain": Plain})
 
     def run(text: str, program: str = "run") -> Config:
         arguments = shlex.split(text)
@@ -634,7 +638,7 @@ def test_the_files_of_a_method_hold_every_setting_of_its_class(method, monkeypat
     known = set()
     monkeypatch.setattr("utils.config._require_known", lambda _, names: known.update(names))
     config = load_config(["--method", method, "--data_name", "mnist_28"], METHODS)
-    types = leaf_types({**SHARED_SECTIONS, **typing.get_type_hints(type(config.method_config))})
+    types = leaf_types({**METHODS.sections, **typing.get_type_hints(type(config.method_config))})
     _require_known(types, known)
     assert known >= set(config.provenance) - {"method", "data_name", "privacy.epsilon"}
 
@@ -831,7 +835,7 @@ def test_settings_that_are_written_wrongly_are_corrected(program, arguments, par
 
 def test_config_dir_must_exist(tmp_path):
     with pytest.raises(UserError, match="--config_dir: 'nowhere'"):
-        load_config(["--config_dir", "nowhere"], Registry("method", {"Toy": Toy}))
+        load_config(["--config_dir", "nowhere"], registry({"Toy": Toy}))
 
 
 # --- YAML files of users ------------------------------------------------------------------------------------------
@@ -886,7 +890,7 @@ def test_a_complete_config_dir_replaces_the_shipped_one(tmp_path):
     text = text.replace("seed: 0", "seed: 5").replace("preset: null", "preset: quick")
     write(tmp_path / "mine" / "config.yaml", text)
     arguments = ["-m", "Plain", "-dn", "mnist_28", "--config_dir", str(tmp_path / "mine")]
-    config = load_config(arguments, Registry("method", {"Plain": Plain}))
+    config = load_config(arguments, registry({"Plain": Plain}))
     assert (config.seed, config.preset, config.eval.recipe) == (5, "quick", "quick")
     assert config.provenance["seed"] == config.provenance["preset"] == "base mine/config.yaml"
 
@@ -903,7 +907,7 @@ def test_a_plugin_adds_its_class_and_its_config_files(tmp_path, monkeypatch):
     assert config.method == "Mine" and config.gen == GenConfig(60, 10, None, 0.7, "relabel")
 
 
-PLUGIN_METHODS = Registry("method", {})
+PLUGIN_METHODS = registry({})
 
 
 # --- start-up ------------------------------------------------------------------------------------------------------
@@ -911,7 +915,7 @@ PLUGIN_METHODS = Registry("method", {})
 
 def test_importing_the_config_system_imports_nothing_heavy():
     program = (
-        "import sys; from utils.config import load_config, parser; parser('run').format_help();"
+        "import sys; import models; from utils.config import load_config, parser; parser('run').format_help();"
         "print([name for name in ('torch', 'hydra', 'omegaconf', 'numpy', 'yaml') if name in sys.modules])"
     )
     result = subprocess.run(
@@ -922,10 +926,11 @@ def test_importing_the_config_system_imports_nothing_heavy():
 
 def test_composing_imports_no_torch():
     program = (
-        "import sys; from dataclasses import make_dataclass; from utils.config import load_config;"
-        "from utils.registry import Registry; from utils.sections import GenConfig;"
+        "import sys; from dataclasses import make_dataclass; from models.public.config import PublicDataConfig;"
+        "from utils.config import MethodRegistry, load_config; from utils.sections import GenConfig;"
         "kind = type('Noise', (), {'Config': make_dataclass('Config', [('gen', GenConfig)], frozen=True)});"
-        "load_config(['-m', 'noise'], Registry('method', {'Noise': kind})); print('torch' in sys.modules)"
+        "methods = MethodRegistry({'Noise': kind}, {'public_data': PublicDataConfig});"
+        "load_config(['-m', 'noise'], methods); print('torch' in sys.modules)"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
@@ -936,7 +941,7 @@ def test_composing_imports_no_torch():
 @pytest.mark.parametrize("program", ["run", "eval", "test_classifier"])
 def test_help_names_every_flag(program, capsys):
     with pytest.raises(SystemExit) as stop:
-        load_config(["--help"], Registry("method", {}), program)
+        load_config(["--help"], registry({}), program)
     text = capsys.readouterr().out
     assert stop.value.code == 0 and text == parser(program).format_help()
     assert all(flag in text for flag in ("--method", "--epsilon", "--plugin", "key=value"))

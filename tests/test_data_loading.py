@@ -22,7 +22,7 @@ from data.splits import stratified_test_rows, validation_split
 from scripts.prepare_data import facts_of
 from utils.config_files import read_yaml
 from utils.errors import UserError
-from utils.sections import CentralConfig, PublicDataConfig, SelectiveConfig, SensitiveDataConfig
+from utils.sections import PublicSetConfig, SensitiveDataConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("DPIB_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -49,15 +49,11 @@ def sensitive_section(file: str = "custom", **changes) -> SensitiveDataConfig:
     return SensitiveDataConfig(**{**fields, **changes})
 
 
-def public_section(file: str, **changes) -> PublicDataConfig:
+def public_section(file: str, **changes) -> PublicSetConfig:
     folder = REPOSITORY / "configs" / "public_data"
-    fields = read_yaml(folder / "_queries.yaml") | read_yaml(folder / f"{file}.yaml")
+    fields = read_yaml(folder / f"{file}.yaml")
     del fields["defaults"]
-    nested = {
-        "selective": SelectiveConfig(**fields["selective"]),
-        "central": CentralConfig(**fields["central"]),
-    }
-    return PublicDataConfig(**{**fields, **nested, **changes})
+    return PublicSetConfig(**{**fields, **changes})
 
 
 def spec(resolution: int = 8, channels: int = 1) -> DataSpec:

@@ -25,7 +25,7 @@ from utils import private_files
 from utils.config_files import read_yaml
 from utils.files import atomic, write_text
 from utils.runtime import log
-from utils.sections import CentralConfig, PublicDataConfig, SelectiveConfig, SensitiveDataConfig
+from utils.sections import PublicSetConfig, SensitiveDataConfig
 
 SPEC = DataSpec("mine", 8, 1, 2, 24, ("a", "b"))
 IMAGES = np.random.default_rng(0).integers(0, 256, (28, 1, 8, 8), dtype=np.uint8)
@@ -209,13 +209,9 @@ def test_public_results_have_another_place_where_the_data_root_is_read_only(
     monkeypatch.setattr(cache_module.os, "access", lambda path, mode: path != root and access(path, mode))
     assert public_cache(root / CACHE_NAME, "made").is_relative_to(home)
     folder = ROOT / "configs" / "public_data"
-    fields = read_yaml(folder / "_queries.yaml") | read_yaml(folder / "glyphs.yaml")
+    fields = read_yaml(folder / "glyphs.yaml")
     del fields["defaults"]
-    nested = {
-        "selective": SelectiveConfig(**fields["selective"]),
-        "central": CentralConfig(**fields["central"]),
-    }
-    glyphs = PublicDataConfig(**fields | nested | {"per_class": 1})
+    glyphs = PublicSetConfig(**fields | {"per_class": 1})
     first = load_public(glyphs, SPEC, root)
     assert len(first) == 62 and not list(root.iterdir())
     assert any(str(root) in line and str(home) in line for line in captured.messages)

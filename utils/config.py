@@ -39,7 +39,7 @@ from utils.sections import (
     EvalConfig,
     GenConfig,
     PrivacyConfig,
-    PublicDataConfig,
+    PublicSetConfig,
     SensitiveDataConfig,
     SetupConfig,
     check,
@@ -49,7 +49,6 @@ from utils.typed import build, leaf_types, unknown_key
 __all__ = ["Config", "compose_config", "format_config", "load_config", "parser"]
 
 RUN_KEYS = {"seed": int, "preset": str}  # the values of config.yaml that belong to no section
-SHARED_TYPES = {**RUN_KEYS, **leaf_types(SHARED_SECTIONS)}  # dotted key -> annotation
 FILE_CHOICES = ("eval", "setup")  # groups whose file is chosen as group=name on the command line
 
 OWN_IMAGES = "custom"  # data/custom.yaml and public_data/custom.yaml describe the user's own images
@@ -61,6 +60,25 @@ PAST_RUN = "past run"
 FLAG_KEYS = {"method": "method", "data_name": "data_name", "epsilon": "privacy.epsilon"}  # flag -> key
 CLASS_DEFAULT = "default of the class"  # the layer of a value that no file and no flag sets
 LONGEST_VALUE = 30  # characters of the column of values in --print_config
+
+
+class MethodRegistry(Registry):
+    """The methods by name, and `sections`: those of every run, of which the package of the methods may extend some."""
+
+    def __init__(
+        self,
+        entries: dict[str, object],
+        extended: dict[str, type] | None = None,
+        aliases: dict[str, str] | None = None,
+    ) -> None:
+        """`extended`: section -> its type, a subclass of the one in utils/sections.py."""
+        super().__init__("method", entries, aliases)
+        self.sections: dict[str, type] = SHARED_SECTIONS | (extended or {})
+
+    @functools.cached_property
+    def shared_types(self) -> dict[str, object]:
+        """Dotted key -> annotation of every single value that does not depend on the method."""
+        return {**RUN_KEYS, **leaf_types(self.sections)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +102,7 @@ class Config:
     exp_root: Path
     weights_root: Path
     sensitive_data: SensitiveDataConfig
-    public_data: PublicDataConfig
+    public_data: PublicSetConfig
     privacy: PrivacyConfig
     eval: EvalConfig
     setup: SetupConfig
@@ -100,7 +118,7 @@ class Config:
 class _Schema:
     """The sections that a run can set: the shared ones, and those of the method's Config."""
 
-    method: str
+    shared: dict[str, type]
     method_type: type
 
     @functools.cached_property
@@ -109,12 +127,12 @@ class _Schema:
 
     @functools.cached_property
     def sections(self) -> dict[str, type]:
-        return {**SHARED_SECTIONS, **self.own}
+        return {**self.shared, **self.own}
 
     @functools.cached_property
     def types(self) -> dict[str, object]:
         """Dotted key -> annotation of every single value."""
-        return {**SHARED_TYPES, **leaf_types(self.own)}
+        return {**RUN_KEYS, **leaf_types(self.sections)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +165,7 @@ class _Cell:
         return tuple(lines)
 
 
-def load_config(argv: list[str], methods: Registry, program: str = "run") -> Config:
+def load_config(argv: list[str], methods: MethodRegistry, program: str = "run") -> Config:
     """Compose the configuration of `argv` (without the program's name); writes and prints nothing.
 
     Imports the plugins that `argv` names. Raises UserError for every mistake that the user can correct.
@@ -156,7 +174,7 @@ def load_config(argv: list[str], methods: Registry, program: str = "run") -> Con
 
 
 def compose_config(
-    command_line: CommandLine, methods: Registry, base: dict[str, object] | None = None
+    command_line: CommandLine, methods: MethodRegistry, base: dict[str, object] | None = None
 ) -> Config:
     """Compose the configuration of a command line that has been read.
 
@@ -175,14 +193,14 @@ def compose_config(
     method = methods.canonical(flags.method)
     choices = {group: settings.pop(group) for group in FILE_CHOICES if group in settings}
     # First what needs no import of the method, which takes seconds.
-    shared = {key: text for key, text in settings.items() if key in SHARED_TYPES}
-    early = base | _parse_settings(shared, SHARED_TYPES)
+    shared = {key: text for key, text in settings.items() if key in methods.shared_types}
+    early = base | _parse_settings(shared, methods.shared_types)
     cell = _choose_cell(files, method, flags, choices, early)
     parts = files.parts(cell.files)
     written = written_values(parts)  # before Hydra composes them: the reader refuses what Hydra would misread
     if cell.files["method"].is_relative_to(CONFIG_FOLDER):  # these files hold every setting
-        _require_known(settings, {*SHARED_TYPES, *(key for key, _, _ in written)})
-    schema = _Schema(method, methods.resolve(method).Config)
+        _require_known(settings, {*methods.shared_types, *(key for key, _, _ in written)})
+    schema = _Schema(methods.sections, methods.resolve(method).Config)
     for key in base:
         if key not in schema.types:
             raise unknown_key(key, schema.types, PAST_RUN)

@@ -1,4 +1,4 @@
-"""The typed sections of the configuration that all methods share. Their values are in configs/, never here.
+"""The typed sections of the configuration that all runs share. Their values are in configs/, never here.
 
 A field without a value in YAML is an error. Comments explain what `None` means.
 """
@@ -60,52 +60,14 @@ class SensitiveDataConfig:
 
 
 @dataclass(frozen=True)
-class SelectiveConfig:
-    ratio: float  # share of the public classes that are kept; 1.0 keeps all, without a query
-    sigma: float  # noise multiplier of the semantic query
-    batch_size: int  # images per forward pass of the query classifier
-    semantic_path: str | None  # file of an earlier query to reuse; its privacy cost is booked again
+class PublicSetConfig:
+    """The public set. A package of methods may extend the section (`utils.config.MethodRegistry`)."""
 
-    def __post_init__(self) -> None:
-        check_field(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
-        check_field(self.sigma >= 0, "sigma", self.sigma, "0 or more")
-        check_field(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
-
-
-@dataclass(frozen=True)
-class CentralConfig:
-    sample_num: int  # noisy central images per class
-    sigma: float  # noise multiplier of one central image query
-    batch_size: int  # expected Poisson batch of one query
-    downscale: int | None  # the query sees every n-th pixel; None: see models/public/central_images.py
-    max_norm: float | None  # L2 bound on the pixels of one record; None: that of a white image
-    bins: int | None  # grey levels of a vote (modes); None: 2 for grey images, 16 for colour
-    smooth: bool  # median filter, and sharpening of grey images
-    num_ops: int  # RandAugment: operations per image; 0: none
-    max_magnitude: int  # RandAugment: magnitudes 1 .. this, of 30
-
-    def __post_init__(self) -> None:
-        for field in ("sample_num", "batch_size", "max_magnitude"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
-        for field, least in (("downscale", 1), ("bins", 2)):
-            value = getattr(self, field)
-            check_field(value is None or value >= least, field, value, f"null or at least {least}")
-        check_field(self.sigma > 0, "sigma", self.sigma, "greater than 0")
-        norm = self.max_norm
-        check_field(norm is None or norm > 0, "max_norm", norm, "null or greater than 0")
-        check_field(self.num_ops >= 0, "num_ops", self.num_ops, "0 or more")
-        check_field(self.max_magnitude <= 30, "max_magnitude", self.max_magnitude, "at most 30")
-
-
-@dataclass(frozen=True)
-class PublicDataConfig:
     name: str | None  # None: no public data
     n_classes: int | None  # None: from the prepared data
     train_path: str | None  # folder of prepared data or of class folders; None: <data_root>/<name>
     per_class: int | None  # images per class that are used (rendered, for glyphs); None: all
     flip: bool  # random horizontal flips in pretraining; wrong for characters
-    selective: SelectiveConfig
-    central: CentralConfig
 
     def __post_init__(self) -> None:
         for field in ("n_classes", "per_class"):
@@ -197,7 +159,7 @@ class SetupConfig:
 # Name on the command line and in YAML -> section.
 SHARED_SECTIONS = {
     "sensitive_data": SensitiveDataConfig,
-    "public_data": PublicDataConfig,
+    "public_data": PublicSetConfig,
     "privacy": PrivacyConfig,
     "eval": EvalConfig,
     "setup": SetupConfig,

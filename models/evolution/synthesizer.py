@@ -24,6 +24,7 @@ from models.evolution.config import EvolutionConfig
 from models.evolution.population import class_labels, class_sizes, consecutive, survivors
 from models.evolution.voting import NearestCandidates, ballots, choose_backend
 from models.public.central_images import MEAN, MODE
+from models.public.config import PublicDataConfig
 from models.synthesizer import Synthesizer, balanced_labels
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
@@ -33,7 +34,7 @@ from utils.images import to_uint8
 from utils.memory import require_memory
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import GenConfig, PublicDataConfig, check
+from utils.sections import GenConfig, check
 from utils.seeding import numpy_rng
 from utils.timing import Cost, batch_rows, seconds_of
 

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from data.spec import DataSpec, Samples
+from models.public.config import CentralConfig
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.draws import Draws
 from utils.errors import UserError
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import CentralConfig
 
 CENTRAL_IMAGES = "central images"
 MEAN, MODE = "central_mean", "central_mode"  # values of public_data.name

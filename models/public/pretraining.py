@@ -8,12 +8,12 @@ import numpy as np
 from data.locations import has_public_images
 from data.spec import DataSpec, PublicData
 from models.public.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
+from models.public.config import PublicDataConfig
 from models.public.semantic_query import QueryConfig, SemanticQuery, words_per_class
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.draws import Draws
 from utils.runtime import Runtime
-from utils.sections import PublicDataConfig
 from utils.timing import Cost
 
 # Reasons why settings have no effect.

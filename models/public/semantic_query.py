@@ -20,6 +20,7 @@ from data.spec import DataSpec, PublicData
 from models.linear.features import FeatureMap
 from models.nn.resnet import CLASSIFIERS
 from models.public import prototypes
+from models.public.config import PublicDataConfig
 from opacus_ext.accounting import Release
 from opacus_ext.ledger import Ledger
 from opacus_ext.private_data import PrivateData
@@ -31,7 +32,7 @@ from utils.images import to_float
 from utils.private_files import for_everyone
 from utils.progress import progress
 from utils.runtime import Runtime, log
-from utils.sections import PublicDataConfig, check
+from utils.sections import check
 from utils.seeding import numpy_rng
 from utils.timing import Cost, batch_rows, seconds_of
 
