@@ -65,7 +65,7 @@ class PrivateCache:
         """The place that is used; None if no place is private, and nothing is kept."""
         return None if self._opened is None else self._opened[0]
 
-    def new_hash(self):
+    def new_hash(self) -> "hashlib.blake2b":
         """A hash object for names of files, keyed with a secret random key in the folder: without the key, a name does
         not confirm a guess of the images."""
         return hashlib.blake2b(key=self._opened[1], digest_size=16)

@@ -96,7 +96,7 @@ def _fetch(url: str, part: Path) -> None:
         raise _MirrorError(f"connection failed ({error})", retry=True) from error
 
 
-def _receive(response, part: Path, start: int) -> None:
+def _receive(response: http.client.HTTPResponse, part: Path, start: int) -> None:
     expected = response.headers.get("Content-Length")
     total = start + int(expected) if expected else None
     first = response.read(BLOCK)

@@ -9,6 +9,7 @@ import hashlib
 import string
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from data.spec import PublicData, Samples
 from utils.errors import UserError
 from utils.progress import progress
 from utils.seeding import numpy_rng
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageFont
 
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 DEFAULT_PER_CLASS = 300
@@ -108,7 +112,7 @@ def load_fonts() -> list:
     ]
 
 
-def character_mask(font, character: str):
+def character_mask(font: "ImageFont.FreeTypeFont", character: str) -> "Image.Image":
     """The character as a grey PIL image, cropped to its ink."""
     from PIL import Image, ImageDraw
 
@@ -132,7 +136,7 @@ def _random_pose(rng: np.random.Generator, resolution: int) -> Pose:
     )
 
 
-def _draw(mask, pose: Pose, resolution: int) -> np.ndarray:
+def _draw(mask: "Image.Image", pose: Pose, resolution: int) -> np.ndarray:
     """(resolution, resolution) uint8: the mask in its pose as a bitmap, averaged over blocks."""
     from PIL import Image, ImageFilter
 

@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from data.group_tables import groups_in_table, read_groups_table, table_of
+from data.readers.source import Part
 from utils.errors import UserError
 from utils.seeding import numpy_rng
 
@@ -20,7 +21,7 @@ FOLDER = "folder"
 FORMS = "allowed: 'folder' (<class>/<group>/<file>), <file>.csv:<column>, or a regular expression on the path"
 
 
-def groups_of(part, how: str, where: str) -> np.ndarray:
+def groups_of(part: Part, how: str, where: str) -> np.ndarray:
     """The group of every image of `part` (a part of a source, with `names` and `labels`), (N,) str.
 
     how: one of FORMS. UserError with the first image that has no group, and for images without names, such as those of
@@ -55,7 +56,7 @@ def require_form(how: str) -> None:
         _pattern(how)
 
 
-def nested_note(part) -> str | None:
+def nested_note(part: Part) -> str | None:
     """A note if class folders contain folders, which may be groups although --groups is not given."""
     names = getattr(part, "names", [])
     nested = next(

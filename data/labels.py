@@ -1,7 +1,7 @@
 """Convert the labels of a source, class names or integers, to integers 0..K-1 in a given class order."""
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,5 +145,5 @@ def _check_classes(train_labels: np.ndarray, class_names: tuple[str, ...], where
         )
 
 
-def _shortened(names) -> str:
+def _shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

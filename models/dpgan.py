@@ -6,6 +6,8 @@ generator learns from the discriminator alone: post-processing.
 """
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -272,7 +274,9 @@ class PairedLoss:
     Labels of fakes are uniform; all that a fake is made of comes from `rng`, by position in the batch.
     """
 
-    def __init__(self, generator: Generator, num_labels: int, autocast) -> None:
+    def __init__(
+        self, generator: Generator, num_labels: int, autocast: Callable[[], AbstractContextManager]
+    ) -> None:
         self.generator = generator
         self.num_labels = num_labels
         self._autocast = autocast

@@ -175,7 +175,9 @@ class GSWGAN(GAN):
         labels = torch.from_numpy(batch.labels * config.cond).to(self.runtime.device)
         return images[None], labels[None]
 
-    def _public_loss(self, critic: Stack, images, labels, rng: Draws) -> torch.Tensor:
+    def _public_loss(
+        self, critic: Stack, images: torch.Tensor, labels: torch.Tensor, rng: Draws
+    ) -> torch.Tensor:
         with torch.no_grad():
             noise = self._latent(rng, images.shape[1])[0]
             fakes = self.generator.eval()(noise, labels[0])[None]

@@ -43,7 +43,7 @@ class Synthesizer(abc.ABC):
         False  # uses noisy shares of the private classes in training; labels stay balanced
     )
 
-    def __init__(self, config, spec: DataSpec, runtime: Runtime) -> None:
+    def __init__(self, config: object, spec: DataSpec, runtime: Runtime) -> None:
         public = getattr(config, "public_data", None)
         if public is not None:
             _require_ratio(public, self.selects_public_classes)

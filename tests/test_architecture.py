@@ -106,8 +106,11 @@ def untyped(code: ast.AST) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [*sources("pipeline"), *(ROOT / program for program in PROGRAMS)], ids=name)
-def test_the_pipeline_is_typed(path):
+TYPED = [*sources("utils", "data", "models", "pipeline"), *(ROOT / program for program in PROGRAMS)]
+
+
+@pytest.mark.parametrize("path", TYPED, ids=name)
+def test_every_parameter_has_a_type(path):
     assert not untyped(tree(path)), name(path)
 
 

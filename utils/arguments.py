@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from utils.errors import UserError, unknown
 
@@ -20,11 +21,11 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError, suggests the nearest flag for an unknown one, completes no
     abbreviation, and refuses a flag that is given twice."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, **options: object) -> None:
         self.flags: dict[str, str] = {}  # option string -> name of the flag
         super().__init__(allow_abbrev=False, **options)
 
-    def add_argument(self, *names: str, **options) -> argparse.Action:
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         options_of_it = [name for name in names if name.startswith("-")]
         self.flags.update(dict.fromkeys(options_of_it, max(names, key=len).lstrip("-")))
         if "type" in options:

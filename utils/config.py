@@ -46,6 +46,9 @@ from utils.sections import (
 )
 from utils.typed import build, leaf_types, unknown_key
 
+if typing.TYPE_CHECKING:
+    from omegaconf import DictConfig
+
 __all__ = ["Config", "compose_config", "format_config", "load_config", "parser"]
 
 RUN_KEYS = {"seed": int, "preset": str}  # the values of config.yaml that belong to no section
@@ -471,7 +474,9 @@ def _facts_of_own_images(
     return facts
 
 
-def _typed_values(composed, schema: _Schema, layers: list[tuple[str, object, str]]) -> dict[str, object]:
+def _typed_values(
+    composed: "DictConfig", schema: _Schema, layers: list[tuple[str, object, str]]
+) -> dict[str, object]:
     """Section (or run key) -> typed value, from the composed YAML files with `layers` on top."""
     from omegaconf import OmegaConf
 

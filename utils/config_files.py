@@ -8,10 +8,14 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.errors import UserError, unknown
 from utils.places import path_of
 from utils.yaml_numbers import ADVICE, misread_numbers
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 REPLACEABLE = "presets"  # the one group in which a file of an added folder replaces a file of the same name
@@ -154,7 +158,7 @@ def written_values(parts: list[Part]) -> list[tuple[str, object, str]]:
     ]
 
 
-def compose(parts: list[Part]):
+def compose(parts: list[Part]) -> "DictConfig":
     """These files merged to one OmegaConf container; interpolations stay open."""
     from omegaconf import OmegaConf
 

@@ -15,17 +15,23 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING, TypeVar
 
 from utils.errors import UserError
 from utils.sections import SetupConfig
 from utils.stopping import STOP_SIGNALS
 from utils.streams import protect_standard_streams
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Parameter
+
 T = TypeVar("T")
+Program = Callable[[list[str]], object]
 
 MEETING = timedelta(minutes=30)  # how long processes wait for each other at the start
 PATIENCE = timedelta(
@@ -106,7 +112,7 @@ def world_size() -> int:
 
 
 @contextlib.contextmanager
-def processes(device: str, program: Callable[[list[str]], object], argv: list[str]) -> Iterator[None]:
+def processes(device: str, program: Program, argv: list[str]) -> Iterator[None]:
     """Within: all processes of the run work together; those of this machine that are not running yet run program(argv).
 
     `device` is what this process computes on. When the block ends without `leave`, the processes it started are
@@ -208,7 +214,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _start_followers(program, argv: list[str]) -> list:
+def _start_followers(program: Program, argv: list[str]) -> list[BaseProcess]:
     """The other processes of this machine, each a fresh interpreter."""
     context = multiprocessing.get_context("spawn")
     followers = []
@@ -228,7 +234,7 @@ def _start_followers(program, argv: list[str]) -> list:
     return followers
 
 
-def _follow(program, argv: list[str], environment: dict[str, str]) -> None:
+def _follow(program: Program, argv: list[str], environment: dict[str, str]) -> None:
     """The main function of a process that this module starts."""
     global _place
     # These signals may reach all processes; the process that started this one handles them.
@@ -246,7 +252,7 @@ def _end_with_parent() -> None:
     os._exit(LOST)
 
 
-def _watch(followers: list, ending: threading.Event) -> None:
+def _watch(followers: list[BaseProcess], ending: threading.Event) -> None:
     """End this process if another one has died and the main thread does not notice because it waits for that one."""
     alive = list(followers)
     while alive and not any(follower.exitcode for follower in followers):
@@ -259,7 +265,7 @@ def _watch(followers: list, ending: threading.Event) -> None:
     os._exit(1)
 
 
-def _first_failure(followers: list) -> str | None:
+def _first_failure(followers: list[BaseProcess]) -> str | None:
     """The name of the started process that failed, and how it failed; None if none fails within some seconds."""
     deadline = time.monotonic() + 2 * GRACE
     while followers and time.monotonic() < deadline:
@@ -271,7 +277,7 @@ def _first_failure(followers: list) -> str | None:
     return None
 
 
-def _end(followers: list, patience: float) -> None:
+def _end(followers: list[BaseProcess], patience: float) -> None:
     """Wait `patience` seconds for each, then end it."""
     for follower in followers:
         follower.join(patience)
@@ -334,7 +340,7 @@ def main_goes_first() -> Iterator[None]:
         from_main(bool)
 
 
-def copy_from_main(tensors) -> None:
+def copy_from_main(tensors: "Iterable[Tensor]") -> None:
     """Overwrite each of `tensors` with the main process's."""
     if _group is None:
         return
@@ -345,7 +351,7 @@ def copy_from_main(tensors) -> None:
             dist.broadcast(tensor, 0, _group)
 
 
-def sum_on_main(part, release: Callable):
+def sum_on_main(part: "Tensor", release: "Callable[[Tensor], Tensor]") -> "Tensor":
     """release(sum of all parts), computed by the main process alone and handed to every process.
 
     part: one tensor of the same shape and dtype in every process; release gives float32 of that shape. This is how a
@@ -367,7 +373,7 @@ def sum_on_main(part, release: Callable):
     return released
 
 
-def sum_gradients(parameters) -> None:
+def sum_gradients(parameters: "Iterable[Parameter]") -> None:
     """Replace every gradient by its sum over all processes, in one message; a missing one counts as zero."""
     if _group is None:
         return
@@ -383,7 +389,7 @@ def sum_gradients(parameters) -> None:
         parameter.grad = total.view_as(parameter)
 
 
-def concatenate(rows):
+def concatenate(rows: "Tensor") -> "Tensor":
     """(n, ...) of each process -> all rows in the order of the processes, in every process. n may differ, and be 0."""
     if _group is None:
         return rows

@@ -1,6 +1,7 @@
 """Randomness addressed by position: the draws of an example depend only on its position in the batch."""
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class Draws:
         """(len(self), *shape) float32, independent and uniform on [0, 1)."""
         return self._draw(_fill_uniform, shape)
 
-    def _draw(self, fill, shape: tuple[int, ...]) -> torch.Tensor:
+    def _draw(self, fill: Callable[[torch.Tensor, bytes], None], shape: tuple[int, ...]) -> torch.Tensor:
         size = UNITS.get(self._device.type, UNITS["cpu"])
         first, end = self._start // size, -(-self._stop // size)
         units = torch.empty(end - first, size, *shape, device=self._device)

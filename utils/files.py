@@ -9,9 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.errors import UserError
 from utils.private_files import create_private_file, make_private_folder
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PROBE = 1 << 20  # bytes that must fit on the disk before samples are judged
 
@@ -69,7 +73,7 @@ def require_writable(folder: Path) -> None:
         raise
 
 
-def save_array(path: Path, array) -> None:
+def save_array(path: Path, array: "np.ndarray") -> None:
     """np.save by way of memory: NumPy's own writing to a file that fails loses the reason."""
     import numpy as np
 

@@ -2,14 +2,18 @@
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils.errors import Diverged
 from utils.files import atomic
 
+if TYPE_CHECKING:
+    import torch
 
-def to_float(images, device="cpu"):
+
+def to_float(images: "np.ndarray | torch.Tensor", device: "str | torch.device" = "cpu") -> "torch.Tensor":
     """(N, C, H, W) uint8 array or tensor -> float32 tensor in [-1, 1] on `device`."""
     import torch
 
@@ -22,7 +26,7 @@ def to_float(images, device="cpu"):
     )
 
 
-def to_uint8(images) -> np.ndarray:
+def to_uint8(images: "torch.Tensor") -> np.ndarray:
     """(N, C, H, W) float tensor, nominally in [-1, 1] -> uint8 array, rounded and clipped.
 
     Raises Diverged if a value is NaN or infinite: as a pixel it would look like a valid one.

@@ -3,16 +3,19 @@
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
 from utils import distributed
 
+T = TypeVar("T")
+
 
 class _Lines:
     """Writes what tqdm draws as lines of their own, for an output that cannot move its cursor back."""
 
-    def __init__(self, stream) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.encoding = getattr(stream, "encoding", None)  # tqdm draws in ASCII if it is not UTF-8
 
@@ -25,8 +28,8 @@ class _Lines:
 
 
 def progress(
-    iterable: Iterable, description: str, total: int | None = None, initial: int = 0, unit: str = "step"
-):
+    iterable: Iterable[T], description: str, total: int | None = None, initial: int = 0, unit: str = "step"
+) -> Iterable[T]:
     """Wrap `iterable` in a bar on stderr. In a log file it prints a line every half minute, not one per refresh. Of
     several processes only the main one shows it. There is no bar if no steps remain."""
     if total is None:
@@ -36,7 +39,7 @@ def progress(
     return open_bar(iterable, desc=description, total=total, initial=initial, unit=unit)
 
 
-def open_bar(iterable: Iterable | None = None, **options) -> tqdm:
+def open_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
     """A bar on stderr, with the options of tqdm, for work that `progress` cannot wrap; close it at the end."""
     terminal = sys.stderr.isatty()
     return tqdm(
@@ -49,7 +52,7 @@ def open_bar(iterable: Iterable | None = None, **options) -> tqdm:
     )
 
 
-def above_bars(stream) -> AbstractContextManager:
+def above_bars(stream: TextIO) -> AbstractContextManager:
     """Context in which the bars are removed from the terminal, so that a line written to `stream` starts at its left
     edge; afterwards they are drawn again below it."""
     return tqdm.external_write_mode(file=stream)

@@ -2,10 +2,20 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from utils.seeding import derive_key, seeded, torch_rng
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from utils.draws import Draws
+
+Network = TypeVar("Network", bound="torch.nn.Module")
 
 log = logging.getLogger("dpib")
 
@@ -33,29 +43,29 @@ class Runtime:
             raise RuntimeError("the run is attached to its folder already")
         self.folder, self.snapshot = folder, snapshot
 
-    def rng(self, name: str):
+    def rng(self, name: str) -> "torch.Generator":
         """A torch.Generator on the run's device for the stream `name`; the same seed and name repeat it."""
         return torch_rng(self.seed, name, self.device)
 
-    def draws(self, name: str, num_examples: int):
+    def draws(self, name: str, num_examples: int) -> "Draws":
         """utils.draws.Draws on the run's device for a batch of the stream `name`, addressed by position in it."""
         from utils.draws import Draws
 
         return Draws(derive_key(self.seed, name), 0, num_examples, self.device)
 
-    def seeded(self, name: str):
+    def seeded(self, name: str) -> AbstractContextManager[None]:
         """Context in which PyTorch's global generators, which initialise layers, start from the stream `name`; that of
         the CPU is as before afterwards."""
         return seeded(self.seed, name)
 
-    def place(self, network):
+    def place(self, network: "Network") -> "Network":
         """`network` on the run's device, in the memory layout that is fastest there."""
         import torch
 
         on_gpu = torch.device(self.device).type == "cuda"
         return network.to(self.device, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
 
-    def autocast(self):
+    def autocast(self) -> "torch.autocast":
         """Context in which networks compute in the run's precision; losses, norms and sums stay float32."""
         import torch
 
@@ -63,7 +73,7 @@ class Runtime:
             torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"
         )
 
-    def preview(self, stage: str, step: int, images, labels) -> None:
+    def preview(self, stage: str, step: int, images: "np.ndarray", labels: "np.ndarray") -> None:
         """Write a grid of samples to <run>/<stage>/samples/iter_<step>/sample.png."""
         if self.folder is not None:
             from utils.images import save_grid

@@ -6,8 +6,12 @@ Privacy noise and Poisson sampling do not come from here: see opacus_ext/noise.p
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_key(seed: int, name: str) -> bytes:
@@ -20,7 +24,7 @@ def derive_seed(seed: int, name: str) -> int:
     return int.from_bytes(derive_key(seed, name)[:8], "big") >> 1
 
 
-def torch_rng(seed: int, name: str, device="cpu"):
+def torch_rng(seed: int, name: str, device: "str | torch.device" = "cpu") -> "torch.Generator":
     """A torch.Generator on `device` for the stream `name`."""
     import torch
 
@@ -35,7 +39,7 @@ def numpy_rng(seed: int, name: str) -> np.random.Generator:
 
 
 @contextmanager
-def seeded(seed: int, name: str, device="cpu") -> Iterator[None]:
+def seeded(seed: int, name: str, device: "str | torch.device" = "cpu") -> Iterator[None]:
     """Inside, PyTorch's global generators start from the stream `name` (initial weights, dropout); outside, those of
     the CPU and of `device` are as before."""
     import torch

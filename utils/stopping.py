@@ -40,7 +40,7 @@ def signals_interrupt() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     handled = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
 
-    def stop(number: int, _) -> None:
+    def stop(number: int, _: object) -> None:
         for (
             other
         ) in handled:  # not SIG_IGN: Python complains about a signal that has come and is ignored since

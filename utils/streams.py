@@ -6,6 +6,7 @@ import io
 import os
 import select
 import sys
+from typing import TextIO
 
 
 class _PatientOutput(io.RawIOBase):
@@ -23,7 +24,7 @@ class _PatientOutput(io.RawIOBase):
     def isatty(self) -> bool:
         return os.isatty(self._descriptor)
 
-    def write(self, data) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         while True:
             try:
                 return os.write(self._descriptor, data)
@@ -47,7 +48,7 @@ def protect_standard_streams() -> None:
     sys.stdout, sys.stderr = _patient(sys.stdout), _patient(sys.stderr)
 
 
-def _patient(stream):
+def _patient(stream: TextIO | None) -> TextIO:
     if stream is None:  # it was closed when Python started
         return open(os.devnull, "w", encoding="utf-8")  # lives as long as the process
     try:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from data.convert import decode, square_array
 from data.trees.tree import FileTree
 from utils.errors import UserError
 from utils.text import listed
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 LAYOUTS = (
     "allowed: idx files of MNIST, python pickles of CIFAR, npz (x/y, images/labels or train_images/train_labels), "
@@ -91,7 +95,7 @@ class FilePart:
         return square_array(picture, resolution, channels), _form(picture)
 
 
-def _form(picture) -> Form:
+def _form(picture: "Image.Image") -> Form:
     """The form of a grey or RGB picture."""
     return picture.width, picture.height, 1 if picture.mode == "L" else 3
 

@@ -1,8 +1,10 @@
 """The sections of the diffusion family's configuration."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from models.diffusion.loss import LossConfig
 from models.diffusion.samplers import SamplerConfig
@@ -93,7 +95,7 @@ class OptimConfig:
             self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}"
         )
 
-    def make(self, parameters) -> torch.optim.Optimizer:
+    def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return OPTIMIZERS[self.optimizer](
             parameters, lr=self.params.lr, weight_decay=self.params.weight_decay
         )

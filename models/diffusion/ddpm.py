@@ -5,10 +5,12 @@ network sees x_t and t, and estimates e. Divided by sqrt(a_t) this is x_0 + sigm
 the sampler below works in that scale, as those of models/diffusion/samplers.py do. Legend: B batch, K noise draws.
 """
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from utils.draws import Draws
 from utils.sections import check_field
@@ -62,7 +64,11 @@ class DDIMConfig:
 
 
 def predict_noise(
-    network, noisy: torch.Tensor, sigmas: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor
+    network: nn.Module,
+    noisy: torch.Tensor,
+    sigmas: torch.Tensor,
+    timesteps: torch.Tensor,
+    labels: torch.Tensor,
 ) -> torch.Tensor:
     """The noise e of noisy = x_0 + sigma_t e, (B, Z, h, w); timesteps (B,) int64."""
     sigma = sigmas[timesteps][:, None, None, None]
@@ -82,14 +88,16 @@ class NoiseLoss:
         config: NoiseLossConfig,
         sigmas: torch.Tensor,
         unconditional: bool = False,
-        autocast=nullcontext,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.config = config
         self.sigmas = sigmas
         self.autocast = autocast  # context of the network's forward pass
         self.label_dropout = 1.0 if unconditional else config.label_dropout
 
-    def __call__(self, network, latents: torch.Tensor, labels: torch.Tensor, rng: Draws) -> torch.Tensor:
+    def __call__(
+        self, network: nn.Module, latents: torch.Tensor, labels: torch.Tensor, rng: Draws
+    ) -> torch.Tensor:
         draws = self.config.n_noise_samples
         labels = torch.where(rng.uniform() < self.label_dropout, network.null_label, labels)
         timesteps = (rng.uniform(draws) * len(self.sigmas)).long().flatten()
@@ -102,7 +110,7 @@ class NoiseLoss:
 
 @torch.no_grad()
 def sample_ddim(
-    network,
+    network: nn.Module,
     sigmas: torch.Tensor,
     config: DDIMConfig,
     shape: tuple[int, ...],

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 # images (B, C, H, W) + noise of std sigma (B,), labels (B,) -> estimate of the clean images
 Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -11,7 +12,9 @@ Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 SIGMA_DATA = math.sqrt(1.0 / 3.0)  # std of a uniform on [-1, 1]: a constant, never estimated from data
 
 
-def denoise(network, noisy: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def denoise(
+    network: nn.Module, noisy: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
     """D(x; sigma, y) = c_skip x + c_out F(c_in x, ln(sigma) / 4, y); sigma (B,)."""
     s = sigma[:, None, None, None]
     total = s**2 + SIGMA_DATA**2
@@ -19,7 +22,7 @@ def denoise(network, noisy: torch.Tensor, sigma: torch.Tensor, labels: torch.Ten
     return c_skip * noisy + c_out * network(c_in * noisy, sigma.log() / 4, labels)
 
 
-def guided(network, guidance: float) -> Denoiser:
+def guided(network: nn.Module, guidance: float) -> Denoiser:
     """The denoiser for sampling: (1 + w) D(x, y) - w D(x, null) for guidance weight w (Ho & Salimans 2022)."""
 
     def call(noisy: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

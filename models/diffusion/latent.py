@@ -171,7 +171,9 @@ class LatentDiffusion(DiffusionSynthesizer):
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.latents.decode(latents)
 
-    def _draw(self, network: nn.Module, config: DDIMConfig, labels: torch.Tensor, rng) -> torch.Tensor:
+    def _draw(
+        self, network: nn.Module, config: DDIMConfig, labels: torch.Tensor, rng: torch.Generator
+    ) -> torch.Tensor:
         return sample_ddim(network, self.sigmas, config, self.network_shape, labels, rng)
 
     # Stages

@@ -1,9 +1,11 @@
 """The EDM training loss, one value per example."""
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from models.diffusion.denoiser import SIGMA_DATA, denoise
 from utils.draws import Draws
@@ -30,12 +32,19 @@ class EDMLoss:
     multiplicity, Dockhorn et al. 2023). Label dropout is drawn once per example.
     """
 
-    def __init__(self, config: LossConfig, unconditional: bool = False, autocast=nullcontext) -> None:
+    def __init__(
+        self,
+        config: LossConfig,
+        unconditional: bool = False,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
         self.config = config
         self.autocast = autocast  # context of the network's forward pass
         self.label_dropout = 1.0 if unconditional else config.label_dropout
 
-    def __call__(self, network, images: torch.Tensor, labels: torch.Tensor, rng: Draws) -> torch.Tensor:
+    def __call__(
+        self, network: nn.Module, images: torch.Tensor, labels: torch.Tensor, rng: Draws
+    ) -> torch.Tensor:
         draws = self.config.n_noise_samples
         dropped = rng.uniform() < self.label_dropout
         labels = torch.where(dropped, network.null_label, labels)

@@ -75,7 +75,14 @@ def resample(
     return SAMPLERS[config.type](denoiser, config, levels, start, labels, rng)
 
 
-def _ddim(denoiser, config, levels, x, labels, rng) -> torch.Tensor:
+def _ddim(
+    denoiser: Denoiser,
+    config: SamplerConfig,
+    levels: list[float],
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    rng: torch.Generator,
+) -> torch.Tensor:
     """Euler steps of dx/dt = (x - D) / t, then one denoising at the last level."""
     for t, t_next in pairwise(levels):
         denoised = denoiser(x, _fill(t, labels), labels)
@@ -83,7 +90,14 @@ def _ddim(denoiser, config, levels, x, labels, rng) -> torch.Tensor:
     return denoiser(x, _fill(levels[-1], labels), labels)
 
 
-def _edm(denoiser, config, levels, x, labels, rng) -> torch.Tensor:
+def _edm(
+    denoiser: Denoiser,
+    config: SamplerConfig,
+    levels: list[float],
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    rng: torch.Generator,
+) -> torch.Tensor:
     """Stochastic second-order sampler (algorithm 2), S_noise = 1; the last step, to t = 0, is Euler."""
     for t, t_next in pairwise([*levels, 0.0]):
         churned = config.s_churn > 0 and config.s_min <= t <= config.s_max
@@ -101,7 +115,14 @@ def _edm(denoiser, config, levels, x, labels, rng) -> torch.Tensor:
     return x
 
 
-def _dpmpp(denoiser, config, levels, x, labels, rng) -> torch.Tensor:
+def _dpmpp(
+    denoiser: Denoiser,
+    config: SamplerConfig,
+    levels: list[float],
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    rng: torch.Generator,
+) -> torch.Tensor:
     """DPM-Solver++(2M), deterministic (Lu et al. 2022, arXiv:2211.01095, algorithm 2), then one denoising at the end.
 
     In lambda = -ln t the equation's linear part is solved exactly, and D is extrapolated linearly from its last two

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.spec import PublicData, Samples
+from data.spec import DataSpec, PublicData, Samples
 from models.fitting.batches import in_batches
 from models.fitting.stages import Staged
 from models.nn.generator import Generator, GeneratorConfig
 from models.nn.layers import num_parameters
 from models.public.pretraining import Pretraining
-from models.synthesizer import Synthesizer, balanced_labels, preview_labels
+from models.synthesizer import Sections, Synthesizer, balanced_labels, preview_labels
 from opacus_ext.accounting import Release
 from opacus_ext.outer_products import OuterProducts
 from opacus_ext.private_data import PrivateData
@@ -285,7 +285,7 @@ class EmbeddingSynthesizer(Synthesizer):
     selects_public_classes = True
     learns_class_shares = True  # the weights of generated images in `_take_step`
 
-    def __init__(self, config, spec, runtime: Runtime) -> None:
+    def __init__(self, config: Sections, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
         pretrains = self._pretraining(1).num_steps > 0
         self.pretraining = Pretraining(config.public_data, config.pretrain.query, pretrains, spec, runtime)

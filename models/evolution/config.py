@@ -1,11 +1,14 @@
 """Settings of Private Evolution: section `train`."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from models.evolution.population import SELECTIONS
 from models.evolution.voting import BACKENDS, MODES
 from utils.errors import unknown
 from utils.sections import check
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -114,5 +117,5 @@ class EvolutionConfig:
             )
 
 
-def _entry(values: list, iteration: int):
+def _entry(values: list[T], iteration: int) -> T:
     return values[0] if len(values) == 1 else values[iteration - 1]

@@ -51,7 +51,7 @@ class PrivateEvolution(Synthesizer, abc.ABC):
         gen: GenConfig
         public_data: PublicDataConfig
 
-    def __init__(self, config, spec: DataSpec, runtime: Runtime) -> None:
+    def __init__(self, config: Config, spec: DataSpec, runtime: Runtime) -> None:
         super().__init__(config, spec, runtime)
         public, settings = config.public_data.name, config.train
         check(

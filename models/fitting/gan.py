@@ -11,7 +11,7 @@ from data.spec import DataSpec, Samples
 from models.fitting.batches import in_batches
 from models.fitting.stages import Staged
 from models.public.pretraining import Pretraining
-from models.synthesizer import Synthesizer, balanced_labels, preview_labels
+from models.synthesizer import Sections, Synthesizer, balanced_labels, preview_labels
 from opacus_ext.accounting import Release
 from utils.images import to_uint8
 from utils.runtime import Runtime
@@ -27,7 +27,7 @@ class GAN(Staged, Synthesizer):
     selects_public_classes = True
     generator: nn.Module
 
-    def __init__(self, config, spec: DataSpec, runtime: Runtime, *, pretrains: bool) -> None:
+    def __init__(self, config: Sections, spec: DataSpec, runtime: Runtime, *, pretrains: bool) -> None:
         super().__init__(config, spec, runtime)
         self.pretraining = Pretraining(config.public_data, config.pretrain.query, pretrains, spec, runtime)
 

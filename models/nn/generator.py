@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from torch.nn.utils.parametrizations import spectral_norm
 
 from utils.sections import check, check_field
@@ -107,7 +108,9 @@ class _NormalisedReLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, gain, bias, norm):
+    def forward(
+        ctx: FunctionCtx, x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor, norm: nn.BatchNorm2d
+    ) -> torch.Tensor:
         momentum = norm.momentum
         mean, variance = torch.batch_norm_update_stats(x, norm.running_mean, norm.running_var, momentum)
         norm.num_batches_tracked += 1
@@ -118,7 +121,7 @@ class _NormalisedReLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, y, mean, rate, gain = ctx.saved_tensors
         gradient = torch.ops.aten.threshold_backward(gradient, y, 0)
         of_bias = gradient.sum((2, 3))

@@ -1,5 +1,6 @@
 """Classifiers behind the semantic query; trained on public data only, so BatchNorm is welcome."""
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -20,7 +21,7 @@ class Bottleneck(nn.Module):
             nn.Identity() if same else nn.Sequential(*_conv_norm(in_channels, out_channels, 1, stride))
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu(self.body(x) + self.shortcut(x))
 
 

@@ -3,7 +3,7 @@
 Legend: S critics, B images each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ class CriticLoss:
             check_field(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         check_field(self.lr > 0, "lr", self.lr, "greater than 0")
 
-    def optimizer(self, parameters) -> torch.optim.Optimizer:
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr=self.lr, betas=BETAS)
 
     def __call__(
@@ -111,7 +111,13 @@ class ShardCritics:
                 self._critics.put(group.start, critics)
 
     def _warm_up_turn(
-        self, shards, group: range, critics: Stack, generators: Stack, optimizers, turn: int
+        self,
+        shards: Shards,
+        group: range,
+        critics: Stack,
+        generators: Stack,
+        optimizers: list[torch.optim.Optimizer],
+        turn: int,
     ) -> None:
         config = self._warm_up
 
@@ -163,13 +169,13 @@ class ShardCritics:
     def _train(
         self,
         critics: Stack,
-        optimizer,
+        optimizer: torch.optim.Optimizer,
         shards: Shards,
         group: range,
-        fakes,
+        fakes: Callable[[torch.Tensor, Draws], torch.Tensor],
         batch_size: int,
         iterations: int,
-        stream,
+        stream: str,
     ) -> torch.Tensor:
         """Critic steps on the shards' own records, whose labels the fakes have too; returns the last labels."""
         labels = None

@@ -6,6 +6,7 @@ Legend: B batch, C channels, H W pixels, Z noise.
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ class _SpectralNorm(nn.Module):
 
 
 class SNConv2d(_SpectralNorm, nn.Conv2d):
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._prepare()
 
@@ -104,7 +105,7 @@ class SNConv2d(_SpectralNorm, nn.Conv2d):
 
 
 class SNLinear(_SpectralNorm, nn.Linear):
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._prepare()
 
@@ -113,7 +114,7 @@ class SNLinear(_SpectralNorm, nn.Linear):
 
 
 class SNEmbedding(_SpectralNorm, nn.Embedding):
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._prepare()
 

@@ -132,8 +132,15 @@ class _Stage(nn.Module):
     """A residual block, followed by attention if requested."""
 
     def __init__(
-        self, in_channels, out_channels, condition, *, resample=None, attention=False, takes_skip=False
-    ):
+        self,
+        in_channels: int,
+        out_channels: int,
+        condition: int,
+        *,
+        resample: str | None = None,
+        attention: bool = False,
+        takes_skip: bool = False,
+    ) -> None:
         super().__init__()
         self.takes_skip = takes_skip
         self.block = ResidualBlock(in_channels, out_channels, condition, resample)

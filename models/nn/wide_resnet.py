@@ -6,6 +6,7 @@ arXiv:2204.13650). Legend: B batch, C channels, H W pixels.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ class WSConv2d(nn.Conv2d):
     (O, I / groups, h, w) trains unstandardised, gain (O,) starts as one.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gain = nn.Parameter(torch.ones_like(self.weight[:, 0, 0, 0]))
 
@@ -40,7 +41,7 @@ class PlainWSConv2d(nn.Conv2d):
     """Convolution without bias and gain, whose filters have mean 0 and an unbiased deviation of 1, as in Park et al.
     (CVPR 2024)."""
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, bias=False, **kwargs)
 
     def standardised_weight(self) -> torch.Tensor:

@@ -9,6 +9,7 @@ together are one Gaussian release with the sensitivity of one record.
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from data.spec import DataSpec, Samples
 from models.public.config import CentralConfig
@@ -122,7 +123,7 @@ def _default_stride(resolution: int) -> int:
     return stride
 
 
-def _rand_augment(num_ops: int, magnitude: int):
+def _rand_augment(num_ops: int, magnitude: int) -> nn.Module:
     """Cubuk et al. 2020. UserError if torchvision does not load with the installed torch."""
     try:
         from torchvision.transforms import RandAugment

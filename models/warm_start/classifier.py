@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -151,7 +152,9 @@ class WarmStartedClassifier(Staged):
             self._take_public_step(images, labels, len(batch))
             self._finish_step(config.snapshot_freq)
 
-    def _warm_up_batch(self, samples: Samples, batch, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    def _warm_up_batch(
+        self, samples: Samples, batch: np.ndarray, draws: Draws
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """This process's share of the batch, augmented."""
         config, own = self.warm_up, distributed.share(len(batch))
         part, rng = samples.take(batch[own]), draws[own]

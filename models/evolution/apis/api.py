@@ -56,7 +56,7 @@ class ImageAPI(abc.ABC):
 
     Config: ClassVar[type]
 
-    def __init__(self, config, spec: DataSpec, runtime: Runtime) -> None:
+    def __init__(self, config: object, spec: DataSpec, runtime: Runtime) -> None:
         self.config = config
         self.spec = spec
         self.runtime = runtime

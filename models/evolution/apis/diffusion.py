@@ -14,7 +14,7 @@ import torch
 from data.spec import DataSpec, PublicData
 from models.diffusion.checkpoint import chosen_weights, read_checkpoint, require_fit
 from models.diffusion.config import ModelConfig, NetworkConfig
-from models.diffusion.denoiser import guided
+from models.diffusion.denoiser import Denoiser, guided
 from models.diffusion.public_pretraining import PublicPretraining, PublicStageConfig
 from models.diffusion.samplers import SamplerConfig, network_calls, noise_levels, resample, sample
 from models.diffusion.timesteps import cosine_schedule, respaced
@@ -176,7 +176,7 @@ class DiffusionAPI(ImageAPI):
         self.network = self.runtime.place(network).eval().requires_grad_(False)
         self.is_ready = True
 
-    def _denoiser(self):
+    def _denoiser(self) -> Denoiser:
         return guided(self.network, self.config.sampler.guid_scale)
 
     def _model_labels(self, labels: np.ndarray, rng_name: str) -> np.ndarray:

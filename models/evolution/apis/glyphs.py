@@ -10,6 +10,7 @@ a stroke of any thickness at any place is one lookup per pixel. Legend: N images
 
 import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from utils.runtime import Runtime
 from utils.sections import check_field
 from utils.seeding import numpy_rng
 from utils.timing import seconds_of
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Ranges that attributes are drawn from and stay in. Lengths are shares of the image side, or of the character's height.
 RANGES = {
@@ -146,7 +150,7 @@ def outlines(characters: str) -> torch.Tensor:
     return torch.from_numpy(np.stack(fields))
 
 
-def _distance(mask) -> np.ndarray:
+def _distance(mask: "Image.Image") -> np.ndarray:
     """The signed distance field of a grey PIL image that is cropped to its ink."""
     from scipy.ndimage import distance_transform_edt
 

@@ -7,6 +7,7 @@ that are left out at the noisy end: 0 is almost a new image.
 
 import pickle
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +114,7 @@ class ImprovedDiffusionAPI(ImageAPI):
         images = self._in_batches(len(candidates), draw, f"variations of degree {degree:g}")
         return Candidates(images, candidates.labels, candidates.info)
 
-    def _in_batches(self, count: int, draw, description: str) -> np.ndarray:
+    def _in_batches(self, count: int, draw: Callable[[slice], np.ndarray], description: str) -> np.ndarray:
         return in_batches(count, self.config.batch_size, draw, self.image_shape, description)
 
     def _model_labels(self, count: int, rng_name: str) -> np.ndarray:

@@ -14,6 +14,7 @@ import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,6 +28,9 @@ from utils.files import atomic, save_array
 from utils.progress import progress
 from utils.runtime import Runtime
 from utils.sections import check_field
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 KEY = "OPENAI_API_KEY"
 SECTION = "model.api_params.openai"
@@ -198,7 +202,7 @@ class OpenAIAPI(ImageAPI):
         pictures = [decode(content, f"an answer of {self.config.model}") for content in found]
         return np.stack([square_array(picture, self.config.image_size, 3) for picture in pictures])
 
-    def client(self):
+    def client(self) -> "OpenAI":
         """The library's client, which retries on its own. Raises UserError if the library or the key is missing."""
         if self._client is None:
             try:

@@ -5,7 +5,9 @@ strength in (0, 1], the share of the denoising steps that are taken: 1 is a new 
 transformers; the library fetches weights on its own where `source` is no folder.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +20,9 @@ from models.fitting.batches import in_batches
 from utils.errors import Unavailable, UserError
 from utils.runtime import Runtime
 from utils.sections import check_field
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -87,11 +92,18 @@ class StableDiffusionAPI(ImageAPI):
         images = self._in_batches(len(candidates), draw, f"variations of strength {degree:g}")
         return Candidates(images, candidates.labels)
 
-    def _in_batches(self, count: int, draw, description: str) -> np.ndarray:
+    def _in_batches(self, count: int, draw: Callable[[slice], np.ndarray], description: str) -> np.ndarray:
         return in_batches(count, self.config.batch_size, draw, self.image_shape, description)
 
     @torch.no_grad()
-    def _run(self, pipeline, labels: np.ndarray, rows: slice, rng_name: str, **arguments) -> np.ndarray:
+    def _run(
+        self,
+        pipeline: "DiffusionPipeline",
+        labels: np.ndarray,
+        rows: slice,
+        rng_name: str,
+        **arguments: object,
+    ) -> np.ndarray:
         """(B, 3, image_size, image_size) uint8 for the classes of these rows."""
         found = pipeline(
             prompt=[self.prompts[label] for label in labels[rows]],
