@@ -45,11 +45,11 @@ from opacus_ext.noise import NoiseSource
 from opacus_ext.private_data import PrivateData
 from pipeline.compose import Parts
 from pipeline.evaluation_time import classifier_time_line
-from pipeline.record import results_of, write_account
+from pipeline.record import results_of, write_account, write_results
 from pipeline.revealed import CEILING, COPIES, GALLERY_ENTRY, ORACLE, SHOWN, comparison, without_failed
 from utils.artefacts import CARD, CLASSIFIER, GRID, PRIVACY, RESULTS
 from utils.config import Config
-from utils.files import read_json, write_json
+from utils.files import read_json
 from utils.runtime import log
 
 INCOMPLETE = 3  # exit code: the program completed, but metrics are missing
@@ -138,7 +138,7 @@ def evaluate(evaluation: Evaluation, real: RealImages, training: dict, timing: d
     )
     title = f"{config.method} on {evaluation.spec.name}, epsilon {config.epsilon:g}"
     timing = {**timing, "evaluate": time.perf_counter() - start}
-    written = write_results(
+    written = write_findings(
         evaluation, findings, train, Account(title, privacy, privacy_card(privacy), timing)
     )
     kept.discard()
@@ -239,7 +239,7 @@ def _revealed(
     return without_failed([*before, *training["revealed"]], planned, findings.report, others)
 
 
-def write_results(
+def write_findings(
     evaluation: Evaluation, findings: Findings, train: Samples | None, account: Account
 ) -> Report:
     """Write report.html and (last) results.json; returns the report with warnings."""
@@ -259,7 +259,7 @@ def write_results(
     write_page(
         folder, written, samples, train, spec, account.title, account.card, config.eval.gallery, results
     )
-    write_json(folder / RESULTS, results)
+    write_results(folder, results)
     return written
 
 

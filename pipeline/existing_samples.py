@@ -33,7 +33,7 @@ from pipeline.evaluation import (
     no_account,
     oracle_data,
     validation_data,
-    write_results,
+    write_findings,
 )
 from pipeline.evaluation_time import evaluation_time_lines
 from pipeline.folder import discarded_on_failure, new_folder, private_work, working_in
@@ -106,7 +106,7 @@ def evaluate_images(config: Config) -> int:
             {"evaluate": time.perf_counter() - start},
         )
         findings = findings_of(evaluation, report, sensitive.train)
-        written = write_results(evaluation, findings, sensitive.train, account)
+        written = write_findings(evaluation, findings, sensitive.train, account)
         kept.discard()
     log.info(f"\n{written.table()}\n\nreport: {folder / REPORT}\nnumbers: {folder / RESULTS}")
     return INCOMPLETE if report.missing else 0

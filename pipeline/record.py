@@ -13,7 +13,7 @@ from evaluation.report import Report
 from opacus_ext.card import privacy_card
 from pipeline.divergence import require_not_diverged
 from pipeline.revealed import merged
-from utils.artefacts import CARD, CONFIG, ENVIRONMENT, PRIVACY, RESULTS
+from utils.artefacts import CARD, CONFIG, ENVIRONMENT, PRIVACY, PROVENANCE, RESULTS
 from utils.config import FLAG_KEYS, Config, format_config
 from utils.config_files import flatten, read_yaml
 from utils.errors import UserError
@@ -54,7 +54,7 @@ def write_start(folder: Path, config: Config, data_identity: str) -> None:
     """
     from omegaconf import OmegaConf
 
-    write_text(folder / "provenance.txt", format_config(config) + "\n")
+    write_text(folder / PROVENANCE, format_config(config) + "\n")
     write_json(folder / ENVIRONMENT, {**describe(config), "data_identity": data_identity})
     write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config.snapshot)))
 
@@ -215,10 +215,15 @@ def write_privacy(
         "selection": others + ([] if selection is None else [selection]),
         "revealed": merged(revealed),
     }
-    write_json(path, privacy)
+    write_json(folder / PRIVACY, privacy)
     if (folder / RESULTS).exists():
-        write_json(folder / RESULTS, read_json(folder / RESULTS) | _of_selection(privacy))
+        write_results(folder, read_json(folder / RESULTS) | _of_selection(privacy))
     return privacy
+
+
+def write_results(folder: Path, results: dict) -> None:
+    """Write results.json, the last file of an evaluation: its presence means that everything else is there."""
+    write_json(folder / RESULTS, results)
 
 
 def results_of(
@@ -230,7 +235,7 @@ def results_of(
     timing: dict[str, float],
     facts: dict,
 ) -> dict:
-    """The content of results.json, the last file that is written. `evaluation` are its settings, `timing` is in seconds
+    """The content of results.json. `evaluation` are its settings, `timing` is in seconds
     per stage, `facts` are its entries about the samples.
 
     Evaluating a finished run again replaces the results by those in `report`; entries about its training are kept.

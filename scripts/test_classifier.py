@@ -16,9 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import METHODS
 from pipeline.folder import discarded_on_failure, new_folder, private_work
-from utils.artefacts import RESULTS
 from utils.config import Config, format_config, load_config
-from utils.files import require_writable, write_json
+from utils.files import require_writable
 from utils.log import also_to, to_terminal
 from utils.program import program, run_process
 from utils.runtime import log
@@ -52,7 +51,7 @@ def measure(config: Config) -> int:
     from evaluation.unfinished import unfinished
     from pipeline.evaluation import INCOMPLETE, kept_if_stopped, no_account
     from pipeline.evaluation_time import classifier_time_line
-    from pipeline.record import results_of
+    from pipeline.record import results_of, write_results
     from utils.device import prepare_device
 
     spec, lines = spec_of(config.sensitive_data, config.eval.mode, config.data_root)
@@ -84,7 +83,7 @@ def measure(config: Config) -> int:
         account = no_account(private=False, spent=math.inf)
         timing = {"evaluate": time.perf_counter() - start}
         settings = evaluation_settings(config)
-        write_json(folder / RESULTS, results_of(folder, config, account, report, settings, timing, {}))
+        write_results(folder, results_of(folder, config, account, report, settings, timing, {}))
         kept.discard()
     log.info(f"\n{report.table()}\n\nNOT private: the classifiers were trained on the private images")
     log.info(f"run folder: {folder}")

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,29 @@ def test_the_pipeline_knows_no_single_method():
     for path in sources("pipeline"):
         texts = {node.value for node in ast.walk(tree(path)) if isinstance(node, ast.Constant)}
         assert not texts & ({*METHODS} - {"Noise"}), name(path)
+
+
+RECORDED = {"CONFIG", "ENVIRONMENT", "PRIVACY", "CARD", "RESULTS", "PROVENANCE"}  # of utils/artefacts.py
+
+
+def recorded_files(code: ast.AST) -> list[str]:
+    """Calls of write_json and write_text that write a file of a run's record."""
+    calls = [
+        node for node in ast.walk(code) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    ]
+    return [
+        ast.unparse(call)
+        for call in calls
+        if call.func.id in ("write_json", "write_text")
+        and RECORDED & {*re.findall(r"\w+", ast.unparse(call.args[0]))}
+    ]
+
+
+def test_the_files_of_a_record_have_one_writer():
+    for path in EVERYTHING:
+        if name(path) != "pipeline/record.py":
+            assert not recorded_files(tree(path)), name(path)
+    assert len(recorded_files(tree(ROOT / "pipeline/record.py"))) == len(RECORDED)
 
 
 def method_modules() -> set[str]:
