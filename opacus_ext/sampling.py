@@ -7,6 +7,7 @@ import torch
 
 from utils.errors import UserError
 from utils.sections import check
+from utils.typed import changeable
 
 # Examples per physical batch at the start, if the user sets none. A GPU reports that its memory is full; a CPU does
 # not.
@@ -17,8 +18,10 @@ AUTOMATIC = {"cuda": 2**16, "cpu": 8}
 class PhysicalBatchConfig:
     """Speed and memory of a step. These settings change no result beyond rounding, and no privacy guarantee."""
 
-    n_split: int | None  # parts per logical batch; None: as many as max_physical_batch_size demands
-    max_physical_batch_size: int | None  # records at a time; None: chosen for the device
+    n_split: int | None = (
+        changeable()
+    )  # parts per logical batch; None: as many as max_physical_batch_size demands
+    max_physical_batch_size: int | None = changeable()  # records at a time; None: chosen for the device
 
     def __post_init__(self) -> None:
         for field in ("n_split", "max_physical_batch_size"):

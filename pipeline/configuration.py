@@ -6,7 +6,7 @@ from pathlib import Path
 
 from models import METHODS
 from pipeline.folder import find
-from pipeline.record import FREE_TEXT, command_of, require_same_config, values_of
+from pipeline.record import command_of, free_text, require_same_config, values_of
 from utils.artefacts import CONFIG, ENVIRONMENT
 from utils.command_line import CommandLine, parse_epsilon, read_command_line
 from utils.config import FLAG_KEYS, Config, compose_config
@@ -108,7 +108,7 @@ def _require_same_flags(folder: Path, command_line: CommandLine, run: dict[str, 
         if flag in command_line.given and not same:
             raise UserError(
                 f"--resume_exp: {folder.name} was started with --{flag} {run[key]} (now {text}); leave --{flag} out, "
-                f"or start a new run. {FREE_TEXT}"
+                f"or start a new run. {free_text()}"
             )
 
 

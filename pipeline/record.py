@@ -31,11 +31,7 @@ PACKAGES = (
     "torch-fidelity",
 )
 
-# Settings that may differ in a resumed run: device and precision, evaluation, and the limit of paid requests.
-FREE = (
-    "setup.", "eval.", "model.api_params.openai.max_", "train.dp.max_physical_batch_size", "train.dp.n_split",
-)  # fmt: skip
-FREE_TEXT = f"A resumed run may change {', '.join(f'{key}*' for key in FREE)}, but not eval.mode"
+FREE_SECTIONS = ("setup.", "eval.")  # may differ in a resumed run, as may the method's changeable settings
 PATH_KEYS = ("ckpt", "path")  # ends of the keys whose values are paths
 
 SCHEMA = 1
@@ -73,18 +69,23 @@ def require_same_config(folder: Path, config: Config, first: Sequence[str] = ())
     """Raise UserError with the settings in which `config` differs from the run in `folder`, beginning with the keys
     `first`.
 
-    Keys that begin with one of FREE may differ. eval.mode may not, because it splits the data.
+    Keys of FREE_SECTIONS and of config.changeable may differ. eval.mode may not, because it splits the data.
     """
     before, now = values_of(folder), flatten(config.snapshot)
-    bound = {key for key in {*before, *now} if not key.startswith(FREE) or key == "eval.mode"}
-    different = [key for key in bound if before.get(key) != now.get(key)]
+    bound = {key for key in {*before, *now} if not key.startswith(FREE_SECTIONS) or key == "eval.mode"}
+    different = [key for key in bound.difference(config.changeable) if before.get(key) != now.get(key)]
     different.sort(key=lambda key: (key not in first, key not in FLAG_KEYS.values(), key))
     if different:
         changes = [f"{key}={before.get(key)} (now {now.get(key)})" for key in different]
         raise UserError(
             f"--resume_exp: {folder.name} was started with {listed(changes)}; keep that, or start a new run. "
-            f"{FREE_TEXT}"
+            f"{free_text(config.changeable)}"
         )
+
+
+def free_text(changeable: Sequence[str] = ()) -> str:
+    """The settings that may differ in a resumed run."""
+    return f"A resumed run may change {', '.join(['setup.*', 'eval.*', *changeable])}, but not eval.mode"
 
 
 def values_of(folder: Path) -> dict[str, object]:

@@ -643,6 +643,19 @@ def test_the_files_of_a_method_hold_every_setting_of_its_class(method, monkeypat
     assert known >= set(config.provenance) - {"method", "data_name", "privacy.epsilon"}
 
 
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        ("Noise", set()),
+        ("DPDM", {"train.dp.n_split", "train.dp.max_physical_batch_size"}),
+        ("PE", {"model.api_params.openai.max_requests", "model.api_params.openai.max_retries"}),
+    ],
+)
+def test_a_resumed_run_may_change_what_its_sections_declare(method, keys):
+    found = set(load_config(["--method", method, "--data_name", "mnist_28"], METHODS).changeable)
+    assert found == keys
+
+
 def test_texts_in_lists_are_taken_literally(load):
     assert load("'train.tags=[010, no, 1e3, \"a, b\"]'").method_config.train.tags == [
         "010",

@@ -140,6 +140,7 @@ def test_only_a_folder_without_checkpoints_is_discarded(tmp_path):
 @dataclasses.dataclass
 class FakeConfig:
     snapshot: dict
+    changeable: tuple[str, ...] = ("train.n_split",)
 
 
 def test_resuming_compares_everything_but_hardware_and_evaluation(tmp_path):
@@ -158,6 +159,7 @@ def test_resuming_compares_everything_but_hardware_and_evaluation(tmp_path):
         return FakeConfig({**values, **changes})
 
     require_same_config(tmp_path, snapshot())
+    require_same_config(tmp_path, snapshot(train={"n_split": 2}))
     require_same_config(tmp_path, snapshot(setup={"device": "cuda"}, eval={"mode": "syn", "num_val": 9}))
     for changes, key in (
         ({"seed": 1}, r"seed=0 \(now 1\)"),

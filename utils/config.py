@@ -44,7 +44,7 @@ from utils.sections import (
     SetupConfig,
     check,
 )
-from utils.typed import build, leaf_types, unknown_key
+from utils.typed import build, changeable_keys, leaf_types, unknown_key
 
 if typing.TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -111,6 +111,7 @@ class Config:
     setup: SetupConfig
     gen: GenConfig
     method_config: object  # instance of the method class's Config
+    changeable: tuple[str, ...]  # keys of the method that may have another value when the run is resumed
     provenance: dict[str, str]  # dotted key -> layer that set it
     snapshot: dict  # all values as plain containers; a run writes them to its config.yaml
     notes: tuple[str, ...]  # lines for the program to print
@@ -227,6 +228,7 @@ def compose_config(
         **_run_options(flags),
         **{name: typed[name] for name in (*RUN_KEYS, *SHARED_SECTIONS)},
         method_config=schema.method_type(**{name: typed[name] for name in schema.own}),
+        changeable=tuple(changeable_keys(schema.own)),
         provenance={
             **provenance,
             **{flag: flag_layers[flag] for flag in ("method", "data_name")},

@@ -11,6 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable
+from typing import Any
 
 from utils.errors import FieldError, UserError
 
@@ -47,6 +48,24 @@ def leaf_types(sections: dict[str, object]) -> dict[str, object]:
             leaves[key] = annotation
         leaves.update(leaf_types({f"{key}.{name}": hint for name, hint in _field_types(inner).items()}))
     return leaves
+
+
+def changeable() -> Any:
+    """A field that may have another value when a run is resumed: it says how the work is done, not what is made."""
+    return dataclasses.field(metadata={"changeable": True})
+
+
+def changeable_keys(sections: dict[str, object]) -> list[str]:
+    """The dotted keys of the `changeable` fields below `sections` (name -> annotation)."""
+    found = []
+    for key, annotation in sections.items():
+        kind, _ = without_none(annotation)
+        if dataclasses.is_dataclass(kind):
+            found += [
+                f"{key}.{field.name}" for field in dataclasses.fields(kind) if "changeable" in field.metadata
+            ]
+            found += changeable_keys({f"{key}.{name}": hint for name, hint in _field_types(kind).items()})
+    return found
 
 
 def unknown_key(key: str, known: Iterable[str], source: str = "") -> UserError:

@@ -28,6 +28,7 @@ from utils.files import atomic, save_array
 from utils.progress import progress
 from utils.runtime import Runtime
 from utils.sections import check_field
+from utils.typed import changeable
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -51,8 +52,8 @@ class OpenAIAPIConfig:
     size: int  # pixels of the images that are requested and sent
     image_size: int  # pixels of the candidates that are kept
     images_per_request: int  # random images per request; variations come one by one
-    max_requests: int  # of the whole run
-    max_retries: int  # of one request, waiting longer each time
+    max_requests: int = changeable()  # of the whole run
+    max_retries: int = changeable()  # of one request, waiting longer each time
     timeout: float  # seconds for one answer
 
     def __post_init__(self) -> None:
