@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     try:
         with distributed.main_process_first():
             config = run_config(command_line)
-            distributed.take_place(config.setup)
+            distributed.determine_place(config.setup)
             if config.print_config:
                 lines = [format_config(config)] if distributed.is_main() else []
             elif config.dry_run:

@@ -20,7 +20,7 @@ def listing(weights_root: Path) -> str:
     return "\n".join(lines)
 
 
-def lacking(names: list[str], extractor: str, weights_root: Path) -> list[str]:
+def missing_requirements(names: list[str], extractor: str, weights_root: Path) -> list[str]:
     """The metrics that cannot be computed on this machine: one line per reason, with the fix."""
     load_metrics()
     found: dict[str, list[str]] = {}

@@ -82,7 +82,7 @@ class DPFETAPro(DiffusionSynthesizer):
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
         super().pretrain(public, private)
-        if not self.has_frequency_stage or self._is_past(FREQUENCY):
+        if not self.has_frequency_stage or self._is_completed(FREQUENCY):
             return
         if self.noisy_embedding is None:  # otherwise a resumed run has it from its checkpoint
             self.noisy_embedding = self.embedding.noisy_mean(private)

@@ -250,9 +250,9 @@ class GSWGAN(GAN):
             "each critic": num_parameters(self.first_critic),
         }
 
-    def idle_settings(self) -> dict[str, str]:
+    def settings_without_effect(self) -> dict[str, str]:
         # Critics are warmed up on shards of the private images, without a public set too.
-        return {key: why for key, why in super().idle_settings().items() if key != "pretrain"}
+        return {key: why for key, why in super().settings_without_effect().items() if key != "pretrain"}
 
     def public_costs(self, num_images: int) -> list[Cost]:
         query, _ = self.pretraining.costs(num_images)

@@ -142,15 +142,15 @@ class IDPS(Synthesizer):
         self.generator.load_state_dict(state["pool"])
         self.fit.load_state_dict(state["classifier"])
 
-    def idle_settings(self) -> dict[str, str]:
-        config, idle = self.config, {}
+    def settings_without_effect(self) -> dict[str, str]:
+        config, without_effect = self.config, {}
         if config.warm_up.n_epochs == 0:
-            idle["warm_up"] = "there is no warm-up (warm_up.n_epochs=0)"
+            without_effect["warm_up"] = "there is no warm-up (warm_up.n_epochs=0)"
         if config.train.extender == "none":
-            idle["train.public_batch_size"] = "no public gradient is mixed in (train.extender=none)"
+            without_effect["train.public_batch_size"] = "no public gradient is mixed in (train.extender=none)"
         if config.pool.data == PUBLIC and config.train.extender == "none":
-            idle["pool.num"] = "the warm-up takes the public images alone (pool.data=public)"
-        return idle
+            without_effect["pool.num"] = "the warm-up takes the public images alone (pool.data=public)"
+        return without_effect
 
     def parameter_counts(self) -> dict[str, int]:
         count = sum(parameter.numel() for parameter in self.fit.network.parameters())

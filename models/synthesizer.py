@@ -92,11 +92,11 @@ class Synthesizer(abc.ABC):
         """Network name -> number of parameters."""
         return {}
 
-    def lacking(self) -> list[str]:
+    def missing_requirements(self) -> list[str]:
         """Requirements other than data that are missing, such as weights: one line each, with what helps."""
         return []
 
-    def idle_settings(self) -> dict[str, str]:
+    def settings_without_effect(self) -> dict[str, str]:
         """Settings that have no effect in this run: dotted key, or section for all in it -> why."""
         return {}
 

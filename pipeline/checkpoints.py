@@ -53,7 +53,7 @@ class Checkpoints:
     def finished(self, stage: str) -> bool:
         return distributed.from_main(self._path(stage, "final").exists)
 
-    def is_past(self, stage: str, restored: str | None) -> bool:
+    def is_completed(self, stage: str, restored: str | None) -> bool:
         """True if the stage has its final checkpoint, or has no file of its own and a later stage has begun."""
         return self.finished(stage) or (stage == "pretrain" and (restored or "").startswith("train"))
 
@@ -66,7 +66,7 @@ class Checkpoints:
         self._load(content)
         return label
 
-    def agree(self) -> None:
+    def synchronise(self) -> None:
         """Give the main process's state to the others, whose sums may have been rounded differently. What was booked
         must be the same everywhere."""
         import torch

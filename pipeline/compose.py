@@ -159,24 +159,28 @@ def _misfit_lines(config: Config, spec: DataSpec, synthesizer: Synthesizer) -> l
 
 
 def _ineffective_lines(config: Config, synthesizer: Synthesizer) -> list[str]:
-    idle = synthesizer.idle_settings()
+    without_effect = synthesizer.settings_without_effect()
     if config.eval.mode != "val":
         why = f"no private image is held out with eval.mode={config.eval.mode}"
-        idle = {**idle, "eval.selection_epsilon": why, "sensitive_data.num_val": why}
+        without_effect = {**without_effect, "eval.selection_epsilon": why, "sensitive_data.num_val": why}
     if not config.sensitive_data.num_public:
-        idle["sensitive_data.public_seed"] = "no image is declared public (sensitive_data.num_public=0)"
+        without_effect["sensitive_data.public_seed"] = (
+            "no image is declared public (sensitive_data.num_public=0)"
+        )
     if is_in_distribution(config.public_data):
-        idle["public_data.per_class"] = "sensitive_data.num_public states how many images are public"
-    return ineffective_settings(config.provenance, idle)
+        without_effect["public_data.per_class"] = (
+            "sensitive_data.num_public states how many images are public"
+        )
+    return ineffective_settings(config.provenance, without_effect)
 
 
-def ineffective_settings(provenance: dict[str, str], idle: dict[str, str]) -> list[str]:
-    """A line for each setting of the command line that has no effect. `idle` maps keys or sections to the reason."""
+def ineffective_settings(provenance: dict[str, str], without_effect: dict[str, str]) -> list[str]:
+    """A line for each setting of the command line that has no effect. `without_effect`: key or section -> reason."""
     given = [key for key, layer in provenance.items() if layer == COMMAND_LINE]
     return [
         f"{key}: no effect: {why}"
         for key in given
-        for name, why in idle.items()
+        for name, why in without_effect.items()
         if f"{key}.".startswith(f"{name}.")
     ]
 

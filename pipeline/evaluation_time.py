@@ -17,7 +17,7 @@ def evaluation_time_lines(config: Config, spec: DataSpec, num_samples: int, devi
     num_test = num_test_images(config.sensitive_data, config.data_root)
     costs = evaluation_costs(config.eval, spec, num_samples, num_test, config.weights_root, device)
     trained = sum(cost.seconds for cost in costs if cost.stage.startswith("classifier "))
-    advice = _faster(config, trained)
+    advice = _speed_advice(config, trained)
     return [*time_lines(costs), *([advice] if advice else [])]
 
 
@@ -39,13 +39,13 @@ def classifier_time_line(
         return None
     seconds = sum(cost.seconds for cost in left.values())
     each = ", ".join(f"{name} about {duration(cost.seconds)}" for name, cost in left.items())
-    advice = _faster(config, seconds)
+    advice = _speed_advice(config, seconds)
     line = f"training classifiers on the samples (recipe {config.eval.recipe}): {each} here"
     line += f"; together about {duration(seconds)}" if len(left) > 1 else ""
     return line + (f"; {advice}" if advice else "")
 
 
-def _faster(config: Config, seconds: float) -> str | None:
+def _speed_advice(config: Config, seconds: float) -> str | None:
     """Advice if training the classifiers takes long."""
     if seconds <= LONG or config.eval.recipe == "quick":
         return None

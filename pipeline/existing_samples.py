@@ -11,7 +11,7 @@ from data.spec import DataSpec, Samples
 from evaluation.evaluator import Evaluator, EvaluatorSettings
 from evaluation.images import read_images
 from evaluation.inputs import Classify
-from evaluation.listing import evaluation_line, lacking
+from evaluation.listing import evaluation_line, missing_requirements
 from evaluation.page import REPORT
 from evaluation.registry import of_classifiers
 from evaluation.report import earlier_report, facts_of
@@ -253,7 +253,8 @@ def describe_evaluation(config: Config, spec: DataSpec, count: int, source: Path
     if count:
         lines += [f"classifiers: {', '.join(judged.classifiers)}; recipe {judged.recipe}, seed {config.seed}"]
     lines += evaluation_time_lines(config, spec, count, prepare_device(config.setup))
-    lines += [f"missing: {line}" for line in lacking(judged.metrics, judged.extractor, config.weights_root)]
+    missing = missing_requirements(judged.metrics, judged.extractor, config.weights_root)
+    lines += [f"missing: {line}" for line in missing]
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from data.public import num_public_images, require_public
 from data.sensitive import num_test_images, require_prepared
 from data.spec import DataSpec
 from evaluation.cost import evaluation_costs
-from evaluation.listing import evaluation_line, lacking
+from evaluation.listing import evaluation_line, missing_requirements
 from models import FASTEST
 from opacus_ext.card import person_guarantee
 from opacus_ext.ledger import Budget, Ledger
@@ -54,11 +54,11 @@ def dry_run(config: Config) -> Iterator[str]:
             require(section, config.data_root)
         except UserError as error:
             yield f"missing: {error}{more}"
-    for line in parts.synthesizer.lacking():
+    for line in parts.synthesizer.missing_requirements():
         yield f"missing: {line}"
     if parts.ledger is not None:
         judged = config.eval
-        for line in lacking(judged.metrics, judged.extractor, config.weights_root):
+        for line in missing_requirements(judged.metrics, judged.extractor, config.weights_root):
             yield f"missing: {line}"
 
 
@@ -78,7 +78,7 @@ def remaining_work(parts: Parts, folder: Path, costs: list[Cost], evaluation: li
         return f"{folder.name} is finished: no work remains"
     checkpoints = Checkpoints(folder, parts.config.method, parts.synthesizer, parts.ledger)
     restored = checkpoints.restore()
-    left = {stage: not checkpoints.is_past(stage, restored) for stage in checkpoints.STAGES}
+    left = {stage: not checkpoints.is_completed(stage, restored) for stage in checkpoints.STAGES}
     done = [f"{stage} {'not done' if is_left else 'done'}" for stage, is_left in left.items()]
     answered = set()
     if parts.ledger is not None:
@@ -162,11 +162,11 @@ def cost_lines(costs: list[Cost], config: Config) -> list[str]:
     if total > LONG and config.preset != "quick":
         lines.append("preset=quick scales the method down to minutes on a CPU")
     if total > QUICK and config.preset == "quick":
-        lines.append(_shorter_ways(config))
+        lines.append(_speed_advice(config))
     return lines
 
 
-def _shorter_ways(config: Config) -> str:
+def _speed_advice(config: Config) -> str:
     """Advice for a quick run that takes long; it names nothing that the run does already."""
     ways = ["fewer or smaller images (scripts/prepare_data.py --resolution)"]
     ways += [f"--method {FASTEST}"] if config.method != FASTEST else []

@@ -41,7 +41,7 @@ from utils.files import read_json
 from utils.images import save_grid
 from utils.progress import duration
 from utils.runtime import log
-from utils.stopping import exit_code, shortage
+from utils.stopping import describe_shortage, exit_code
 
 
 @dataclasses.dataclass
@@ -100,8 +100,8 @@ def run(parts: Parts) -> int:
             distributed.leave()
             return report_finished(folder) if distributed.is_main() else 0
         if not distributed.is_main():
-            return work(parts, folder, images)
-        return lead(parts, folder, images)
+            return run_stages(parts, folder, images)
+        return run_main_process(parts, folder, images)
 
 
 def load_images(parts: Parts) -> Images:
@@ -121,12 +121,12 @@ def load_images(parts: Parts) -> Images:
     return Images(public, sensitive, private, noise)
 
 
-def lead(parts: Parts, folder: Path, images: Images) -> int:
+def run_main_process(parts: Parts, folder: Path, images: Images) -> int:
     """Run as the main process; if it ends early, report how to resume. Returns the exit code."""
     config = parts.config
     try:
         describe_run(parts, folder)
-        return work(parts, folder, images)
+        return run_stages(parts, folder, images)
     except KeyboardInterrupt as stop:
         log.info(f"\nstopped; {how_to_resume(folder)}")
         return exit_code(stop)
@@ -138,7 +138,7 @@ def lead(parts: Parts, folder: Path, images: Images) -> int:
             discard_unstarted(folder)
         raise
     except (OSError, MemoryError, RuntimeError) as error:
-        reason = shortage(error)
+        reason = describe_shortage(error)
         if reason is None:
             raise
         kept = config.resume is not None or not discard_unstarted(folder)
@@ -146,7 +146,7 @@ def lead(parts: Parts, folder: Path, images: Images) -> int:
         raise UserError(f"{reason}; {advice}") from error
 
 
-def work(parts: Parts, folder: Path, images: Images) -> int:
+def run_stages(parts: Parts, folder: Path, images: Images) -> int:
     """What is done inside the run's folder; all processes train and draw samples. Returns the exit code."""
     if images.private is not None:
         log.info("\n".join(plan_lines(parts.ledger, parts.spec)))
@@ -162,10 +162,12 @@ def work(parts: Parts, folder: Path, images: Images) -> int:
     distributed.leave()
     if not distributed.is_main():
         return 0
-    return deliver(parts, folder, samples, images, times.seconds())
+    return write_and_evaluate(parts, folder, samples, images, times.seconds())
 
 
-def deliver(parts: Parts, folder: Path, samples: Samples, images: Images, timing: dict[str, float]) -> int:
+def write_and_evaluate(
+    parts: Parts, folder: Path, samples: Samples, images: Images, timing: dict[str, float]
+) -> int:
     """Write the products of the run and evaluate them. Returns the exit code."""
     path, grid = folder / SAMPLES, folder / GRID
     if len(samples) and not path.exists():
@@ -253,12 +255,12 @@ def train(parts: Parts, folder: Path, images: Images, times: StageTimes) -> None
     if images.private is not None:
         stages["train"] = lambda: synthesizer.train(images.private)
     for stage, take in stages.items():
-        if checkpoints.is_past(stage, restored):
+        if checkpoints.is_completed(stage, restored):
             continue
         with explaining_divergence(stage, parts.config, checkpoints, name_of(images.public)):
             with times.of(stage):
                 take()
-            checkpoints.agree()
+            checkpoints.synchronise()
             checkpoints.save(stage, "final")
         taken = times.seconds()[stage]
         if taken >= 0.5:  # a method without this stage has nothing to say about it

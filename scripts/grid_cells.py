@@ -108,7 +108,7 @@ def dry_run(words: list[str]) -> int:
             print(text)
         try:
             config = run_config(read_command_line(argv, "run"))
-            distributed.take_place(config.setup)
+            distributed.determine_place(config.setup)
             lines = list(plan(config))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

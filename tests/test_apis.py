@@ -33,7 +33,7 @@ from models.evolution.apis.guided_diffusion import (
     GuidedDiffusionAPIConfig,
     ImprovedDiffusionAPI,
 )
-from models.evolution.apis.openai import Answers, OpenAIAPI, OpenAIAPIConfig
+from models.evolution.apis.openai import OpenAIAPI, OpenAIAPIConfig, Responses
 from models.evolution.apis.stable_diffusion import StableDiffusionAPI, StableDiffusionAPIConfig
 from models.fitting.batches import in_batches
 from models.nn.guided_unet import GuidedUNet, GuidedUNetConfig
@@ -43,6 +43,7 @@ from pipeline.record import require_same_config
 from utils.config import load_config
 from utils.errors import FieldError, MissingWeights, UserError
 from utils.runtime import Runtime
+from utils.typed import changeable_keys
 
 LABELS = np.array([0, 1, 2, 0, 1, 2, 0, 1])
 
@@ -98,7 +99,9 @@ def test_a_generator_is_given_no_private_image(make_trial, samples, tmp_path):
 
 
 def test_max_requests_may_be_raised_on_resume(tmp_path):
-    settings = SimpleNamespace(snapshot={"model": {"api_params": {"openai": {"max_requests": 9, "size": 8}}}})
+    changeable = tuple(changeable_keys({"model.api_params.openai": OpenAIAPIConfig}))
+    snapshot = {"model": {"api_params": {"openai": {"max_requests": 9, "size": 8}}}}
+    settings = SimpleNamespace(snapshot=snapshot, changeable=changeable)
     (tmp_path / "config.yaml").write_text("model: {api_params: {openai: {max_requests: 5, size: 8}}}")
     require_same_config(tmp_path, settings)
     (tmp_path / "config.yaml").write_text("model: {api_params: {openai: {max_requests: 5, size: 4}}}")
@@ -807,9 +810,9 @@ def test_what_was_paid_for_is_not_paid_for_again(remote, service, tmp_path):
 
 
 def test_a_truncated_response_is_not_counted(tmp_path):
-    Answers(tmp_path).keep("a", np.ones(3))
+    Responses(tmp_path).keep("a", np.ones(3))
     (tmp_path / ".b.1.partial.npy").write_bytes(b"half")
-    found = Answers(tmp_path)
+    found = Responses(tmp_path)
     assert len(found) == 1 and "a" in found and found["a"].tolist() == [1, 1, 1]
 
 

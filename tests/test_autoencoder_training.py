@@ -10,7 +10,7 @@ from torch import nn
 
 from models.diffusion.autoencoder_training import AutoencoderConfig, AutoencoderTraining
 from models.nn.autoencoder import Autoencoder
-from models.nn.patch_discriminator import PatchDiscriminator, fooling_loss, hinge_loss
+from models.nn.patch_discriminator import PatchDiscriminator, generator_loss, hinge_loss
 from models.nn.perceptual import SMALLEST, PerceptualDistance
 from utils.draws import Draws
 from utils.errors import Unavailable, UserError
@@ -91,7 +91,7 @@ def test_the_discriminator_scores_images_of_every_size_independently(size):
 def test_losses_of_both_sides():
     real, fake = torch.tensor([[[[3.0, 0.0]]]]), torch.tensor([[[[-2.0, 1.0]]]])
     assert hinge_loss(real, fake).tolist() == [0.5 * ((0 + 1) + (0 + 2)) / 2]
-    assert fooling_loss(fake).tolist() == [0.5]
+    assert generator_loss(fake).tolist() == [0.5]
 
 
 def test_the_discriminator_learns_to_distinguish_and_the_autoencoder_to_fool():
@@ -108,20 +108,20 @@ def test_the_discriminator_learns_to_distinguish_and_the_autoencoder_to_fool():
         trained.step(step, images(), draws(), 6)
     assert verdicts() < before
     rebuilt, _ = trained.losses(images(), draws())
-    mistaken = fooling_loss(trained.discriminator(rebuilt)).mean().item()
+    mistaken = generator_loss(trained.discriminator(rebuilt)).mean().item()
     trained.optimizer.param_groups[0]["lr"], trained.discriminator_optimizer.param_groups[0]["lr"] = 1e-2, 0.0
     trained.config = AutoencoderConfig(**{**CONFIG, "adversarial_weight": 100.0})  # against the other terms
     for step in range(5):
         trained.step(step, images(), draws(), 6)
     rebuilt, _ = trained.losses(images(), draws())
-    assert fooling_loss(trained.discriminator(rebuilt)).mean().item() < mistaken
+    assert generator_loss(trained.discriminator(rebuilt)).mean().item() < mistaken
 
 
 def test_the_weight_makes_the_gradients_of_the_last_layer_comparable():
     trained = training(adversarial_weight=0.5)
     rebuilt, losses = trained.losses(images(), draws())
     loss = losses.sum() / 6
-    term = trained._fooling(loss, rebuilt, 6)
+    term = trained._adversarial_term(loss, rebuilt, 6)
     last = trained.autoencoder.decoder[-1].weight
     norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm().item() for part in (loss, term)]
     assert norms[1] == pytest.approx(0.5 * norms[0], rel=0.02)

@@ -382,10 +382,10 @@ def test_gans_see_central_images_changed_a_little_at_every_look(name, make_trial
 @pytest.mark.parametrize("name", ["DPGAN", "GS-WGAN", "DP-MERF", "DP-FETA"])
 def test_central_images_are_never_mirrored(name, make_method):
     method = make_method(name, "public_data.name=central_mean", "public_data.flip=true")
-    assert not method.pretraining.flip and "public_data.flip" in method.idle_settings()
+    assert not method.pretraining.flip and "public_data.flip" in method.settings_without_effect()
 
 
 def test_mean_embeddings_report_that_they_change_no_central_image(make_method):
-    idle = make_method("DP-MERF", "public_data.name=central_mean").idle_settings()
+    idle = make_method("DP-MERF", "public_data.name=central_mean").settings_without_effect()
     assert {"public_data.central.num_ops", "public_data.central.max_magnitude"} <= set(idle)
-    assert "public_data.central.num_ops" not in make_method("DP-MERF").idle_settings()
+    assert "public_data.central.num_ops" not in make_method("DP-MERF").settings_without_effect()

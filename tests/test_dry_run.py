@@ -333,7 +333,7 @@ NO_PUBLIC_SET = "public_data.selective.ratio: no effect: there is no public set 
 def test_settings_without_effect_are_reported(method, setting, told):
     argv = [*f"--method {method} --data_name digits_8 --epsilon 10".split(), *setting.split()]
     config = load_config(argv, METHODS)
-    lines = ineffective_settings(config.provenance, compose(config).synthesizer.idle_settings())
+    lines = ineffective_settings(config.provenance, compose(config).synthesizer.settings_without_effect())
     assert [line[: len(told or "")] for line in lines] == ([told] if told else [])
 
 

@@ -189,9 +189,9 @@ def test_extenders_have_the_same_plan_and_cost(extender, make_trial):
     ],
 )
 def test_settings_without_effect_are_named(setting, idle, make_method):
-    assert idle in make_method("IDPS", setting).idle_settings()
+    assert idle in make_method("IDPS", setting).settings_without_effect()
     other = {"train.extender=none": "train.extender=mirror"}.get(setting, "train.augmult=2")
-    assert idle not in make_method("IDPS", other).idle_settings()
+    assert idle not in make_method("IDPS", other).settings_without_effect()
 
 
 def test_mirror_mixes_the_noisy_and_the_public_direction():

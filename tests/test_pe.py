@@ -196,14 +196,14 @@ def test_the_plan_is_one_release_of_a_step_per_iteration(make_method):
 def asked(monkeypatch):
     """The noisy votes that every iteration was given, and the population and features that they were cast on."""
     found = []
-    ask = PE._ask
+    ask = PE._query_votes
 
     def watched(self, records, features):
         answer = ask(self, records, features)
         found.append((answer.clone(), features.clone(), self.population))
         return answer
 
-    monkeypatch.setattr(PE, "_ask", watched)
+    monkeypatch.setattr(PE, "_query_votes", watched)
     return found
 
 
@@ -324,7 +324,7 @@ def test_kept_clean_counts_are_caught(make_trial, samples, asked, monkeypatch):
 def test_everything_after_the_votes_reads_the_noisy_votes_alone(make_trial, samples, monkeypatch):
     """Two sets of records with the same released votes lead to the same images."""
     released = torch.from_numpy(np.random.default_rng(0).normal(3, 4, (NUM_CLASSES, 10))).float()
-    monkeypatch.setattr(PE, "_ask", lambda self, records, features: released)
+    monkeypatch.setattr(PE, "_query_votes", lambda self, records, features: released)
     made = []
     for records in (samples, samples.take(np.arange(20))):
         trial = make_trial("PE", epsilon=1, records=records)
@@ -367,7 +367,7 @@ def test_the_winners_of_a_class_are_its_own(make_trial, monkeypatch):
     """All votes go to one candidate of each class: the next population descends from these three."""
     released = torch.zeros(NUM_CLASSES, 10)
     released[[0, 1, 2], [4, 0, 9]] = 50.0
-    monkeypatch.setattr(PE, "_ask", lambda self, records, features: released)
+    monkeypatch.setattr(PE, "_query_votes", lambda self, records, features: released)
     trial = make_trial("PE", *SHIFT, "train.num_samples_schedule=[30,30]",
                        "train.variation_degree_schedule=[0,1]")  # fmt: skip
     trial.run()

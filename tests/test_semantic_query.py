@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models.public import semantic_query
-from models.public.semantic_query import disjoint_top, words_per_class
+from models.public.semantic_query import disjoint_top, public_classes_per_class
 from opacus_ext.accounting import Release
 from opacus_ext.errors import BudgetExceeded
 from utils.errors import Unavailable, UserError
@@ -66,17 +66,17 @@ def test_votes_per_image(make_method, public_classes, ratio, private_classes, wo
     section = make_method(NAME).config.public_data
     selective = dataclasses.replace(section.selective, ratio=ratio)
     section = dataclasses.replace(section, n_classes=public_classes, selective=selective)
-    assert words_per_class(section, private_classes) == words
+    assert public_classes_per_class(section, private_classes) == words
 
 
 def test_too_few_public_classes_are_refused(make_method):
     section = make_method(NAME).config.public_data
     with pytest.raises(UserError, match=r"selective.ratio: 0.5 .* at least 0.667"):
-        words_per_class(section, 4)
+        public_classes_per_class(section, 4)
     with pytest.raises(UserError, match=r"public_data.name: glyphs .* at least 7 classes.* it has 6"):
-        words_per_class(section, 7)
+        public_classes_per_class(section, 7)
     with pytest.raises(UserError, match=r"public_data.n_classes: unknown"):
-        words_per_class(dataclasses.replace(section, n_classes=None), 3)
+        public_classes_per_class(dataclasses.replace(section, n_classes=None), 3)
 
 
 def test_classes_choose_in_turn_and_never_the_same():

@@ -81,7 +81,7 @@ _place = _place_in_environment() or Place()
 _group = None  # the process group, between `processes` and `leave`
 
 
-def take_place(setup: SetupConfig) -> None:
+def determine_place(setup: SetupConfig) -> None:
     """Find out which process this is, from the environment or else from `setup`. Starts nothing."""
     global _place
     per_node, nodes = setup.n_gpus_per_node, setup.n_nodes
@@ -128,7 +128,7 @@ def processes(device: str, program: Program, argv: list[str]) -> Iterator[None]:
     threading.Thread(target=_watch, args=(followers, ending), daemon=True).start()
     completed = False
     try:
-        _meet(device)
+        _join_group(device)
         yield
         completed = _group is None
     except LostProcess as error:
@@ -176,7 +176,7 @@ def _require_devices(device: str) -> None:
         )
 
 
-def _meet(device: str) -> None:
+def _join_group(device: str) -> None:
     """Join the process group: NCCL between GPUs, gloo for everything else."""
     global _group
     import torch

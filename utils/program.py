@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from utils import distributed
 from utils.errors import UserError
-from utils.stopping import exit_code, shortage, signals_interrupt
+from utils.stopping import describe_shortage, exit_code, signals_interrupt
 from utils.streams import protect_standard_streams
 from utils.text import require_utf8
 
@@ -34,7 +34,7 @@ def program(main: Callable[[list[str]], int]) -> Callable[[list[str] | None], in
                 print("stopped", file=sys.stderr)
             return exit_code(stop)
         except (OSError, MemoryError, RuntimeError) as error:
-            reason = shortage(error)
+            reason = describe_shortage(error)
             if reason is None:
                 raise
         print(f"error: {reason}", file=sys.stderr)

@@ -68,7 +68,7 @@ def failure_of_storage(error: OSError) -> str | None:
     return f"{place}: {error.strerror}" if error.errno in FAILING else None
 
 
-def shortage(error: Exception) -> str | None:
+def describe_shortage(error: Exception) -> str | None:
     """One line about a missing resource or right of the machine, with advice; None for any other error."""
     if isinstance(error, OSError):
         return failure_of_storage(error)

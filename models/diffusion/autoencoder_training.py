@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from models.nn.autoencoder import Posterior
-from models.nn.patch_discriminator import PatchDiscriminator, fooling_loss, hinge_loss
+from models.nn.patch_discriminator import PatchDiscriminator, generator_loss, hinge_loss
 from models.nn.perceptual import PerceptualDistance
 from utils import distributed
 from utils.draws import Draws
@@ -88,7 +88,7 @@ class AutoencoderTraining:
         rebuilt, losses = self.losses(images, rng)
         loss = losses.sum() / batch_size
         if adversarial:
-            loss = loss + self._fooling(loss, rebuilt, batch_size)
+            loss = loss + self._adversarial_term(loss, rebuilt, batch_size)
         self._descend(self.optimizer, loss)
         if adversarial:
             error = hinge_loss(self._scores(images), self._scores(rebuilt.detach()))
@@ -105,12 +105,12 @@ class AutoencoderTraining:
             losses = losses + self.config.perceptual_weight * self.perceptual(images, rebuilt)
         return rebuilt, losses
 
-    def _fooling(self, loss: torch.Tensor, rebuilt: torch.Tensor, batch_size: int) -> torch.Tensor:
+    def _adversarial_term(self, loss: torch.Tensor, rebuilt: torch.Tensor, batch_size: int) -> torch.Tensor:
         """The discriminator's term, scaled to a gradient of adversarial_weight times that of `loss` in the last layer.
 
         The norms are those of the whole batch, whatever share of it this process has.
         """
-        fooling = fooling_loss(self._scores(rebuilt)).sum() / batch_size
+        fooling = generator_loss(self._scores(rebuilt)).sum() / batch_size
         last = self.autoencoder.decoder[-1].weight
         own = torch.stack([torch.autograd.grad(term, last, retain_graph=True)[0] for term in (loss, fooling)])
         of_loss, of_fooling = distributed.concatenate(own[None]).sum(0).flatten(1).norm(dim=1)

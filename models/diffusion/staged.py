@@ -86,7 +86,7 @@ class StagedNetwork(Staged, Synthesizer):
 
     # Stages
 
-    def _is_past(self, stage: str) -> bool:
+    def _is_completed(self, stage: str) -> bool:
         """A later stage has started, so a resumed run skips this one."""
         order = ["start", *self._stages()]
         return order.index(self.stage) > order.index(stage)
@@ -95,7 +95,7 @@ class StagedNetwork(Staged, Synthesizer):
         return self.step - (self._steps_before if self.stage == "pretrain" else 0)
 
     def remaining_share(self, cost: Cost) -> float:
-        done = cost.stage in self._stages() and self._is_past(cost.stage)
+        done = cost.stage in self._stages() and self._is_completed(cost.stage)
         return 0.0 if done else super().remaining_share(cost)
 
     def _start_stage(self, stage: str) -> None:

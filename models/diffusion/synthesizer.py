@@ -90,19 +90,19 @@ class DiffusionSynthesizer(StagedNetwork):
                 f"pretrain.cond=false"
             )
 
-    def idle_settings(self) -> dict[str, str]:
+    def settings_without_effect(self) -> dict[str, str]:
         without = {SELECTIVE: NO_SELECTION, "public_data.flip": NO_FLIP}
-        idle = {} if has_public_images(self.config.public_data) else without
+        without_effect = {} if has_public_images(self.config.public_data) else without
         if self.config.pretrain.n_epochs == 0:
-            return idle
+            return without_effect
         if self.pretraining.central is None:
-            idle["pretrain.warm_up"] = "this run has no warm-up on central images"
+            without_effect["pretrain.warm_up"] = "this run has no warm-up on central images"
         if has_public_images(self.config.public_data):
-            return idle
+            return without_effect
         why = NO_IMAGES
         if self.pretraining.central is not None:
             why = "pretrain.warm_up has those of the warm-up on central images"
-        return idle | {"pretrain.n_epochs": why, "pretrain.batch_size": why}
+        return without_effect | {"pretrain.n_epochs": why, "pretrain.batch_size": why}
 
     def _continues(self, checkpoint: dict) -> bool:
         """Pretraining again from a checkpoint of pretraining is one long pretraining: with the raw weights, their
@@ -170,9 +170,9 @@ class DiffusionSynthesizer(StagedNetwork):
 
     def pretrain(self, public: PublicData | None, private: PrivateData | None) -> None:
         self._book_inherited(private)
-        if public is not None and self.config.pretrain.n_epochs and not self._is_past("pretrain"):
+        if public is not None and self.config.pretrain.n_epochs and not self._is_completed("pretrain"):
             self._pretrain_publicly(public, private)
-        if self.pretraining.central is not None and not self._is_past(WARM_UP):
+        if self.pretraining.central is not None and not self._is_completed(WARM_UP):
             self._warm_up(private)
 
     def _pretrain_publicly(self, public: PublicData, private: PrivateData | None) -> None:

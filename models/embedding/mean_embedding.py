@@ -182,7 +182,7 @@ class EmbeddingGenerator(Staged):
         counts = torch.bincount(rows)[:, None]
 
         def mean() -> torch.Tensor:
-            labels = chosen[rows] if len(target) > 1 else self._any_labels(size, rng)
+            labels = chosen[rows] if len(target) > 1 else self._random_labels(size, rng)
             images = self._images(
                 torch.randn(size, self.generator.z_dim, generator=rng, device=device), labels
             )
@@ -199,7 +199,7 @@ class EmbeddingGenerator(Staged):
             own.backward(2 * (other - target[chosen]) / num_parts)
         self.optimizer.step()
 
-    def _any_labels(self, size: int, rng: torch.Generator) -> torch.Tensor:
+    def _random_labels(self, size: int, rng: torch.Generator) -> torch.Tensor:
         """All labels alike: where a target has no labels, images of each are to resemble it."""
         table = self.generator.embedding.num_embeddings
         return torch.randint(table, (size,), generator=rng, device=rng.device)
@@ -361,12 +361,12 @@ class EmbeddingSynthesizer(Synthesizer):
     def learns_from_public_images(self) -> bool:
         return self.pretraining.used
 
-    def idle_settings(self) -> dict[str, str]:
-        idle = self.pretraining.idle_settings()
+    def settings_without_effect(self) -> dict[str, str]:
+        without_effect = self.pretraining.settings_without_effect()
         if self.pretraining.central is not None:
             why = "a mean embedding takes each central image once, as it is"
-            idle |= {f"public_data.central.{key}": why for key in ("num_ops", "max_magnitude")}
-        return idle
+            without_effect |= {f"public_data.central.{key}": why for key in ("num_ops", "max_magnitude")}
+        return without_effect
 
     def parameter_counts(self) -> dict[str, int]:
         return {"generator": self.fitted.num_parameters()}

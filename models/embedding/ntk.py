@@ -70,11 +70,11 @@ class NTKFeatures(nn.Module):
             h = layer(h)
         normed, delta = _through_layer_norm(h, self.output.weight.sum(0))
         last = torch.full_like(x[:, :1], self.output.out_features**0.5)
-        blocks = [(last, _with_one(normed))]
+        blocks = [(last, _append_one(normed))]
         for layer, given in zip(self.hidden[:0:-1], inputs[:0:-1], strict=True):
-            blocks.append((delta, _with_one(given)))
+            blocks.append((delta, _append_one(given)))
             delta = delta @ layer.weight
-        blocks.append((delta * active, _with_one(x)))
+        blocks.append((delta * active, _append_one(x)))
         gradient = OuterProducts(blocks)
         return gradient.scaled(1 / gradient.norms())
 
@@ -88,7 +88,7 @@ def _through_layer_norm(h: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.
     return normed, (gradient - gradient.mean() - normed * along) / scale
 
 
-def _with_one(rows: torch.Tensor) -> torch.Tensor:
+def _append_one(rows: torch.Tensor) -> torch.Tensor:
     """(B, n) -> (B, n + 1): the input that a bias sees is 1."""
     return F.pad(rows, (0, 1), value=1.0)
 

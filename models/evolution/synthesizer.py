@@ -102,7 +102,7 @@ class PrivateEvolution(Synthesizer, abc.ABC):
     def uses_public_images(self) -> bool:
         return self.api.needs_public_images
 
-    def idle_settings(self) -> dict[str, str]:
+    def settings_without_effect(self) -> dict[str, str]:
         return {} if self.uses_public_images else {"public_data": "this generator takes no public images"}
 
     # -------------------------------------------------------------------------------------------- stages
@@ -126,7 +126,7 @@ class PrivateEvolution(Synthesizer, abc.ABC):
             self._keep()
         for iteration in range(self.iteration + 1, self.config.train.num_iterations + 1):
             if self.votes is None:
-                self.votes = self._ask(records, self._features(iteration)).cpu()
+                self.votes = self._query_votes(records, self._features(iteration)).cpu()
                 # Before anything outside this process, such as an image API, learns the winners.
                 self.runtime.snapshot("train")
             self.population = self._next_population(iteration, self._selected(iteration))
@@ -135,7 +135,7 @@ class PrivateEvolution(Synthesizer, abc.ABC):
 
     def generate(self, num_samples: int) -> Samples:
         labels = balanced_labels(num_samples, self.spec.num_classes)
-        pool = self._delivered()
+        pool = self._final_population()
         rng = numpy_rng(self.runtime.seed, "generate")
         rows, again = np.empty(num_samples, np.int64), np.zeros(num_samples, bool)
         wanted = labels if self.num_blocks > 1 else np.zeros_like(labels)
@@ -163,7 +163,7 @@ class PrivateEvolution(Synthesizer, abc.ABC):
         self.iteration, self.votes = state["iteration"], state["votes"]
         self.population = None if state["population"] is None else _from_tensors(state["population"])
 
-    def lacking(self) -> list[str]:
+    def missing_requirements(self) -> list[str]:
         lines = []
         for require in (self.api.require_ready, lambda: self.extractor):
             try:
@@ -265,7 +265,7 @@ class PrivateEvolution(Synthesizer, abc.ABC):
             chosen.append(members.start + found)
         return self.population.take(np.concatenate(chosen))
 
-    def _delivered(self) -> Candidates:
+    def _final_population(self) -> Candidates:
         """The population; of one that keeps its parents the parents, which have been voted for."""
         settings = self.config.train
         if self.population is None:  # untrained
@@ -287,7 +287,7 @@ class PrivateEvolution(Synthesizer, abc.ABC):
 
     # -------------------------------------------------------------------------------------------- votes
 
-    def _ask(self, records: PrivateData, features: torch.Tensor) -> torch.Tensor:
+    def _query_votes(self, records: PrivateData, features: torch.Tensor) -> torch.Tensor:
         """(blocks, candidates of the largest block): the noisy votes, float32. Cells beyond a block are noise alone."""
         settings = self.config.train
         members = self._blocks()

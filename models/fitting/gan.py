@@ -42,8 +42,8 @@ class GAN(Staged, Synthesizer):
     def learns_from_public_images(self) -> bool:
         return self.pretraining.used
 
-    def idle_settings(self) -> dict[str, str]:
-        return self.pretraining.idle_settings()
+    def settings_without_effect(self) -> dict[str, str]:
+        return self.pretraining.settings_without_effect()
 
     def generate(self, num_samples: int) -> Samples:
         labels = balanced_labels(num_samples, self.spec.num_classes)

@@ -110,11 +110,11 @@ class Taught(Synthesizer):
     def parameter_counts(self) -> dict[str, int]:
         return {**self.method.parameter_counts(), TEACHER: self.teacher.layer.weight.numel()}
 
-    def lacking(self) -> list[str]:
-        return self.method.lacking()
+    def missing_requirements(self) -> list[str]:
+        return self.method.missing_requirements()
 
-    def idle_settings(self) -> dict[str, str]:
-        return self.method.idle_settings()
+    def settings_without_effect(self) -> dict[str, str]:
+        return self.method.settings_without_effect()
 
     @property
     def uses_public_images(self) -> bool:

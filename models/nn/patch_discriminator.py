@@ -39,6 +39,6 @@ def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     return 0.5 * ((1.0 - real).relu() + (1.0 + fake).relu()).flatten(1).mean(1)
 
 
-def fooling_loss(fake: torch.Tensor) -> torch.Tensor:
+def generator_loss(fake: torch.Tensor) -> torch.Tensor:
     """Loss of the network that generates the fakes: (B, 1, h, w) logits -> (B,)."""
     return -fake.flatten(1).mean(1)

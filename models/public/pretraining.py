@@ -9,7 +9,7 @@ from data.locations import has_public_images
 from data.spec import DataSpec, PublicData
 from models.public.central_images import CENTRAL_IMAGES, MEAN, MODE, CentralImages
 from models.public.config import PublicDataConfig
-from models.public.semantic_query import QueryConfig, SemanticQuery, words_per_class
+from models.public.semantic_query import QueryConfig, SemanticQuery, public_classes_per_class
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.draws import Draws
@@ -57,7 +57,7 @@ class Pretraining:
         if not used:
             return
         if has_public_images(public) and public.selective.ratio < 1:
-            words = words_per_class(public, spec.num_classes)
+            words = public_classes_per_class(public, spec.num_classes)
             self.query = SemanticQuery(query, public, words, spec, runtime)
         kind = public.name if public.name in (MEAN, MODE) else central_kind
         if kind is not None and warms_up:
@@ -74,12 +74,12 @@ class Pretraining:
         public_classes = 0 if self.query is not None else self.public.n_classes or 0
         return max(self.spec.num_classes, public_classes)
 
-    def idle_settings(self) -> dict[str, str]:
-        """`Synthesizer.idle_settings`, of the pretraining."""
+    def settings_without_effect(self) -> dict[str, str]:
+        """`Synthesizer.settings_without_effect`, of the pretraining."""
         if has_public_images(self.public):
             return {}
-        idle = {"pretrain": NO_IMAGES} if self.used and self.central is None else {}
-        return {**idle, SELECTIVE: NO_SELECTION, "public_data.flip": NO_FLIP}
+        without_effect = {"pretrain": NO_IMAGES} if self.used and self.central is None else {}
+        return {**without_effect, SELECTIVE: NO_SELECTION, "public_data.flip": NO_FLIP}
 
     def plan(self) -> list[Release]:
         return [query.release() for query in (self.query, self.central) if query is not None]

@@ -59,7 +59,7 @@ class QueryConfig:
             check(getattr(self, field) > 0, f"pretrain.query.{field}", getattr(self, field), "at least 1")
 
 
-def words_per_class(public: PublicDataConfig, num_private: int) -> int:
+def public_classes_per_class(public: PublicDataConfig, num_private: int) -> int:
     """k = int(public classes * ratio / private classes): votes per image, and classes each private class gets."""
     if public.n_classes is None:
         raise UserError(f"public_data.n_classes: unknown for '{public.name}'; give public_data.n_classes=<k>")

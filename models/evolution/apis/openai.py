@@ -37,7 +37,7 @@ KEY = "OPENAI_API_KEY"
 SECTION = "model.api_params.openai"
 VARIATIONS = ("edits", "variations")
 MOST_PER_REQUEST = 10  # the service's limit
-RESUME = "answers so far are kept: resume with --resume_exp"
+RESUME = "responses so far are kept: resume with --resume_exp"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class OpenAIAPI(ImageAPI):
         super().__init__(config, spec, runtime)
         self.prompts = class_prompts(config.prompt, config.prompts, spec)
         self._client = None
-        self._answers: Answers | None = None
+        self._responses: Responses | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -117,7 +117,7 @@ class OpenAIAPI(ImageAPI):
                 part = rows[start : start + self.config.images_per_request]
                 arguments = {"prompt": prompt, "n": len(part), **self._quality(), **self._common()}
                 requests.append(Request("generate", part, arguments, rng_name))
-        return Candidates(self._asked(requests, len(labels), "random images (openai)"), labels)
+        return Candidates(self._requested_images(requests, len(labels), "random images (openai)"), labels)
 
     def variation_api(self, candidates: Candidates, degree: float, rng_name: str) -> Candidates:
         requests = []
@@ -128,7 +128,7 @@ class OpenAIAPI(ImageAPI):
                 arguments |= {"prompt": prompt, **self._quality()}
             endpoint = "edit" if self.config.variation == "edits" else "create_variation"
             requests.append(Request(endpoint, np.array([row]), arguments, rng_name))
-        images = self._asked(requests, len(candidates), "variations (openai)")
+        images = self._requested_images(requests, len(candidates), "variations (openai)")
         return Candidates(images, candidates.labels)
 
     def _common(self) -> dict[str, object]:
@@ -149,33 +149,33 @@ class OpenAIAPI(ImageAPI):
         Image.fromarray(pixels).save(buffer, "PNG")
         return buffer.getvalue()
 
-    def _asked(self, requests: list[Request], count: int, description: str) -> np.ndarray:
+    def _requested_images(self, requests: list[Request], count: int, description: str) -> np.ndarray:
         """The images (count, *image_shape) of all requests, which the main process sends for all processes."""
-        return distributed.from_main(lambda: self._ask_all(requests, count, description))
+        return distributed.from_main(lambda: self._send_requests(requests, count, description))
 
-    def _ask_all(self, requests: list[Request], count: int, description: str) -> np.ndarray:
-        answers = self._kept_answers()
-        missing = [request for request in requests if request.key not in answers]
-        left = self.config.max_requests - len(answers)
+    def _send_requests(self, requests: list[Request], count: int, description: str) -> np.ndarray:
+        responses = self._stored_responses()
+        missing = [request for request in requests if request.key not in responses]
+        left = self.config.max_requests - len(responses)
         if len(missing) > left:
             raise UserError(
-                f"{SECTION}.max_requests: {self.config.max_requests} is too little: {len(answers)} are spent and "
+                f"{SECTION}.max_requests: {self.config.max_requests} is too little: {len(responses)} are spent and "
                 f"{len(missing)} more are needed now; no request was sent. Raise it, and resume"
             )
         for request in progress(missing, description, unit="request"):
-            answers.keep(request.key, self._ask(request))
+            responses.keep(request.key, self._send(request))
         images = np.empty((count, *self.image_shape), np.uint8)
         for request in requests:
-            images[request.rows] = answers[request.key]
+            images[request.rows] = responses[request.key]
         return images
 
-    def _kept_answers(self) -> "Answers":
-        if self._answers is None:
+    def _stored_responses(self) -> "Responses":
+        if self._responses is None:
             folder = self.runtime.folder
-            self._answers = Answers(None if folder is None else folder / "train" / "openai")
-        return self._answers
+            self._responses = Responses(None if folder is None else folder / "train" / "openai")
+        return self._responses
 
-    def _ask(self, request: Request) -> np.ndarray:
+    def _send(self, request: Request) -> np.ndarray:
         """(n, *image_shape) uint8. Raises UserError of one line; the service's message about a key is not repeated."""
         import openai
 
@@ -223,7 +223,7 @@ class OpenAIAPI(ImageAPI):
         return self._client
 
 
-class Answers:
+class Responses:
     """Images that have been paid for, by the key of their request: files in a folder, or in memory without one."""
 
     def __init__(self, folder: Path | None) -> None:
