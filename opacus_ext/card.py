@@ -7,7 +7,7 @@ from opacus_ext.ledger import weak_delta
 from utils.artefacts import CLASSIFIER, SAMPLES
 from utils.text import at_most
 
-_RELATION = {
+RELATION = {
     "add_or_remove_one": "one record more or less",
     "replace_one": "one record replaced by another",
 }
@@ -19,7 +19,7 @@ def privacy_card(report: dict) -> str:
     lines = ["# Privacy card", "", *_subject_lines(report), _headline(report), ""]
     lines += [
         f"- **Unit of protection**: one image with its label; neighbouring data sets differ by "
-        f"{_RELATION[report['relation']]}.",
+        f"{RELATION[report['relation']]}.",
         f"- **delta**: {at_most(report['budget']['delta'])}, the amount by which a probability may exceed what "
         f"epsilon allows (1 / (N ln N) for N images, unless privacy.delta is set).",
         f"- **Accountant**: {_accountants(report)}.",
@@ -72,7 +72,7 @@ def privacy_summary(report: dict) -> str:
     else:
         lines = [
             f"privacy: {_products(report)} are ({at_most(report['spent'])}, {at_most(budget['delta'])})-differentially "
-            f"private for each image with its label ({_RELATION[report['relation']]})"
+            f"private for each image with its label ({RELATION[report['relation']]})"
         ]
         lines += [
             f"  {release['name']}: {release['executed']:,} of {release['planned']:,} steps, epsilon "
@@ -150,7 +150,7 @@ def _headline(report: dict) -> str:
     return (
         f"{products} are **({at_most(report['spent'])}, {at_most(budget['delta'])})-differentially private** with "
         f"respect to the private training images (budget: epsilon {budget['epsilon']:g}). Whatever anyone computes "
-        f"from them, {_RELATION[report['relation']]} changes the odds of any outcome by a factor of at most e^epsilon, "
+        f"from them, {RELATION[report['relation']]} changes the odds of any outcome by a factor of at most e^epsilon, "
         f"up to delta."
     )
 
