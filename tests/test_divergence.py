@@ -148,7 +148,7 @@ def test_private_training_that_diverges_ends_the_run(tmp_path):
     record = read_json(folder / "diverged.json")
     assert record["account"]["spent"] == pytest.approx(10, rel=1e-3) and record["message"] in line
     again = call(run_program.main, ["--resume_exp", str(folder)])
-    assert "cannot be resumed" in again.refusal and "train.lr" in again.refusal
+    assert again.refusal.startswith("error: --resume_exp: ") and "train.lr" in again.refusal
 
 
 def test_a_run_that_diverged_is_marked_though_its_epsilon_cannot_be_computed(tmp_path):
@@ -175,8 +175,8 @@ def test_public_pretraining_that_diverges_is_named_and_costs_nothing(tmp_path):
     more = ["pretrain.optim.params.lr=1e30", "pretrain.n_epochs=2"]
     outcome = call(run_program.main, arguments("PDP-Diffusion", tmp_path, *more))
     line = outcome.refusal
-    assert "public images (glyphs)" in line and "pretrain.optim.params.lr=1e+30" in line
-    assert "train.optim" not in line.replace("pretrain.optim", "") and "no private image" in line
+    assert "(glyphs)" in line and "pretrain.optim.params.lr=1e+30" in line
+    assert "train.optim" not in line.replace("pretrain.optim", "") and "epsilon" not in line
     assert not outcome.folder.exists()
 
 

@@ -1,6 +1,7 @@
 """--dry_run: the plan and its cost, which data are missing, and the remaining work of an interrupted run."""
 
 import dataclasses
+import re
 
 import pytest
 from tiny_runs import arguments, call
@@ -103,8 +104,8 @@ def dry_run(tmp_path, method: str, *more: str) -> str:
 
 def test_the_full_plan_is_printed(tmp_path):
     out = dry_run(tmp_path, "PrivImage")
-    assert "epsilon 10, delta 9.572e-05, for N = 1,437 private images" in out
-    assert "on samples; costs no epsilon (eval.mode=syn)" in out
+    assert all(part in out for part in ("epsilon 10,", "delta 9.572e-05,", "N = 1,437 "))
+    assert "eval.mode=syn" in out
     stages = [line.partition(":")[0] for line in out.splitlines() if line.endswith(" here")]
     classifiers = ("small_cnn", "logistic_regression")
     judging = [f"{kind} {name}" for name in classifiers for kind in ("classifier", "ceiling")]
@@ -117,7 +118,8 @@ def test_the_full_plan_is_printed(tmp_path):
 def test_held_out_validation_images_are_reported(tmp_path):
     out = dry_run(tmp_path, "Noise", "eval.mode=val", "eval.selection_epsilon=0.5")
     assert "N = 1,300 private" in out
-    assert "on 137 private images that training does not see; costs these images epsilon 0.5" in out
+    (line,) = (line for line in out.splitlines() if " 137 " in line)
+    assert " epsilon 0.5 " in line and "eval.mode=val" in line
 
 
 def test_missing_data_are_reported_with_the_command_that_prepares_them(tmp_path):
@@ -142,7 +144,7 @@ def test_a_missing_folder_of_public_images_is_reported_after_the_plan(tmp_path):
 
 def test_a_subset_of_the_images_is_reported(tmp_path):
     out = dry_run(tmp_path, "DP-MERF", "sensitive_data.num_train=1000", "eval=none")
-    assert "1,000 of 1,437" in out and "N = 1,000 private images" in out
+    assert "1,000 of 1,437" in out and "N = 1,000 " in out
 
 
 def test_missing_weights_of_metrics_are_reported(tmp_path):
@@ -197,7 +199,8 @@ def test_a_resumed_run_is_timed_as_a_whole_and_a_long_run_suggests_a_shorter_one
 
     config = load_config(["--method", "Noise", "--data_name", "digits_8"], METHODS)
     lines = cost_lines([Long()], dataclasses.replace(config, preset="paper", resume="some-run"))
-    assert "together, from the start of the run: about 11.6 days here" in lines
+    (total,) = (line for line in lines if line.startswith("together"))
+    assert "11.6 days" in total
     assert lines[-1].startswith("preset=quick")
     assert "--method DP-MERF" in cost_lines([Long()], config)[-1]  # quick, and longer than it is meant to be
     own = load_config(["--method", "dp-merf", "--data_name", "digits_8", "eval.metrics=[]"], METHODS)
@@ -225,7 +228,9 @@ def test_the_remaining_work_of_an_interrupted_run(tmp_path, monkeypatch):
     line = dry_run(tmp_path, "PDP-Diffusion", *resume).splitlines()[-1]
     told, _, left = line.partition("; remaining: about ")
     assert told.startswith(folder.name) and "train (snapshot)" in told
-    assert "pretrain done, train not done, samples not done, evaluation not done" in told
+    stages = re.findall(r"(pretrain|train|samples|evaluation) (not )?done", told)
+    assert [name for name, is_left in stages if not is_left] == ["pretrain"]
+    assert [name for name, is_left in stages if is_left] == ["train", "samples", "evaluation"]
     assert "1 of 3" in told
     assert left.endswith(" here")
     alone = ["--exp_root", str(tmp_path / "exp"), "--resume_exp", folder.name, "--dry_run"]

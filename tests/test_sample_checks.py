@@ -50,7 +50,7 @@ def test_samples_of_one_class_are_named():
 def test_copies_of_each_other_are_counted():
     images = random_images(20)
     images[10:14] = images[:4]
-    assert any("8 of 20 samples equal another" in line for line in sample_warnings(of(images), SPEC))
+    assert any(line.startswith("8 of 20 ") for line in sample_warnings(of(images), SPEC))
 
 
 @pytest.mark.parametrize("modes", [1, 2])
@@ -118,15 +118,15 @@ def test_samples_that_are_public_images_are_reported(tmp_path):
     expected = {"name": "glyphs", "images": 20 * len(CHARACTERS), "classes": len(CHARACTERS)}
     assert privacy["public_data"] == results["public_data"] == expected
     assert privacy["public_copies"] == results["public_copies"] == 100
-    copies = "100 of 100 samples are images of the public set glyphs"
+    (copies,) = (line for line in results["warnings"] if "glyphs" in line)
+    assert copies.startswith("100 of 100 ")
     card, page = ((outcome.folder / name).read_text() for name in ("privacy_card.md", "report.html"))
     assert copies in outcome.out and copies in card and copies in page
-    assert any(copies in line for line in results["warnings"])
     assert f"**glyphs**, {expected['images']:,} images" in card and "1,240 images" in page
     assert "public_data.per_class=20" in card and "setup.precision" not in card and "eval.metrics" not in card
-    assert privacy["samples_per_class"] == [10] * 10 and "an equal share of the samples" in card
+    assert privacy["samples_per_class"] == [10] * 10 and "labels: 10 " in card
     # calibration_error trains classifiers on samples: no training image was needed
-    assert privacy["revealed"] == [] and "without noise**, to the program" not in card
+    assert privacy["revealed"] == [] and "**Revealed" not in card
 
 
 def test_useless_samples_are_reported_and_only_requested_images_are_revealed(tmp_path):
