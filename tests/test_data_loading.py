@@ -51,8 +51,9 @@ def sensitive_section(file: str = "custom", **changes) -> SensitiveDataConfig:
 
 def public_section(file: str, **changes) -> PublicSetConfig:
     folder = REPOSITORY / "configs" / "public_data"
-    fields = read_yaml(folder / f"{file}.yaml")
-    del fields["defaults"]
+    fields = read_yaml(folder / "_defaults.yaml") | read_yaml(folder / f"{file}.yaml")
+    for key in ("defaults", "selective", "central"):
+        del fields[key]
     return PublicSetConfig(**{**fields, **changes})
 
 

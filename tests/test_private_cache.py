@@ -209,8 +209,9 @@ def test_public_results_have_another_place_where_the_data_root_is_read_only(
     monkeypatch.setattr(cache_module.os, "access", lambda path, mode: path != root and access(path, mode))
     assert public_cache(root / CACHE_NAME, "made").is_relative_to(home)
     folder = ROOT / "configs" / "public_data"
-    fields = read_yaml(folder / "glyphs.yaml")
-    del fields["defaults"]
+    fields = read_yaml(folder / "_defaults.yaml") | read_yaml(folder / "glyphs.yaml")
+    for key in ("defaults", "selective", "central"):
+        del fields[key]
     glyphs = PublicSetConfig(**fields | {"per_class": 1})
     first = load_public(glyphs, SPEC, root)
     assert len(first) == 62 and not list(root.iterdir())
