@@ -19,7 +19,7 @@ from utils.draws import Draws
 from utils.images import to_float, to_uint8
 from utils.memory import require_memory
 from utils.runtime import Runtime
-from utils.sections import check_field
+from utils.sections import check_least, check_positive
 from utils.timing import Cost
 
 FREQUENCY = "frequency"
@@ -39,10 +39,9 @@ class FrequencyConfig(FourierConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_field(self.sigma > 0, "sigma", self.sigma, "greater than 0")
-        for field in ("image_size", "data_num", "batch_size"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
-        check_field(self.n_epochs >= 0, "n_epochs", self.n_epochs, "0 or more")
+        check_positive(self, "sigma")
+        check_least(self, 1, "image_size", "data_num", "batch_size")
+        check_least(self, 0, "n_epochs")
 
 
 class DPFETAPro(DiffusionSynthesizer):

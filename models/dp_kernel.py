@@ -18,7 +18,7 @@ from models.embedding.random_fourier import FeatureConfig, FourierEmbedding
 from models.nn.generator import GeneratorConfig
 from models.public.pretraining import PublicLabels
 from models.synthesizer import Sections
-from utils.sections import check_field
+from utils.sections import check_field, check_least
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StepFitConfig(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_field(self.vis_step > 0, "vis_step", self.vis_step, "at least 1")
+        check_least(self, 1, "vis_step")
 
     def schedule(self, num_steps: int) -> Schedule:
         return Schedule(num_steps, self.batch_size, self.lr, self.lr_decay, self.vis_step)
@@ -52,7 +52,7 @@ class PretrainConfig(StepFitConfig, PublicLabels):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_field(self.n_epochs >= 0, "n_epochs", self.n_epochs, "0 or more")
+        check_least(self, 0, "n_epochs")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TrainConfig(StepFitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_field(self.max_iter >= 0, "max_iter", self.max_iter, "0 or more")
+        check_least(self, 0, "max_iter")
 
 
 class DPKernel(EmbeddingSynthesizer):

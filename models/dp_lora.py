@@ -22,7 +22,7 @@ from utils import distributed
 from utils.checkpoint_files import read, write
 from utils.errors import UserError
 from utils.runtime import Runtime, log
-from utils.sections import check_field
+from utils.sections import check_least
 
 MERGED = "merged"  # the stage after training: adapters are part of the weights again
 
@@ -42,7 +42,7 @@ class TrainConfig(LatentTrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_field(self.rank > 0, "rank", self.rank, "at least 1")
+        check_least(self, 1, "rank")
 
 
 class DPLoRA(LatentDiffusion):

@@ -19,7 +19,7 @@ from models.embedding.ntk import NTKConfig, NTKEmbedding
 from models.nn.generator import GeneratorConfig
 from models.public.pretraining import PublicLabels
 from models.synthesizer import Sections
-from utils.sections import check_field
+from utils.sections import check_field, check_least
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,10 @@ class StepFitConfig(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("n_splits", "scheduler_interval", "snapshot_freq"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
+        check_least(self, 1, "n_splits", "scheduler_interval", "snapshot_freq")
         least = 2 * self.n_splits
         check_field(self.batch_size >= least, "batch_size", self.batch_size, f"at least 2 n_splits = {least}")
-        check_field(self.n_iter >= 0, "n_iter", self.n_iter, "0 or more")
+        check_least(self, 0, "n_iter")
 
     def schedule(self) -> Schedule:
         learning = (self.lr, self.lr_decay, self.scheduler_interval)

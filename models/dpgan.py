@@ -30,7 +30,7 @@ from utils.draws import Draws
 from utils.images import to_float
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import check_field
+from utils.sections import check_field, check_least, check_positive
 from utils.timing import Cost, sampling_cost, seconds_of
 from utils.typed import Number
 
@@ -64,8 +64,7 @@ class OptimParams:
     beta1: float
 
     def __post_init__(self) -> None:
-        for field in ("d_lr", "g_lr"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "greater than 0")
+        check_positive(self, "d_lr", "g_lr")
         check_field(0 <= self.beta1 < 1, "beta1", self.beta1, "in [0, 1)")
 
 
@@ -90,9 +89,8 @@ class GANStage:
     optim: OptimConfig
 
     def __post_init__(self) -> None:
-        for field in ("d_updates", "g_batch_size", "g_part_size", "snapshot_freq"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
-        check_field(self.n_epochs >= 0, "n_epochs", self.n_epochs, "0 or more")
+        check_least(self, 1, "d_updates", "g_batch_size", "g_part_size", "snapshot_freq")
+        check_least(self, 0, "n_epochs")
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class PretrainConfig(GANStage, PublicLabels):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_field(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
+        check_least(self, 1, "batch_size")
 
 
 @dataclass(frozen=True)

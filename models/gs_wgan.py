@@ -26,7 +26,7 @@ from utils.draws import Draws
 from utils.images import to_float
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import check_field
+from utils.sections import check_field, check_least, check_positive
 from utils.seeding import numpy_rng
 from utils.timing import Cost, sampling_cost, seconds_of
 
@@ -39,8 +39,7 @@ class GeneratorConfig:
     g_conv_dim: int  # every block is 4 times as wide
 
     def __post_init__(self) -> None:
-        for field in ("z_dim", "g_conv_dim"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
+        check_least(self, 1, "z_dim", "g_conv_dim")
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class DiscriminatorConfig:
     d_conv_dim: int  # the convolutions are 1, 2 and 4 times as wide
 
     def __post_init__(self) -> None:
-        check_field(self.d_conv_dim > 0, "d_conv_dim", self.d_conv_dim, "at least 1")
+        check_least(self, 1, "d_conv_dim")
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,9 @@ class Stage(CriticLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_field(self.g_lr > 0, "g_lr", self.g_lr, "greater than 0")
-        for field in ("critic_iters", "batch_size", "snapshot_freq"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
-        check_field(self.iterations >= 0, "iterations", self.iterations, "0 or more")
+        check_positive(self, "g_lr")
+        check_least(self, 1, "critic_iters", "batch_size", "snapshot_freq")
+        check_least(self, 0, "iterations")
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,9 @@ class TrainConfig(Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_field(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "greater than 0")
-        check_field(self.refresh_iters >= 0, "refresh_iters", self.refresh_iters, "0 or more")
-        check_field(self.refresh_every > 0, "refresh_every", self.refresh_every, "at least 1")
+        check_positive(self, "max_grad_norm")
+        check_least(self, 0, "refresh_iters")
+        check_least(self, 1, "refresh_every")
 
 
 class GSWGAN(GAN):

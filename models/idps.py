@@ -31,7 +31,7 @@ from opacus_ext.private_data import PrivateData
 from utils import distributed
 from utils.errors import UserError
 from utils.runtime import Runtime
-from utils.sections import GenConfig, check_choice, check_field
+from utils.sections import GenConfig, check_choice, check_least
 from utils.timing import Cost
 
 POOL = "pretrain/pool.npz"
@@ -44,7 +44,7 @@ class PoolConfig:
     data: str  # images of the warm-up: syn, public, or syn+public
 
     def __post_init__(self) -> None:
-        check_field(self.num > 0, "num", self.num, "at least 1")
+        check_least(self, 1, "num")
         check_choice("data", self.data, (SYNTHETIC, PUBLIC, BOTH))
 
 

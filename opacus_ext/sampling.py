@@ -18,9 +18,7 @@ AUTOMATIC = {"cuda": 2**16, "cpu": 8}
 class PhysicalBatchConfig:
     """Speed and memory of a step. These settings change no result beyond rounding, and no privacy guarantee."""
 
-    n_split: int | None = (
-        changeable()
-    )  # parts per logical batch; None: as many as max_physical_batch_size demands
+    n_split: int | None = changeable()  # parts per logical batch; None: what max_physical_batch_size demands
     max_physical_batch_size: int | None = changeable()  # records at a time; None: chosen for the device
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ def run_config(command_line: CommandLine) -> Config:
         return compose_config(command_line, METHODS)
     folder = _past_run(command_line)
     command_line, base = _resumed(command_line, folder)
-    config = compose_config(*_without_own_checkpoint(command_line, base))
+    config = compose_config(_without_own_checkpoint(command_line), METHODS, base)
     require_same_config(folder, config, first=tuple(command_line.settings))
     log.info(
         f"resuming with the original command: run.py {shlex.join(_merged_arguments(folder, command_line))}"
@@ -119,18 +119,16 @@ def _merged_arguments(folder: Path, command_line: CommandLine) -> list[str]:
     return kept + [f"{key}={value}" for key, value in settings.items()]
 
 
-def _without_own_checkpoint(
-    command_line: CommandLine, base: dict[str, object]
-) -> tuple[CommandLine, object, dict[str, object]]:
-    """The arguments of `compose_config`. The published benchmark resumes a run to sample with model.ckpt=<its final
-    checkpoint> pretrain.n_epochs=0 train.n_epochs=0: these three are replaced by the values of that run."""
+def _without_own_checkpoint(command_line: CommandLine) -> CommandLine:
+    """The published benchmark resumes a run to sample with model.ckpt=<its final checkpoint> pretrain.n_epochs=0
+    train.n_epochs=0: these three are left out, so that the values of that run hold."""
     flags, settings, _, _ = command_line
     checkpoint, *epochs = (settings.get(key) for key in SAMPLING_ONLY)
     own = Path(flags.resume_exp) / "train/checkpoints/final_checkpoint.pth"
     if checkpoint is None or epochs != ["0", "0"] or Path(checkpoint).resolve() != own.resolve():
-        return command_line, METHODS, base
+        return command_line
     others = {key: text for key, text in settings.items() if key not in SAMPLING_ONLY}
-    return command_line._replace(settings=others), METHODS, base
+    return command_line._replace(settings=others)
 
 
 def _evaluation_base(folder: Path, command_line: CommandLine) -> dict[str, object]:

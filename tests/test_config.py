@@ -15,6 +15,7 @@ from models import METHODS
 from models.diffusion.samplers import MAX_GAMMA
 from models.public.config import PublicDataConfig
 from pipeline.configuration import evaluation_config
+from utils.command_line import parser
 from utils.config import (
     EVERY_METHOD,
     Config,
@@ -22,7 +23,6 @@ from utils.config import (
     _require_known,
     format_config,
     load_config,
-    parser,
 )
 from utils.config_files import CONFIG_FOLDER, ConfigFiles, compose, flatten, written_values
 from utils.errors import UserError
@@ -928,7 +928,7 @@ PLUGIN_METHODS = registry({})
 
 def test_importing_the_config_system_imports_nothing_heavy():
     program = (
-        "import sys; import models; from utils.config import load_config, parser; parser('run').format_help();"
+        "import sys; import models, utils.config; from utils.command_line import parser; parser('run').format_help();"
         "print([name for name in ('torch', 'hydra', 'omegaconf', 'numpy', 'yaml') if name in sys.modules])"
     )
     result = subprocess.run(

@@ -6,6 +6,7 @@ Nothing is guessed: an unknown flag, an argument that is neither, and a setting 
 import argparse
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple, get_origin
 
 from utils.arguments import PLAIN, Parser, is_plain_number, looks_like_number
@@ -29,6 +30,22 @@ PURPOSE = {
     "eval": "Evaluate a finished run, or any labelled images, against a dataset.",
     "test_classifier": "Accuracy of the configured classifiers when they are trained on the real images. Not private; "
     "accepts the settings of run.py; method and epsilon have no other effect than to choose them.",
+}
+# What --method, --data_name, --epsilon and --dry_run mean in a program.
+_OF_TRAINING = (
+    "synthesizer; run.py without arguments lists them (default: %(default)s)",
+    "dataset: the name of a file in configs/data, or of images that you have prepared (default: %(default)s)",
+    "privacy budget; inf: non-private (default: %(default)s)",
+)
+CELL_HELP = {
+    "run": (*_OF_TRAINING, "print the privacy plan, the networks, the time and what is missing, and stop"),
+    "test_classifier": (*_OF_TRAINING, "check the command line, and stop"),
+    "eval": (
+        "with --exp_path: default is the run's method",
+        "dataset; default is the run's with --exp_path, %(default)s with --images",
+        "with --exp_path: default is the run's epsilon",
+        "print how the images would be evaluated, the time and what is missing, and stop",
+    ),
 }
 FILES = {"run": "run.py", "eval": "eval.py", "test_classifier": "scripts/test_classifier.py"}
 SETTINGS_HELP = (
@@ -59,85 +76,41 @@ class _Parser(Parser):
 
 def parser(program: str) -> _Parser:
     """The flags of `program`, a key of FILES."""
-    result = _Parser(
-        prog=FILES[program],
-        usage="%(prog)s [flags] [key=value ...]",
-        description=PURPOSE[program],
-        epilog=SETTINGS_HELP,
-    )
+    texts = {"description": PURPOSE[program], "epilog": SETTINGS_HELP}
+    result = _Parser(prog=FILES[program], usage="%(prog)s [flags] [key=value ...]", **texts)
+    add = result.add_argument
     if program == "eval":
-        _add_evaluation_flags(result)
-    else:
-        _add_training_flags(result, resumes=program == "run")
-    _add_common_flags(result)
+        _add_evaluation_flags(add)
+    method, data, epsilon, dry_run = CELL_HELP[program]
+    add("--method", "-m", default="PrivImage", help=method)
+    add("--data_name", "-dn", default="digits_8", help=data)
+    add("--epsilon", "-e", default="10", help=epsilon)
+    if program == "run":
+        resume = "continue this run (its folder or its name); given alone, with the run's own settings"
+        add("--resume_exp", "-re", metavar="RUN", help=resume)
+    add("--dry_run", action="store_true", help=dry_run)
+    _add_common_flags(add)
     return result
 
 
-def _add_training_flags(result: _Parser, resumes: bool) -> None:
-    add = result.add_argument
-    add(
-        "--method",
-        "-m",
-        default="PrivImage",
-        help="synthesizer; run.py without arguments lists them (default: %(default)s)",
-    )
-    add(
-        "--data_name",
-        "-dn",
-        default="digits_8",
-        help="dataset: the name of a file in configs/data, or of images that you have prepared (default: %(default)s)",
-    )
-    add("--epsilon", "-e", default="10", help="privacy budget; inf: non-private (default: %(default)s)")
-    if resumes:
-        add(
-            "--resume_exp",
-            "-re",
-            metavar="RUN",
-            help="continue this run (its folder or its name); given alone, with the run's own settings",
-        )
-        add(
-            "--dry_run",
-            action="store_true",
-            help="print the privacy plan, the networks, the time and what is missing, and stop",
-        )
-    else:
-        add("--dry_run", action="store_true", help="check the command line, and stop")
-
-
-def _add_evaluation_flags(result: _Parser) -> None:
-    add = result.add_argument
+def _add_evaluation_flags(add: Callable[..., object]) -> None:
     add(
         "--exp_path",
         "-ep",
         metavar="RUN",
         help="evaluate the samples of this finished run (its folder) again",
     )
-    add(
-        "--images",
-        metavar="PATH",
-        help="evaluate these labelled images, of any origin: an npz, a folder or zip of class folders, or of files "
-        "<class>_<rest>.png; needs neither --method nor --epsilon",
+    images = (
+        "evaluate these labelled images, of any origin: an npz, a folder or zip of class folders, or of files "
+        "<class>_<rest>.png; needs neither --method nor --epsilon"
     )
+    add("--images", metavar="PATH", help=images)
     add("--out", metavar="FOLDER", help="with --images: folder of the results (default: below --exp_root)")
     add("--metrics", metavar="A,B", help="short for eval.metrics=[A,B]")
     add("--list", action="store_true", help="show metrics, extractors and classifiers, and what is missing")
-    add("--method", "-m", default="PrivImage", help="with --exp_path: default is the run's method")
-    add(
-        "--data_name",
-        "-dn",
-        default="digits_8",
-        help="dataset; default is the run's with --exp_path, %(default)s with --images",
-    )
-    add("--epsilon", "-e", default="10", help="with --exp_path: default is the run's epsilon")
-    add(
-        "--dry_run",
-        action="store_true",
-        help="print how the images would be evaluated, the time and what is missing, and stop",
-    )
 
 
-def _add_common_flags(result: _Parser) -> None:
-    add = result.add_argument
+def _add_common_flags(add: Callable[..., object]) -> None:
     add(
         "--exp_description",
         "-ed",
@@ -145,25 +118,14 @@ def _add_common_flags(result: _Parser) -> None:
         metavar="TEXT",
         help="is appended to the name of the new folder",
     )
-    add(
-        "--config_dir",
-        metavar="FOLDER",
-        help="more YAML files; with a config.yaml of its own it replaces configs/",
-    )
-    add(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="import this module, which registers its methods; its configs/ is searched too (repeatable)",
-    )
+    config_dir = "more YAML files; with a config.yaml of its own it replaces configs/"
+    add("--config_dir", metavar="FOLDER", help=config_dir)
+    plugin = "import this module, which registers its methods; its configs/ is searched too (repeatable)"
+    add("--plugin", action="append", default=[], metavar="MODULE", help=plugin)
     add("--data_root", metavar="FOLDER", help="prepared datasets (default: $DPIB_DATA_ROOT, else dataset)")
     add("--exp_root", default="exp", metavar="FOLDER", help="folder of all runs (default: %(default)s)")
-    add(
-        "--weights_root",
-        metavar="FOLDER",
-        help="downloaded weights (default: $DPIB_WEIGHTS_ROOT, else ~/.cache/dp-image-bench)",
-    )
+    weights = "downloaded weights (default: $DPIB_WEIGHTS_ROOT, else ~/.cache/dp-image-bench)"
+    add("--weights_root", metavar="FOLDER", help=weights)
     add("--print_config", action="store_true", help="print every value with the layer that set it, and stop")
 
 

@@ -20,7 +20,7 @@ import typing
 from collections.abc import Iterable
 from pathlib import Path
 
-from utils.command_line import CommandLine, parse_epsilon, parse_value, parser, read_command_line
+from utils.command_line import CommandLine, parse_epsilon, parse_value, read_command_line
 from utils.config_files import (
     CONFIG_FOLDER,
     ConfigFiles,
@@ -49,18 +49,18 @@ from utils.typed import build, changeable_keys, leaf_types, unknown_key
 if typing.TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["Config", "compose_config", "format_config", "load_config", "parser"]
-
 RUN_KEYS = {"seed": int, "preset": str}  # the values of config.yaml that belong to no section
 FILE_CHOICES = ("eval", "setup")  # groups whose file is chosen as group=name on the command line
 
 OWN_IMAGES = "custom"  # data/custom.yaml and public_data/custom.yaml describe the user's own images
 EVERY_METHOD = (
-    "_every_method"  # presets/_every_method.yaml holds for all methods, before the method's own rules
+    "_every_method"  # presets/_every_method.yaml: rules for all methods, before the method's own ones
 )
 COMMAND_LINE = "command line"
 PAST_RUN = "past run"
 FLAG_KEYS = {"method": "method", "data_name": "data_name", "epsilon": "privacy.epsilon"}  # flag -> key
+# Fact (utils/presets.py) -> its key in sensitive_data
+DESCRIBED = {"N": "num_train", "resolution": "resolution", "channels": "num_channels", "classes": "n_classes"}
 CLASS_DEFAULT = "default of the class"  # the layer of a value that no file and no flag sets
 LONGEST_VALUE = 30  # characters of the column of values in --print_config
 
@@ -139,6 +139,9 @@ class _Schema:
         return {**RUN_KEYS, **leaf_types(self.sections)}
 
 
+Layered = tuple[str, object, str]  # dotted key, value, the layer that sets it
+
+
 @dataclasses.dataclass(frozen=True)
 class _Cell:
     """The files and rules of a run."""
@@ -151,6 +154,7 @@ class _Cell:
     rules: list[Rule]  # the matching ones, in the order in which they apply
     public_name: str | None
     files: dict[str, Path]  # group -> chosen file
+    sizes: list[Layered]  # of the user's own images, if they are prepared
 
     @property
     def borrowed(self) -> bool:
@@ -187,7 +191,7 @@ def compose_config(
     """
     flags, settings, given, arguments = command_line
     flags, settings, base = copy.copy(flags), dict(settings), dict(base or {})
-    flag_layers = {flag: _flag_layer(flag, given) for flag in FLAG_KEYS}
+    flag_layers = {flag: COMMAND_LINE if flag in given else f"default of --{flag}" for flag in FLAG_KEYS}
     for flag, key in FLAG_KEYS.items():
         if key in base and flag not in given:
             setattr(flags, flag, str(base[key]))
@@ -209,7 +213,7 @@ def compose_config(
         if key not in schema.types:
             raise unknown_key(key, schema.types, PAST_RUN)
     command = _parse_settings(settings, schema.types)
-    layers = _value_layers(files, cell, schema, flag_layers["epsilon"], early, data_root(flags.data_root))
+    layers = _value_layers(files, cell, schema, flag_layers["epsilon"])
     layers += [(key, value, PAST_RUN) for key, value in base.items()]
     if "public_data.name" in command:  # with the spelling of its file
         command = {**command, "public_data.name": cell.public_name}
@@ -332,9 +336,9 @@ def _choose_cell(
         "method": files.require("method", method),
     }
     written = {key: value for key, value, _ in written_values(files.parts(chosen))}
-    facts = None
+    facts, sizes = None, []
     if data_file.stem == OWN_IMAGES:
-        facts = _facts_of_own_images(data_name, written, data_root(flags.data_root), command)
+        facts, sizes = _facts_of_own_images(data_name, written, data_root(flags.data_root), command)
     # A file chosen on the command line (eval=none) belongs to that layer: no rule changes its section.
     rules = [
         rule.without(choices).evaluated(facts)
@@ -343,7 +347,7 @@ def _choose_cell(
         if rule.matches(data_name, tier, facts)
     ]
     public_name, chosen["public_data"] = _choose_public_data(files, written, rules, command)
-    return _Cell(data_name, epsilon, preset, tier, table_path is not None, rules, public_name, chosen)
+    return _Cell(data_name, epsilon, preset, tier, table_path is not None, rules, public_name, chosen, sizes)
 
 
 def _choose_data(
@@ -402,16 +406,8 @@ def _choose_public_data(
     return (found.stem, found) if found else (name, files.require("public_data", OWN_IMAGES))
 
 
-def _value_layers(
-    files: ConfigFiles,
-    cell: _Cell,
-    schema: _Schema,
-    epsilon_layer: str,
-    command: dict[str, object],
-    root: Path,
-) -> list[tuple[str, object, str]]:
-    """(dotted key, value, layer) of everything that overrides the YAML files, below past run and command line, in the
-    order in which it applies."""
+def _value_layers(files: ConfigFiles, cell: _Cell, schema: _Schema, epsilon_layer: str) -> list[Layered]:
+    """Everything that overrides the YAML files, below past run and command line, in the order in which it applies."""
     result = [(key, value, rule.layer) for rule in cell.rules for key, value in rule.values.items()]
     for key, _, layer in result:
         if key not in schema.types:
@@ -420,23 +416,8 @@ def _value_layers(
         result.append(("preset", cell.preset, f"default for {cell.data_name}"))
     result.append(("privacy.epsilon", cell.epsilon, epsilon_layer))
     if cell.files["data"].stem == OWN_IMAGES:
-        result.append(("sensitive_data.name", cell.data_name, COMMAND_LINE))
-        meta = _meta_of_own_images(cell.data_name, root, command)
-        result += [] if meta is None else _size_of_own_images(meta)
+        result += [("sensitive_data.name", cell.data_name, COMMAND_LINE), *cell.sizes]
     return result
-
-
-def _meta_of_own_images(data_name: str, root: Path, command: dict[str, object]) -> Path | None:
-    """The meta.json that scripts/prepare_data.py wrote; None if nothing is prepared."""
-    meta = Path(command.get("sensitive_data.path") or root / data_name) / "meta.json"
-    return meta if meta.is_file() else None
-
-
-def _size_of_own_images(meta: Path) -> list[tuple[str, object, str]]:
-    """Resolution and channels from meta.json, so that the user need not repeat them."""
-    facts = _written_facts(meta)
-    sizes = {"resolution": facts["resolution"], "num_channels": facts["channels"]}
-    return [(f"sensitive_data.{key}", value, f"prepared data {meta}") for key, value in sizes.items()]
 
 
 def _written_facts(meta: Path) -> dict[str, int]:
@@ -457,28 +438,29 @@ def _written_facts(meta: Path) -> dict[str, int]:
 
 def _facts_of_own_images(
     data_name: str, written: dict[str, object], root: Path, command: dict[str, object]
-) -> dict[str, int] | None:
-    """The public facts that preset rules for the user's own images may depend on; None for images that are neither
-    prepared nor fully described, which no run accepts. `written` holds the values of the YAML files."""
-    meta = _meta_of_own_images(data_name, root, command)
-    facts = {} if meta is None else _written_facts(meta)
-    described = {
-        "N": "num_train", "resolution": "resolution", "channels": "num_channels", "classes": "n_classes"
-    }  # fmt: skip
-    for fact, key in described.items():
+) -> tuple[dict[str, int] | None, list[Layered]]:
+    """The public facts that preset rules for the user's own images may depend on, and the sizes of prepared images, so
+    that the user need not repeat them. The facts are None for images that are neither prepared nor fully described,
+    which no run accepts. `written` holds the values of the YAML files."""
+    meta = Path(command.get("sensitive_data.path") or root / data_name) / "meta.json"
+    facts = _written_facts(meta) if meta.is_file() else {}
+    sizes = [
+        (f"sensitive_data.{DESCRIBED[fact]}", facts[fact], f"prepared data {meta}")
+        for fact in ("resolution", "channels")
+        if fact in facts
+    ]
+    for fact, key in DESCRIBED.items():
         value = command.get(f"sensitive_data.{key}", facts.get(fact, written.get(f"sensitive_data.{key}")))
         if not isinstance(value, int) or value < 1:
-            return None
+            return None, sizes
         facts[fact] = value
     num_public = command.get("sensitive_data.num_public", written.get("sensitive_data.num_public"))
     facts["num_public"] = num_public if isinstance(num_public, int) else 0  # anything else is refused later
     facts["N"] = max(1, facts["N"] - facts["num_public"])
-    return facts
+    return facts, sizes
 
 
-def _typed_values(
-    composed: "DictConfig", schema: _Schema, layers: list[tuple[str, object, str]]
-) -> dict[str, object]:
+def _typed_values(composed: "DictConfig", schema: _Schema, layers: list[Layered]) -> dict[str, object]:
     """Section (or run key) -> typed value, from the composed YAML files with `layers` on top."""
     from omegaconf import OmegaConf
 
@@ -486,18 +468,14 @@ def _typed_values(
         for key, value, _ in layers:
             OmegaConf.update(composed, key, value, merge=False)
         values = OmegaConf.to_container(composed, resolve=True)
-    for name in values:
-        if name not in {**RUN_KEYS, **schema.sections}:
-            raise unknown_key(name, [*RUN_KEYS, *schema.sections], "the YAML files")
     kinds = {**RUN_KEYS, **schema.sections}
+    for name in values:
+        if name not in kinds:
+            raise unknown_key(name, kinds, "the YAML files")
     return {name: build(kind, values.get(name, {}), name) for name, kind in kinds.items()}
 
 
-def _flag_layer(flag: str, given: set[str]) -> str:
-    return COMMAND_LINE if flag in given else f"default of --{flag}"
-
-
-def _provenance(snapshot: dict, layers: list[tuple[str, object, str]]) -> dict[str, str]:
+def _provenance(snapshot: dict, layers: list[Layered]) -> dict[str, str]:
     """Dotted key -> the last layer that set it, for every value of the snapshot."""
     latest = {
         leaf: layer

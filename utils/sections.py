@@ -24,6 +24,21 @@ def check_field(condition: bool, field: str, value: object, allowed: str) -> Non
         raise FieldError(f"{field}: {value} is not allowed; it must be {allowed}")
 
 
+def check_least(section: object, least: int, *fields: str, or_null: bool = False) -> None:
+    """`check_field` that these fields of `section` are at least `least`, or None."""
+    allowed = "0 or more" if least == 0 else f"at least {least}"
+    for field in fields:
+        value = getattr(section, field)
+        if not (or_null and value is None):
+            check_field(value >= least, field, value, f"null or {allowed}" if or_null else allowed)
+
+
+def check_positive(section: object, *fields: str) -> None:
+    """`check_field` that these fields of `section` are greater than 0."""
+    for field in fields:
+        check_field(getattr(section, field) > 0, field, getattr(section, field), "greater than 0")
+
+
 def check_choice(field: str, value: object, known: Sequence[str]) -> None:
     """`check_field` that the value is one of `known`; suggests the nearest."""
     near = nearest(str(value), known)
@@ -50,13 +65,10 @@ class SensitiveDataConfig:
 
     def __post_init__(self) -> None:
         check_choice("protocol", self.protocol, ("standard", "cifar"))
-        check_field(self.resolution > 0, "resolution", self.resolution, "at least 1")
+        check_least(self, 1, "resolution")
         check_field(self.num_channels in (1, 3), "num_channels", self.num_channels, "1 or 3")
-        for field in ("n_classes", "num_train"):
-            value = getattr(self, field)
-            check_field(value is None or value > 0, field, value, "null or at least 1")
-        for field in ("num_val", "num_public", "public_seed"):
-            check_field(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
+        check_least(self, 1, "n_classes", "num_train", or_null=True)
+        check_least(self, 0, "num_val", "num_public", "public_seed")
 
 
 @dataclass(frozen=True)
@@ -70,9 +82,7 @@ class PublicSetConfig:
     flip: bool  # random horizontal flips in pretraining; wrong for characters
 
     def __post_init__(self) -> None:
-        for field in ("n_classes", "per_class"):
-            value = getattr(self, field)
-            check_field(value is None or value > 0, field, value, "null or at least 1")
+        check_least(self, 1, "n_classes", "per_class", or_null=True)
 
 
 @dataclass(frozen=True)
@@ -123,8 +133,8 @@ class EvalConfig:
         check_choice("mode", self.mode, ("val", "syn", "sen"))
         check_choice("recipe", self.recipe, ("paper", "quick"))
         check_choice("ceiling", self.ceiling, ("auto", "all", "none"))
-        check_field(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        check_field(self.num_val >= 0, "num_val", self.num_val, "0 or more")
+        check_least(self, 1, "batch_size")
+        check_least(self, 0, "num_val")
         known = self.gallery in (None, "private", "report")
         check_field(known, "gallery", self.gallery, "null, private or report")
         finite = 0 < self.selection_epsilon < math.inf  # eval.oracles chooses without noise, and marks it

@@ -97,12 +97,8 @@ def _same_last(key: str, known: list[str]) -> list[str]:
     )
     inside = [name for name in found if name.split(".")[0] in alike]
     shallow = [name for name in found if name.count(".") == 1]
-    return difflib.get_close_matches(key, inside or shallow or _deeper(section, found), n=1, cutoff=0.0)
-
-
-def _deeper(section: str, found: list[str]) -> list[str]:
-    """The keys that contain `section` in their path, such as model.network.nf for network.nf."""
-    return [name for name in found if f".{section}." in name]
+    deeper = [name for name in found if f".{section}." in name]  # such as model.network.nf for network.nf
+    return difflib.get_close_matches(key, inside or shallow or deeper, n=1, cutoff=0.0)
 
 
 def _children(parent: str, known: list[str]) -> set[str]:

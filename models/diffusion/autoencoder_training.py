@@ -16,7 +16,7 @@ from models.nn.perceptual import PerceptualDistance
 from utils import distributed
 from utils.draws import Draws
 from utils.runtime import Runtime
-from utils.sections import check_field
+from utils.sections import check_field, check_least, check_positive
 
 BETAS = (0.5, 0.9)  # of both Adam optimisers
 
@@ -37,17 +37,11 @@ class AutoencoderConfig:
     adversarial_start: int  # step at which the discriminator sets in
 
     def __post_init__(self) -> None:
-        for field in ("ch", "latent_channels", "batch_size", "snapshot_freq"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
-        check_field(self.lr > 0, "lr", self.lr, "greater than 0")
-        for field in (
-            "kl_weight",
-            "perceptual_weight",
-            "adversarial_weight",
-            "adversarial_start",
-            "n_epochs",
-        ):
-            check_field(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
+        check_least(self, 1, "ch", "latent_channels", "batch_size", "snapshot_freq")
+        check_positive(self, "lr")
+        check_least(
+            self, 0, "kl_weight", "perceptual_weight", "adversarial_weight", "adversarial_start", "n_epochs"
+        )
         factors = len(self.ch_mult) > 0 and min(self.ch_mult) > 0
         check_field(factors, "ch_mult", self.ch_mult, "one factor of at least 1 per level")
 

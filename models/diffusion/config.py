@@ -12,7 +12,7 @@ from models.nn.unet import UNet, level_sizes
 from models.public.semantic_query import QueryConfig
 from opacus_ext.dpsgd import DPSGDConfig
 from utils.runtime import log
-from utils.sections import check_field
+from utils.sections import check_field, check_least, check_positive
 from utils.typed import Number
 
 
@@ -35,7 +35,7 @@ class NetworkConfig:
         )
         check_field(min(self.ch_mult) > 0, "ch_mult", self.ch_mult, "factors of at least 1")
         check_field(self.nf > 2 and self.nf % 4 == 0, "nf", self.nf, "a positive multiple of 4")
-        check_field(self.num_res_blocks > 0, "num_res_blocks", self.num_res_blocks, "at least 1")
+        check_least(self, 1, "num_res_blocks")
         sizes = level_sizes(self.image_size, levels + 1)
         check_field(
             not self.attn_resolutions or not set(self.attn_resolutions).isdisjoint(sizes),
@@ -81,8 +81,8 @@ class OptimParams:
     weight_decay: float
 
     def __post_init__(self) -> None:
-        check_field(self.lr > 0, "lr", self.lr, "greater than 0")
-        check_field(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        check_positive(self, "lr")
+        check_least(self, 0, "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class WarmUpConfig:
     n_epochs: int  # passes over the central images; 0: no query for them
 
     def __post_init__(self) -> None:
-        check_field(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
-        check_field(self.n_epochs >= 0, "n_epochs", self.n_epochs, "0 or more")
+        check_least(self, 1, "batch_size")
+        check_least(self, 0, "n_epochs")
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_field(self.batch_size > 0, "batch_size", self.batch_size, "a positive number of images")
-        check_field(self.n_epochs >= 0, "n_epochs", self.n_epochs, "0 or more")
-        check_field(self.snapshot_freq > 0, "snapshot_freq", self.snapshot_freq, "at least 1")
+        check_least(self, 0, "n_epochs")
+        check_least(self, 1, "snapshot_freq")
 
 
 @dataclass(frozen=True)
@@ -141,4 +141,4 @@ class TrainConfig:
     dp: DPSGDConfig
 
     def __post_init__(self) -> None:
-        check_field(self.snapshot_freq > 0, "snapshot_freq", self.snapshot_freq, "at least 1")
+        check_least(self, 1, "snapshot_freq")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from utils.draws import Draws
-from utils.sections import check_field
+from utils.sections import check_field, check_least
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ScheduleConfig:
     type: str  # between them: linear, or scaled_linear, where sqrt(beta) is
 
     def __post_init__(self) -> None:
-        check_field(self.num_timesteps > 1, "num_timesteps", self.num_timesteps, "at least 2")
+        check_least(self, 2, "num_timesteps")
         allowed = f"above 0 and at most beta_end = {self.beta_end}"
         check_field(0 < self.beta_start <= self.beta_end, "beta_start", self.beta_start, allowed)
         check_field(self.beta_end < 1, "beta_end", self.beta_end, "below 1")
@@ -46,7 +46,7 @@ class NoiseLossConfig:
     label_dropout: float  # probability that an example is shown without its label
 
     def __post_init__(self) -> None:
-        check_field(self.n_noise_samples > 0, "n_noise_samples", self.n_noise_samples, "at least 1")
+        check_least(self, 1, "n_noise_samples")
         check_field(0 <= self.label_dropout <= 1, "label_dropout", self.label_dropout, "in [0, 1]")
 
 
@@ -59,7 +59,7 @@ class DDIMConfig:
 
     def __post_init__(self) -> None:
         check_field(self.type == "ddim", "type", self.type, "ddim for a network that predicts noise")
-        check_field(self.num_steps > 0, "num_steps", self.num_steps, "at least 1")
+        check_least(self, 1, "num_steps")
         check_field(0 <= self.eta <= 1, "eta", self.eta, "in [0, 1]")
 
 

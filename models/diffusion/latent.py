@@ -22,7 +22,7 @@ from models.nn.unet import level_sizes
 from opacus_ext.private_data import PrivateData
 from utils.errors import UserError
 from utils.runtime import Runtime
-from utils.sections import check, check_field
+from utils.sections import check, check_field, check_least
 from utils.timing import Cost
 
 
@@ -36,8 +36,7 @@ class LatentNetworkConfig:
     context_dim: int  # width of the class token
 
     def __post_init__(self) -> None:
-        for field in ("num_res_blocks", "head_width", "context_dim"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
+        check_least(self, 1, "num_res_blocks", "head_width", "context_dim")
         check_field(
             self.nf > 3 and self.nf % self.head_width == 0 and self.nf % 4 == 0,
             "nf",
@@ -82,7 +81,7 @@ class LatentTrainConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_field(self.lr_warmup_steps >= 0, "lr_warmup_steps", self.lr_warmup_steps, "0 or more")
+        check_least(self, 0, "lr_warmup_steps")
 
 
 class LatentDiffusion(DiffusionSynthesizer):

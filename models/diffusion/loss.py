@@ -9,7 +9,7 @@ from torch import nn
 
 from models.diffusion.denoiser import SIGMA_DATA, denoise
 from utils.draws import Draws
-from utils.sections import check_field
+from utils.sections import check_field, check_least
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class LossConfig:
     label_dropout: float  # probability that an example is shown without its label
 
     def __post_init__(self) -> None:
-        check_field(self.n_noise_samples > 0, "n_noise_samples", self.n_noise_samples, "at least 1")
+        check_least(self, 1, "n_noise_samples")
         check_field(0 <= self.label_dropout <= 1, "label_dropout", self.label_dropout, "in [0, 1]")
-        check_field(self.p_std >= 0, "p_std", self.p_std, "0 or more")
+        check_least(self, 0, "p_std")
 
 
 class EDMLoss:

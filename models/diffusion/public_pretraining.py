@@ -9,7 +9,7 @@ from models.diffusion.synthesizer import DiffusionSynthesizer
 from models.public.pretraining import Pretraining
 from opacus_ext.accounting import Release
 from utils.runtime import Runtime
-from utils.sections import GenConfig, check_field
+from utils.sections import GenConfig, check_field, check_least
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,7 @@ class PublicStageConfig:
 
     def __post_init__(self) -> None:
         check_field(self.batch_size > 0, "batch_size", self.batch_size, "a positive number of images")
-        check_field(self.n_epochs > 0, "n_epochs", self.n_epochs, "at least 1")
-        check_field(self.snapshot_freq > 0, "snapshot_freq", self.snapshot_freq, "at least 1")
+        check_least(self, 1, "n_epochs", "snapshot_freq")
 
 
 class PublicPretraining(DiffusionSynthesizer):

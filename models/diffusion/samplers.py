@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 from models.diffusion.denoiser import Denoiser
-from utils.sections import check_field
+from utils.sections import check_field, check_least, check_positive
 
 # Most churn of one step (algorithm 2): the variance of the noise at most doubles.
 MAX_GAMMA = math.sqrt(2) - 1
@@ -27,11 +27,11 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         check_field(self.type in SAMPLERS, "type", self.type, f"one of {', '.join(SAMPLERS)}")
-        check_field(self.num_steps > 1, "num_steps", self.num_steps, "at least 2")
+        check_least(self, 2, "num_steps")
         check_field(0 < self.tmin < self.tmax, "tmin", self.tmin, f"between 0 and tmax = {self.tmax}")
-        check_field(self.rho > 0, "rho", self.rho, "greater than 0")
+        check_positive(self, "rho")
         check_field(self.guid_scale >= 0, "guid_scale", self.guid_scale, "0 (no guidance) or more")
-        check_field(self.s_churn >= 0, "s_churn", self.s_churn, "0 or more")
+        check_least(self, 0, "s_churn")
 
 
 def noise_levels(config: SamplerConfig) -> list[float]:

@@ -29,7 +29,7 @@ from opacus_ext.private_data import PrivateData
 from utils.images import to_float, to_uint8
 from utils.progress import progress
 from utils.runtime import Runtime, log
-from utils.sections import check_field
+from utils.sections import check_least, check_positive
 from utils.timing import Cost, batch_rows, sampling_cost, seconds_of
 from utils.typed import Number
 
@@ -95,8 +95,8 @@ class FitConfig:
     lr_decay: float  # factor per period of the schedule
 
     def __post_init__(self) -> None:
-        check_field(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
-        check_field(self.lr > 0, "lr", self.lr, "greater than 0")
+        check_least(self, 2, "batch_size")
+        check_positive(self, "lr")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class EpochFitConfig(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_field(self.epochs >= 0, "epochs", self.epochs, "0 or more")
+        check_least(self, 0, "epochs")
 
     def schedule(self, num_images: int) -> Schedule:
         period = max(1, num_images // self.batch_size)

@@ -16,7 +16,7 @@ from models.embedding.mean_embedding import Embedding
 from opacus_ext.outer_products import OuterProducts
 from utils.errors import unknown
 from utils.runtime import Runtime
-from utils.sections import check_field
+from utils.sections import check_field, check_least, check_positive
 
 ONE_LAYER, TWO_LAYERS = "fc_1l", "fc_2l"
 EPS = 1e-5  # of the layer norm
@@ -35,11 +35,11 @@ class NTKConfig:
     def __post_init__(self) -> None:
         if self.model_ntk not in (ONE_LAYER, TWO_LAYERS):
             raise unknown("model.model_ntk", self.model_ntk, (ONE_LAYER, TWO_LAYERS))
-        check_field(self.ntk_width > 0, "ntk_width", self.ntk_width, "at least 1")
+        check_least(self, 1, "ntk_width")
         second = self.ntk_width2
         fits = second is not None and second > 0 if self.model_ntk == TWO_LAYERS else True
         check_field(0 <= self.input_constant <= 100, "input_constant", self.input_constant, "0 to 100")
-        check_field(self.class_mass > 0, "class_mass", self.class_mass, "greater than 0")
+        check_positive(self, "class_mass")
         check_field(fits, "ntk_width2", second, f"at least 1 for model_ntk={TWO_LAYERS}")
 
     @property

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from models.embedding.mean_embedding import Embedding
 from utils.runtime import Runtime
-from utils.sections import check_field
+from utils.sections import check_field, check_positive
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         check_field(self.d_rff > 0 and self.d_rff % 2 == 0, "d_rff", self.d_rff, "a positive even number")
-        check_field(self.class_mass > 0, "class_mass", self.class_mass, "greater than 0")
+        check_positive(self, "class_mass")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class FourierConfig(FeatureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_field(self.rff_sigma > 0, "rff_sigma", self.rff_sigma, "greater than 0")
+        check_positive(self, "rff_sigma")
 
 
 class RandomFourierFeatures:

@@ -15,7 +15,7 @@ from data.spec import DataSpec, PublicData
 from extractors import build_extractor
 from utils.images import to_uint8
 from utils.progress import progress
-from utils.sections import check_field
+from utils.sections import check_field, check_positive
 
 # Of the first direction's: a smaller one is mostly numerical noise.
 SMALLEST_VARIANCE = 1e-4
@@ -33,7 +33,7 @@ class FeatureConfig:
         fits = directions is None or directions > 0
         check_field(fits, "num_directions", directions, "null or at least 1")
         check_field(0 <= self.whitening <= 1, "whitening", self.whitening, "from 0 to 1")
-        check_field(self.constant > 0, "constant", self.constant, "greater than 0")
+        check_positive(self, "constant")
 
 
 class FeatureMap(nn.Module):

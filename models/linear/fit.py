@@ -27,7 +27,7 @@ from opacus_ext.private_data import PrivateData
 from utils.draws import Draws
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import check_choice, check_field
+from utils.sections import check_choice, check_field, check_least, check_positive
 from utils.stopping import raise_swallowed
 from utils.timing import Cost, batch_rows, seconds_of
 from utils.typed import Number
@@ -50,11 +50,10 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         check_choice("fit", self.fit, (CLASS_MEANS, LEAST_SQUARES, SGD))
-        for field in ("label_weight", "lr"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "greater than 0")
-        check_field(self.ridge >= 0, "ridge", self.ridge, "0 or more")
+        check_positive(self, "label_weight", "lr")
+        check_least(self, 0, "ridge")
         check_field(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
-        check_field(self.snapshot_freq > 0, "snapshot_freq", self.snapshot_freq, "at least 1")
+        check_least(self, 1, "snapshot_freq")
 
 
 class LinearFit:

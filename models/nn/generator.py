@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.utils.parametrizations import spectral_norm
 
-from utils.sections import check, check_field
+from utils.sections import check, check_least
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,7 @@ class GeneratorConfig:
     attn_g_loc: list[int]  # blocks (from 1) that are followed by self-attention
 
     def __post_init__(self) -> None:
-        for field in ("z_dim", "g_shared_dim", "g_conv_dim"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
+        check_least(self, 1, "z_dim", "g_shared_dim", "g_conv_dim")
 
 
 class Generator(nn.Module):

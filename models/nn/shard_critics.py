@@ -14,7 +14,7 @@ from models.nn.stack import Stack
 from opacus_ext.sanitize import Shards
 from utils.draws import Draws
 from utils.progress import progress
-from utils.sections import check_field
+from utils.sections import check_least, check_positive
 
 BETAS = (0.5, 0.9)  # of Adam, for generators and critics
 
@@ -26,9 +26,8 @@ class CriticLoss:
     lr: float
 
     def __post_init__(self) -> None:
-        for field in ("L_gp", "L_epsilon"):
-            check_field(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
-        check_field(self.lr > 0, "lr", self.lr, "greater than 0")
+        check_least(self, 0, "L_gp", "L_epsilon")
+        check_positive(self, "lr")
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr=self.lr, betas=BETAS)
@@ -63,9 +62,8 @@ class WarmUpConfig:
     at_once: int  # critics trained together: bounds the memory
 
     def __post_init__(self) -> None:
-        check_field(self.iterations >= 0, "iterations", self.iterations, "0 or more")
-        for field in ("critic_iters", "batch_size", "at_once"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
+        check_least(self, 0, "iterations")
+        check_least(self, 1, "critic_iters", "batch_size", "at_once")
 
 
 @dataclass(frozen=True)

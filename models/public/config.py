@@ -3,7 +3,7 @@ line is checked with it before anything else of a method is loaded."""
 
 from dataclasses import dataclass
 
-from utils.sections import PublicSetConfig, check_field
+from utils.sections import PublicSetConfig, check_field, check_least, check_positive
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class SelectiveConfig:
 
     def __post_init__(self) -> None:
         check_field(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
-        check_field(self.sigma >= 0, "sigma", self.sigma, "0 or more")
-        check_field(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
+        check_least(self, 0, "sigma")
+        check_least(self, 1, "batch_size")
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,14 @@ class CentralConfig:
     max_magnitude: int  # RandAugment: magnitudes 1 .. this, of 30
 
     def __post_init__(self) -> None:
-        for field in ("sample_num", "batch_size", "max_magnitude"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
+        check_least(self, 1, "sample_num", "batch_size", "max_magnitude")
         for field, least in (("downscale", 1), ("bins", 2)):
             value = getattr(self, field)
             check_field(value is None or value >= least, field, value, f"null or at least {least}")
-        check_field(self.sigma > 0, "sigma", self.sigma, "greater than 0")
+        check_positive(self, "sigma")
         norm = self.max_norm
         check_field(norm is None or norm > 0, "max_norm", norm, "null or greater than 0")
-        check_field(self.num_ops >= 0, "num_ops", self.num_ops, "0 or more")
+        check_least(self, 0, "num_ops")
         check_field(self.max_magnitude <= 30, "max_magnitude", self.max_magnitude, "at most 30")
 
 

@@ -26,7 +26,7 @@ from utils.errors import FieldError
 from utils.images import to_float
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import check, check_choice, check_field
+from utils.sections import check, check_choice, check_field, check_least, check_positive
 from utils.timing import Cost, batch_rows, seconds_of
 from utils.typed import Number
 
@@ -48,8 +48,7 @@ class ClassifierConfig:
     def __post_init__(self) -> None:
         fits = self.depth >= 10 and (self.depth - 4) % 6 == 0
         check_field(fits, "depth", self.depth, "10, 16, 22 and so on (6 n + 4)")
-        for field in ("width", "groups"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
+        check_least(self, 1, "width", "groups")
         check_field(0 <= self.ema_rate < 1, "ema_rate", self.ema_rate, "in [0, 1)")
 
 
@@ -66,11 +65,9 @@ class WarmUpConfig:
     cutout: int  # pixels of the square that half of the images lose; 0: none
 
     def __post_init__(self) -> None:
-        for field in ("batch_size", "snapshot_freq"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
-        for field in ("n_epochs", "momentum", "weight_decay", "sam_rho", "pad", "cutout"):
-            check_field(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
-        check_field(self.lr > 0, "lr", self.lr, "greater than 0")
+        check_least(self, 1, "batch_size", "snapshot_freq")
+        check_least(self, 0, "n_epochs", "momentum", "weight_decay", "sam_rho", "pad", "cutout")
+        check_positive(self, "lr")
 
 
 @dataclass(frozen=True)
@@ -90,11 +87,9 @@ class TrainConfig:
         if self.extender == "dope":
             raise FieldError(DOPE)
         check_choice("extender", self.extender, EXTENDERS)
-        for field in ("snapshot_freq", "augmult", "public_batch_size"):
-            check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
-        for field in ("momentum", "pad"):
-            check_field(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
-        check_field(self.lr > 0, "lr", self.lr, "greater than 0")
+        check_least(self, 1, "snapshot_freq", "augmult", "public_batch_size")
+        check_least(self, 0, "momentum", "pad")
+        check_positive(self, "lr")
 
 
 class WarmStartedClassifier(Staged):

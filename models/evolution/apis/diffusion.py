@@ -25,7 +25,7 @@ from opacus_ext.accounting import Release
 from utils.errors import UserError
 from utils.images import to_float, to_uint8
 from utils.runtime import Runtime
-from utils.sections import GenConfig, check_field
+from utils.sections import GenConfig, check_field, check_least
 from utils.seeding import numpy_rng
 from utils.timing import Cost, batch_rows, seconds_of
 
@@ -46,7 +46,7 @@ class DiffusionAPIConfig:
     def __post_init__(self) -> None:
         check_field(0 <= self.ema_rate < 1, "ema_rate", self.ema_rate, "in [0, 1)")
         check_field(self.ckpt_weights in ("ema", "raw"), "ckpt_weights", self.ckpt_weights, "ema or raw")
-        check_field(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
+        check_least(self, 1, "batch_size")
 
 
 class DiffusionAPI(ImageAPI):

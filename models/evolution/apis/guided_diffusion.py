@@ -24,7 +24,7 @@ from utils.errors import MissingWeights, UserError
 from utils.images import to_float, to_uint8
 from utils.places import path_of
 from utils.runtime import Runtime
-from utils.sections import check_field
+from utils.sections import check_field, check_least
 from utils.seeding import numpy_rng
 
 MODEL_LABEL = "imagenet label"
@@ -46,8 +46,8 @@ class GuidedDiffusionAPIConfig:
             self.noise_schedule,
             f"one of {', '.join(SCHEDULES)}",
         )
-        check_field(self.diffusion_steps > 1, "diffusion_steps", self.diffusion_steps, "at least 2")
-        check_field(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
+        check_least(self, 2, "diffusion_steps")
+        check_least(self, 1, "batch_size")
         self.timesteps()
 
     def timesteps(self) -> list[int]:

@@ -27,7 +27,7 @@ from utils.errors import Unavailable, UserError
 from utils.files import atomic, save_array
 from utils.progress import progress
 from utils.runtime import Runtime
-from utils.sections import check_field
+from utils.sections import check_field, check_positive
 from utils.typed import changeable
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class OpenAIAPIConfig:
         )
         for name, least in (("size", 1), ("image_size", 1), ("max_requests", 0), ("max_retries", 0)):
             check_field(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
-        check_field(self.timeout > 0, "timeout", self.timeout, "greater than 0")
+        check_positive(self, "timeout")
 
 
 @dataclass(frozen=True)

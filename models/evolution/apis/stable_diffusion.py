@@ -19,7 +19,7 @@ from models.evolution.apis.prompts import check_prompt, class_prompts
 from models.fitting.batches import in_batches
 from utils.errors import Unavailable, UserError
 from utils.runtime import Runtime
-from utils.sections import check_field
+from utils.sections import check_field, check_least
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -38,10 +38,9 @@ class StableDiffusionAPIConfig:
 
     def __post_init__(self) -> None:
         check_prompt("prompt", self.prompt)
-        for name in ("resolution", "image_size", "num_steps", "batch_size"):
-            check_field(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
+        check_least(self, 1, "resolution", "image_size", "num_steps", "batch_size")
         check_field(self.resolution % 8 == 0, "resolution", self.resolution, "a multiple of 8")
-        check_field(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "0 or more")
+        check_least(self, 0, "guidance_scale")
 
 
 class StableDiffusionAPI(ImageAPI):
