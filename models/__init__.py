@@ -8,6 +8,7 @@ METHODS = MethodRegistry(
         "Noise": "models.noop:Noise",
         "IDPS": "models.idps:IDPS",
         "DP-Linear": "models.dp_linear:DPLinear",
+        "DP-Distill": "models.dp_distill:DPDistill",
         "DP-MERF": "models.dp_merf:DPMERF",
         "DP-NTK": "models.dp_ntk:DPNTK",
         "DPGAN": "models.dpgan:DPGAN",

@@ -127,6 +127,15 @@ TOYS: dict[str, Settings] = {
         "train.augmult": "2",
         "gen.batch_size": ("8", None),
     },
+    "DP-Distill": {
+        "model.width": ("4", "8"),
+        "model.d_rff": ("20", "200"),
+        "train.images_per_class": ("2", "3"),
+        "train.num_steps": ("4", "10"),
+        "train.batch_size": ("4", None),
+        "train.snapshot_freq": "2",
+        **NO_PUBLIC_SET,
+    },
     "DP-MERF": {**GENERATOR, "model.d_rff": ("20", "100"), "train.epochs": "1"},
     "DP-NTK": {
         **GENERATOR,

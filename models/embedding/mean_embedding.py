@@ -51,10 +51,12 @@ class Embedding(abc.ABC):
     def features(self, images: torch.Tensor) -> torch.Tensor | OuterProducts:
         """(B, C, H, W) in [-1, 1] -> B vectors of L2 norm sqrt(1 + mass^2), which the noise is scaled for."""
 
-    @abc.abstractmethod
     def mean(self, images: torch.Tensor, labels: torch.Tensor, num_labels: int) -> torch.Tensor:
         """(B, C, H, W) in [-1, 1], (B,) -> (num_labels, D): row k is the sum of phi(x) over label k, divided by B.
-        Differentiable in the images."""
+        Differentiable in the images. A phi(x) that is not written out needs another way."""
+        features = self.features(images)
+        total = torch.zeros(num_labels, features.shape[1], device=features.device)
+        return total.index_add_(0, labels, features) / len(images)
 
     def noisy_mean(self, private: PrivateData) -> torch.Tensor:
         """(num_classes, D): the one planned release MEAN_EMBEDDING over all records, divided by the public N."""

@@ -77,8 +77,3 @@ class FourierEmbedding(Embedding):
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
         return F.pad(self.phi((images.flatten(1) + 1) / 2), (0, 1), value=self.mass)
-
-    def mean(self, images: torch.Tensor, labels: torch.Tensor, num_labels: int) -> torch.Tensor:
-        features = self.features(images)
-        total = torch.zeros(num_labels, features.shape[1], device=features.device)
-        return total.index_add_(0, labels, features) / len(images)
