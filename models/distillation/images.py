@@ -20,7 +20,7 @@ from models.fitting.stages import Staged
 from models.synthesizer import balanced_labels, preview_labels
 from utils.images import to_float, to_uint8
 from utils.progress import progress
-from utils.runtime import Runtime
+from utils.runtime import Runtime, log
 from utils.sections import check_choice, check_field
 from utils.timing import Cost, batch_rows, seconds_of
 
@@ -28,6 +28,8 @@ NOISE, PUBLIC = "noise", "public"
 COARSE = 7  # side of the random images before they are enlarged
 SPREAD = 0.5  # standard deviation of their pixels
 FINAL_LR = 0.01  # of the first one
+REVIVALS = (0.2, 0.4, 0.6)  # of the steps
+GOOD = 0.75  # quantile of the scores of a class that a good image has
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class DistillConfig:
     batch_size: int  # images of a step: as many whole classes as fit, at least one
     lr: float  # of Adam, with a cosine decay
     augment: float  # strength of the augmentation in each step, against that of the samples
+    revive: float  # images that are less like their class than this share of a good one are replaced; 0: none
     snapshot_freq: int  # steps between snapshots
 
     def __post_init__(self) -> None:
@@ -46,7 +49,8 @@ class DistillConfig:
             check_field(getattr(self, field) > 0, field, getattr(self, field), "at least 1")
         check_field(self.num_steps >= 0, "num_steps", self.num_steps, "0 or more")
         check_field(self.lr > 0, "lr", self.lr, "greater than 0")
-        check_field(0 <= self.augment <= 1, "augment", self.augment, "from 0 to 1")
+        for field in ("augment", "revive"):
+            check_field(0 <= getattr(self, field) <= 1, field, getattr(self, field), "from 0 to 1")
 
 
 class ImageSet(nn.Module):
@@ -82,7 +86,7 @@ class DistilledImages(Staged):
 
     @torch.no_grad()
     def start(self, target: torch.Tensor, public: torch.Tensor | None) -> None:
-        """Set the first images, unless a restored run has them: noise, or the nearest of `public` (P, C, H, W) uint8."""
+        """Set the first images unless a restored run has them: noise, or the nearest of `public` (P, C, H, W) uint8."""
         if self.stage != "start":
             return
         self._enter_stage("train")
@@ -105,7 +109,10 @@ class DistilledImages(Staged):
         """
         means, shares = self._means(target), self.embedding.class_shares(target)
         start, total = self.step, self.config.num_steps
+        revivals = {int(share * total) for share in REVIVALS}
         for step in progress(range(start, total), "distill", total, initial=start):
+            if self.config.revive and step in revivals:
+                self._revive(means)
             self._take_step(means, shares)
             is_last = step + 1 == total  # its checkpoint is written at the end of the stage
             self._finish_step(None if is_last else self.config.snapshot_freq)
@@ -133,6 +140,29 @@ class DistilledImages(Staged):
                 total += rows[picked[-1]]
             chosen.append(picked)
         return chosen
+
+    @torch.no_grad()
+    def _revive(self, means: torch.Tensor) -> None:
+        """Replace images on which the kernel vanishes, and with it the gradient, by augmented good ones of their class.
+
+        Early steps push some images away from all others, where they no longer count (birth and death of particles,
+        Rotskoff et al. 2019). An image's score is the inner product of its features with the target of its class.
+        """
+        rng, replaced = self.runtime.rng(f"revive {self.step}"), 0
+        for images, mean in zip(self.set.classes, means, strict=True):
+            scores = self.embedding.features(images) @ mean
+            is_good = scores >= self.config.revive * scores.quantile(GOOD)
+            good, bad = is_good.nonzero().flatten(), (~is_good).nonzero().flatten()
+            if len(good) == 0 or len(bad) == 0:
+                continue
+            sources = good[torch.randint(len(good), (len(bad),), generator=rng, device=rng.device)]
+            images[bad] = augmented(images[sources], self.augment, 1.0, rng)
+            moments = self.optimizer.state[images]
+            if moments:  # the class has been in a step
+                moments["exp_avg"][bad] = 0
+                moments["exp_avg_sq"][bad] = moments["exp_avg_sq"][sources]
+            replaced += len(bad)
+        log.info(f"distill: step {self.step}: {replaced:,} images that were unlike their class start again")
 
     def _take_step(self, means: torch.Tensor, shares: torch.Tensor) -> None:
         """One step down the sum of share_k |mean_k - mean of phi over the images of class k|^2 over some classes k."""
