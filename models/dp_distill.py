@@ -18,13 +18,14 @@ from data.spec import DataSpec, PublicData, Samples
 from models.distillation.augmentation import AugmentConfig
 from models.distillation.images import PUBLIC, DistillConfig, DistilledImages
 from models.embedding.mean_embedding import MEAN_EMBEDDING
-from models.embedding.random_networks import RandomNetworkConfig, RandomNetworkEmbedding
+from models.embedding.random_networks import PIXELS, RandomNetworkConfig, RandomNetworkEmbedding
+from models.public.config import PublicDataConfig
 from models.synthesizer import Synthesizer
 from opacus_ext.accounting import Release
 from opacus_ext.private_data import PrivateData
 from utils.errors import UserError
 from utils.runtime import Runtime, log
-from utils.sections import GenConfig, PublicDataConfig
+from utils.sections import GenConfig
 from utils.timing import Cost
 
 
@@ -92,6 +93,15 @@ class DPDistill(Synthesizer):
 
     def parameter_counts(self) -> dict[str, int]:
         return {"pixels": sum(images.numel() for images in self.distilled.set.classes)}
+
+    def settings_without_effect(self) -> dict[str, str]:
+        unused, model = {}, self.config.model
+        if model.features == PIXELS:
+            why = "model.features is pixels"
+            unused |= {"model.num_networks": why, "model.width": why}
+        if model.squared_bandwidth is None:
+            unused["model.d_rff"] = "model.squared_bandwidth is null: there is no kernel"
+        return unused
 
     @property
     def uses_public_images(self) -> bool:

@@ -92,6 +92,18 @@ def test_the_kernel_is_that_of_the_features():
     torch.testing.assert_close(phi @ phi.T, expected, rtol=0, atol=4 * (0.5 / 20_000) ** 0.5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"squared_bandwidth": None}, {"features": "pixels"}])
+def test_the_parts_together_are_the_features(changes):
+    embedding = embedding_of(**changes)
+    images = 2 * torch.rand(3, 1, 28, 28) - 1
+    whole = embedding.features(images)[:, :-1]
+    parts = torch.full_like(whole, math.nan)
+    for index in range(embedding.num_parts):
+        rows, columns = embedding.part(images, index)
+        parts[:, columns] = rows
+    torch.testing.assert_close(parts, whole)
+
+
 def test_the_images_come_nearer_to_the_target(make_trial):
     settings = ["train.num_steps=60", "train.augment=0", "model.d_rff=400", "train.images_per_class=4"]
     trial = make_trial("DP-Distill", *settings, epsilon=math.inf)

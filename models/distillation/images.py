@@ -14,7 +14,7 @@ from torch import nn
 
 from data.spec import DataSpec, Samples
 from models.distillation.augmentation import AugmentConfig, augmented
-from models.embedding.mean_embedding import Embedding
+from models.embedding.random_networks import RandomNetworkEmbedding
 from models.fitting.batches import in_batches
 from models.fitting.stages import Staged
 from models.synthesizer import balanced_labels, preview_labels
@@ -75,7 +75,7 @@ class DistilledImages(Staged):
         self,
         config: DistillConfig,
         augment: AugmentConfig,
-        embedding: Embedding,
+        embedding: RandomNetworkEmbedding,
         spec: DataSpec,
         runtime: Runtime,
     ) -> None:
@@ -165,8 +165,9 @@ class DistilledImages(Staged):
         log.info(f"distill: step {self.step}: {replaced:,} images that were unlike their class start again")
 
     def _take_step(self, means: torch.Tensor, shares: torch.Tensor) -> None:
-        """One step down the sum of share_k |mean_k - mean of phi over the images of class k|^2 over some classes k."""
-        config, num_classes = self.config, len(self.set.classes)
+        """One step down the sum of share_k |mean_k - mean of phi over the images of class k|^2 over some classes k, in
+        one part of the features."""
+        config, num_classes, num_parts = self.config, len(self.set.classes), self.embedding.num_parts
         rng = self.runtime.rng(f"distill {self.step}")
         decay = FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * self.step / config.num_steps)) / 2
         for group in self.optimizer.param_groups:
@@ -177,8 +178,9 @@ class DistilledImages(Staged):
             images = self.set.classes[label]
             if config.augment:
                 images = augmented(images, self.augment, config.augment, rng)
-            mean = self.embedding.features(images).mean(0)
-            (num_classes * shares[label] * (mean - means[label]).square().sum()).backward()
+            rows, columns = self.embedding.part(images, self.step % num_parts)
+            distance = (rows.mean(0) - means[label, columns]).square().sum()
+            (num_parts * num_classes * shares[label] * distance).backward()
         self.optimizer.step()
         with torch.no_grad():
             for images in self.set.classes:
@@ -206,7 +208,7 @@ class DistilledImages(Staged):
         blank = torch.zeros(rows, *self.spec.image_shape, device=self.runtime.device, requires_grad=True)
         with torch.no_grad():
             forward = seconds_of(lambda: self.embedding.features(blank)) / rows
-        both = seconds_of(lambda: self.embedding.features(blank).sum().backward()) / rows
+        both = seconds_of(lambda: self.embedding.part(blank, 0)[0].sum().backward()) / rows
         classes = min(self.spec.num_classes, max(1, config.batch_size // config.images_per_class))
         size = classes * config.images_per_class
         text = f"embedding of {self.spec.num_train} images, {config.num_steps} steps x {size} images"

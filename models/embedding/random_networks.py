@@ -98,12 +98,26 @@ class RandomNetworkEmbedding(Embedding):
         rows = rows if self.kernel is None else self.kernel(rows)
         return F.pad(rows, (0, 1), value=self.mass)
 
+    @property
+    def num_parts(self) -> int:
+        """Parts of phi(x) that can be computed alone: one per network if there is no kernel over all of them."""
+        return len(self.networks) if self.kernel is None and self.networks else 1
+
+    def part(self, images: torch.Tensor, index: int) -> tuple[torch.Tensor, slice]:
+        """(B, d): part `index` of the features (B, D) of these images, and its columns; without the constant one."""
+        if self.num_parts == 1:
+            rows = self.features(images)[:, :-1]
+            return rows, slice(0, rows.shape[1])
+        rows = self._of_network(images, index)
+        return rows, slice(index * rows.shape[1], (index + 1) * rows.shape[1])
+
     def _unit(self, images: torch.Tensor) -> torch.Tensor:
         """(B, networks * M) of norm 1, or with pixels (B, C * H * W) of norm 1 at most."""
         if self.config.features == PIXELS:
             return (images.flatten(1) + 1) / (2 * images[0].numel() ** 0.5)
-        parts = [
-            F.normalize(network(images) - centre, dim=1)
-            for network, centre in zip(self.networks, self.centres, strict=True)
-        ]
-        return torch.cat(parts, 1) / len(parts) ** 0.5
+        return torch.cat([self._of_network(images, index) for index in range(len(self.networks))], 1)
+
+    def _of_network(self, images: torch.Tensor, index: int) -> torch.Tensor:
+        """(B, M): the features of one network, of norm 1 / sqrt(networks)."""
+        rows = F.normalize(self.networks[index](images) - self.centres[index], dim=1)
+        return rows / len(self.networks) ** 0.5
