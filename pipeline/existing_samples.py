@@ -172,6 +172,11 @@ def evaluate_finished_run(config: Config) -> int:
     released = classifier_of(config, spec)
     if len(samples) == 0:
         judged, left_out = of_classifiers(config.eval)
+        if not judged.metrics:
+            raise UserError(
+                f"--metrics: {', '.join(left_out)} would need samples, and {folder} has a classifier only; allowed "
+                f"are metrics of classifiers, such as accuracy"
+            )
         config = dataclasses.replace(config, eval=judged)
         lines += (f"{folder} has no samples; not computed: {', '.join(left_out)}",) if left_out else ()
     for line in (*config.notes, *lines):

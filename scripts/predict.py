@@ -19,6 +19,7 @@ from utils.artefacts import CLASSIFIER
 from utils.errors import UserError
 from utils.files import write_text
 from utils.places import weights_root
+from utils.private_files import only_for_owner
 from utils.program import program, run_process
 from utils.text import at_most
 
@@ -59,10 +60,11 @@ def main(argv: list[str]) -> int:
         print(note)
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([("file", "class", "probability"), *rows])
-    write_text(arguments.out, table.getvalue())
+    with only_for_owner():  # file names and classes are facts about the user's images
+        write_text(arguments.out, table.getvalue())
     counts = Counter(name for _, name, _ in rows)
-    found = ", ".join(f"{counts[name]:,} {name}" for name in read.class_names if counts[name])
-    print(f"{len(rows):,} images: {found}")
+    found = ", ".join(f"{name}: {counts[name]:,}" for name in read.class_names if counts[name])
+    print(f"{len(rows):,} images; {found}")
     print(f"predictions: {arguments.out}")
     return 0
 
@@ -78,6 +80,8 @@ def predictions(read, images: Path, device: str) -> tuple[list[tuple[str, str, s
     from utils.progress import progress
 
     part, names, notes = open_unlabelled(images)
+    if len(part) == 0:
+        raise UserError(f"--images: {images} holds no image")
     rows, forms, batch, places = {}, Counter(), [], []
     for place, item in progress(part.items(), "classify", total=len(part), unit="image"):
         pixels, form = part.convert(item, read.resolution, read.channels)

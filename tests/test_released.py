@@ -87,6 +87,13 @@ def test_a_finished_run_without_images_is_evaluated_again(without_images):
     assert 0 < after["calibration_error/released/last_epoch"] < 1
 
 
+def test_metrics_of_samples_alone_are_refused_for_a_run_without_images(without_images):
+    before = (without_images.folder / "results.json").read_bytes()
+    refusal = call(eval_program.main, ["--exp_path", str(without_images.folder), "--metrics", "kid"]).refusal
+    assert "kid" in refusal and "accuracy" in refusal
+    assert (without_images.folder / "results.json").read_bytes() == before
+
+
 def test_an_evaluation_without_images_is_planned(without_images):
     outcome = call(eval_program.main, ["--exp_path", str(without_images.folder), "--dry_run"])
     assert outcome.code == 0, outcome.err
@@ -144,6 +151,7 @@ def test_every_image_gets_a_class(finished, images, tmp_path):
     out = tmp_path / "found.csv"
     outcome = call(predict, ["--exp_path", str(finished), "--images", str(images), "--out", str(out)])
     assert outcome.code == 0, outcome.err
+    assert out.stat().st_mode & 0o077 == 0
     rows = list(csv.DictReader(out.open()))
     assert [row["file"] for row in rows] == [f"{'a' if k < 10 else 'b'}/{k:02}.png" for k in range(20)]
     _, test = load_digits_8()
@@ -184,11 +192,13 @@ def test_images_of_another_size_and_colour_are_converted(finished, tmp_path):
 def test_mistakes_of_a_prediction_are_one_line_and_leave_nothing(finished, images, tmp_path):
     out = tmp_path / "found.csv"
     (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "none.npz", x=np.zeros((0, 8, 8), np.uint8))
     broken = tmp_path / "classifier.pth"
     broken.write_bytes(b"no classifier")
     mistakes = {
         "--images": (finished, tmp_path / "missing"),
         "empty": (finished, tmp_path / "empty"),
+        "none.npz": (finished, tmp_path / "none.npz"),
         "classifier.pth": (broken, images),
         "--exp_path": (tmp_path / "empty", images),
     }
