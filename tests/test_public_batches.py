@@ -33,3 +33,11 @@ def test_a_later_start_shows_what_would_have_come():
     whole = shown(12, 4, 4, 1)
     assert shown(12, 4, 4, 1, start=5) == {step: whole[step] for step in range(5, 12)}
     assert shown(12, 4, 2, 1, start=6, before=6) == {step: whole[step] for step in range(6, 12)}
+
+
+def test_so_few_steps_that_a_network_learns_nothing_are_announced(caplog):
+    with caplog.at_level("INFO", "dpib"):
+        shown(60, 6, 10, 0)
+        assert not caplog.messages
+        shown(60, 6, 9, 0)
+    assert ["90" in message for message in caplog.messages] == [True]

@@ -10,6 +10,8 @@ from utils.progress import progress
 from utils.runtime import log
 from utils.seeding import numpy_rng
 
+FEW_STEPS = 100  # below which a network has hardly begun to learn
+
 
 def steps_of(num_images: int, batch_size: int, num_epochs: int) -> tuple[int, int]:
     """(steps, images per step) of `public_batches`."""
@@ -35,6 +37,10 @@ def public_batches(
     num_steps, size = steps_of(num_images, batch_size, num_epochs)
     if size < batch_size:
         log.info(f"{stage}: there are {size} images, fewer than batch_size={batch_size}")
+    if 0 < num_steps < FEW_STEPS:
+        log.info(
+            f"{stage}: only {num_steps} training steps, too few for most networks; more epochs cost no privacy"
+        )
     steps_per_epoch = num_images // size
     total = before + num_steps
     order, shown = None, None
