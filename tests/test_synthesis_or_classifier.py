@@ -36,3 +36,12 @@ def test_the_best_is_first_and_the_ceiling_last():
     lines = [line for line in text.splitlines() if line.startswith("| ") and "method" not in line]
     assert [line.split(" | ")[0] for line in lines] == ["| PE", "| DP-Linear", "| *ceiling*"]
     assert "91.0 ± 0.0" in lines[1] and "99.0" in lines[2]
+
+
+def test_one_lucky_seed_does_not_put_a_method_first():
+    steady = [row_of(RESULTS | {"seed": seed, "method": "steady"}) for seed in range(2)]
+    lucky = [
+        row | {"method": "lucky", "released": value} for row, value in zip(steady, (93.0, 70.0), strict=True)
+    ]
+    text = page([*lucky, *steady])
+    assert text.index("| steady") < text.index("| lucky")
