@@ -78,7 +78,7 @@ class DPDistill(Synthesizer):
             log.info(
                 f"generate: {distinct:,} distinct images; the other {num_samples - distinct:,} repeat them, augmented"
             )
-        return self.distilled.draw(num_samples)
+        return self.distilled.draw(num_samples, self.config.gen.batch_size)
 
     def state_dict(self) -> dict:
         return {

@@ -91,9 +91,8 @@ class DistilledImages(Staged):
             return
         self._enter_stage("train")
         if self.config.start == PUBLIC:
-            for images, chosen in zip(
-                self.set.classes, self._nearest(public, self._means(target)), strict=True
-            ):
+            nearest = self._nearest(public, self._means(target))
+            for images, chosen in zip(self.set.classes, nearest, strict=True):
                 images.copy_(to_float(public[chosen].numpy(), self.runtime.device))
             return
         rng, size = self.runtime.rng("start"), self.spec.resolution
@@ -128,7 +127,7 @@ class DistilledImages(Staged):
             self.embedding.features(to_float(public[start : start + 250].numpy(), self.runtime.device))
             for start in progress(range(0, len(public), 250), "public embedding", unit="batch")
         ]
-        rows = torch.cat(parts)[:, :-1]  # without the class share, which is the same for all
+        rows = torch.cat(parts)[:, :-1]  # without the constant feature, which is the same for all
         chosen = []
         for mean in progress(means[:, :-1], "choose public images", unit="class"):
             scores, total, picked = rows @ mean, torch.zeros_like(mean), []
@@ -150,7 +149,7 @@ class DistilledImages(Staged):
         """
         rng, replaced = self.runtime.rng(f"revive {self.step}"), 0
         for images, mean in zip(self.set.classes, means, strict=True):
-            scores = self.embedding.features(images) @ mean
+            scores = self.embedding.features(images)[:, :-1] @ mean[:-1]
             is_good = scores >= self.config.revive * scores.quantile(GOOD)
             good, bad = is_good.nonzero().flatten(), (~is_good).nonzero().flatten()
             if len(good) == 0 or len(bad) == 0:
@@ -174,6 +173,7 @@ class DistilledImages(Staged):
             group["lr"] = config.lr * decay
         self.optimizer.zero_grad(set_to_none=True)  # Adam leaves classes without a gradient as they are
         fitting = max(1, config.batch_size // config.images_per_class)
+        # Each class by itself, so that only its graph is in memory.
         for label in torch.randperm(num_classes, generator=rng, device=rng.device)[:fitting].tolist():
             images = self.set.classes[label]
             if config.augment:
@@ -186,7 +186,7 @@ class DistilledImages(Staged):
             for images in self.set.classes:
                 images.clamp_(-1, 1)
 
-    def draw(self, num_samples: int) -> Samples:
+    def draw(self, num_samples: int, batch_size: int) -> Samples:
         """Each image once as it is, then again and again, augmented; labels balanced."""
         num_classes, per_class = self.spec.num_classes, self.config.images_per_class
         labels = balanced_labels(num_samples, num_classes)
@@ -200,7 +200,7 @@ class DistilledImages(Staged):
             moved = augmented(batch, self.augment, 1.0, self.runtime.rng(f"augment {rows.start}"))
             return to_uint8(torch.where(repeated[:, None, None, None], moved, batch))
 
-        return Samples(in_batches(num_samples, 1000, draw, self.spec.image_shape, None), labels)
+        return Samples(in_batches(num_samples, batch_size, draw, self.spec.image_shape, None), labels)
 
     def cost(self) -> Cost:
         """Of the embedding of all private images, and of the steps."""
@@ -224,4 +224,5 @@ class DistilledImages(Staged):
         return {"optimizer": torch.optim.Adam(self.set.parameters())}
 
     def _preview(self) -> Samples:
-        return self.draw(len(preview_labels(self.spec.num_classes)))
+        count = len(preview_labels(self.spec.num_classes))
+        return self.draw(count, count)
