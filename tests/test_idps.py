@@ -40,6 +40,7 @@ def test_the_classifier_has_the_published_size(num_classes, published):
 @pytest.mark.parametrize("data", ["cifar10_32", "cifar100_32"])
 def test_published_runs_mirror_images_in_every_stage(data):
     config = load_config(["--method", "IDPS", "--data_name", data, "--epsilon", "2", "preset=paper"], METHODS)
+    assert not any("name" in note for note in config.notes)
     assert config.method_config.public_data.flip and config.method_config.pretrain.flip
 
 
@@ -55,6 +56,7 @@ def test_the_published_plan_and_its_noise(data, steps, sigma):
         ["--method", "DPTrainer", "--data_name", data, "--epsilon", "2", "preset=paper"], METHODS
     )
     assert config.method == "IDPS" and config.sensitive_data.num_public == 2000
+    assert any("DPTrainer" in note and "IDPS" in note for note in config.notes)
     train = config.method_config.train
     release = dpsgd_release("dp-sgd", 48_000, train.batch_size, train.n_epochs)
     assert (release.sample_rate, release.num_steps) == (pytest.approx(1 / 12), steps)

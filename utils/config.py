@@ -238,9 +238,15 @@ def compose_config(
             **{flag: flag_layers[flag] for flag in ("method", "data_name")},
         },
         snapshot=snapshot,
-        notes=cell.notes(provenance.values()),
+        notes=(*_alias_note(flags.method, method), *cell.notes(provenance.values())),
         words=arguments,
     )
+
+
+def _alias_note(given: str, method: str) -> tuple[str, ...]:
+    """A line if --method is another name of the method: its folders and keys are those of `method`."""
+    is_alias = given.casefold() != method.casefold()
+    return (f"--method {given}: its name here is {method}",) if is_alias else ()
 
 
 def format_config(config: Config) -> str:
