@@ -40,7 +40,7 @@ def test_the_classifier_has_the_published_size(num_classes, published):
 @pytest.mark.parametrize("data", ["cifar10_32", "cifar100_32"])
 def test_published_runs_mirror_images_in_every_stage(data):
     config = load_config(["--method", "IDPS", "--data_name", data, "--epsilon", "2", "preset=paper"], METHODS)
-    assert not any("name" in note for note in config.notes)
+    assert not any("--method" in note for note in config.notes)
     assert config.method_config.public_data.flip and config.method_config.pretrain.flip
 
 
