@@ -25,10 +25,10 @@ def test_a_signal_interrupts_once(number):
     before = signal.getsignal(number)
     with pytest.raises(StoppedBySignal) as stop, signals_interrupt():
         try:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # in this thread: os.kill may choose another one, which is slower
         finally:
-            os.kill(os.getpid(), number)  # what `timeout` does
-            terminate()  # what SLURM does after the signal that was asked for
+            signal.raise_signal(number)  # what `timeout` does
+            signal.raise_signal(signal.SIGTERM)  # what SLURM does after the signal that was asked for
     assert exit_code(stop.value) == 128 + number
     assert signal.getsignal(number) is before
 
